@@ -1,0 +1,26 @@
+# Each target sets itself up. Without make: create a virtual environment, `pip install -r requirements.txt`, and type what the
+# target says. PROFILE, MOE_DATA and MOE_CACHE are taken from the environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+
+.PHONY: book test bench clean
+
+book: $(READY)
+	$(BIN)/jupyter-book build book
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+bench: $(READY)
+	$(BIN)/python -m lib.measure.bench
+
+$(READY): requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+# the pages and executed notebooks; not the environment, the cache or the records
+clean:
+	rm -rf _build book/notebooks book/status_table.md

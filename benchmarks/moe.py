@@ -1,0 +1,105 @@
+"""The MoE layer against the dense bound, at ViT-S size.
+
+Dense bound: the faster of (a) one MLP on all K*T rows and (b) the same rows cut into E equal contiguous chunks with E different
+MLPs; same dtype and threads, warmed, measured in turn with the layer. A ratio of 1 means that routing costs nothing.
+
+bf16 comes in two forms. "bf16": weights and activations are bfloat16, as a model is deployed. "autocast": weights stay
+float32 and are cast in each pass, as the trainer runs.
+
+Axis letters: **B** images, **N** tokens of an image, **T** = B*N, **D** width, **H** expert hidden width, **E** experts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from lib.measure.cost import compare
+from lib.models.experts import Experts
+from lib.models.moe import MoELayer
+from lib.models.routing import TopKRouter
+
+B, N, D, H, E = 16, 257, 384, 1536, 8
+TARGETS = {("fp32", False): 0.95, ("bf16", False): 0.85, ("fp32", True): 0.90, ("bf16", True): 0.80}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line: dense bound and layer in ms (medians), and what keeps them apart. target None: shown, not promised."""
+
+    what: str
+    routing: str
+    dtype: str
+    bound_ms: float
+    bound_name: str
+    layer_ms: float
+    target: float | None
+    cause: str
+
+    @property
+    def ratio(self) -> float:
+        return self.bound_ms / self.layer_ms
+
+
+def rows(repeats: int = 20) -> Iterator[Row]:
+    """Measure every combination of dtype, pass and routing level; a row comes as soon as it is measured."""
+    x = torch.randn(B, N, D, generator=torch.Generator().manual_seed(0))
+    token, image = (_layer(per_image) for per_image in (False, True))
+    one, many = Mlp(D, H), nn.ModuleList(Mlp(D, H) for _ in range(E))
+    for dtype in ("fp32", "bf16", "autocast"):
+        for model in (token, image, one, many):
+            model.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+        for backward in (False, True):
+            candidates = {
+                "one MLP": _call(lambda x: one(x.view(-1, D)), one, x, dtype, backward),
+                "E chunks": _call(lambda x: torch.cat([mlp(rows) for mlp, rows in zip(many, x.view(-1, D).chunk(E), strict=True)]),
+                                  many, x, dtype, backward),
+                "token": _call(token, token, x, dtype, backward),
+                "image": _call(image, image, x, dtype, backward),
+            }
+            ms = {name: time.median for name, time in compare(candidates, repeats).items()}
+            bound = min(("one MLP", "E chunks"), key=ms.__getitem__)
+            for routing in ("token", "image"):
+                ratio, target = ms[bound] / ms[routing], TARGETS.get((dtype, backward))
+                short = ratio < (0.8 if target is None else target)
+                yield Row("forward+backward" if backward else "forward", routing, dtype, ms[bound], bound, ms[routing], target,
+                          _cause(ms, routing, dtype, backward) if short else "")
+
+
+def _layer(per_image: bool) -> MoELayer:
+    """Distinct experts, and a router that spreads: at random inputs each expert gets about its share."""
+    return MoELayer(TopKRouter(D, E, 1, per_image=per_image, std=1.0, generator=torch.Generator().manual_seed(1)),
+                    Experts(E, D, H))
+
+
+def _call(fn: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, dtype: str, backward: bool) -> Callable[[], None]:
+    """One pass, and one back with gradients for input and weights; gradients are dropped after, as a trainer's step does."""
+    x = x.to(torch.bfloat16) if dtype == "bf16" else x
+    grad = torch.ones(x.numel() // D, D)
+
+    def run() -> None:
+        # Autocast is entered in each call, since it remembers casts of whole weights until it is left.
+        cast = torch.autocast("cpu", torch.bfloat16) if dtype == "autocast" else contextlib.nullcontext()
+        with cast, torch.set_grad_enabled(backward):
+            y = fn(x.detach().requires_grad_(backward))
+        if backward:
+            y.view(-1, D).backward(grad.to(y.dtype))
+            module.zero_grad(set_to_none=True)
+
+    return run
+
+
+def _cause(ms: dict[str, float], routing: str, dtype: str, backward: bool) -> str:
+    """Split a shortfall into what E separate weights cost by themselves and what the layer adds."""
+    weights = ms["E chunks"] - ms["one MLP"]
+    layer = ms[routing] - ms["E chunks"]
+    if weights > max(layer, 0):
+        what = "casts and packing of" if dtype == "autocast" else "packing of"
+        return f"{what} {E} weights instead of one: {weights:.1f} ms, even without routing; the layer adds {layer:.1f} ms"
+    moves = "sort, gather, un-sort" + (", stacked gradients" if backward else "")
+    return f"{moves} and unequal slices: {layer:.1f} ms over E equal chunks"

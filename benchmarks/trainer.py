@@ -1,0 +1,81 @@
+"""The trainer against a bare timm loop: same model, batches, optimiser settings, clipping and loss, nothing else in the bare one."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import dispatch_clip_grad
+from torch import Tensor, nn
+
+from lib.spec import BackboneSpec, DataSpec, RunSpec, TrainSpec
+from lib.train import fit
+
+TARGET = 0.05  # largest share of extra time
+NAME, SIDE, CLASSES, BATCH = "vit_small_patch14_dinov2", 56, 100, 32
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Seconds of the same steps in the two loops (medians over rounds)."""
+
+    bare_s: float
+    trainer_s: float
+
+    @property
+    def share(self) -> float:
+        """Extra time of the trainer over the bare loop."""
+        return self.trainer_s / self.bare_s - 1
+
+
+class _Ready:
+    """Images that are there already, in the shape of `lib.data.Split`: what is measured is the loop, not decoding."""
+
+    def __init__(self, count: int):
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.randn(count, 3, SIDE, SIDE, generator=generator)
+        self.labels = torch.randint(CLASSES, (count,), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, index: Tensor, spec: DataSpec, generator: torch.Generator | None = None) -> Tensor:
+        return self.images[index]
+
+
+def overhead(steps: int = 4, rounds: int = 20) -> Overhead:
+    """Train a dense ViT-S/14 at 56 px for `steps` steps with each loop in turn, `rounds` times after one to warm up."""
+    data = _Ready(steps * BATCH)
+    spec = RunSpec(data=DataSpec(image_size=SIDE), backbone=BackboneSpec(name=NAME), threads=torch.get_num_threads(),
+                   train=TrainSpec(epochs=1.0, batch=BATCH, layer_decay=0.65))
+    model = timm.create_model(NAME, img_size=SIDE, num_classes=CLASSES)
+    times: dict[str, list[float]] = {"bare": [], "trainer": []}
+    loops = {"bare": lambda: _bare(model, data, spec, steps), "trainer": lambda: fit(model, data, None, spec)}
+    for turn in range(rounds + 1):
+        for name, loop in loops.items():
+            start = time.perf_counter()
+            loop()
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return Overhead(statistics.median(times["bare"]), statistics.median(times["trainer"]))
+
+
+def _bare(model: nn.Module, data: _Ready, spec: RunSpec, steps: int) -> None:
+    train = spec.train
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=train.lr, weight_decay=train.weight_decay,
+                                    layer_decay=train.layer_decay, fused=True)
+    schedule = CosineLRScheduler(optimizer, t_initial=steps, warmup_t=round(train.warmup * steps), t_in_epochs=False)
+    model.train()
+    for step, index in enumerate(torch.randperm(len(data)).split(train.batch)):
+        schedule.step_update(step)
+        loss = F.cross_entropy(model(data.batch(index, spec.data)), data.labels[index], label_smoothing=train.label_smoothing)
+        optimizer.zero_grad()
+        loss.backward()
+        dispatch_clip_grad(model.parameters(), train.clip)
+        optimizer.step()

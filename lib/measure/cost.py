@@ -1,0 +1,347 @@
+"""What a model costs: parameters and multiply-adds (MACs), stored and active, by module; peak memory; time.
+
+`count` runs the model's own forward on the meta device, on a twin without data, and books each product as it is called, so
+fused attention counts like the written-out one. MoE layers are booked from their configuration, since what they compute
+depends on data. Torch's own counter runs along: a product that was not booked is an error, never a gap.
+
+Axis letters: **B** images, **N** tokens of an image, **D** width, **H** expert hidden width, **E** experts, **K** experts per
+token.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..models.experts import Experts
+from ..models.moe import MoELayer
+from ..models.routing import TopKRouter
+
+PRODUCTS = {"linear", "conv", "patch", "attention", "router"}  # kinds whose MACs count
+# Modules that hold parameters which are only added or multiplied elementwise: stored and active, but no MACs.
+ELEMENTWISE = {
+    "VisionTransformer", "Beit", "LayerScale", "ConvNeXtBlock", "WindowAttention",
+    "timm.models.beit.Attention", "timm.models.beit.Block",  # full names where the bare name is used for other things too
+}
+NORM_OPERATIONS = 5  # per element of a LayerNorm: the rule of the counter behind ViMoE's tables (fvcore's)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module. `active`: parameters that one image touches; None if that depends on data and was not given.
+
+    `macs`: multiply-adds for the counted images. `elements`: of the input, for norms only, for the same images.
+    """
+
+    module: str
+    kind: str  # linear, conv, patch, attention, norm, router, other
+    stored: int
+    active: float | None
+    macs: int = 0
+    elements: int = 0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The rows of a model and their totals. Own rule for MACs: linear layers, convolutions, patch embedding, attention
+    products and routers, one multiply-add each; a MoE layer counts the K experts (and the shared one) that a token passes, as
+    if no capacity refused any."""
+
+    rows: tuple[Row, ...]
+    images: int = 1
+
+    @property
+    def params_stored(self) -> int:
+        """All parameters."""
+        return sum(row.stored for row in self.rows)
+
+    @property
+    def params_active(self) -> float:
+        """Parameters that one image touches. ValueError if token-level routing leaves that open."""
+        if open_rows := [row.module for row in self.rows if row.active is None]:
+            raise ValueError(f"under token-level routing an image touches a number of experts that only data decide "
+                             f"({', '.join(open_rows)}): measure it and pass count(..., experts_per_image=...)")
+        return sum(row.active for row in self.rows)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of all counted images under the own rule."""
+        return sum(row.macs for row in self.rows)
+
+    def by_kind(self) -> dict[str, int]:
+        """MACs of each kind."""
+        out: dict[str, int] = {}
+        for row in self.rows:
+            out[row.kind] = out.get(row.kind, 0) + row.macs
+        return out
+
+    def table(self) -> pd.DataFrame:
+        """The rows as a frame: module, kind, stored, active, macs, elements."""
+        return pd.DataFrame([vars(row) for row in self.rows])
+
+
+def printed_gflops(cost: Cost, convention: str = "small") -> float:
+    """The "FLOPs" column of ViMoE's Tables 1 to 3 in G per image: multiply-adds, plus 5 operations per LayerNorm element.
+
+    convention="small" leaves the attention products out, as the table's ViT-S rows do; "base" has them in, as its ViT-B
+    rows do. The two are not comparable; show both.
+    """
+    if convention not in ("small", "base"):
+        raise ValueError(f"convention={convention!r} is unknown: 'small' (without attention products) or 'base' (with them)")
+    macs = sum(row.macs for row in cost.rows if convention == "base" or row.kind != "attention")
+    return (macs + NORM_OPERATIONS * sum(row.elements for row in cost.rows)) / cost.images / 1e9
+
+
+def count(model: nn.Module, image_size: int, images: int = 1, *, experts_per_image: float | None = None) -> Cost:
+    """Count a model on `images` square images of `image_size` pixels. The model is left as it is and may lie on any device.
+
+    experts_per_image: for token-level routing, how many experts an image touches on average, summed over all MoE layers and
+    with shared experts counted (the column of ViMoE's Table 4); spread evenly over the layers. MACs do not depend on it.
+    Raises ValueError for modules that hold parameters in a way unknown here and for products that it cannot book, by name.
+    """
+    twin = _twin(model)
+    stands = {name: _Stand() for name, module in twin.named_modules() if isinstance(module, MoELayer)}
+    layers = {name: twin.get_submodule(name) for name in stands}
+    for name, stand in stands.items():
+        twin.set_submodule(name, stand)
+    ledger = _Ledger(twin)
+    channels = next((m.in_channels for m in twin.modules() if isinstance(m, nn.Conv2d)), 3)
+    # The math path writes attention as two plain products, the only form that torch's counter sees on every device.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as torch_count, ledger:
+        twin(torch.empty(images, channels, image_size, image_size, device="meta"))
+    _agree(ledger, torch_count)
+
+    rows = _dense_rows(twin, ledger)
+    if experts_per_image is not None:
+        _check_share(experts_per_image, layers)
+    for name, layer in layers.items():
+        share = None if experts_per_image is None else experts_per_image / len(layers)
+        rows += _moe_rows(name, layer, stands[name].shape, images, share)
+    order = {name: at for at, (name, _) in enumerate(model.named_modules())}
+    return Cost(tuple(sorted(rows, key=lambda row: order[row.module])), images)
+
+
+# ---------------------------------------------------------------------------------------------------- counting
+
+
+class _Stand(nn.Module):
+    """In the place of a MoE layer: keeps the input's shape and lets the input through."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.shape = tuple(x.shape)
+        return x
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode whose tensors lie on the meta device: all the structure and none of the memory."""
+    memo = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
+    memo |= {id(b): b.detach().to("meta") for b in model.buffers()}
+    memo |= {id(m.tape): None for m in model.modules() if isinstance(m, MoELayer) and m.tape is not None}
+    return copy.deepcopy(model, memo).eval()
+
+
+class _Ledger(TorchFunctionMode):
+    """Books each product under the module that owns the weight, or that runs it if no weight is a parameter."""
+
+    def __init__(self, twin: nn.Module):
+        super().__init__()
+        self.macs: dict[str, int] = {}
+        self.attention: dict[str, int] = {}
+        self.elements: dict[str, int] = {}
+        self.root = type(twin).__name__
+        self._owner = {id(p): name for name, module in twin.named_modules() for p in module.parameters(recurse=False)}
+        self._running: list[str] = [""]
+        for name, module in twin.named_modules():
+            module.register_forward_pre_hook(lambda *_, name=name: self._running.append(name))
+            module.register_forward_hook(lambda *_: self._running.pop() and None)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        kind = getattr(func, "__name__", "")
+        given = list(args) + list((kwargs or {}).values())
+        if kind == "linear":
+            self._book(given[1], math.prod(out.shape) * given[0].shape[-1])
+        elif kind == "conv2d":
+            self._book(given[1], math.prod(out.shape) * math.prod(given[1].shape[1:]))
+        elif kind in ("matmul", "__matmul__", "bmm", "mm"):
+            self._book(given[1], math.prod(out.shape) * given[0].shape[-1])
+        elif kind == "scaled_dot_product_attention":
+            q, k, v = given[:3]
+            self._book(None, math.prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1]))
+        elif kind == "layer_norm":
+            weight = (kwargs or {}).get("weight", args[2] if len(args) > 2 else None)
+            self._add(self.elements, self._owner.get(id(weight), self._running[-1]), given[0].numel())
+        return out
+
+    def _book(self, weight, macs: int) -> None:
+        owner = self._owner.get(id(weight))
+        if owner is None:
+            self._add(self.attention, self._running[-1], macs)
+        else:
+            self._add(self.macs, owner, macs)
+
+    @staticmethod
+    def _add(book: dict[str, int], name: str, amount: int) -> None:
+        book[name] = book.get(name, 0) + amount
+
+
+def _agree(ledger: _Ledger, torch_count: FlopCounterMode) -> None:
+    """Torch's counter sees every product of the meta forward: a difference is a product that the ledger does not know."""
+    booked = sum(ledger.macs.values()) + sum(ledger.attention.values())
+    if 2 * booked == torch_count.get_total_flops():
+        return
+    suspects = []
+    for path, ops in torch_count.get_flop_counts().items():
+        name = path.removeprefix(ledger.root).removeprefix(".")
+        inside = sum(macs for book in (ledger.macs, ledger.attention) for owner, macs in book.items()
+                     if owner == name or owner.startswith(f"{name}.") or not name)
+        if path != "Global" and 2 * inside != sum(ops.values()):
+            suspects.append(f"{name or ledger.root} ({', '.join(str(op).removeprefix('aten.') for op in ops)})")
+    raise ValueError(f"products that cost.count cannot book, innermost last: {'; '.join(suspects)}. "
+                     "Add the function to _Ledger in lib/measure/cost.py, with a test against its formula")
+
+
+def _dense_rows(twin: nn.Module, ledger: _Ledger) -> list[Row]:
+    rows, unknown = [], []
+    for name, module in twin.named_modules():
+        held = sum(p.numel() for p in module.parameters(recurse=False))
+        if isinstance(module, nn.LayerNorm):
+            kind = "norm"
+        elif isinstance(module, nn.Linear):
+            kind = "linear"
+        elif isinstance(module, nn.Conv2d):
+            kind = "patch" if name.startswith(("patch_embed.", "stem.")) else "conv"
+        elif held and not _elementwise(module):
+            unknown.append(f"{name or 'the model itself'} ({type(module).__name__})")
+            continue
+        else:
+            kind = "other"
+        if name in ledger.attention:
+            rows.append(Row(name, "attention", 0, 0, ledger.attention[name]))
+        if held or name in ledger.elements:
+            rows.append(Row(name, kind, held, held, ledger.macs.get(name, 0), ledger.elements.get(name, 0)))
+    if unknown:
+        raise ValueError(f"modules with parameters that cost.count does not know: {'; '.join(unknown)}. Known are Linear, "
+                         f"Conv2d, LayerNorm, MoELayer and {', '.join(sorted(ELEMENTWISE))} of timm")
+    return rows
+
+
+def _elementwise(module: nn.Module) -> bool:
+    return any(c.__name__ in ELEMENTWISE or f"{c.__module__}.{c.__qualname__}" in ELEMENTWISE for c in type(module).__mro__)
+
+
+def _moe_rows(name: str, layer: MoELayer, shape: tuple[int, ...], images: int, touched: float | None) -> list[Row]:
+    """Rows of one MoE layer that saw (B, ..., D). `touched`: experts an image touches under token routing, with the shared."""
+    experts, router, rows = layer.experts, layer.router, []
+    if type(experts) is not Experts or type(router).__name__ not in ("TopKRouter", "AllExperts"):
+        raise ValueError(f"{name}: cost.count does not know the pair {type(router).__name__} and {type(experts).__name__}")
+    tokens = math.prod(shape[:-1])
+    if isinstance(router, TopKRouter):
+        decisions = images if router.per_image else tokens
+        rows.append(Row(f"{name}.router", "router", router.weight.numel(), router.weight.numel(),
+                        decisions * router.weight.numel()))
+    data_decide = isinstance(router, TopKRouter) and not router.per_image and router.top_k < router.experts
+    for part in ("fc1", "fc2"):
+        stack = getattr(experts, part)
+        one = stack.weight[0].numel() + stack.bias[0].numel()
+        active: float | None = router.top_k * one
+        if data_decide:
+            active = None if touched is None else (touched - (layer.shared is not None)) * one
+        rows.append(Row(f"{name}.experts.{part}", "linear", experts.experts * one, active,
+                        tokens * router.top_k * stack.weight[0].numel()))
+    if layer.shared is not None:
+        for part in ("fc1", "fc2"):
+            linear = getattr(layer.shared, part)
+            held = sum(p.numel() for p in linear.parameters())
+            rows.append(Row(f"{name}.shared.{part}", "linear", held, held, tokens * linear.weight.numel()))
+    if sum(row.stored for row in rows) != sum(p.numel() for p in layer.parameters()):
+        raise ValueError(f"{name}: parameters beside router, fc1 and fc2 (an activation with parameters?) have no row in "
+                         "cost.count")
+    return rows
+
+
+def _check_share(experts_per_image: float, layers: dict[str, MoELayer]) -> None:
+    least = sum(layer.router.top_k + (layer.shared is not None) for layer in layers.values())
+    most = sum(layer.experts.experts + (layer.shared is not None) for layer in layers.values())
+    if not least <= experts_per_image <= most:
+        raise ValueError(f"experts_per_image={experts_per_image} is summed over all {len(layers)} MoE layers, shared experts "
+                         f"included: valid is {least} to {most}")
+
+
+# ------------------------------------------------------------------------------------------------ memory and time
+
+
+def peak_rss_mib(reset: bool = False) -> float:
+    """Largest resident set of this process so far, in MiB, since the last reset where the OS permits one (Linux).
+
+    reset=True starts a new measurement after reading; where that is not permitted the peak goes on from process start.
+    """
+    try:
+        with open("/proc/self/status") as status:
+            peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) / 1024
+        if reset:
+            try:
+                with open("/proc/self/clear_refs", "w") as refs:
+                    refs.write("5")  # 5 = set the high-water mark to the present size
+            except OSError:
+                pass
+        return peak
+    except (OSError, StopIteration):
+        import resource
+        import sys
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Wall time of one call in ms: median, and the 5 %, 25 %, 75 % and 95 % quantiles over `repeats` calls."""
+
+    median: float
+    q05: float
+    q25: float
+    q75: float
+    q95: float
+    repeats: int
+
+
+def latency(fn: Callable[[], object], repeats: int = 20, warmup: int = 3) -> Latency:
+    """Time `fn` after `warmup` calls; at least 20 repeats, so that the quantiles mean something."""
+    return compare({"": fn}, repeats, warmup)[""]
+
+
+def compare(candidates: dict[str, Callable[[], object]], repeats: int = 20, warmup: int = 3) -> dict[str, Latency]:
+    """Time several functions in turn (a b c a b c ...), so that a drift of the machine meets all of them alike."""
+    if repeats < 20:
+        raise ValueError(f"repeats={repeats} is too few for a median with quantiles: at least 20")
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(warmup + repeats):
+        for name, fn in candidates.items():
+            _synchronize()
+            start = time.perf_counter()
+            fn()
+            _synchronize()
+            if turn >= warmup:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: _summary(values) for name, values in times.items()}
+
+
+def _summary(values: list[float]) -> Latency:
+    cuts = statistics.quantiles(values, n=20, method="inclusive")
+    return Latency(statistics.median(values), cuts[0], cuts[4], cuts[14], cuts[18], len(values))
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()

@@ -1,0 +1,86 @@
+"""BackboneSpec -> a timm model with the right input size, head and starting weights."""
+
+from __future__ import annotations
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from .. import weights
+from ..spec import BackboneSpec, MoESpec, RunSpec
+from .upcycle import upcycle
+
+
+def build(spec: RunSpec, classes: int, channels: int, parent: dict[str, Tensor] | None = None) -> nn.Module:
+    """The model of a run before training: backbone, its weights (or the parent's), then the surgery.
+
+    parent: final state of `spec.init`. A parent with the same MoE layers is loaded after the surgery, a dense one before it.
+    Random parts (head, router, weights that are not pretrained) depend on `spec.seed` alone; the global generator is left
+    as it was. Raises ValueError as `create`, `upcycle` and `load_weights` do.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        model = create(spec.backbone, spec.data.image_size, classes, channels)
+        grown = spec.init is not None and spec.init.moe is not None
+        if grown and spec.init.moe != spec.moe:
+            raise ValueError("init already has MoE layers: moe must equal init.moe, a second surgery is not defined")
+        if spec.init is None and spec.backbone.weights:
+            load_weights(model, weights.fetch(spec.backbone.weights, spec.backbone.name), spec.backbone.weights)
+        if parent is not None and not grown:
+            load_weights(model, parent, f"run {spec.init.id}")
+        if spec.moe is not None:
+            upcycle(model, spec.moe, torch.Generator().manual_seed(spec.seed))
+        if parent is not None and grown:
+            load_weights(model, parent, f"run {spec.init.id}")
+    return model
+
+
+def create(spec: BackboneSpec, image_size: int, classes: int, channels: int) -> nn.Module:
+    """The timm model with random weights. Raises ValueError if timm lacks it or the sizes do not fit."""
+    if not timm.is_model(spec.name):
+        near = timm.list_models(f"*{spec.name.split('_')[0]}*")[:5]
+        raise ValueError(f"backbone name={spec.name!r} is not a timm model; near it: {', '.join(near) or 'none'}")
+    sizes = {"patch_size": spec.patch, "embed_dim": spec.width, "depth": spec.depth, "num_heads": spec.heads}
+    given = {name: value for name, value in sizes.items() if value is not None}
+    if _sized(spec.name):
+        given["img_size"] = image_size
+    try:
+        model = timm.create_model(spec.name, num_classes=classes, in_chans=channels, drop_path_rate=spec.drop_path, **given)
+    except TypeError as error:
+        raise ValueError(f"backbone {spec.name} does not take {', '.join(given)}: {error}") from error
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if patch and image_size % patch[0]:
+        raise ValueError(f"image_size={image_size} is not a multiple of the patch size {patch[0]} of {spec.name}")
+    return model
+
+
+def skeleton(name: str, image_size: int = 224, classes: int = 1000, moe: MoESpec | None = None) -> nn.Module:
+    """An architecture on the meta device: shapes without memory, for counting and for checking a spec."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        model = create(BackboneSpec(name=name), image_size, classes, channels=3)
+        return upcycle(model, moe) if moe is not None else model
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], origin: str) -> None:
+    """Copy `state` into `model`; position embeddings of another resolution are resampled by timm.
+
+    The classifier head may differ or be absent: then the fresh one stays. Any other difference raises ValueError.
+    """
+    state = checkpoint_filter_fn(dict(state), model) if isinstance(model, VisionTransformer) else dict(state)
+    mine = model.state_dict()
+    head = model.pretrained_cfg["classifier"]
+    for name in [n for n in state if n.startswith(f"{head}.") and (n not in mine or mine[n].shape != state[n].shape)]:
+        del state[name]
+    wrong = [n for n in state if n not in mine or mine[n].shape != state[n].shape]
+    absent = [n for n in mine if n not in state and not n.startswith(f"{head}.")]
+    if wrong or absent:
+        raise ValueError(f"weights of {origin} do not fit {type(model).__name__}: "
+                         f"{len(wrong)} do not match (first {wrong[:3]}), {len(absent)} are absent (first {absent[:3]})")
+    model.load_state_dict(state, strict=False)
+
+
+def _sized(name: str) -> bool:
+    """Architectures that are built for one input size take `img_size`; convolutional ones do not."""
+    module = timm.model_entrypoint(name).__module__
+    return any(kind in module for kind in ("vision_transformer", "deit", "beit", "swin"))

@@ -1,0 +1,83 @@
+"""The MoE layer and the tape that carries its decisions to whoever asked for them.
+
+Axis letters: **B** images, **N** tokens of an image, **T** = B*N, **D** width, **E** experts, **K** experts per token.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from .experts import Experts
+from .routing import Routing
+
+
+class RoutingTape:
+    """Collects the `Routing` of each MoE layer of a model during one forward pass.
+
+        with RoutingTape(model) as tape:
+            logits = model(images)
+        for name, routing in tape: ...
+
+    Entries are keyed by module and hold live tensors. A second pass of one layer inside the same tape (gradient
+    checkpointing recomputes the forward in backward) is ignored if the tape is closed by then, and replaces the entry if not.
+    Without an open tape a layer keeps nothing. A tape can be opened again: it starts empty.
+    """
+
+    def __init__(self, model: nn.Module):
+        # Order of definition in the model, so entries come out from the shallowest layer to the deepest.
+        self.layers = {module: name for name, module in model.named_modules() if isinstance(module, MoELayer)}
+        self._entries: dict[MoELayer, Routing] = {}
+
+    def __enter__(self) -> RoutingTape:
+        busy = [name for layer, name in self.layers.items() if layer.tape is not None]
+        if busy:  # looked for before any layer is touched: a refused tape leaves nothing behind
+            raise RuntimeError(f"{', '.join(busy)} already writes to an open RoutingTape: close it first")
+        for layer in self.layers:
+            layer.tape = self
+        self._entries.clear()
+        return self
+
+    def __getitem__(self, layer: MoELayer) -> Routing:
+        """The Routing of one layer; KeyError if it did not run under this tape."""
+        return self._entries[layer]
+
+    def __exit__(self, *exc) -> None:
+        for layer in self.layers:
+            layer.tape = None
+
+    def write(self, layer: MoELayer, routing: Routing) -> None:
+        """Called by the layer."""
+        self._entries[layer] = routing
+
+    def __iter__(self):
+        """(name, Routing) of each MoE layer that ran, from the input to the output of the model."""
+        return ((name, self._entries[layer]) for layer, name in self.layers.items() if layer in self._entries)
+
+    def routings(self) -> list[Routing]:
+        """The routings alone, from the input to the output of the model."""
+        return [routing for _, routing in self]
+
+
+class MoELayer(nn.Module):
+    """Router, experts and an optional shared expert in the place of an MLP.
+
+    Without shared expert y = sum_k w_k E_k(x); with it y = E_s(x) + sum_k w_k E_k(x) (ViMoE, eqs 4 and 5).
+    Input and output: (B, ..., D); the axes between are tokens (one axis in a ViT, two in Swin and ConvNeXt).
+    """
+
+    def __init__(self, router: nn.Module, experts: Experts, shared: nn.Module | None = None):
+        super().__init__()
+        self.router, self.experts, self.shared = router, experts, shared
+        self.tape: RoutingTape | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, ..., D) -> same shape; hands the Routing to the open tape, if there is one."""
+        b, d = x.shape[0], x.shape[-1]
+        tokens = x.reshape(b, math.prod(x.shape[1:-1]), d)  # -1 would not do for an empty batch
+        routing = self.router(tokens)
+        if self.tape is not None:
+            self.tape.write(self, routing)
+        out = self.experts(tokens.reshape(-1, d), routing).view(x.shape)
+        return out if self.shared is None else out + self.shared(x)

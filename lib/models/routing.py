@@ -1,0 +1,169 @@
+"""Routers: who goes where. Every strategy ends in one `Routing`; no router touches expert weights.
+
+Axis letters: **B** images, **N** tokens of an image, **T** = B*N, **D** width, **E** experts, **K** experts per token,
+**A** assignments (T*K minus what was dropped).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a router decided, and nothing else. Tensors are live: losses differentiate through them.
+
+    token: (A,) row of the (T, D) input; expert: (A,) its expert; weight: (A,) factor on the expert's output.
+    probs: (R, E) router probabilities and logits: (R, E), where R = T, or B if one decision serves a whole image.
+    choice: (R, K) chosen experts before any dropping, best first. dropped: (T,) number of refused choices of a token.
+    """
+
+    token: Tensor
+    expert: Tensor
+    weight: Tensor
+    probs: Tensor
+    logits: Tensor
+    choice: Tensor
+    dropped: Tensor
+    shape: tuple[int, int]  # (B, N)
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return self.probs.shape[-1]
+
+    @property
+    def per_image(self) -> bool:
+        """True if one decision serves all tokens of an image."""
+        return self.probs.shape[0] == self.shape[0] and self.shape[1] > 1
+
+    def load(self) -> Tensor:
+        """(E,) assignments that each expert got."""
+        return torch.bincount(self.expert, minlength=self.experts)
+
+    def token_choice(self) -> Tensor:
+        """(B, N, K) chosen experts of each token, best first; image-level decisions are repeated over tokens."""
+        b, n = self.shape
+        k = self.choice.shape[-1]
+        if self.per_image:
+            return self.choice.view(b, 1, k).expand(b, n, k)
+        return self.choice.view(b, n, k)
+
+
+class TopKRouter(nn.Module):
+    """Linear router with softmax and top-k choice, for each token or for each image.
+
+    Token level (V-MoE 2106.05974; Switch 2101.03961) reads every token; image level (ViMoE, section 3.1) reads the class
+    token of the normed MLP input, or the mean token, and its decision is shared by all tokens of the image.
+
+    gate="printed": the weight is the softmax probability over all E experts. gate="renormalised": g / sum of the chosen g,
+    which for K = 1 is g / stopgrad(g): weight one in value, while the router's gradient does not vanish.
+    capacity_factor: an expert serves at most ceil(capacity_factor * K * T / E) assignments of a batch, earlier tokens
+    and first choices first (GShard 2006.16668); None never drops.
+    noise: std of normal logit noise in training, in units of 1/E (V-MoE uses 1).
+    """
+
+    def __init__(self, width: int, experts: int, top_k: int, *, per_image: bool = False, pool: str = "class",
+                 gate: str = "printed", capacity_factor: float | None = None, noise: float = 0.0, std: float = 0.02,
+                 generator: torch.Generator | None = None):
+        super().__init__()
+        self.experts, self.top_k, self.per_image, self.pool = experts, top_k, per_image, pool
+        self.gate, self.capacity_factor, self.noise = gate, capacity_factor, noise
+        self.weight = nn.Parameter(torch.empty(experts, width))
+        self.std = std
+        # Added to the scores for the choice only, never to the weights (loss-free balancing, 2408.15664).
+        self.register_buffer("choice_bias", torch.zeros(experts))
+        self.reset(generator)
+
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """Draw the router anew: normal with `std`; zero std leaves ties, which top-k breaks by index."""
+        with torch.no_grad():
+            self.weight.normal_(0.0, self.std, generator=generator) if self.std else self.weight.zero_()
+
+    def forward(self, x: Tensor) -> Routing:
+        """x: (B, N, D) input of the MLP -> the Routing of its T = B*N tokens."""
+        b, n, d = x.shape
+        if self.per_image:
+            rows = x[:, 0] if self.pool == "class" else x.mean(dim=1)
+        else:
+            rows = x.reshape(b * n, d)
+        # Router arithmetic stays in float32 under autocast: bf16 logits flip close decisions (Switch, section 2.4).
+        with torch.autocast(x.device.type, enabled=False):
+            logits = rows.float() @ self.weight.float().t()
+        noisy = logits
+        if self.training and self.noise:
+            noisy = logits + torch.randn_like(logits) * (self.noise / self.experts)
+        probs = noisy.softmax(dim=-1)
+        choice = (probs.detach() + self.choice_bias).topk(self.top_k, dim=-1).indices
+        weight = self._weights(probs.gather(1, choice))
+        return assign(choice, weight, probs, logits, (b, n), self.capacity_factor)
+
+    def _weights(self, gates: Tensor) -> Tensor:
+        if self.gate == "printed":
+            return gates
+        if self.top_k == 1:
+            return gates / gates.detach()
+        return gates / gates.sum(dim=-1, keepdim=True)
+
+    def extra_repr(self) -> str:
+        level = f"image ({self.pool} token)" if self.per_image else "token"
+        return f"experts={self.experts}, top_k={self.top_k}, level={level}, gate={self.gate}"
+
+
+class AllExperts(nn.Module):
+    """No router: every token passes every expert, with weight 1 (printed: the sum) or 1/E (renormalised: the mean).
+
+    With two experts and weight 1 this is the dense two-FFN model of ViMoE's Table 3.
+    """
+
+    def __init__(self, experts: int, gate: str = "printed"):
+        super().__init__()
+        self.experts = self.top_k = experts
+        self.gate = gate
+
+    def forward(self, x: Tensor) -> Routing:
+        """x: (B, N, D) -> a Routing with E assignments a token and uniform probabilities."""
+        b, n, _ = x.shape
+        probs = torch.full((b * n, self.experts), 1.0 / self.experts, device=x.device)
+        choice = torch.arange(self.experts, device=x.device).expand(b * n, -1)
+        weight = torch.ones_like(probs) if self.gate == "printed" else probs
+        return assign(choice, weight, probs, torch.zeros_like(probs), (b, n))
+
+
+def capacity(factor: float, top_k: int, tokens: int, experts: int) -> int:
+    """Slots per expert: ceil(factor * K * T / E), at least one."""
+    return max(1, -int(-factor * top_k * tokens // experts))
+
+
+def assign(choice: Tensor, weight: Tensor, probs: Tensor, logits: Tensor, shape: tuple[int, int],
+           capacity_factor: float | None = None) -> Routing:
+    """Chosen experts -> Routing. choice, weight: (R, K), with R = T, or R = B for one decision an image.
+
+    Assignments are listed choice by choice (all first choices, then all second ones), so that a full expert refuses later
+    tokens and lower choices first.
+    """
+    b, n = shape
+    tokens, top_k = b * n, choice.shape[-1]
+    if choice.shape[0] == b and n > 1:
+        choice_t = choice.repeat_interleave(n, dim=0)
+        weight_t = weight.repeat_interleave(n, dim=0)
+    else:
+        choice_t, weight_t = choice, weight
+    expert = choice_t.t().reshape(-1)
+    flat_weight = weight_t.t().reshape(-1)
+    token = torch.arange(tokens, device=choice.device).repeat(top_k)
+    dropped = torch.zeros(tokens, dtype=torch.long, device=choice.device)
+    if capacity_factor is not None:
+        slots = capacity(capacity_factor, top_k, tokens, probs.shape[-1])
+        order = torch.argsort(expert, stable=True)
+        counts = torch.bincount(expert, minlength=probs.shape[-1])
+        start = counts.cumsum(0) - counts
+        rank = torch.empty_like(expert)
+        rank[order] = torch.arange(expert.numel(), device=expert.device) - start[expert[order]]
+        keep = rank < slots
+        dropped.index_add_(0, token[~keep], torch.ones_like(token[~keep]))
+        token, expert, flat_weight = token[keep], expert[keep], flat_weight[keep]
+    return Routing(token, expert, flat_weight, probs, logits, choice, dropped, shape)

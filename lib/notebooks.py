@@ -1,0 +1,297 @@
+"""What a notebook says about itself: its parameters, its profiles and the runs that it wants.
+
+A source notebook starts with two tagged cells. `parameters` holds annotated scalars with a trailing comment, `specs` holds
+`grid(p) -> dict[str, list[RunSpec]]`. Everything here works from the text of these two cells and from the YAML files in
+`notebooks/profiles`, so a build can be planned without running a notebook and without importing torch.
+
+A notebook is named by its key, the path below `notebooks/` without the ending: `vimoe/layer_scan`.
+
+Allowed annotations are those that `papermill --help-notebook` prints well: `int`, `float`, `bool`, `str`, and
+`list[int]`, `list[float]`, `list[str]`. A default of None means "the profile decides", so no `| None` is written (papermill
+would not read the line). A list may be given as one value or as text, `-p experts 8` or `-p experts 2,4,8`; it arrives as
+a tuple.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from .paths import ROOT
+
+if TYPE_CHECKING:
+    from .spec import RunSpec
+
+PROFILES = ("smoke", "quick", "small", "paper")
+SCALARS: dict[str, type] = {"int": int, "float": float, "bool": bool, "str": str}
+
+# Parameters of these names change the profile's base run; None leaves it as the profile says.
+BASE_FIELDS = {"data": ("data", "name"), "image_size": ("data", "image_size"), "train_images": ("data", "train"),
+               "backbone": ("backbone", "name"), "weights": ("backbone", "weights"), "epochs": ("train", "epochs"),
+               "lr": ("train", "lr"), "batch": ("train", "batch")}
+
+asked: dict[tuple[str, str], dict[str, Any]] = {}  # profiles that this process was asked for; part of the manifest
+
+
+class NotebookError(ValueError):
+    """Bad input to a notebook: the message names the field, the value and what is valid."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One line of the parameters cell."""
+
+    name: str
+    annotation: str
+    default: Any
+    help: str
+
+
+class Profile:
+    """The parameters of one notebook under one profile, as attributes. Read-only; an unknown name is an error."""
+
+    def __init__(self, notebook: str, values: Mapping[str, Any]) -> None:
+        self.__dict__.update(values, notebook=notebook)
+
+    @property
+    def base(self) -> RunSpec:
+        """The run that the profile starts from: data, backbone, budget. A grid varies it with `p.base.but(...)`."""
+        from .spec import RunSpec
+
+        if not self.base_fields:
+            raise NotebookError(f"notebooks/profiles/{self.profile}.yaml has no `base`: it describes the run that grids vary")
+        return RunSpec.model_validate_json(json.dumps(self.base_fields))
+
+    def __getattr__(self, name: str) -> Any:  # only reached for names that are not there
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise AttributeError(f"{self.notebook} has no parameter {name!r}; it has {', '.join(sorted(self.__dict__))}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"parameters are read-only; give {name}={value!r} to lib.profile instead")
+
+    def __repr__(self) -> str:
+        return f"Profile({', '.join(f'{k}={v!r}' for k, v in sorted(self.__dict__.items()))})"
+
+
+def key_of(name: str | Path) -> str:
+    """`vimoe/cost`, `notebooks/vimoe/cost.ipynb` or a path to the source -> the key, checked to exist."""
+    folder = ROOT / "notebooks"
+    path = Path(name)
+    for candidate in (path if path.is_absolute() else Path.cwd() / path, ROOT / path, folder / path):
+        candidate = candidate.with_name(candidate.name.removesuffix(".ipynb") + ".ipynb")
+        if candidate.is_file() and candidate.resolve().is_relative_to(folder.resolve()):
+            return candidate.resolve().relative_to(folder.resolve()).as_posix().removesuffix(".ipynb")
+    known = sorted(p.relative_to(folder).as_posix().removesuffix(".ipynb") for p in folder.glob("*/*.ipynb"))
+    raise NotebookError(f"no notebook {str(name)!r}; there are: {', '.join(known) or 'none'}")
+
+
+def source(key: str) -> Path:
+    """The source notebook of a key."""
+    path = ROOT / "notebooks" / f"{key}.ipynb"
+    if not path.is_file():
+        raise NotebookError(f"no notebook {key!r}: notebooks/{key}.ipynb is not there")
+    return path
+
+
+def cell(key: str, tag: str) -> str:
+    """Source text of the first cell with a tag."""
+    for item in json.loads(source(key).read_text(encoding="utf-8"))["cells"]:
+        if item["cell_type"] == "code" and tag in item.get("metadata", {}).get("tags", ()):
+            return "".join(item["source"])
+    raise NotebookError(f"notebooks/{key}.ipynb has no code cell tagged {tag!r}; tag its cell in the cell's metadata")
+
+
+def _check_line(where: str, line: str, name: str, annotation: str) -> None:
+    """The form that papermill's inspector reads too, so that its help is complete."""
+    base = re.fullmatch(r"list\[(\w+)\]", annotation)
+    if (base.group(1) if base else annotation) not in SCALARS:
+        raise NotebookError(f"{where}: {name} is annotated {annotation!r}; valid: {', '.join(SCALARS)}, list[int], ...")
+    if "#" not in line or not line.split("#", 1)[1].strip():
+        raise NotebookError(f"{where}: {name} needs a trailing comment that says what it is, with unit and usual range")
+    if line.count("=") != 1:
+        raise NotebookError(f"{where}: the line of {name} has more than one '='; papermill cannot read it, reword it")
+
+
+def parameters(key: str) -> dict[str, Parameter]:
+    """The parameters cell, parsed but not run."""
+    text, where = cell(key, "parameters"), f"notebooks/{key}.ipynb, parameters cell"
+    lines, out = text.splitlines(), {}
+    for node in ast.parse(text).body:
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name) or node.value is None:
+            raise NotebookError(f"{where}: only lines like `seed: int = 0  # what it is` are allowed, got "
+                                f"{lines[node.lineno - 1]!r}")
+        line, name, annotation = lines[node.lineno - 1], node.target.id, ast.unparse(node.annotation)
+        _check_line(where, line, name, annotation)
+        default = ast.literal_eval(node.value)
+        out[name] = Parameter(name, annotation, default, line.split("#", 1)[1].strip())
+        if default is not None:
+            out[name] = Parameter(name, annotation, typed(key, out[name], default), out[name].help)
+    if next(iter(out), None) != "profile" or out["profile"].annotation != "str":
+        raise NotebookError(f"{where}: the first line must be `profile: str = \"quick\"  # ...`")
+    if "notebook" in out:
+        raise NotebookError(f"{where}: 'notebook' is taken, it holds the notebook's name; choose another name")
+    return out
+
+
+def typed(key: str, parameter: Parameter, value: Any) -> Any:
+    """`value` as the annotation says, or an error. Nothing is guessed: True is no int, 1.5 is no int, 8 is a float."""
+    kind = parameter.annotation
+    if kind.startswith("list["):
+        items = value.split(",") if isinstance(value, str) else value
+        items = list(items) if isinstance(items, (list, tuple)) else [items]
+        return tuple(_scalar(key, parameter, kind[5:-1], i.strip() if isinstance(i, str) else i, value) for i in items)
+    return _scalar(key, parameter, kind, value, value)
+
+
+def _scalar(key: str, parameter: Parameter, kind: str, item: Any, given: Any) -> Any:
+    if isinstance(item, str) and kind in ("int", "float") and parameter.annotation.startswith("list["):
+        item = _number(item, kind)  # parts of "2,4,8"
+    ok = isinstance(item, SCALARS[kind]) and (kind == "bool" or not isinstance(item, bool))
+    if kind == "float" and isinstance(item, int) and not isinstance(item, bool):
+        item, ok = float(item), True
+    if not ok or (isinstance(item, float) and not math.isfinite(item)):
+        raise NotebookError(f"{parameter.name}={given!r} for {key} is not {parameter.annotation}: {parameter.help}")
+    return item
+
+
+def _number(text: str, kind: str) -> Any:
+    try:
+        return SCALARS[kind](text)
+    except ValueError:
+        return text  # left as it is: the caller refuses it with the name of the parameter
+
+
+def from_text(key: str, given: Mapping[str, str]) -> dict[str, Any]:
+    """Overrides as typed on a command line -> typed values; unknown names and bad values are refused."""
+    known, out = parameters(key), {}
+    for name, text in given.items():
+        parameter = _known(key, known, name, "unknown parameter")
+        kind, value = parameter.annotation, text
+        if kind in ("int", "float"):
+            value = _number(text, kind)
+        elif kind == "bool":
+            value = {"true": True, "false": False}.get(text.lower(), text)
+        out[name] = typed(key, parameter, value)
+    return out
+
+
+def _known(key: str, known: Mapping[str, Parameter], name: str, what: str) -> Parameter:
+    if name not in known:
+        listing = "; ".join(f"{p.name}: {p.annotation}" for p in known.values())
+        raise NotebookError(f"{what} {name!r} for {key}; it has {listing}")
+    return known[name]
+
+
+def check_profile(name: Any) -> str:
+    """A profile's name, checked."""
+    if name not in PROFILES:
+        raise NotebookError(f"unknown profile {name!r}; valid: {', '.join(PROFILES)}")
+    return name
+
+
+def profile_table(name: str) -> dict[str, dict[str, Any]]:
+    """The YAML file of a profile: notebook key -> values, and `defaults` for values that notebooks share."""
+    path = ROOT / "notebooks" / "profiles" / f"{check_profile(name)}.yaml"
+    if not path.is_file():
+        raise NotebookError(f"profile {name!r} has no file notebooks/profiles/{name}.yaml")
+    table = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(table, dict) or not all(isinstance(v, (dict, type(None))) for v in table.values()):
+        raise NotebookError(f"notebooks/profiles/{name}.yaml must map notebooks to {{parameter: value}}")
+    return {key: values or {} for key, values in table.items()}
+
+
+def has_profile(key: str, name: str) -> bool:
+    """Whether a notebook has values for a profile at all (the paper profile may come later than the notebook)."""
+    try:
+        return key in profile_table(name)
+    except NotebookError:
+        return False
+
+
+def profile(notebook: str, name: str, /, **given: Any) -> Profile:
+    """The parameters of `notebook` under profile `name`; a value in `given` that is not None wins.
+
+    Order: given, then the notebook's entry in `notebooks/profiles/<name>.yaml`, then that file's `defaults`, then the
+    default in the parameters cell. A parameter that is None after all this is an error, unless the YAML says null.
+    """
+    known, table = parameters(notebook), profile_table(name)
+    where = f"notebooks/profiles/{name}.yaml"
+    if notebook not in table:
+        listed = ", ".join(key for key in table if key not in ("defaults", "base"))
+        raise NotebookError(f"{where} has no entry for {notebook!r}; it has {listed or 'none'}")
+    for field in table[notebook]:
+        if _known(notebook, known, field, f"{where} sets the unknown parameter").default is not None:
+            # the notebook hands its default over as an explicit value, so the profile's would be lost in silence
+            raise NotebookError(f"{where} sets {field} of {notebook}, whose default is {known[field].default!r}; a profile "
+                                f"decides only what is None in the parameters cell")
+    for field in given:
+        _known(notebook, known, field, "unknown parameter")
+    if given.get("profile", name) != name:
+        raise NotebookError(f"profile is given twice: {name!r} and {given['profile']!r}")
+    shared = table.get("defaults", {})
+    values: dict[str, Any] = {"profile": name}
+    for field, parameter in known.items():
+        if field == "profile":
+            continue
+        if given.get(field) is not None:
+            values[field] = typed(notebook, parameter, given[field])
+        elif field in table[notebook] or (field in shared and parameter.default is None):
+            value = table[notebook].get(field, shared.get(field))
+            values[field] = None if value is None else typed(notebook, parameter, value)
+        elif parameter.default is not None:
+            values[field] = parameter.default
+        elif field in BASE_FIELDS and "base" in table:
+            part, entry = BASE_FIELDS[field]
+            values[field] = table["base"].get(part, {}).get(entry)
+        else:
+            raise NotebookError(f"{field} of {notebook} is None and {where} does not set it; give {field}, or set it there")
+    chosen = {field: values[field] for field in BASE_FIELDS if given.get(field) is not None or field in table[notebook]}
+    values["base_fields"] = _base_fields(table.get("base", {}), chosen)
+    if all(value is None or value == known[field].default for field, value in given.items() if field != "profile"):
+        asked[notebook, name] = dict(values)  # as the profile has them; overridden values belong to no page of the book
+    return Profile(notebook, values)
+
+
+def _base_fields(base: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The base run of a profile as plain values, with the chosen parameters in it.
+
+    `init` of the YAML names only what differs from the base: a backbone that is trained once and started from. Another
+    backbone or other weights start without it, and another backbone forgets the sizes of the old one.
+    """
+    fields = json.loads(json.dumps(base))
+    parent = fields.pop("init", None)
+    for name, value in chosen.items():
+        part, entry = BASE_FIELDS[name]
+        if name == "backbone":
+            fields[part] = {}
+        fields.setdefault(part, {})[entry] = value
+    if parent is not None and not {"backbone", "weights"} & chosen.keys():
+        fields["init"] = {name: {**fields[name], **parent.get(name, {})} if isinstance(fields.get(name), dict) else
+                          parent.get(name, fields.get(name)) for name in {**fields, **parent}}
+    return fields
+
+
+def plan(key: str, name: str, **given: Any) -> dict[str, list[RunSpec]]:
+    """The runs that a notebook wants, from its two tagged cells alone."""
+    space: dict[str, Any] = {"__name__": f"plan:{key}"}
+    exec(compile(cell(key, "parameters"), f"notebooks/{key}.ipynb[parameters]", "exec"), space)
+    space.update(given, profile=check_profile(name))  # where papermill puts its injected cell
+    exec(compile(cell(key, "specs"), f"notebooks/{key}.ipynb[specs]", "exec"), space)
+    if not callable(space.get("grid")):
+        raise NotebookError(f"notebooks/{key}.ipynb: the specs cell must define grid(p) -> dict[str, list[RunSpec]]")
+    served = getattr(space.get("p"), "notebook", key)
+    if served != key:
+        raise NotebookError(f"notebooks/{key}.ipynb asks lib.profile for {served!r}; write {key!r}")
+    runs = space["grid"](profile(key, name, **given))
+    if not isinstance(runs, dict) or not all(isinstance(v, list) for v in runs.values()):
+        raise NotebookError(f"notebooks/{key}.ipynb: grid(p) must return dict[str, list[RunSpec]], got {runs!r:.80}")
+    return runs

@@ -1,0 +1,42 @@
+"""Published values and claims, read from `data/papers/NAME.yaml`: each value set with its source, units and confidence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from . import paths
+
+files_read: list[Path] = []  # in order of first reading: the build names them in a page's manifest
+
+
+def names() -> list[str]:
+    """The papers that there are."""
+    return sorted(path.stem for path in paths.PAPERS.glob("*.yaml"))
+
+
+def load(name: str) -> dict[str, Any]:
+    """The content of one file: paper, tables, numbers, claims. Raises ValueError for an unknown name."""
+    path = paths.PAPERS / f"{name}.yaml"
+    if name not in names():
+        raise ValueError(f"no published values called {name!r}: known are {', '.join(names()) or 'none'}; a new paper is a file "
+                         f"{path.relative_to(paths.ROOT)}")
+    if path not in files_read:
+        files_read.append(path)
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def table(name: str, table_id: str) -> pd.DataFrame:
+    """One value set as a frame; `.attrs` holds its source, units, confidence and what it is about."""
+    tables = load(name)["tables"]
+    if table_id not in tables:
+        raise ValueError(f"{name} has no table {table_id!r}: it has {', '.join(tables)}")
+    entry = dict(tables[table_id])
+    frame = pd.DataFrame(entry.pop("rows"), columns=entry.pop("columns"))
+    for column in frame.columns.intersection(["experts"]):
+        frame[column] = frame[column].astype("Int64")  # integers with gaps: dense rows have no number of experts
+    frame.attrs = entry
+    return frame

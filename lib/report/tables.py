@@ -1,0 +1,202 @@
+"""Tables that keep their sources apart: published, reproduced, this build. HTML that scrolls sideways on a phone.
+
+A cell is a number, an Interval (printed with interval and n), a text, None (no value) or `secondary(...)`. The cell of a
+missing record stays empty but for a mark; the note below the table says which command fills it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lib.measure.stats import Interval, format_interval
+
+__all__ = ["GROUPS", "Secondary", "Table", "secondary", "table", "three_groups"]
+
+GROUPS = ("published", "reproduced", "this build")
+MISSING = "–"  # followed by the number of the note with the command
+_NUMERALS = "¹²³⁴⁵⁶⁷⁸⁹"
+
+
+@dataclass(frozen=True)
+class Secondary:
+    """A published value that was not read from its source but from a third party's account."""
+
+    value: Any
+    source: str
+
+
+def secondary(value: Any, source: str) -> Secondary:
+    """Marks a published value as retold: printed with a dagger and a note naming the source that retells it."""
+    return Secondary(value, source)
+
+
+@dataclass(frozen=True)
+class Table:
+    """The formatted cells, ready to be displayed. frame: strings only; notes: lines below the table."""
+
+    frame: pd.DataFrame
+    caption: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def html(self) -> str:
+        """Scrollable table with caption and notes. Times of the build stay out, so equal tables are equal text."""
+        styler = self.frame.style.format(escape="html").format_index(escape="html", axis=1).hide(axis="index")
+        styler.set_uuid(self._uuid)
+        styler.set_table_attributes('class="dataframe" style="border-collapse:collapse;white-space:nowrap"')
+        styler.map(_look)
+        if self.frame.columns.nlevels == 2:
+            # A rule between the groups: the eye must not run from one source into the next.
+            starts = [i for i in range(1, self.frame.shape[1]) if self.frame.columns[i][0] != self.frame.columns[i - 1][0]]
+            styler.set_table_styles([{"selector": f".col{i}", "props": "border-left:2px solid #888;padding-left:0.8em"}
+                                     for i in starts])
+        # pandas leaves out the scope, by which screen readers tie a cell to its column
+        body = styler.to_html().replace("<th ", '<th scope="col" ')
+        notes = "".join(f"<div>{html.escape(note)}</div>" for note in self.notes)
+        return ('<figure style="margin:1em 0"><figcaption style="font-size:0.95em;text-align:left;color:inherit">'
+                f'{html.escape(self.caption)}</figcaption>'
+                f'<div style="overflow-x:auto;max-width:100%" tabindex="0">{body}</div>'
+                f'<div style="font-size:0.85em;line-height:1.5">{notes}</div></figure>')
+
+    @property
+    def _uuid(self) -> str:
+        # From the content: tables on one page must not share their style rules, and equal tables must be equal text.
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:10]
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+    def __repr__(self) -> str:
+        return "\n".join([self.caption, self.frame.to_string(index=False), *self.notes])
+
+
+def _look(cell: str) -> str:
+    """CSS of a cell: numbers to the right, long texts wrapped, missing and retold values paler."""
+    numeric = cell[:1] in "+-–0123456789"
+    return (("text-align:right;" if numeric else "text-align:left;")
+            + ("white-space:normal;min-width:18em;" if len(cell) > 40 else "")
+            + ("color:#6a6a6a;" if cell.startswith(MISSING) or cell.endswith("†") else ""))
+
+
+def _absent(value: Any) -> bool:
+    if isinstance(value, float | np.floating):
+        return math.isnan(value)
+    return value is None or value is pd.NA or value is pd.NaT
+
+
+def _number(value: Any, decimals: int) -> str:
+    """One value as text; floats get `decimals`, booleans yes and no, texts and whole numbers stay."""
+    if _absent(value):
+        return ""
+    if isinstance(value, Interval):
+        return format_interval(value, decimals)
+    if isinstance(value, bool | np.bool_):
+        return "yes" if value else "no"
+    return f"{value:.{decimals}f}" if isinstance(value, float | np.floating) else str(value)
+
+
+def _setting(value: Any) -> str:
+    """A setting as text: pandas turns whole numbers into floats where a column has a gap, so 8.0 is printed as 8."""
+    return f"{value:g}" if isinstance(value, float | np.floating) and not _absent(value) else _number(value, 1)
+
+
+class _Notes:
+    """Numbers commands and sources in the order in which cells need them."""
+
+    def __init__(self) -> None:
+        self.commands: list[str] = []
+        self.sources: list[str] = []
+
+    def missing(self, command: str) -> str:
+        if command not in self.commands:
+            self.commands.append(command)
+        i = self.commands.index(command)
+        return MISSING + (_NUMERALS[i] if i < len(_NUMERALS) else f"({i + 1})")
+
+    def retold(self, source: str) -> str:
+        if source not in self.sources:
+            self.sources.append(source)
+        return "†" * (self.sources.index(source) + 1)
+
+    def lines(self) -> list[str]:
+        out = [f"{self.missing(command)} no record yet; filled by: {command}" for command in self.commands]
+        return out + [f"{self.retold(source)} secondary: as retold in {source}" for source in self.sources]
+
+
+def table(frame: pd.DataFrame, caption: str, decimals: int = 1, notes: Sequence[str] = ()) -> Table:
+    """A plain table of numbers, intervals and texts with a caption; units belong into the column names."""
+    if not caption.strip():
+        raise ValueError("a table needs a caption: what is shown, on which data, with which n")
+    found = _Notes()
+    cells = {column: [_cell(v, decimals, found) for v in frame[column]] for column in frame}
+    out = pd.DataFrame(cells, dtype=object)
+    out.columns = frame.columns
+    return Table(out, caption, (*notes, *found.lines()))
+
+
+def _cell(value: Any, decimals: int, notes: _Notes) -> str:
+    if isinstance(value, Secondary):
+        return _number(value.value, decimals) + notes.retold(value.source)
+    return _number(value, decimals)
+
+
+Columns = Mapping[str, Sequence[Any]]
+
+
+def three_groups(index_frame: pd.DataFrame, published: Columns, reproduced: Columns, build: Columns,
+                 fill_command: str | Mapping[str, str] | Callable[[int, str], str | None], *, caption: str = "",
+                 decimals: int = 1, notes: Sequence[str] = ()) -> Table:
+    """Published · reproduced · this build beside each other, never mixed.
+
+    index_frame: the settings, one row each (E, L, shared, ...). published, reproduced, build: {column: one cell a row}; an
+    empty mapping leaves the group out of sight for published and gives one empty column for the others.
+    fill_command: what fills an empty cell of the last two groups: one command; {group: command}; or a function of row number
+    and group that returns one, or None where no run is planned (the cell then stays blank).
+    The interval is named in a note wherever one is printed.
+
+        three_groups(pd.DataFrame({"E": [8], "L": [2]}), {"top-1 (%)": [91.3]}, {"top-1 (%)": [accuracy_interval(records)]},
+                     {"top-1 (%)": [None]}, "PROFILE=quick make book", caption="CIFAR-100 top-1.")
+    """
+    rows, found, methods = len(index_frame), _Notes(), []
+    cells: dict[tuple[str, str], list[str]] = {}
+    for name in index_frame:
+        cells["setting", str(name)] = [_setting(v) for v in index_frame[name]]
+    for group, columns in zip(GROUPS, (published, reproduced, build), strict=True):
+        if not columns and group != "published":
+            columns = {next(iter(published), "value"): [None] * rows}
+        for name, values in columns.items():
+            if len(values) != rows:
+                raise ValueError(f"column {name!r} of group {group!r} has {len(values)} cells for {rows} rows: "
+                                 "give one cell a row, None where there is no value")
+            column = []
+            for row, value in enumerate(values):
+                text = _cell(value, decimals, found)
+                if _absent(value) and group != "published":
+                    command = _command(fill_command, row, group)
+                    text = found.missing(command) if command else ""
+                if isinstance(value, Interval) and value.low is not None and value.method not in methods:
+                    methods.append(value.method)
+                column.append(text)
+            cells[group, name] = column
+    frame = pd.DataFrame(cells, dtype=object)
+    frame.columns = pd.MultiIndex.from_tuples(list(cells))
+    intervals = [f"Intervals: {', '.join(methods)} over n seeds; none where n is below 3."] if methods else []
+    return Table(frame, caption or "Published, reproduced and this build.", (*notes, *intervals, *found.lines()))
+
+
+def _command(fill_command: Any, row: int, group: str) -> str | None:
+    if callable(fill_command):
+        return fill_command(row, group)
+    if isinstance(fill_command, str):
+        return fill_command
+    if group not in fill_command:
+        raise ValueError(f"fill_command names no command for group {group!r}: it has {', '.join(fill_command) or 'none'}")
+    return fill_command[group]

@@ -1,0 +1,168 @@
+"""What a run is: a frozen, validated, hashable description.
+
+A `RunSpec` says everything that decides a result: data, backbone, surgery, training, seed, dtype and threads. Its `id`
+names the record that the run leaves. Two rules keep old records valid while the project grows:
+
+- fields at their default value stay out of the hash, so a new field with a default that means "as before" changes no id;
+- each class carries a `semantics` number that is always hashed; it is bumped when a change to the code would alter results.
+
+Axis letters, here and in all of `lib`: **B** images, **N** tokens of an image, **T** = B*N, **D** width, **H** expert hidden
+width, **E** experts, **K** experts per token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Spec(BaseModel):
+    """Base of all descriptions: frozen, strict about types, closed to unknown names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    semantics: ClassVar[int] = 1
+    unhashed: ClassVar[frozenset[str]] = frozenset()
+
+    def canonical(self) -> dict[str, Any]:
+        """The hashed content: fields that differ from their default, and the semantics of every part."""
+        out: dict[str, Any] = {"semantics": type(self).semantics}
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            nested = isinstance(value, Spec)  # always in, at its default too: its semantics number belongs to the hash
+            if name in self.unhashed or (value == field.get_default(call_default_factory=True) and not nested):
+                continue
+            out[name] = value.canonical() if nested else value
+        return out
+
+    @property
+    def id(self) -> str:
+        """16 hexadecimal digits of the SHA-256 of the canonical content."""
+        text = json.dumps(self.canonical(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def but(self, **changes: Any):
+        """A validated copy with some fields changed; a dict for a nested spec changes fields inside it."""
+        merged = {name: getattr(self, name) for name in type(self).model_fields}
+        for name, value in changes.items():
+            old = merged.get(name)
+            merged[name] = old.but(**value) if isinstance(old, Spec) and isinstance(value, dict) else value
+        return type(self)(**merged)
+
+
+class DataSpec(Spec):
+    """Images and how many of them. Subsets are class-balanced and depend on `subset_seed` alone."""
+
+    name: str = "mnist5k"  # mnist5k | a parquet or image folder under MOE_DATA | hub:owner/name
+    image_size: Positive = 28  # side in pixels that the model sees
+    train: Positive | None = None  # training images; None = all that are left after the validation split
+    val: Positive | None = None  # validation images; None = the whole validation split
+    test: Positive | None = None  # test images; None = all
+    label: str = "label"  # label column; CIFAR-100 has fine_label and coarse_label
+    augment: Literal["none", "shift", "flip_crop", "resized_crop"] = "none"  # training images only
+    subset_seed: int = 0  # chooses the subset; not the training seed
+
+
+class BackboneSpec(Spec):
+    """A timm model and its starting weights."""
+
+    name: str = "vit_tiny_patch16_224"  # timm architecture
+    weights: str | None = None  # None = random | dinov2-s14-saliency | timm | file:PATH under MOE_WEIGHTS
+    patch: Positive | None = None  # pixels; None = the architecture's own (as are the next three)
+    width: Positive | None = None  # D
+    depth: Positive | None = None  # blocks
+    heads: Positive | None = None  # attention heads; must divide the width
+    drop_path: Share = 0.0  # largest stochastic-depth rate; timm lets it grow linearly over the blocks
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self):
+        if self.width and self.heads and self.width % self.heads:
+            raise ValueError(f"heads={self.heads} must divide width={self.width}")
+        return self
+
+
+class MoESpec(Spec):
+    """MoE layers in place of the MLPs of the last `layers` blocks (ViMoE, section 3; `semantics` guards its meaning)."""
+
+    layers: Positive = 1  # L: blocks counted from the last one
+    experts: Positive = 8  # E, the shared expert not counted
+    top_k: Positive = 1  # K
+    router: Literal["token", "image", "all"] = "image"  # image: one decision from the class token; all: no router
+    pool: Literal["class", "mean"] = "class"  # what an image-level router reads; mean for models without class token
+    shared: bool = False  # one more expert that every token passes, added with weight 1
+    gate: Literal["printed", "renormalised"] = "printed"  # printed: softmax weight as is; renormalised: sums to 1
+    capacity_factor: Annotated[float, Field(gt=0)] | None = None  # slots per expert over K*T/E; None = no dropping
+    noise: Annotated[float, Field(ge=0)] = 0.0  # std of logit noise in training, in units of 1/E (V-MoE: 1)
+    balance: Literal["none", "switch", "loss_free"] = "switch"  # auxiliary loss, or bias updates without a loss
+    balance_weight: Annotated[float, Field(ge=0)] = 0.01  # of the switch loss (ViMoE: 0.01)
+    bias_rate: Annotated[float, Field(gt=0)] = 1e-3  # step of the loss-free bias
+    z_weight: Annotated[float, Field(ge=0)] = 0.0  # of the router z-loss (ST-MoE: 1e-3)
+    router_std: Annotated[float, Field(ge=0)] = 0.02  # normal initialisation of the router
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k={self.top_k} needs at least {self.top_k} experts, got experts={self.experts}")
+        if self.router == "all" and self.top_k != self.experts:
+            raise ValueError(f"router='all' sends each token to every expert: set top_k={self.experts}, got {self.top_k}")
+        if self.router == "all" and self.balance == "loss_free":
+            raise ValueError("balance='loss_free' moves a router's choice; router='all' has none: set balance='none'")
+        if self.capacity_factor is not None and self.router != "token":
+            raise ValueError(f"capacity_factor is for router='token'; router={self.router!r} never drops tokens")
+        return self
+
+
+class TrainSpec(Spec):
+    """One stage of training. AdamW, warm-up and cosine per step, layer-wise learning-rate decay (timm)."""
+
+    epochs: Annotated[float, Field(gt=0)] = 3.0  # passes over the training images; may be fractional
+    batch: Positive = 64  # images a step
+    lr: Annotated[float, Field(gt=0)] = 3e-4  # peak learning rate of the head
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05  # not on biases, norms and position embeddings
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # lr factor a block, from the head down (ViMoE: 0.65)
+    warmup: Share = 0.1  # share of all steps
+    label_smoothing: Share = 0.0
+    clip: Annotated[float, Field(gt=0)] | None = 1.0  # largest gradient norm
+    ema: Share | None = None  # decay of the weight average that is evaluated; None = no average
+
+
+class RunSpec(Spec):
+    """One run: what goes in. `runs.collect` turns it into a record."""
+
+    unhashed: ClassVar[frozenset[str]] = frozenset({"study", "keep", "publish"})
+
+    study: str = "foundations"  # folder of data/results that the record is filed under; not part of the id
+    data: DataSpec = DataSpec()
+    backbone: BackboneSpec = BackboneSpec()
+    moe: MoESpec | None = None  # surgery before training; None = the model as it is
+    train: TrainSpec | None = None  # None = evaluate only
+    init: RunSpec | None = None  # a parent whose final weights this run starts from (after its own surgery)
+    seed: int = 0  # head, router, data order, augmentation, drop path
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations (autocast); weights stay float32
+    device: Literal["cpu", "cuda"] = "cpu"  # where it runs; set by the profile, never detected
+    threads: Positive = 2  # of torch; part of the spec because it changes rounding
+    depth_probe: bool = False  # also kNN and a linear probe on the features after each block
+    keep: bool = False  # keep the final weights in the cache; not part of the id
+    publish: bool = False  # file the record under data/results, to be committed; not part of the id
+
+    def describe(self) -> str:
+        """The run in one line for a reader: data, model, weights, budget."""
+        data, back, train = self.data, self.backbone, self.train
+        start = f"weights of run {self.init.id}" if self.init else back.weights or "random weights"
+        size = f" of width {back.width} and depth {back.depth}" if back.width and back.depth else ""
+        parts = [f"{data.name} at {data.image_size} px", f"{data.train or 'all'} training images",
+                 f"`{back.name}`{size} from {start}"]
+        if train is not None:
+            parts += [f"{train.epochs:g} epochs", f"batch {train.batch}", f"peak learning rate {train.lr:g}"]
+        return ", ".join([*parts, self.dtype])
+
+    @model_validator(mode="after")
+    def _init_fits(self):
+        if self.init is not None and self.backbone.but(drop_path=0.0) != self.init.backbone.but(drop_path=0.0):
+            raise ValueError("init must have the same backbone as the run that starts from it")
+        return self

@@ -1,0 +1,270 @@
+"""One training loop, and the evaluation beside it.
+
+AdamW (fused), warm-up and cosine per step, layer-wise learning-rate decay: all timm's. What is ours: losses and probes on the
+routings of a tape, and a checkpoint that resumes to the same weights as an unbroken run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from . import paths
+from .data import Split
+from .measure.routing import RoutingProbe
+from .models.balance import switch_loss, update_choice_bias, z_loss
+from .models.moe import RoutingTape
+from .spec import MoESpec, RunSpec
+
+CURVE_POINTS = 60  # training-loss points kept a run
+CHECKPOINT_SECONDS = 60  # at least this long between checkpoints, and at least 20 times what writing one took
+
+
+class Diverged(RuntimeError):
+    """The loss is not finite. `step` and `last` (finite values before it) go into the failed record."""
+
+    def __init__(self, step: int, last: list[float]):
+        super().__init__(f"loss is not finite at step {step}; the last finite values were "
+                         f"{', '.join(f'{value:.4g}' for value in last) or 'none'}. A lower lr or a longer warmup may help")
+        self.step, self.last = step, last
+
+
+@dataclass
+class Progress:
+    """What a stage leaves behind beside the weights. `seconds` and what derives from it is timing, never result."""
+
+    history: list[dict] = field(default_factory=list)
+    curve: dict[str, list[float]] = field(default_factory=lambda: {"step": [], "loss": []})
+    sums: dict[str, float] = field(default_factory=dict)  # of the epoch under way
+    seconds: float = 0.0
+    images: int = 0
+
+
+def autocast(spec: RunSpec):
+    """The arithmetic that the spec names: weights stay float32, bfloat16 applies to matrix products and activations."""
+    return torch.autocast(spec.device, dtype=torch.bfloat16) if spec.dtype == "bfloat16" else contextlib.nullcontext()
+
+
+def optimiser(model: nn.Module, spec: RunSpec) -> torch.optim.Optimizer:
+    """Fused AdamW over timm's layer-decay groups.
+
+    Biases are exempt from weight decay by name: stacked expert biases have two axes, and timm's own rule asks for one.
+    """
+    train = spec.train
+    kept = {*getattr(model, "no_weight_decay", set)(), "*.bias"}
+    groups = param_groups_layer_decay(model, train.weight_decay, no_weight_decay_list=kept, layer_decay=train.layer_decay)
+    return create_optimizer_v2(groups, opt="adamw", lr=train.lr, weight_decay=train.weight_decay, fused=True)
+
+
+def fit(model: nn.Module, data: Split, val: Split, spec: RunSpec, checkpoint: Path | None = None,
+        report: Callable[[dict], None] | None = None) -> tuple[nn.Module, Progress]:
+    """Train `model` in place; returns the model to evaluate (the weight average if `ema` is set) and its Progress.
+
+    checkpoint: a file to resume from and to write to, deleted by the caller. report: called with each epoch's history row.
+    Randomness (order, augmentation, drop path, router noise) depends on `spec.seed` and the step, so that a resumed run ends
+    with the same weights. Raises Diverged if the loss is not finite.
+    """
+    train = spec.train
+    per_epoch = -(-len(data) // train.batch)
+    steps = max(1, round(train.epochs * per_epoch))
+    optim = optimiser(model, spec)
+    warm = round(train.warmup * steps)
+    schedule = CosineLRScheduler(optim, t_initial=steps, warmup_t=warm, warmup_lr_init=0.0 if warm else train.lr,
+                                 warmup_prefix=False, t_in_epochs=False)
+    average = ModelEmaV3(model, decay=train.ema, use_warmup=True) if train.ema is not None else None
+    progress, start = Progress(), 0
+    if checkpoint is not None and checkpoint.is_file():
+        start = _resume(checkpoint, model, optim, average, progress)
+    if start == 0 and val is not None:
+        progress.history.append({"epoch": 0.0} | _named("val", evaluate(model, val, spec)))
+    every = max(1, steps // CURVE_POINTS)
+    tape = RoutingTape(model)
+    recent: list[float] = []
+    wrote, write_cost, order = time.monotonic(), 0.0, None
+    bar = tqdm(total=steps, initial=start, unit="step", desc=f"train {spec.id[:6]}", leave=False, delay=5, mininterval=1.0)
+    with torch.random.fork_rng(devices=[]), bar:
+        for step in range(start, steps):
+            began = time.perf_counter()
+            epoch, at = divmod(step, per_epoch)
+            if order is None or at == 0:
+                order = torch.randperm(len(data), generator=_generator(spec.seed, 1, epoch))
+            index = order[at * train.batch:(at + 1) * train.batch]
+            images = data.batch(index, spec.data, _generator(spec.seed, 2, step)).to(spec.device)
+            torch.manual_seed(_mix(spec.seed, 3, step))
+            schedule.step_update(step)
+            model.train()
+            parts = _losses(model, images, data.labels[index].to(spec.device), spec, tape)
+            loss = float(parts["loss"].detach())
+            if not math.isfinite(loss):
+                raise Diverged(step, recent)
+            optim.zero_grad(set_to_none=True)
+            parts["loss"].backward()
+            if train.clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), train.clip)
+            optim.step()
+            if spec.moe is not None and spec.moe.balance == "loss_free":
+                for layer in tape.layers:
+                    update_choice_bias(layer.router, tape[layer], spec.moe.bias_rate)
+            if average is not None:
+                average.update(model, step=step)
+            recent = (recent + [loss])[-5:]
+            for name, value in parts.items():
+                progress.sums[name] = progress.sums.get(name, 0.0) + float(value.detach())
+            progress.seconds += time.perf_counter() - began
+            progress.images += len(index)
+            _point(progress.curve, step, loss, every)
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update()
+            done = step + 1
+            if done % per_epoch == 0 or done == steps:
+                row = {"epoch": done / per_epoch, "lr": optim.param_groups[0]["lr"] / optim.param_groups[0].get("lr_scale", 1.0)}
+                row |= {f"train_{name}": value / (at + 1) for name, value in progress.sums.items()}
+                if val is not None:
+                    row |= _named("val", evaluate(average.module if average else model, val, spec))
+                    if not math.isfinite(row["val_loss"]):  # the last step may break the weights after a finite loss
+                        raise Diverged(done, recent)
+                progress.history.append(row)
+                progress.sums = {}
+                if report is not None:
+                    report(row)
+            if checkpoint is not None and done < steps and time.monotonic() - wrote > max(CHECKPOINT_SECONDS, 20 * write_cost):
+                wrote = time.monotonic()
+                _write(checkpoint, done, model, optim, average, progress)
+                write_cost = time.monotonic() - wrote
+    return (average.module if average else model), progress
+
+
+def _losses(model: nn.Module, images: Tensor, labels: Tensor, spec: RunSpec, tape: RoutingTape) -> dict[str, Tensor]:
+    """The parts of the training loss, and their sum under `loss`."""
+    with tape, autocast(spec):
+        logits = model(images)
+    parts = {"task_loss": F.cross_entropy(logits.float(), labels, label_smoothing=spec.train.label_smoothing)}
+    total = parts["task_loss"]
+    if spec.moe is not None and spec.moe.router != "all":
+        routings = tape.routings()
+        parts["balance_loss"] = torch.stack([switch_loss(routing) for routing in routings]).mean()
+        for weight, each in _auxiliary(spec.moe):
+            total = total + weight * torch.stack([each(routing) for routing in routings]).sum()
+    return {"loss": total} | parts
+
+
+def _auxiliary(moe: MoESpec) -> list[tuple[float, Callable]]:
+    """(weight, loss) of the auxiliary losses in force; each is summed over the MoE layers."""
+    active = [(moe.balance_weight, switch_loss)] if moe.balance == "switch" and moe.balance_weight else []
+    return active + ([(moe.z_weight, z_loss)] if moe.z_weight else [])
+
+
+@dataclass
+class Evaluation:
+    """Mean top-1 (percent) and cross-entropy (nats) over n images, with predictions (n,) as int16."""
+
+    n: int
+    top1: float
+    loss: float
+    predictions: Tensor
+    images_per_s: float
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, split: Split, spec: RunSpec, probe: RoutingProbe | None = None, batch: int = 250) -> Evaluation:
+    """One pass over a split without augmentation; hands each batch's routings to `probe`."""
+    model.eval()
+    tape, blocks = RoutingTape(model), moe_blocks(model)
+    guesses, losses, seconds = [], [], 0.0
+    bar = tqdm(total=len(split), unit="image", desc=f"evaluate {spec.id[:6]}", leave=False, delay=5, mininterval=1.0)
+    with bar:
+        for index in torch.arange(len(split)).split(batch):
+            images = split.batch(index, spec.data).to(spec.device)
+            began = time.perf_counter()
+            with tape if probe is not None else contextlib.nullcontext(), autocast(spec):
+                logits = model(images)
+            seconds += time.perf_counter() - began
+            if probe is not None and blocks:
+                probe.update(tape.routings(), blocks, split.labels[index])
+            logits = logits.float().cpu()
+            losses.append(F.cross_entropy(logits, split.labels[index], reduction="sum").item())
+            guesses.append(logits.argmax(dim=-1).to(torch.int16))
+            bar.update(len(index))
+    predictions = torch.cat(guesses)
+    right = (predictions == split.labels).double().mean().item()
+    return Evaluation(len(split), 100 * right, math.fsum(losses) / len(split), predictions, len(split) / seconds)
+
+
+@torch.inference_mode()
+def token_maps(model: nn.Module, split: Split, spec: RunSpec, index: Tensor) -> Tensor | None:
+    """(M, P, N) int8 first-choice expert of each token of the P images `index`, for M MoE layers; None without any."""
+    model.eval()
+    with RoutingTape(model) as tape, autocast(spec):
+        model(split.batch(index, spec.data).to(spec.device))
+    maps = [routing.token_choice()[..., 0].to("cpu", torch.int8) for routing in tape.routings()]
+    return torch.stack(maps) if maps else None
+
+
+def moe_blocks(model: nn.Module) -> list[int]:
+    """Index of the block that each MoE layer stands in, counted from 0 over all blocks, from input to output."""
+    from .models.upcycle import block_mlps
+    names = [name for name, _ in block_mlps(model)]
+    return [names.index(name) for name in RoutingTape(model).layers.values()]
+
+
+def _named(split: str, result: Evaluation) -> dict[str, float]:
+    return {f"{split}_top1": result.top1, f"{split}_loss": result.loss}
+
+
+def _point(curve: dict[str, list[float]], step: int, loss: float, every: int) -> None:
+    """Running mean of the loss over windows of `every` steps; `step` is the last step of the window."""
+    if step % every == 0:
+        curve["step"].append(step + 1)
+        curve["loss"].append(loss)
+    else:
+        count = step % every
+        curve["step"][-1] = step + 1
+        curve["loss"][-1] += (loss - curve["loss"][-1]) / (count + 1)
+
+
+def _mix(*parts: int) -> int:
+    """One seed from several numbers, without the collisions that a sum would have."""
+    seed = 0
+    for part in parts:
+        seed = (seed * 1_000_003 + part + 1) % 2**63
+    return seed
+
+
+def _generator(*parts: int) -> torch.Generator:
+    return torch.Generator().manual_seed(_mix(*parts))
+
+
+def _write(file: Path, step: int, model: nn.Module, optim, average, progress: Progress) -> None:
+    """Everything that the next step depends on. Data order and noise follow from seed and step, so no generator state."""
+    state = {"step": step, "model": model.state_dict(), "optim": optim.state_dict(), "progress": vars(progress),
+             "average": average.module.state_dict() if average else None}
+    with paths.written_whole(file) as part:
+        torch.save(state, part)
+
+
+def _resume(file: Path, model: nn.Module, optim, average, progress: Progress) -> int:
+    """Load a checkpoint into its owners; returns the step to go on from, 0 if the file is damaged."""
+    try:
+        state = torch.load(file, weights_only=True)
+    except Exception as error:  # torch raises many kinds on a damaged file
+        warnings.warn(f"checkpoint {file} cannot be read ({error}): training starts anew", stacklevel=3)
+        return 0
+    model.load_state_dict(state["model"])
+    optim.load_state_dict(state["optim"])
+    if average:
+        average.module.load_state_dict(state["average"])
+    vars(progress).update(state["progress"])
+    return state["step"]

@@ -1,0 +1,159 @@
+"""What a notebook says about itself: parameters, profiles, plans."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import papermill
+import pytest
+
+from lib import notebooks
+from lib.notebooks import NotebookError
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted(p.relative_to(ROOT / "notebooks").as_posix().removesuffix(".ipynb")
+                 for p in (ROOT / "notebooks").glob("*/*.ipynb"))
+
+
+@pytest.fixture
+def book(tiny, monkeypatch):
+    """The tiny book, seen by this process."""
+    monkeypatch.setattr(notebooks, "ROOT", tiny.root)
+    monkeypatch.setattr(notebooks, "asked", {})
+    return tiny
+
+
+def yaml_of(book, text: str, name: str = "quick") -> None:
+    (book.root / "notebooks" / "profiles" / f"{name}.yaml").write_text(text)
+
+
+def test_import_is_light_and_silent():
+    code = ("import lib, lib.notebooks, lib.manifest, lib.book, lib.__main__, sys; "
+            "print({'torch', 'numpy'} & set(sys.modules))")
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.stdout, done.stderr) == ("set()\n", "")
+
+
+def test_parameters_read_as_papermill_reads_them(book):
+    ours = notebooks.parameters("a/one")
+    theirs = papermill.inspect_notebook(book.root / "notebooks" / "a" / "one.ipynb")
+    assert list(ours) == list(theirs) == ["profile", "width", "scale", "layers"]
+    for name, parameter in ours.items():
+        assert theirs[name]["inferred_type_name"] == parameter.annotation
+        assert theirs[name]["help"] == parameter.help
+    assert (ours["width"].default, ours["scale"].default) == (None, 1.0)
+
+
+@pytest.mark.parametrize(("line", "says"), [
+    ("seed: int = 0", "needs a trailing comment"),
+    ("seed: int = 0  # usual: seed = 0", "more than one '='"),
+    ("seed = 0  # a seed", "only lines like"),
+    ("seed: int | None = None  # a seed", "is annotated 'int | None'"),
+    ("seed: int = 'a'  # a seed", "seed='a' for a/one is not int"),
+    ("notebook: str = 'a'  # a name", "'notebook' is taken"),
+])
+def test_bad_parameter_lines_are_refused(book, line, says):
+    book.notebook("a/one", parameters=f'profile: str = "quick"  # which\n{line}\n')
+    with pytest.raises(NotebookError) as error:
+        notebooks.parameters("a/one")
+    assert says in str(error.value)
+
+
+def test_profile_must_come_first(book):
+    book.notebook("a/one", parameters="seed: int = 0  # a seed\n")
+    with pytest.raises(NotebookError, match="first line must be"):
+        notebooks.parameters("a/one")
+
+
+def test_profile_fills_and_given_wins(book):
+    p = notebooks.profile("a/one", "quick", width=None, scale=2)
+    assert (p.profile, p.notebook, p.width, p.scale, p.layers) == ("quick", "a/one", 3, 2.0, (0, 1))
+    assert isinstance(p.scale, float)
+    assert notebooks.profile("a/one", "quick", width=5).width == 5
+
+
+@pytest.mark.parametrize(("value", "want"), [(8, (8,)), ("2,4", (2, 4)), ([2, 4], (2, 4)), ("8", (8,))])
+def test_lists_may_be_given_as_text(book, value, want):
+    assert notebooks.profile("a/one", "quick", layers=value).layers == want
+
+
+@pytest.mark.parametrize("given", [
+    {"width": "wide"}, {"width": 1.5}, {"width": True}, {"scale": "2"}, {"scale": float("nan")}, {"layers": "2,x"},
+    {"layers": [1.5]},
+])
+def test_ill_typed_values_are_refused(book, given):
+    name, value = next(iter(given.items()))
+    with pytest.raises(NotebookError) as error:
+        notebooks.profile("a/one", "quick", **given)
+    assert f"{name}={value!r}" in str(error.value) and "is not" in str(error.value)
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("a/two: {}", "has no entry for 'a/one'; it has a/two"),
+    ("a/one: {width: 3}", "layers of a/one is None and notebooks/profiles/quick.yaml does not set it"),
+    ("a/one: {width: x, layers: [1]}", "width='x' for a/one is not int"),
+    ("a/one: {height: 3, layers: [1]}", "sets the unknown parameter 'height'"),
+    ("a/one: {scale: 2.0}", "whose default is 1.0"),
+    ("[1, 2]", "must map notebooks"),
+])
+def test_bad_profiles_are_refused(book, text, says):
+    yaml_of(book, text)
+    with pytest.raises(NotebookError) as error:
+        notebooks.profile("a/one", "quick")
+    assert says in str(error.value)
+
+
+def test_null_and_defaults_in_profiles(book):
+    yaml_of(book, "defaults: {width: 4, scale: 9.0, other: 1}\na/one: {layers: null}")
+    p = notebooks.profile("a/one", "quick")
+    assert (p.width, p.layers, p.scale) == (4, None, 1.0)  # defaults fill only what is None
+
+
+def test_names_are_checked(book):
+    with pytest.raises(NotebookError, match="unknown parameter 'expert' for a/one; it has profile: str; width: int"):
+        notebooks.profile("a/one", "quick", expert=8)
+    with pytest.raises(NotebookError, match="unknown profile 'fast'; valid: smoke, quick, small, paper"):
+        notebooks.profile("a/one", "fast")
+    with pytest.raises(NotebookError, match="no notebook 'a/three'"):
+        notebooks.profile("a/three", "quick")
+    with pytest.raises(NotebookError, match="no notebook 'three'; there are: a/one, a/two"):
+        notebooks.key_of("three")
+    p = notebooks.profile("a/one", "quick")
+    with pytest.raises(AttributeError, match="no parameter 'witdh'; it has"):
+        _ = p.witdh
+    with pytest.raises(AttributeError, match="read-only"):
+        p.width = 4
+
+
+def test_keys_by_name_and_path(book, monkeypatch):
+    monkeypatch.chdir(book.root / "notebooks" / "a")
+    for name in ("a/one", "notebooks/a/one.ipynb", "one.ipynb", book.root / "notebooks" / "a" / "one.ipynb"):
+        assert notebooks.key_of(name) == "a/one"
+
+
+def test_plan_runs_two_cells_only(book):
+    book.notebook("a/one", "raise SystemExit('a plan must not come here')")
+    plan = notebooks.plan("a/one", "quick", layers=[5, 6, 7], scale=0.5)
+    assert [spec.seed for spec in plan["runs"]] == [5, 6, 7]
+    assert plan["runs"][0].train.epochs == 0.5
+
+
+def test_plan_checks_its_notebook(book):
+    book.notebook("a/two").write_text((book.root / "notebooks" / "a" / "one.ipynb").read_text())
+    with pytest.raises(NotebookError, match="asks lib.profile for 'a/one'; write 'a/two'"):
+        notebooks.plan("a/two", "quick")
+
+
+@pytest.mark.parametrize("key", SOURCES)
+def test_real_notebooks(key):
+    """Each source: no outputs; parameters that papermill explains; a plan under each profile that it has."""
+    content = json.loads(notebooks.source(key).read_text())
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in content["cells"])
+    shown = papermill.inspect_notebook(notebooks.source(key))
+    assert list(shown) == list(notebooks.parameters(key))
+    assert all(entry["help"] and entry["inferred_type_name"] != "None" for entry in shown.values())
+    for name in ("smoke", "quick", "small"):
+        assert isinstance(notebooks.plan(key, name), dict)

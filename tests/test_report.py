@@ -1,0 +1,229 @@
+"""Figures and tables from synthetic records: labelled, inside the canvas, readable in grey, honest about n."""
+
+import re
+import subprocess
+import sys
+from itertools import pairwise
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from factory import record
+from matplotlib.text import Text
+
+from lib.measure.stats import Interval, accuracy_interval
+from lib.report import explorer, figures, maps, style, tables
+
+LONG = [f"sweet_pepper_{c}" for c in range(100)]
+IMAGES = np.random.default_rng(0).random((4, 28, 28))
+THREE = [record(s) for s in range(3)]
+LS = [1, 2, 12]
+
+
+def tokens(**kwargs):
+    r = record(0, **kwargs)
+    return r.arrays["token_expert"][:, :4], [m["block"] for m in r.moe], len(r.moe[0]["load"])
+
+
+def points(n):
+    return [figures.Point(f"method {i}", 22 + 20 * i, 5.5 + 4 * i, Interval(80 + i, 79 + i, 81 + i, 3), i == 0)
+            for i in range(n)]
+
+
+FIGURES = {
+    "scan": lambda: figures.scan(
+        {"published": [figures.Curve(LS, [91.5, 91.3, 52.9], "E=8", "no shared"),
+                       figures.Curve(LS, [91.6, 91.6, 91.5], "E=8", "shared")],
+         "reproduced": [figures.Curve(LS, [Interval(63, 62, 64, 3), None, 30.0], "E=8", "no shared")], "this build": []},
+        {"published": 91.3, "reproduced": Interval(62, 61, 63, 3)}, missing="no record yet:\nmake book"),
+    "training": lambda: figures.training_curves({"shared": THREE, "dense": [record(5, top1=60), None]}),
+    "training without records": lambda: figures.training_curves({"shared": [None]}),
+    "information": lambda: figures.information_by_depth(
+        {"image": [record(0, per_image=True)], "token": THREE}, threshold=0.3),
+    "frontier": lambda: figures.frontier({"published": points(9), "reproduced": points(2), "this build": []}),
+    "ratio": lambda: figures.cost_ratio({f"Table 1, row {i}, total": 1 + 0.01 * (i == 3) for i in range(12)}),
+    "heatmap": lambda: maps.class_expert_heatmap(THREE[0]),
+    "heatmap of 100 classes": lambda: maps.class_expert_heatmap(
+        record(0, images=2000, classes=100, experts=8, blocks=range(12), per_image=True, class_names=LONG)),
+    "heatmap, 32 experts": lambda: maps.class_expert_heatmap(record(0, experts=32), layers=[-1]),
+    "loads": lambda: maps.expert_loads(record(0, blocks=range(12), experts=8)),
+    "loads of one layer": lambda: maps.expert_loads(record(0, blocks=[11])),
+    "tokens": lambda: maps.token_maps(IMAGES, *tokens(), names=LONG[:4]),
+    "tokens, image level": lambda: maps.token_maps(IMAGES, *tokens(per_image=True, tokens=257, experts=8)),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figure_is_labelled_and_nothing_leaves_the_canvas(name):
+    fig = FIGURES[name]()
+    with style.style():
+        fig.draw_without_rendering()
+        renderer = fig.canvas.get_renderer()
+        width, height = fig.bbox.size
+        for text in fig.findobj(Text):
+            if not text.get_visible() or not text.get_text().strip():
+                continue
+            if text.get_text() in _hidden_ticks(fig):
+                continue
+            box = text.get_window_extent(renderer)
+            inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1
+            assert inside, f"{text.get_text()!r} leaves the canvas: {box} in {width} x {height}"
+    for ax in fig.axes:
+        if name.startswith("tokens"):
+            continue  # pictures: rows, columns and colour bar are named instead
+        shared = ax.get_shared_y_axes().get_siblings(ax)
+        assert ax.get_xlabel() or ax.get_label() == "<colorbar>", name
+        assert any(a.get_ylabel() for a in shared) or ax.get_label() == "<colorbar>", name
+
+
+def _hidden_ticks(fig):
+    """Labels of ticks outside the limits: matplotlib keeps them but never draws them."""
+    hidden = set()
+    for ax in fig.axes:
+        for axis, (low, high) in ((ax.xaxis, sorted(ax.get_xlim())), (ax.yaxis, sorted(ax.get_ylim()))):
+            hidden |= {t.label1.get_text() for t in axis.get_major_ticks() if not low <= t.get_loc() <= high}
+    return hidden
+
+
+def test_report_needs_no_torch_and_leaves_matplotlib_alone():
+    code = ("import sys, lib.report.figures, lib.report.maps, lib.report.tables, lib.report.explorer, lib.claims\n"
+            "assert 'torch' not in sys.modules and 'matplotlib.pyplot' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code], check=True)
+    before = dict(matplotlib.rcParams)
+    style.png(FIGURES["loads of one layer"](), dpi=40)
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_colours_survive_greyscale():
+    lumas = [style.luma(c) for c in style.COLOURS]
+    assert all(b - a >= 0.08 for a, b in pairwise(lumas)), lumas
+    experts = [style.luma(c) for c in style.expert_colours(8)]
+    assert all(b - a > 0.04 for a, b in pairwise(experts)), experts
+    assert len(set(style.MARKERS)) == len(set(style.LINES)) == len(style.COLOURS)
+
+
+def test_show_has_alt_text_caption_and_fits_a_phone():
+    shown = style.show(FIGURES["loads of one layer"](), 'Load, "n" < 3', 'bars & "experts"')
+    assert 'alt="bars &amp; &quot;experts&quot;"' in shown.html and "Load, &quot;n&quot; &lt; 3" in shown.html
+    assert "max-width:100%" in shown.html and "data:image/png;base64," in shown.html and repr(shown) == 'bars & "experts"'
+    for caption, alt in [("", "a"), ("c", " ")]:
+        with pytest.raises(ValueError, match="alternative text"):
+            style.show(FIGURES["loads of one layer"](), caption, alt)
+
+
+def test_equal_figures_are_equal_bytes():
+    assert style.png(FIGURES["ratio"](), 50) == style.png(FIGURES["ratio"](), 50)
+
+
+def test_class_order_puts_blocks_on_the_diagonal():
+    share = np.array([[0.1, 0.9], [0.6, 0.4], [0.3, 0.7], [0.8, 0.2]])
+    assert maps.class_order(share).tolist() == [3, 1, 0, 2]
+    fig = maps.class_expert_heatmap(THREE[0], layers=[-1])
+    names = [t.get_text() for t in fig.axes[0].get_yticklabels()]
+    assert names[:3] == ["class 0", "class 4", "class 8"] and len(names) == 10
+    assert re.fullmatch(r"block 4\nI/H = (0\.9\d|1\.00)", fig.axes[0].get_title())
+
+
+def test_classes_by_expert_names_every_class_once():
+    rows = maps.classes_by_expert(THREE[0])
+    assert sorted(re.findall(r"class \d", " ".join(r["classes that prefer it (share, %)"] for r in rows))) == \
+        [f"class {c}" for c in range(10)]
+    assert rows[0]["classes that prefer it (share, %)"].startswith("class 0 100")
+
+
+def test_depth_information_of_a_sharp_layer():
+    blocks, values = figures.depth_information(record(0, images=1000, per_image=True))
+    assert blocks.tolist() == [1, 2, 3, 4] and values[-1] == pytest.approx(1, abs=0.02) and values[0] < 0.2
+    assert figures.depth_information(record(0, per_image=True), "position")[1].tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: figures.training_curves({}, ["accuracy"]), "val_top1"),
+    (lambda: maps.class_expert_heatmap(THREE[0], [9]), "0..3"),
+    (lambda: maps.token_maps(IMAGES, np.zeros((1, 4, 15), int), [0], 2), "15 tokens"),
+    (lambda: maps.token_maps(IMAGES, np.zeros((1, 3, 17), int), [0], 2), "4 images"),
+    (lambda: figures.depth_information(THREE[0], "colour"), "'colour'"), (lambda: figures.cost_ratio({}), "empty"),
+    (lambda: maps.token_maps(np.zeros((4, 2, 2, 7)), np.zeros((1, 4, 17), int), [0], 2), "channels|must be"),
+])
+def test_figures_refuse(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# ---------------------------------------------------------------- tables
+
+
+def three():
+    settings = pd.DataFrame({"E": [8, 8, 8], "L": [1, 2, 12], "shared": [False, True, True]})
+    return tables.three_groups(
+        settings, {"top-1 (%)": [91.5, tables.secondary(91.3, "a survey <2024>"), None]},
+        {"top-1 (%)": [accuracy_interval(THREE), accuracy_interval(THREE[:1]), accuracy_interval([None])]},
+        {"top-1 (%)": [60.04, None, None]}, {"reproduced": "python -m lib run vimoe/layer_scan --profile small",
+                                             "this build": "PROFILE=quick make book"}, caption="CIFAR-100 & top-1")
+
+
+def test_three_groups_cells():
+    t = three()
+    assert [c[0] for c in t.frame.columns] == ["setting"] * 3 + list(tables.GROUPS)
+    published, reproduced, build = (t.frame[g, "top-1 (%)"].tolist() for g in tables.GROUPS)
+    assert published == ["91.5", "91.3†", ""]
+    assert re.fullmatch(r"\d\d\.\d \[\d\d\.\d, \d\d\.\d\], n=3", reproduced[0])
+    assert re.fullmatch(r"\d\d\.\d, n=1", reproduced[1]) and reproduced[2] == "–¹"
+    assert build == ["60.0", "–²", "–²"] and t.frame["setting", "shared"].tolist() == ["no", "yes", "yes"]
+    assert t.notes == ("Intervals: hierarchical bootstrap 95% over n seeds; none where n is below 3.",
+                       "–¹ no record yet; filled by: python -m lib run vimoe/layer_scan --profile small",
+                       "–² no record yet; filled by: PROFILE=quick make book",
+                       "† secondary: as retold in a survey <2024>")
+
+
+def test_table_html_scrolls_is_escaped_and_stable():
+    text = three().html
+    assert "overflow-x:auto" in text and "CIFAR-100 &amp; top-1" in text and "survey &lt;2024&gt;" in text
+    assert 'colspan="3"' in text and 'scope="col"' in text and text == three().html
+    assert "make book" in repr(three())
+    other = tables.table(pd.DataFrame({"a": [1]}), "Another").html
+    ids = [set(re.findall(r'id="(\w+)"', page)) for page in (text, other)]
+    assert ids[0] and not ids[0] & ids[1]  # two tables of a page do not share style rules
+
+
+def test_no_planned_run_stays_blank_and_missing_groups_are_empty_columns():
+    t = tables.three_groups(pd.DataFrame({"L": [1, 2]}), {"a": [1.0, 2.0]}, {}, {"a": [None, 3.0]},
+                            lambda row, group: None if row == 0 else f"fill {group}")
+    assert t.frame["reproduced", "a"].tolist() == ["", "–¹"] and t.frame["this build", "a"].tolist() == ["", "3.0"]
+
+
+def test_plain_table():
+    gap = tables.three_groups(pd.DataFrame({"E": [8, None]}), {"a": [1, 2]}, {}, {}, "x")
+    assert gap.frame["setting", "E"].tolist() == ["8", ""]
+    assert tables.table(pd.DataFrame({"a": np.array([0.25], "float32")}), "c", 2).frame["a"].tolist() == ["0.25"]
+    t = tables.table(pd.DataFrame({"cell": ["a", "b"], "ratio": [1.0, float("nan")], "n": [3, 4]}), "Ratios", decimals=2)
+    assert t.frame["ratio"].tolist() == ["1.00", ""] and t.frame["n"].tolist() == ["3", "4"]
+    with pytest.raises(ValueError, match="caption"):
+        tables.table(pd.DataFrame({"a": [1]}), " ")
+    with pytest.raises(ValueError, match="2 cells for 1 rows"):
+        tables.three_groups(pd.DataFrame({"L": [1]}), {"a": [1, 2]}, {}, {}, "x")
+    with pytest.raises(ValueError, match="no command for group 'reproduced'"):
+        tables.three_groups(pd.DataFrame({"L": [1]}), {"a": [1]}, {}, {}, {"this build": "x"})
+
+
+# ---------------------------------------------------------------- explorer
+
+
+def test_explorer_redraws_and_carries_the_static_figure():
+    pytest.importorskip("ipywidgets")
+    token_expert, blocks, experts = tokens()
+    live = explorer.explorer(IMAGES, token_expert, blocks, experts, names=list("abcd"), caption="Tokens.", alt="Overlay.")
+    image, layer, expert, picture = live.widget.children
+    before = picture.value
+    image.value, layer.value, expert.value = 1, 0, 2
+    assert picture.value != before and picture.value == live.view(1, 0, 2)
+    bundle = live._repr_mimebundle_()
+    assert 'alt="Overlay."' in bundle["text/html"] and "application/vnd.jupyter.widget-view+json" in bundle
+
+
+def test_explorer_without_widgets(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    token_expert, blocks, experts = tokens()
+    still = explorer.explorer(IMAGES, token_expert, blocks, experts, caption="Tokens.", alt="Overlay.")
+    assert still.widget is None and set(still._repr_mimebundle_()) == {"text/html", "text/plain"}
