@@ -95,11 +95,8 @@ def _call(fn: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, dtype: s
 
 
 def _cause(ms: dict[str, float], routing: str, dtype: str, backward: bool) -> str:
-    """Split a shortfall into what E separate weights cost by themselves and what the layer adds."""
-    weights = ms["E chunks"] - ms["one MLP"]
-    layer = ms[routing] - ms["E chunks"]
-    if weights > max(layer, 0):
-        what = "casts and packing of" if dtype == "autocast" else "packing of"
-        return f"{what} {E} weights instead of one: {weights:.1f} ms, even without routing; the layer adds {layer:.1f} ms"
-    moves = "sort, gather, un-sort" + (", stacked gradients" if backward else "")
-    return f"{moves} and unequal slices: {layer:.1f} ms over E equal chunks"
+    """Split a shortfall into what E weights cost without any routing and what the layer adds to that."""
+    weights, layer = ms["E chunks"] - ms["one MLP"], ms[routing] - ms["E chunks"]
+    kinds = "cast and packed" if dtype == "autocast" else "packed"
+    moves = "router, sort, gather, un-sort, unequal slices" + (", stacked gradients" if backward else "")
+    return f"{E} weights ({kinds} each) instead of one: {weights:+.1f} ms without routing; {moves}: {layer:+.1f} ms"

@@ -52,9 +52,9 @@ class Split:
                 pixels = torch.stack([_fitted(image, side) for image in images])
             else:
                 pixels = torch.stack(images).float().div_(255)
-            if augment != "none":
+            if augment in ("shift", "flip_crop"):
                 pixels = _shift(pixels, 1 if augment == "shift" else max(1, pixels.shape[-1] // 8), generator)
-            if augment == "flip_crop":
+            if augment in ("flip", "flip_crop"):
                 pixels = _flip(pixels, generator)
             pixels = _resize(pixels, side)
         channels = pixels.shape[1]

@@ -64,7 +64,7 @@ class DataSpec(Spec):
     val: Positive | None = None  # validation images; None = the whole validation split
     test: Positive | None = None  # test images; None = all
     label: str = "label"  # label column; CIFAR-100 has fine_label and coarse_label
-    augment: Literal["none", "shift", "flip_crop", "resized_crop"] = "none"  # training images only
+    augment: Literal["none", "flip", "shift", "flip_crop", "resized_crop"] = "none"  # training images only
     subset_seed: int = 0  # chooses the subset; not the training seed
 
 

@@ -1,4 +1,4 @@
-"""Specs as names of records, the store, and `collect`. Most runs here are made up: what is tested is who computes what, when."""
+"""Specs as names of records, the store, and `collect`. Most runs here are made up: who computes what, and when, counts."""
 
 from __future__ import annotations
 
