@@ -18,11 +18,12 @@ def main() -> None:
     options.add_argument("--no-trainer", action="store_true", help="leave the trainer out")
     given = options.parse_args()
     torch.set_num_threads(given.threads)
-    print(f"torch {torch.__version__}, {_processor()}, {given.threads} threads; medians of {given.repeats} interleaved repeats")
+    print(f"torch {torch.__version__}, {_processor()}, {given.threads} threads; medians of {given.repeats} repeats")
     if (load := os.getloadavg()[0]) > 1.0:  # a thread that waits for a core holds up every product it has a share in
         print(f"NOT VALID as a measurement: other work runs on this machine (load average {load:.1f})")
     print(f"MoE layer: B={moe.B} N={moe.N} D={moe.D} H={moe.H} E={moe.E} K=1; ratio = dense bound over layer")
-    print(f"{'pass':<17} {'routing':<8} {'dtype':<9} {'bound ms':>9} {'bound':<9} {'layer ms':>9} {'ratio':>6} {'target':>7}")
+    print(f"{'pass':<17} {'routing':<8} {'dtype':<9} {'bound ms':>9} {'bound':<9} {'layer ms':>9} {'ratio':>6} "
+          f"{'target':>7}")
     for row in moe.rows(given.repeats):
         print(_line(row), flush=True)
     if not given.no_trainer:

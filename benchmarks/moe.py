@@ -1,7 +1,7 @@
 """The MoE layer against the dense bound, at ViT-S size.
 
-Dense bound: the faster of (a) one MLP on all K*T rows and (b) the same rows cut into E equal contiguous chunks with E different
-MLPs; same dtype and threads, warmed, measured in turn with the layer. A ratio of 1 means that routing costs nothing.
+Dense bound: the faster of (a) one MLP on all K*T rows and (b) the same rows cut into E equal contiguous chunks with E
+different MLPs; same dtype and threads, warmed, measured in turn with the layer. At a ratio of 1 routing costs nothing.
 
 bf16 comes in two forms. "bf16": weights and activations are bfloat16, as a model is deployed. "autocast": weights stay
 float32 and are cast in each pass, as the trainer runs.
@@ -55,26 +55,28 @@ def rows(repeats: int = 20) -> Iterator[Row]:
         for model in (token, image, one, many):
             model.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
         for backward in (False, True):
-            candidates = {
-                "one MLP": _call(lambda x: one(x.view(-1, D)), one, x, dtype, backward),
-                "E chunks": _call(lambda x: torch.cat([mlp(rows) for mlp, rows in zip(many, x.view(-1, D).chunk(E), strict=True)]),
-                                  many, x, dtype, backward),
-                "token": _call(token, token, x, dtype, backward),
-                "image": _call(image, image, x, dtype, backward),
-            }
-            ms = {name: time.median for name, time in compare(candidates, repeats).items()}
+            passes = {"one MLP": (one, lambda x: one(x.view(-1, D))), "E chunks": (many, lambda x: _chunks(many, x)),
+                      "token": (token, token), "image": (image, image)}
+            timed = compare({name: _call(fn, module, x, dtype, backward) for name, (module, fn) in passes.items()}, repeats)
+            ms = {name: time.median for name, time in timed.items()}
             bound = min(("one MLP", "E chunks"), key=ms.__getitem__)
             for routing in ("token", "image"):
                 ratio, target = ms[bound] / ms[routing], TARGETS.get((dtype, backward))
                 short = ratio < (0.8 if target is None else target)
-                yield Row("forward+backward" if backward else "forward", routing, dtype, ms[bound], bound, ms[routing], target,
-                          _cause(ms, routing, dtype, backward) if short else "")
+                cause = _cause(ms, routing, dtype, backward) if short else ""
+                yield Row("forward+backward" if backward else "forward", routing, dtype, ms[bound], bound, ms[routing],
+                          target, cause)
 
 
 def _layer(per_image: bool) -> MoELayer:
     """Distinct experts, and a router that spreads: at random inputs each expert gets about its share."""
     return MoELayer(TopKRouter(D, E, 1, per_image=per_image, std=1.0, generator=torch.Generator().manual_seed(1)),
                     Experts(E, D, H))
+
+
+def _chunks(mlps: nn.ModuleList, x: Tensor) -> Tensor:
+    """Bound (b): equal contiguous chunks, one MLP each."""
+    return torch.cat([mlp(part) for mlp, part in zip(mlps, x.view(-1, D).chunk(E), strict=True)])
 
 
 def _call(fn: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, dtype: str, backward: bool) -> Callable[[], None]:

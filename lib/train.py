@@ -82,8 +82,9 @@ def fit(model: nn.Module, data: Split, val: Split, spec: RunSpec, checkpoint: Pa
     steps = max(1, round(train.epochs * per_epoch))
     optim = optimiser(model, spec)
     warm = round(train.warmup * steps)
-    schedule = CosineLRScheduler(optim, t_initial=steps, warmup_t=warm, warmup_lr_init=0.0 if warm else train.lr,
-                                 warmup_prefix=False, t_in_epochs=False)
+    # Counted from 1, with one step beyond the end: neither the first nor the last step is lost to a rate of zero.
+    schedule = CosineLRScheduler(optim, t_initial=steps - warm + 1, warmup_t=warm, warmup_lr_init=0.0 if warm else train.lr,
+                                 warmup_prefix=True, t_in_epochs=False)
     average = ModelEmaV3(model, decay=train.ema, use_warmup=True) if train.ema is not None else None
     progress, start = Progress(), 0
     if checkpoint is not None and checkpoint.is_file():
@@ -104,7 +105,7 @@ def fit(model: nn.Module, data: Split, val: Split, spec: RunSpec, checkpoint: Pa
             index = order[at * train.batch:(at + 1) * train.batch]
             images = data.batch(index, spec.data, _generator(spec.seed, 2, step)).to(spec.device)
             torch.manual_seed(_mix(spec.seed, 3, step))
-            schedule.step_update(step)
+            schedule.step_update(step + 1)
             model.train()
             parts = _losses(model, images, data.labels[index].to(spec.device), spec, tape)
             loss = float(parts["loss"].detach())
@@ -142,7 +143,10 @@ def fit(model: nn.Module, data: Split, val: Split, spec: RunSpec, checkpoint: Pa
                     report(row)
             if checkpoint is not None and done < steps and time.monotonic() - wrote > max(CHECKPOINT_SECONDS, 20 * write_cost):
                 wrote = time.monotonic()
-                _write(checkpoint, done, model, optim, average, progress)
+                try:
+                    _write(checkpoint, done, model, optim, average, progress)
+                except OSError as error:  # a full disk costs the checkpoint, not the run
+                    warnings.warn(f"run {spec.id}: the checkpoint at step {done} was not written ({error})", stacklevel=2)
                 write_cost = time.monotonic() - wrote
     return (average.module if average else model), progress
 

@@ -363,3 +363,12 @@ def test_real_runs_in_process_and_in_a_pool_are_equal(where, tmp_path):
     assert record.weights["parent"] == where.get(parent).weights["final"] == other.get(parent).weights["final"]
     assert record.arrays["test_pred"].shape == (30,) and record.arrays["token_expert"].shape == (1, 12, 17)
     assert record.test["n"] == 30 and record.val["n"] == 20 and len(record.moe) == 1 and record.environment["threads"] == 1
+
+
+def test_a_private_record_is_published_once_it_is_asked_for(where, made):
+    spec = TINY.but(seed=3)
+    runs.collect({"a": [spec]}, where=where)
+    assert where.find(spec.id).is_relative_to(where.private)
+    [record] = runs.collect({"a": [spec.but(publish=True)]}, where=where)["a"]
+    assert record.file.is_relative_to(where.published) and record.arrays["test_pred"].tolist() == [0, 1, 2]
+    assert made == [3]  # copied, not computed again

@@ -135,9 +135,9 @@ def test_layer_decay_and_weight_decay_groups():
 
 
 @pytest.mark.parametrize("warmup, expected", [
-    # 8 steps of peak 0.4: linear from 0 over the first 2 steps, then half a cosine over all 8: 0.2 * (1 + cos(pi t / 8)).
-    (0.25, [0.0, 0.2, *(0.2 * (1 + math.cos(math.pi * t / 8)) for t in range(2, 8))]),
-    (0.0, [0.2 * (1 + math.cos(math.pi * t / 8)) for t in range(8)])])
+    # 8 steps of peak 0.4, counted from 1: linear over 2 steps to the peak, then half a cosine that would reach 0 at step 9.
+    (0.25, [0.2, 0.4, *(0.2 * (1 + math.cos(math.pi * t / 7)) for t in range(1, 7))]),
+    (0.0, [0.2 * (1 + math.cos(math.pi * t / 9)) for t in range(1, 9)])])
 def test_warm_up_and_cosine(monkeypatch, warmup, expected):
     spec = BASE.but(train={"epochs": 2.0, "lr": 0.4, "warmup": warmup, "layer_decay": 0.5})
     model, splits = parts_of(spec)

@@ -21,7 +21,8 @@ MODELS = {
     "vit_tiny_patch16_224": VIT,
     "deit_tiny_distilled_patch16_224": VIT,
     "beit_base_patch16_224": VIT,
-    "swin_tiny_patch4_window7_224": {"img_size": 56, "embed_dim": 24, "depths": (1, 2), "num_heads": (2, 4), "num_classes": 5},
+    "swin_tiny_patch4_window7_224": {"img_size": 56, "embed_dim": 24, "depths": (1, 2), "num_heads": (2, 4),
+                                     "num_classes": 5},
     "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "conv_mlp": False, "num_classes": 5},
 }
 

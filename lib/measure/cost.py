@@ -1,10 +1,10 @@
 """What a model costs: parameters and multiply-adds (MACs), stored and active, by module; peak memory; time.
 
 `count` runs the model's own forward on the meta device, on a twin without data, and books each product as it is called, so
-fused attention counts like the written-out one. MoE layers are booked from their configuration, since what they compute
-depends on data. Torch's own counter runs along: a product that was not booked is an error, never a gap.
+fused attention counts like the written-out one. MoE layers are booked from their configuration, since what they do depends
+on data. Torch's own counter runs along: a product that was not booked is an error, never a gap.
 
-Axis letters: **B** images, **N** tokens of an image, **D** width, **H** expert hidden width, **E** experts, **K** experts per
+Axis letters: **B** images, **N** tokens of an image, **D** width, **H** expert hidden width, **E** experts, **K** experts a
 token.
 """
 
@@ -55,8 +55,8 @@ class Row:
 @dataclass(frozen=True)
 class Cost:
     """The rows of a model and their totals. Own rule for MACs: linear layers, convolutions, patch embedding, attention
-    products and routers, one multiply-add each; a MoE layer counts the K experts (and the shared one) that a token passes, as
-    if no capacity refused any."""
+    products and routers, one multiply-add each; a MoE layer counts the K experts (and the shared one) that a token
+    passes, as if no capacity refused any."""
 
     rows: tuple[Row, ...]
     images: int = 1
@@ -242,7 +242,7 @@ def _elementwise(module: nn.Module) -> bool:
 
 
 def _moe_rows(name: str, layer: MoELayer, shape: tuple[int, ...], images: int, touched: float | None) -> list[Row]:
-    """Rows of one MoE layer that saw (B, ..., D). `touched`: experts an image touches under token routing, with the shared."""
+    """Rows of one MoE layer that saw (B, ..., D). `touched`: experts an image touches under token routing, shared too."""
     experts, router, rows = layer.experts, layer.router, []
     if type(experts) is not Experts or type(router).__name__ not in ("TopKRouter", "AllExperts"):
         raise ValueError(f"{name}: cost.count does not know the pair {type(router).__name__} and {type(experts).__name__}")
@@ -275,8 +275,8 @@ def _check_share(experts_per_image: float, layers: dict[str, MoELayer]) -> None:
     least = sum(layer.router.top_k + (layer.shared is not None) for layer in layers.values())
     most = sum(layer.experts.experts + (layer.shared is not None) for layer in layers.values())
     if not least <= experts_per_image <= most:
-        raise ValueError(f"experts_per_image={experts_per_image} is summed over all {len(layers)} MoE layers, shared experts "
-                         f"included: valid is {least} to {most}")
+        raise ValueError(f"experts_per_image={experts_per_image} is summed over all {len(layers)} MoE layers, shared "
+                         f"experts included: valid is {least} to {most}")
 
 
 # ------------------------------------------------------------------------------------------------ memory and time

@@ -21,7 +21,7 @@ class RoutingTape:
         for name, routing in tape: ...
 
     Entries are keyed by module and hold live tensors. A second pass of one layer inside the same tape (gradient
-    checkpointing recomputes the forward in backward) is ignored if the tape is closed by then, and replaces the entry if not.
+    checkpointing runs the forward again in backward) is ignored if the tape is closed by then, else it replaces the entry.
     Without an open tape a layer keeps nothing. A tape can be opened again: it starts empty.
     """
 

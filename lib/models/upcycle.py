@@ -79,7 +79,8 @@ def _check(name: str, mlp: nn.Module) -> None:
         raise ValueError(f"{name} is {REFUSED[kind]} ({kind}); upcycling takes timm.layers.Mlp with Linear fc1 and fc2")
     plain = isinstance(mlp, Mlp) and isinstance(mlp.fc1, nn.Linear) and isinstance(mlp.fc2, nn.Linear)
     if not plain:
-        raise ValueError(f"{name} ({kind}) is not a timm.layers.Mlp with Linear fc1 and fc2 (channels last): cannot be upcycled")
+        raise ValueError(f"{name} ({kind}) is not a timm.layers.Mlp with Linear fc1 and fc2 (channels last): "
+                         "cannot be upcycled")
     if not isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity):
         raise ValueError(f"{name} has a norm inside the MLP, which copies of fc1 and fc2 would lose: cannot be upcycled")
     if getattr(mlp, "drop1", None) is not None and (mlp.drop1.p or mlp.drop2.p):
