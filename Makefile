@@ -14,7 +14,7 @@ test: $(READY)
 	$(BIN)/python -m pytest
 
 bench: $(READY)
-	$(BIN)/python -m lib.measure.bench
+	$(BIN)/python -m benchmarks
 
 $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
