@@ -61,7 +61,7 @@ def figure(rows: int = 1, columns: int = 1, height: float = 3.0, width: float = 
 def note(ax: Axes, text: str) -> None:
     """Says in an empty panel why it is empty; ticks would suggest values."""
     ax.set(xticks=[], yticks=[])
-    ax.text(0.5, 0.5, text, ha="center", va="center", transform=ax.transAxes, wrap=True, color="#444444", fontsize=8.5)
+    ax.text(0.5, 0.5, text, ha="center", va="center", transform=ax.transAxes, color="#444444", fontsize=8.5)
 
 
 def luma(colour) -> float:
@@ -120,7 +120,7 @@ def show(fig: Figure, caption: str, alt: str) -> Shown:
     # "dark-light" keeps the book theme from dimming a picture that brings its own white background.
     return Shown(f'<figure style="margin:1em 0;max-width:100%"><img class="dark-light" alt="{html.escape(alt, quote=True)}" '
                  f'src="data:image/png;base64,{data}" style="width:{width}px;max-width:100%;height:auto;background:#fff">'
-                 f'<figcaption style="font-size:0.9em;line-height:1.4;text-align:left;color:inherit">{html.escape(caption)}</figcaption>'
+                 f'<figcaption style="font-size:0.9em;line-height:1.4;text-align:left;color:inherit;font-family:inherit;font-weight:inherit">{html.escape(caption)}</figcaption>'
                  f'</figure>', alt)
 
 

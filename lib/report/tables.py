@@ -45,23 +45,26 @@ class Table:
     frame: pd.DataFrame
     caption: str
     notes: tuple[str, ...] = ()
+    wrap: bool = False  # sentences in cells break over lines instead of scrolling
 
     @property
     def html(self) -> str:
         """Scrollable table with caption and notes. Times of the build stay out, so equal tables are equal text."""
         styler = self.frame.style.format(escape="html").format_index(escape="html", axis=1).hide(axis="index")
         styler.set_uuid(self._uuid)
-        styler.set_table_attributes('class="dataframe" style="border-collapse:collapse;white-space:nowrap"')
+        styler.set_table_attributes('class="dataframe" style="border-collapse:collapse'
+                                    f'{"" if self.wrap else ";white-space:nowrap"}"')
         styler.map(_look)
+        rules = [{"selector": "td, th", "props": "padding:0.15em 0.6em"}]
         if self.frame.columns.nlevels == 2:
             # A rule between the groups: the eye must not run from one source into the next.
             starts = [i for i in range(1, self.frame.shape[1]) if self.frame.columns[i][0] != self.frame.columns[i - 1][0]]
-            styler.set_table_styles([{"selector": f".col{i}", "props": "border-left:2px solid #888;padding-left:0.8em"}
-                                     for i in starts])
+            rules += [{"selector": f".col{i}", "props": "border-left:2px solid #888"} for i in starts]
+        styler.set_table_styles(rules)
         # pandas leaves out the scope, by which screen readers tie a cell to its column
         body = styler.to_html().replace("<th ", '<th scope="col" ')
         notes = "".join(f"<div>{html.escape(note)}</div>" for note in self.notes)
-        return ('<figure style="margin:1em 0"><figcaption style="font-size:0.95em;text-align:left;color:inherit">'
+        return ('<figure style="margin:1em 0"><figcaption style="text-align:left;color:inherit;font:inherit;font-size:0.95em">'
                 f'{html.escape(self.caption)}</figcaption>'
                 f'<div style="overflow-x:auto;max-width:100%" tabindex="0">{body}</div>'
                 f'<div style="font-size:0.85em;line-height:1.5">{notes}</div></figure>')
@@ -131,15 +134,21 @@ class _Notes:
         return out + [f"{self.retold(source)} secondary: as retold in {source}" for source in self.sources]
 
 
-def table(frame: pd.DataFrame, caption: str, decimals: int = 1, notes: Sequence[str] = ()) -> Table:
-    """A plain table of numbers, intervals and texts with a caption; units belong into the column names."""
+def table(frame: pd.DataFrame, caption: str, decimals: int | Mapping[str, int] = 1, notes: Sequence[str] = (),
+          wrap: bool = False) -> Table:
+    """A plain table of numbers, intervals and texts with a caption; units belong into the column names.
+
+    decimals: for all columns, or {column: decimals} (1 where a column is not named). wrap: break long cells over lines.
+    """
     if not caption.strip():
         raise ValueError("a table needs a caption: what is shown, on which data, with which n")
     found = _Notes()
-    cells = {column: [_cell(v, decimals, found) for v in frame[column]] for column in frame}
+    places = decimals if isinstance(decimals, Mapping) else dict.fromkeys(frame, decimals)
+    cells = {column: [_cell(v, places.get(column, 1), found) for v in frame[column]] for column in frame}
     out = pd.DataFrame(cells, dtype=object)
     out.columns = frame.columns
-    return Table(out, caption, (*notes, *found.lines()))
+    empty = () if len(out) else ("No record yet.",)
+    return Table(out, caption, (*notes, *empty, *found.lines()), wrap)
 
 
 def _cell(value: Any, decimals: int, notes: _Notes) -> str:

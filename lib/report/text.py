@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import pandas as pd
 from IPython.display import Markdown
 
 from lib.claims import Verdict
+from lib.report.tables import Table, table
 
-__all__ = ["say", "verdicts"]
+__all__ = ["gaps", "say", "verdicts"]
+
+
+def gaps(records: dict[str, list], command: str) -> str:
+    """A sentence for a caption: which command fills the records that are absent; nothing if all are there."""
+    absent = sum(record is None for group in records.values() for record in group)
+    total = sum(len(group) for group in records.values())
+    return f" {absent} of {total} records are not there yet; filled by: {command}" if absent else ""
 
 
 def say(*sentences: str) -> Markdown:
@@ -16,7 +25,8 @@ def say(*sentences: str) -> Markdown:
     return Markdown(" ".join(sentences))
 
 
-def verdicts(found: Iterable[Verdict]) -> Markdown:
+def verdicts(found: Iterable[Verdict], caption: str = "Verdicts by the rule of `lib.claims`: an order needs three seeds and an "
+             "interval that excludes the other side.") -> Table:
     """A table of claims: what was claimed, the verdict, the numbers behind it."""
-    lines = ["| claim | verdict | in our records |", "| --- | --- | --- |"]
-    return Markdown("\n".join([*lines, *(f"| {v.claim} | **{v.verdict}** | {v.text} |" for v in found)]))
+    rows = [(v.claim, v.verdict, v.text) for v in found]
+    return table(pd.DataFrame(rows, columns=["claim", "verdict", "in our records"]), caption, wrap=True)
