@@ -12,11 +12,16 @@ from torch import Tensor, nn
 from .routing import Routing
 
 
+# On CPU the library behind bfloat16 products builds a kernel for each new number of rows, which takes longer than the product.
+# Slices of whole multiples meet few different numbers; the rows that fill them up are copies whose results nobody reads.
+ALIGN = 16
+
+
 class Experts(nn.Module):
     """Stacked MLPs: `fc1.weight` (E, H, D), `fc1.bias` (E, H), `fc2.weight` (E, D, H), `fc2.bias` (E, D).
 
-    The biases carry names that end in `.bias`, since timm's parameter groups exempt only such names from weight decay
-    when a bias has two axes. An expert that gets no token has a zero gradient, not none: AdamW still decays its weights and
+    The biases carry names that end in `.bias`: timm's own rules go by that name or by the number of axes, and a stacked bias has
+    two, so `train.optimiser` exempts it from weight decay by name. An expert that gets no token has a zero gradient, not none: AdamW still decays its weights and
     applies its momentum, as it does for every weight of a dense layer (tested).
     """
 
@@ -43,8 +48,10 @@ class Experts(nn.Module):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         order = torch.argsort(routing.expert, stable=True)
-        token, counts = routing.token[order], routing.load().tolist()
-        rows = x.to(dtype).index_select(0, token).split(counts)
+        token, counts = routing.token[order], routing.load()
+        slices, place = _aligned(counts, ALIGN if dtype == torch.bfloat16 else 1)
+        source = token.new_zeros(sum(slices)).index_copy(0, place, token)
+        rows = x.to(dtype).index_select(0, source).split(slices)
         # Cast whole stacks: autocast inside the loop would cast slice by slice and stack float32 gradients once more.
         # unbind once: indexing w[e] in the loop gives each backward step an E-fold zero-filled gradient (2x at E = 32).
         stacks = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
@@ -52,8 +59,7 @@ class Experts(nn.Module):
         # A zero-row slice still runs: its empty products give the idle expert its zero gradient.
         done = [F.linear(self.act(F.linear(part, w1, b1)), w2, b2)
                 for part, (w1, b1, w2, b2) in zip(rows, weights, strict=True)]
-        weighted = torch.cat(done) * routing.weight[order].to(dtype).unsqueeze(1)
-        return _sum_by_token(weighted, token, x.shape[0])
+        return _sum_by_token(torch.cat(done), place, token, routing.weight[order].to(dtype), x.shape[0])
 
     def extra_repr(self) -> str:
         return f"experts={self.experts}, width={self.width}, hidden={self.hidden}"
@@ -69,12 +75,22 @@ class _Stack(nn.Module):
         self.bias = nn.Parameter(torch.empty(experts, out_features).uniform_(-bound, bound))
 
 
-def _sum_by_token(rows: Tensor, token: Tensor, tokens: int) -> Tensor:
-    """rows: (A, D), token: (A,) its token; returns (T, D) sums, zero for a token without rows."""
+def _aligned(counts: Tensor, step: int) -> tuple[list[int], Tensor]:
+    """Slice lengths for (E,) counts, rounded up to multiples of `step`, and the (A,) places of the real rows in them."""
+    slices = -(-counts // step) * step
+    shift = (slices - counts).cumsum(0) - (slices - counts)
+    place = torch.arange(int(counts.sum()), device=counts.device) + shift.repeat_interleave(counts)
+    return slices.tolist(), place
+
+
+def _sum_by_token(rows: Tensor, place: Tensor, token: Tensor, weight: Tensor, tokens: int) -> Tensor:
+    """rows: (S, D) of which the (A,) `place` are real, token: (A,) their tokens, weight: (A,) their factors; returns the (T, D)
+    weighted sums, zero for a token without rows."""
     by_token = torch.argsort(token, stable=True)
     each, rest = divmod(token.numel(), max(tokens, 1))
     if not rest and torch.equal(token[by_token], torch.arange(tokens, device=token.device).repeat_interleave(each)):
         # Nothing dropped: a gather and a short sum, since index_add walks row by row on CPU.
-        rows = rows.index_select(0, by_token)
+        rows = rows.index_select(0, place[by_token]) * weight[by_token].unsqueeze(1)
         return rows if each == 1 else rows.view(tokens, each, rows.shape[1]).sum(dim=1, dtype=rows.dtype)
+    rows = rows.index_select(0, place) * weight.unsqueeze(1)
     return rows.new_zeros(tokens, rows.shape[1]).index_add(0, token, rows)
