@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
 
 from . import paths
-
-files_read: list[Path] = []  # in order of first reading: the build names them in a page's manifest
 
 
 def names() -> list[str]:
@@ -24,8 +21,6 @@ def load(name: str) -> dict[str, Any]:
     if name not in names():
         raise ValueError(f"no published values called {name!r}: known are {', '.join(names()) or 'none'}; a new paper is a "
                          f"file {path.relative_to(paths.ROOT)}")
-    if path not in files_read:
-        files_read.append(path)
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 

@@ -263,7 +263,7 @@ def _compute(wave: list[RunSpec], executor: Any, where: Store) -> Iterable[Recor
         for job in _completed(jobs):
             try:
                 made, arrays = job.result()
-            except Exception:  # execute returns its failures, so what is raised here is the worker's: each executor has its own kinds
+            except Exception:  # execute returns its failures, so this one is the worker's: each executor has its own kinds
                 lost.append(jobs[job])
                 continue
             yield _put(made, arrays, jobs[job], where)

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +25,12 @@ from tqdm.auto import tqdm
 
 from . import paths
 from .data import Split
-from .measure.routing import RoutingProbe
 from .models.balance import switch_loss, update_choice_bias, z_loss
 from .models.moe import RoutingTape
 from .spec import MoESpec, RunSpec
+
+if TYPE_CHECKING:  # a probe is handed in; training knows no measure
+    from .measure.routing import RoutingProbe
 
 CURVE_POINTS = 60  # training-loss points kept a run
 CHECKPOINT_SECONDS = 60  # at least this long between checkpoints, and at least 20 times what writing one took

@@ -117,7 +117,9 @@ def _tensors_of_wheel(wheel: Path) -> dict[str, Tensor]:
     product = {}
     for node in graph.node:
         if node.op_type == "MatMul":
-            product |= {node.name: held[name] for name in node.input if name.startswith("onnx::MatMul")}
+            for name in node.input:
+                if name.startswith("onnx::MatMul"):
+                    product[node.name] = held[name]
 
     def weight(layer: int, part: str) -> np.ndarray:
         [found] = [array for node, array in product.items() if f"layer.{layer}/" in node and part in node]

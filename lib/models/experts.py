@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from .routing import Routing
 
-
 # On CPU the library behind bfloat16 products builds a kernel for each new number of rows, which takes longer than the product.
 # Slices of whole multiples meet few different numbers; the rows that fill them up are copies whose results nobody reads.
 ALIGN = 16
@@ -20,9 +19,9 @@ ALIGN = 16
 class Experts(nn.Module):
     """Stacked MLPs: `fc1.weight` (E, H, D), `fc1.bias` (E, H), `fc2.weight` (E, D, H), `fc2.bias` (E, D).
 
-    The biases carry names that end in `.bias`: timm's own rules go by that name or by the number of axes, and a stacked bias has
-    two, so `train.optimiser` exempts it from weight decay by name. An expert that gets no token has a zero gradient, not none: AdamW still decays its weights and
-    applies its momentum, as it does for every weight of a dense layer (tested).
+    The biases carry names that end in `.bias`: timm's own rules go by that name or by the number of axes, and a stacked bias
+    has two, so `train.optimiser` exempts it from weight decay by name. An expert that gets no token has a zero gradient, not
+    none: AdamW still decays its weights and applies its momentum, as it does for every weight of a dense layer (tested).
     """
 
     def __init__(self, experts: int, width: int, hidden: int, act: nn.Module | None = None):

@@ -19,6 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lib.report import CAPTION_STYLE
+
 __all__ = ["COLOURS", "LINES", "MAP", "MARKERS", "WIDTH", "Shown", "expert_colours", "figure", "luma", "note", "png", "show",
            "style", "text_colour"]
 
@@ -120,7 +122,7 @@ def show(fig: Figure, caption: str, alt: str) -> Shown:
     # "dark-light" keeps the book theme from dimming a picture that brings its own white background.
     return Shown(f'<figure style="margin:1em 0;max-width:100%"><img class="dark-light" alt="{html.escape(alt, quote=True)}" '
                  f'src="data:image/png;base64,{data}" style="width:{width}px;max-width:100%;height:auto;background:#fff">'
-                 f'<figcaption style="font-size:0.9em;line-height:1.4;text-align:left;color:inherit;font-family:inherit;font-weight:inherit">{html.escape(caption)}</figcaption>'
+                 f'<figcaption style="{CAPTION_STYLE}">{html.escape(caption)}</figcaption>'
                  f'</figure>', alt)
 
 

@@ -17,11 +17,15 @@ import numpy as np
 import pandas as pd
 
 from lib.measure.stats import Interval, format_interval
+from lib.report import CAPTION_STYLE
 
-__all__ = ["GROUPS", "Secondary", "Table", "secondary", "table", "three_groups"]
+__all__ = ["COST_DECIMALS", "GROUPS", "Secondary", "Table", "secondary", "table", "three_groups"]
 
 GROUPS = ("published", "reproduced", "this build")
 MISSING = "–"  # followed by the number of the note with the command
+# Decimals of the columns that speed and size tables share: rates are noisy in their first digits, small models are small.
+COST_DECIMALS = {"training (images/s)": 0, "limit (images/s)": 0, "evaluation (images/s)": 0, "features (images/s)": 0,
+                 "stored (M)": 3, "active (M)": 3, "parameters (M)": 3, "MACs (G)": 4}
 _NUMERALS = "¹²³⁴⁵⁶⁷⁸⁹"
 
 
@@ -64,7 +68,7 @@ class Table:
         # pandas leaves out the scope, by which screen readers tie a cell to its column
         body = styler.to_html().replace("<th ", '<th scope="col" ')
         notes = "".join(f"<div>{html.escape(note)}</div>" for note in self.notes)
-        return ('<figure style="margin:1em 0"><figcaption style="text-align:left;color:inherit;font:inherit;font-size:0.95em">'
+        return (f'<figure style="margin:1em 0"><figcaption style="{CAPTION_STYLE}">'
                 f'{html.escape(self.caption)}</figcaption>'
                 f'<div style="overflow-x:auto;max-width:100%" tabindex="0">{body}</div>'
                 f'<div style="font-size:0.85em;line-height:1.5">{notes}</div></figure>')
