@@ -125,7 +125,7 @@ class Store:
         return None
 
     def publish(self, spec: RunSpec) -> None:
-        """Copy a record that lies in the cache to the published ones, arrays first, unless it is there."""
+        """Copy a record from the cache to the published ones unless it is there, arrays first."""
         record = self.peek(spec.id)
         if record is None or record.file.is_relative_to(self.published):
             return
