@@ -110,7 +110,10 @@ def _footprint(book: Any) -> dict[str, Any]:
 
 
 def _cleaned(part: Path, moe: dict[str, Any] | None) -> str:
-    """The executed notebook without hidden cells and without papermill's absolute paths, with the manifest."""
+    """The executed notebook without hidden cells and without papermill's absolute paths, with the manifest.
+
+    A partial notebook (`moe` is None) keeps its chatter: it is the log of its failure.
+    """
     import nbformat
 
     book = nbformat.read(part, as_version=4)
@@ -123,9 +126,20 @@ def _cleaned(part: Path, moe: dict[str, Any] | None) -> str:
         for output in cell.get("outputs", ()):
             if output.get("execution_count"):
                 output.execution_count -= 1
+        if moe is not None and cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not _chatter(output)]
     if moe is not None:
         book.metadata["moe"] = moe
     return nbformat.writes(book)
+
+
+def _chatter(output: Any) -> bool:
+    """Progress bars and what was written to stderr: moved to the log, which this process's stderr is part of."""
+    if output.output_type == "stream" and output.name == "stderr":
+        print(output.text, file=sys.stderr)
+        return True
+    kinds = output.get("data", {})
+    return "application/vnd.jupyter.widget-view+json" in kinds and "text/html" not in kinds  # a bar; figures carry HTML
 
 
 def _short(error: Exception) -> str:

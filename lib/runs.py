@@ -14,6 +14,7 @@ import datetime
 import hashlib
 import os
 import platform
+import sys
 import traceback
 import warnings
 from collections.abc import Iterable
@@ -281,7 +282,7 @@ def _completed(jobs: dict) -> Iterable:
 
 
 def _told(spec: RunSpec):
-    return lambda: tqdm.write(f"run {spec.id} is being computed by another process: waiting for it")
+    return lambda: tqdm.write(f"run {spec.id} is being computed by another process: waiting for it", file=sys.stderr)
 
 
 def _filed(spec: RunSpec, where: Store) -> bool:

@@ -120,8 +120,8 @@ class Store:
         for part in (file, file.with_suffix(".npz")):
             if part.exists():
                 part.replace(aside / part.name)
-        warnings.warn(f"record {file.name} of {file.parent.name} is damaged ({trouble}); it was moved to {aside} and its run will "
-                      "be computed again", stacklevel=2)
+        warnings.warn(f"record {file.name} of {file.parent.name} is damaged ({trouble}); it was moved to {aside} and its "
+                      "run will be computed again", stacklevel=2)
         return None
 
     def publish(self, spec: RunSpec) -> None:

@@ -26,7 +26,8 @@ def why(key: str, profile: str = "quick") -> str | None:
 
 def test_build_then_nothing_then_only_what_changed(book):
     book.notebook("a/two", "text = open(lib.notebooks.ROOT / 'data/papers/tiny.yaml').read()",
-                  "small = lib.load(grid(lib.profile('a/two', 'small')))\nprint(small)")
+                  "small = lib.load(grid(lib.profile('a/two', 'small')))\nprint(small)",
+                  "import sys\nprint('a progress ' + 'bar', file=sys.stderr)")
     assert why("a/one") == "never run"
     built = book.build("-W")
     assert built.returncode == 0, built.stdout + built.stderr
@@ -40,6 +41,8 @@ def test_build_then_nothing_then_only_what_changed(book):
     assert [cell.get("execution_count") for cell in one["cells"]] == [None, 1, 2, 3, 4, 5]
     assert not any("lib.manifest" in "".join(cell["source"]) for cell in one["cells"])
     assert set(one["metadata"]["moe"]["modules"]) >= {"lib/tiny.py", "lib/spec.py", "lib/__init__.py"}
+    assert "a progress bar" not in json.dumps(book.executed("a/two"))  # chatter goes to the log
+    assert "a progress bar" in (book.root / "book" / "notebooks" / "a" / "two.log").read_text()
     two = book.executed("a/two")["metadata"]["moe"]
     assert list(two["papers"]) == ["data/papers/tiny.yaml"] and "lib/tiny.py" not in two["modules"]
     assert len(two["records"]) == 2 and set(two["records"].values()) == {None}

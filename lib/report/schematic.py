@@ -29,6 +29,7 @@ def moe_layer(experts: int = 3) -> Figure:
     colours = expert_colours(experts)
     rows = [1.0 * i for i in range(experts, -1, -1)]  # experts from the top, the shared one at the bottom
     middle = (rows[0] + rows[-2]) / 2
+    line = {"color": "#333333", "linewidth": 1.1, "linestyle": "-", "marker": ""}  # not the cycle of the plots
     with style():
         fig, axes = figure(height=0.85 * (experts + 2), width=7.4)
         ax = axes[0, 0]
@@ -48,12 +49,12 @@ def moe_layer(experts: int = 3) -> Figure:
         _arrow(ax, (0.9, middle + 0.45), (2.0, experts + 1.1))
         _arrow(ax, (3.0, experts + 0.7), (3.0, middle + 0.45))
         ax.text(3.12, (experts + 0.7 + middle + 0.45) / 2, "experts", fontsize=8.5, va="center", ha="left")
-        ax.plot([4.05, 9.6], [experts + 1.15] * 2, color="#333333", linewidth=1.1, linestyle="--")
+        ax.plot([4.05, 9.6], [experts + 1.15] * 2, color="#333333", linewidth=1.1, linestyle="--", marker="")
         _arrow(ax, (9.6, experts + 1.15), (9.6, middle + 0.45), dashed=True)
         ax.text(6.8, experts + 1.3, "weights $w$", fontsize=8.5, ha="center", va="bottom")
-        ax.plot([0.6, 0.6, 5.2], [middle - 0.45, rows[-1], rows[-1]], color="#333333", linewidth=1.1)
+        ax.plot([0.6, 0.6, 5.2], [middle - 0.45, rows[-1], rows[-1]], **line)
         _arrow(ax, (5.1, rows[-1]), (5.2, rows[-1]))
-        ax.plot([7.0, 9.6], [rows[-1]] * 2, color="#333333", linewidth=1.1)
+        ax.plot([7.0, 9.6], [rows[-1]] * 2, **line)
         _arrow(ax, (9.6, rows[-1]), (9.6, middle - 0.45))
         ax.text(8.3, rows[-1] + 0.14, "weight 1", fontsize=8.5, ha="center", va="bottom")
     return fig

@@ -1,0 +1,33 @@
+"""The committed records: whole, unedited, and still filed under the id that their spec has today."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+from lib import notebooks, paths
+from lib.store import Store
+
+FILES = sorted(paths.RESULTS.glob("*/*.json"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_record_is_whole_and_found_by_its_spec(file, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a damaged record would be moved aside with a warning
+        record = Store(paths.RESULTS, tmp_path).peek(file.stem)
+    assert record is not None and record.status == "ok"
+    assert record.spec.id == file.stem, "a change to the specs gave this run another id: old records are lost by it"
+    right = (record.arrays["test_pred"] == record.arrays["test_label"]).mean()
+    assert 100 * right == pytest.approx(record.test["top1"]) and len(record.arrays["test_pred"]) == record.test["n"]
+    for layer, counts in zip(record.moe, record.arrays.get("class_expert", ()), strict=True):
+        assert sum(layer["load"]) == pytest.approx(1) and counts.sum() > 0
+
+
+def test_every_committed_record_is_wanted_by_a_notebook():
+    folder = paths.ROOT / "notebooks"
+    keys = [file.relative_to(folder).as_posix().removesuffix(".ipynb") for file in folder.glob("*/*.ipynb")]
+    wanted = {spec.id for key in keys for profile in ("small", "paper") if notebooks.has_profile(key, profile)
+              for group in notebooks.plan(key, profile).values() for spec in group}
+    assert {file.stem for file in FILES} <= wanted
