@@ -194,27 +194,28 @@ class _LayerCounts:
         choice, probs = _numpy(routing.choice), _numpy(routing.probs)  # (R, K), (R, E)
         per_image = routing.per_image
         label = labels if per_image else np.repeat(labels, n)
-        self.by_class += np.bincount((label[:, None] * e + choice).ravel(),
+        chosen = choice >= 0  # expert choice leaves tokens with fewer experts than others
+        self.by_class += np.bincount((label[:, None] * e + choice)[chosen],
                                      minlength=self.by_class.size).reshape(self.by_class.shape)
         if per_image:
-            self.by_position += np.bincount(choice.ravel(), minlength=e)
+            self.by_position += np.bincount(choice[chosen], minlength=e)
         else:
             position = np.tile(np.arange(n), b)
-            self.by_position += np.bincount((position[:, None] * e + choice).ravel(), minlength=n * e).reshape(n, e)
+            self.by_position += np.bincount((position[:, None] * e + choice)[chosen], minlength=n * e).reshape(n, e)
         expert, token = _numpy(routing.expert), _numpy(routing.token)
         self.load += np.bincount(expert, minlength=e)
         self.distinct += int(np.count_nonzero(np.bincount(token // n * e + expert, minlength=b * e)))
         self.weight += float(_numpy(routing.weight).sum(dtype=np.float64))
         self.entropy += float(entropy(probs).sum())
         self.decisions += len(probs)
-        self.choices += b * n * choice.shape[1]
+        self.choices += int(chosen.sum()) * (n if per_image else 1)
         self.refused += int(_numpy(routing.dropped).sum())
         self.images += b
 
     def summary(self) -> dict[str, Any]:
         served = int(self.load.sum())
         return {"block": self.block, "load": load_share(self.load).tolist(), "entropy": self.entropy / self.decisions,
-                "weight": self.weight / max(served, 1), "dropped": self.refused / self.choices,
+                "weight": self.weight / max(served, 1), "dropped": self.refused / max(self.choices, 1),
                 "experts_per_image": self.distinct / self.images}
 
 

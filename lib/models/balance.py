@@ -18,7 +18,8 @@ def switch_loss(routing: Routing) -> Tensor:
     the GShard reading that counts each choice once. Rows are images under image-level routing (ViMoE, eq. 6).
     """
     experts = routing.experts
-    share = torch.bincount(routing.choice.reshape(-1), minlength=experts).to(routing.probs.dtype) / routing.choice.numel()
+    chosen = routing.choice[routing.choice >= 0]
+    share = torch.bincount(chosen, minlength=experts).to(routing.probs.dtype) / max(chosen.numel(), 1)
     return experts * (share * routing.probs.mean(dim=0)).sum()
 
 
@@ -36,3 +37,43 @@ def update_choice_bias(router: TopKRouter, routing: Routing, rate: float) -> Non
     """
     counts = torch.bincount(routing.choice.reshape(-1), minlength=routing.experts).float()
     router.choice_bias += rate * torch.sign(counts.mean() - counts)
+
+
+# ---- Durham report: push the gate to be sharp for a token and varied over images, instead of balanced
+
+
+def sharpness_loss(routing: Routing, guard: float = 1e-2) -> Tensor:
+    """Mean over rows of mean(p) / (var(p) + guard), over the E probabilities of a row (Durham, section 3).
+
+    The report calls it an inverse coefficient of variation and prints the variance; as printed it is E / (E - 1) for one-hot
+    rows and 1 / (E guard) for uniform ones, which a tiny guard lets explode.
+    """
+    variance = routing.probs.var(dim=-1, unbiased=False)
+    return (routing.probs.mean(dim=-1) / (variance + guard)).mean()
+
+
+def variation_loss(routing: Routing, guard: float = 1e-2, deviation: bool = False) -> Tensor:
+    """Mean over experts of mean(s_e) / (var(s_e) + guard), over images.
+
+    s_e: an expert's probability, summed over the tokens of one image.
+    The report's "sum over all samples in a batch" is one number and has no variance; sums by image are the reading whose
+    scale fits its printed values. deviation: the standard deviation instead of the variance (our control).
+    """
+    sums = _by_image(routing)
+    spread = sums.std(dim=0, unbiased=False) if deviation else sums.var(dim=0, unbiased=False)
+    return (sums.mean(dim=0) / (spread + guard)).mean()
+
+
+def batch_variation(routing: Routing) -> Tensor:
+    """The report's metric: mean over experts of var(s_e) / mean(s_e) over images.
+
+    At most N (1 - 1/E): each image wholly with one expert, experts equally often.
+    """
+    sums = _by_image(routing)
+    return (sums.var(dim=0, unbiased=False) / sums.mean(dim=0).clamp_min(1e-12)).mean()
+
+
+def _by_image(routing: Routing) -> Tensor:
+    """(B, E) probabilities summed over the tokens of each image."""
+    b, n = routing.shape
+    return routing.probs * n if routing.per_image else routing.probs.view(b, n, -1).sum(dim=1)

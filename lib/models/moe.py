@@ -27,8 +27,8 @@ class RoutingTape:
 
     def __init__(self, model: nn.Module):
         # Order of definition in the model, so entries come out from the shallowest layer to the deepest.
-        self.layers = {module: name for name, module in model.named_modules() if isinstance(module, MoELayer)}
-        self._entries: dict[MoELayer, Routing] = {}
+        self.layers = {module: name for name, module in model.named_modules() if isinstance(module, RoutedLayer)}
+        self._entries: dict[RoutedLayer, Routing] = {}
 
     def __enter__(self) -> RoutingTape:
         busy = [name for layer, name in self.layers.items() if layer.tape is not None]
@@ -39,7 +39,7 @@ class RoutingTape:
         self._entries.clear()
         return self
 
-    def __getitem__(self, layer: MoELayer) -> Routing:
+    def __getitem__(self, layer: RoutedLayer) -> Routing:
         """The Routing of one layer; KeyError if it did not run under this tape."""
         return self._entries[layer]
 
@@ -47,7 +47,7 @@ class RoutingTape:
         for layer in self.layers:
             layer.tape = None
 
-    def write(self, layer: MoELayer, routing: Routing) -> None:
+    def write(self, layer: RoutedLayer, routing: Routing) -> None:
         """Called by the layer."""
         self._entries[layer] = routing
 
@@ -60,7 +60,15 @@ class RoutingTape:
         return [routing for _, routing in self]
 
 
-class MoELayer(nn.Module):
+class RoutedLayer(nn.Module):
+    """A layer that hands its `Routing` to the open tape, if there is one."""
+
+    def __init__(self):
+        super().__init__()
+        self.tape: RoutingTape | None = None
+
+
+class MoELayer(RoutedLayer):
     """Router, experts and an optional shared expert in the place of an MLP.
 
     Without shared expert y = sum_k w_k E_k(x); with it y = E_s(x) + sum_k w_k E_k(x) (ViMoE, eqs 4 and 5).
@@ -70,7 +78,6 @@ class MoELayer(nn.Module):
     def __init__(self, router: nn.Module, experts: Experts, shared: nn.Module | None = None):
         super().__init__()
         self.router, self.experts, self.shared = router, experts, shared
-        self.tape: RoutingTape | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, ..., D) -> same shape; hands the Routing to the open tape, if there is one."""

@@ -18,7 +18,8 @@ class Routing:
 
     token: (A,) row of the (T, D) input; expert: (A,) its expert; weight: (A,) factor on the expert's output.
     probs: (R, E) router probabilities and logits: (R, E), where R = T, or B if one decision serves a whole image.
-    choice: (R, K) chosen experts before any dropping, best first. dropped: (T,) number of refused choices of a token.
+    choice: (R, K) chosen experts before any dropping, best first; -1 where a token has fewer (expert choice).
+    dropped: (T,) number of refused choices of a token.
     """
 
     token: Tensor
@@ -53,7 +54,36 @@ class Routing:
         return self.choice.view(b, n, k)
 
 
-class TopKRouter(nn.Module):
+class LinearRouter(nn.Module):
+    """The part that linear routers share: a weight (E, D), float32 logits, softmax over experts.
+
+    noise: std of normal logit noise in training, in units of 1/E (V-MoE uses 1). std: of the normal initialisation.
+    """
+
+    def __init__(self, width: int, experts: int, *, noise: float = 0.0, std: float = 0.02,
+                 generator: torch.Generator | None = None):
+        super().__init__()
+        self.experts, self.noise, self.std = experts, noise, std
+        self.weight = nn.Parameter(torch.empty(experts, width))
+        self.reset(generator)
+
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """Draw the router anew: normal with `std`; zero std leaves ties, which a choice breaks by index."""
+        with torch.no_grad():
+            self.weight.normal_(0.0, self.std, generator=generator) if self.std else self.weight.zero_()
+
+    def scores(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """rows: (R, D) -> probabilities (R, E), with noise in training, and logits (R, E) without."""
+        # Router arithmetic stays in float32 under autocast: bf16 logits flip close decisions (Switch, section 2.4).
+        with torch.autocast(rows.device.type, enabled=False):
+            logits = rows.float() @ self.weight.float().t()
+        noisy = logits
+        if self.training and self.noise:
+            noisy = logits + torch.randn_like(logits) * (self.noise / self.experts)
+        return noisy.softmax(dim=-1), logits
+
+
+class TopKRouter(LinearRouter):
     """Linear router with softmax and top-k choice, for each token or for each image.
 
     Token level (V-MoE 2106.05974; Switch 2101.03961) reads every token; image level (ViMoE, section 3.1) reads the class
@@ -62,26 +92,18 @@ class TopKRouter(nn.Module):
     gate="printed": the weight is the softmax probability over all E experts. gate="renormalised": g / sum of the chosen g,
     which for K = 1 is g / stopgrad(g): weight one in value, while the router's gradient does not vanish.
     capacity_factor: an expert serves at most ceil(capacity_factor * K * T / E) assignments of a batch, earlier tokens
-    and first choices first (GShard 2006.16668); None never drops.
-    noise: std of normal logit noise in training, in units of 1/E (V-MoE uses 1).
+    and first choices first (GShard 2006.16668); None never drops. batch_priority: tokens with the largest gate first
+    instead (V-MoE, section 4). With K = E and no capacity this is the dense softmax mixture.
     """
 
     def __init__(self, width: int, experts: int, top_k: int, *, per_image: bool = False, pool: str = "class",
-                 gate: str = "printed", capacity_factor: float | None = None, noise: float = 0.0, std: float = 0.02,
-                 generator: torch.Generator | None = None):
-        super().__init__()
-        self.experts, self.top_k, self.per_image, self.pool = experts, top_k, per_image, pool
-        self.gate, self.capacity_factor, self.noise = gate, capacity_factor, noise
-        self.weight = nn.Parameter(torch.empty(experts, width))
-        self.std = std
+                 gate: str = "printed", capacity_factor: float | None = None, batch_priority: bool = False,
+                 noise: float = 0.0, std: float = 0.02, generator: torch.Generator | None = None):
+        super().__init__(width, experts, noise=noise, std=std, generator=generator)
+        self.top_k, self.per_image, self.pool, self.gate = top_k, per_image, pool, gate
+        self.capacity_factor, self.batch_priority = capacity_factor, batch_priority
         # Added to the scores for the choice only, never to the weights (loss-free balancing, 2408.15664).
         self.register_buffer("choice_bias", torch.zeros(experts))
-        self.reset(generator)
-
-    def reset(self, generator: torch.Generator | None = None) -> None:
-        """Draw the router anew: normal with `std`; zero std leaves ties, which top-k breaks by index."""
-        with torch.no_grad():
-            self.weight.normal_(0.0, self.std, generator=generator) if self.std else self.weight.zero_()
 
     def forward(self, x: Tensor) -> Routing:
         """x: (B, N, D) input of the MLP -> the Routing of its T = B*N tokens."""
@@ -90,16 +112,11 @@ class TopKRouter(nn.Module):
             rows = x[:, 0] if self.pool == "class" else x.mean(dim=1)
         else:
             rows = x.reshape(b * n, d)
-        # Router arithmetic stays in float32 under autocast: bf16 logits flip close decisions (Switch, section 2.4).
-        with torch.autocast(x.device.type, enabled=False):
-            logits = rows.float() @ self.weight.float().t()
-        noisy = logits
-        if self.training and self.noise:
-            noisy = logits + torch.randn_like(logits) * (self.noise / self.experts)
-        probs = noisy.softmax(dim=-1)
+        probs, logits = self.scores(rows)
         choice = (probs.detach() + self.choice_bias).topk(self.top_k, dim=-1).indices
         weight = self._weights(probs.gather(1, choice))
-        return assign(choice, weight, probs, logits, (b, n), self.capacity_factor)
+        first = probs.detach().amax(dim=-1) if self.batch_priority else None
+        return assign(choice, weight, probs, logits, (b, n), self.capacity_factor, first)
 
     def _weights(self, gates: Tensor) -> Tensor:
         if self.gate == "printed":
@@ -139,11 +156,11 @@ def capacity(factor: float, top_k: int, tokens: int, experts: int) -> int:
 
 
 def assign(choice: Tensor, weight: Tensor, probs: Tensor, logits: Tensor, shape: tuple[int, int],
-           capacity_factor: float | None = None) -> Routing:
+           capacity_factor: float | None = None, priority: Tensor | None = None) -> Routing:
     """Chosen experts -> Routing. choice, weight: (R, K), with R = T, or R = B for one decision an image.
 
-    Assignments are listed choice by choice (all first choices, then all second ones), so that a full expert refuses later
-    tokens and lower choices first.
+    Assignments are listed choice by choice (all first choices, then all second ones), and tokens by falling `priority`, (T,),
+    or in their order, so that a full expert refuses the last tokens and lower choices first.
     """
     b, n = shape
     tokens, top_k = b * n, choice.shape[-1]
@@ -152,9 +169,10 @@ def assign(choice: Tensor, weight: Tensor, probs: Tensor, logits: Tensor, shape:
         weight_t = weight.repeat_interleave(n, dim=0)
     else:
         choice_t, weight_t = choice, weight
-    expert = choice_t.t().reshape(-1)
-    flat_weight = weight_t.t().reshape(-1)
-    token = torch.arange(tokens, device=choice.device).repeat(top_k)
+    queue = torch.arange(tokens, device=choice.device) if priority is None else priority.argsort(descending=True, stable=True)
+    expert = choice_t[queue].t().reshape(-1)
+    flat_weight = weight_t[queue].t().reshape(-1)
+    token = queue.repeat(top_k)
     dropped = torch.zeros(tokens, dtype=torch.long, device=choice.device)
     if capacity_factor is not None:
         slots = capacity(capacity_factor, top_k, tokens, probs.shape[-1])
