@@ -48,17 +48,26 @@ class Experts(nn.Module):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         order = torch.argsort(routing.expert, stable=True)
         token, counts = routing.token[order], routing.load()
-        slices, place = _aligned(counts, ALIGN if dtype == torch.bfloat16 else 1)
+        low = dtype == torch.bfloat16
+        slices, place = _aligned(counts, ALIGN if low else 1)
         source = token.new_zeros(sum(slices)).index_copy(0, place, token)
         rows = x.to(dtype).index_select(0, source).split(slices)
         # Cast whole stacks: autocast inside the loop would cast slice by slice and stack float32 gradients once more.
         # unbind once: indexing w[e] in the loop gives each backward step an E-fold zero-filled gradient (2x at E = 32).
         stacks = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         weights = zip(*(stack.to(dtype).unbind(0) for stack in stacks), strict=True)
+        mlp = self._left if low and not torch.is_grad_enabled() else self._right
         # A zero-row slice still runs: its empty products give the idle expert its zero gradient.
-        done = [F.linear(self.act(F.linear(part, w1, b1)), w2, b2)
-                for part, (w1, b1, w2, b2) in zip(rows, weights, strict=True)]
-        return _sum_by_token(torch.cat(done), place, token, routing.weight[order].to(dtype), x.shape[0])
+        done = torch.cat([mlp(part, *own) for part, own in zip(rows, weights, strict=True)])
+        return _sum_by_token(done, place, token, routing.weight[order].to(dtype), x.shape[0])
+
+    def _right(self, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        return F.linear(self.act(F.linear(x, w1, b1)), w2, b2)
+
+    def _left(self, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        """The same with the weights on the left of each product: the right-hand side is what gets packed in bfloat16, and there
+        are fewer rows than weights. With a backward pass nothing is gained by it."""
+        return torch.addmm(b2.unsqueeze(1), w2, self.act(torch.addmm(b1.unsqueeze(1), w1, x.t()))).t()
 
     def extra_repr(self) -> str:
         return f"experts={self.experts}, width={self.width}, hidden={self.hidden}"
