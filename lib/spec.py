@@ -64,7 +64,8 @@ class DataSpec(Spec):
     val: Positive | None = None  # validation images; None = the whole validation split
     test: Positive | None = None  # test images; None = all
     label: str = "label"  # label column; CIFAR-100 has fine_label and coarse_label
-    augment: Literal["none", "flip", "shift", "flip_crop", "resized_crop"] = "none"  # training images only
+    augment: Literal["none", "flip", "shift", "flip_crop", "resized_crop", "auto"] = "none"  # training images only; auto:
+    # flip_crop and the CIFAR-10 policy of AutoAugment (1805.09501)
     subset_seed: int = 0  # chooses the subset; not the training seed
 
 
@@ -77,6 +78,7 @@ class BackboneSpec(Spec):
     width: Positive | None = None  # D
     depth: Positive | None = None  # blocks
     heads: Positive | None = None  # attention heads; must divide the width
+    hidden: Positive | None = None  # H of the MLPs
     drop_path: Share = 0.0  # largest stochastic-depth rate; timm lets it grow linearly over the blocks
 
     @model_validator(mode="after")
@@ -92,7 +94,8 @@ class MoESpec(Spec):
     layers: Positive = 1  # L: blocks counted from the last one
     experts: Positive = 8  # E, the shared expert not counted
     top_k: Positive = 1  # K
-    router: Literal["token", "image", "all"] = "image"  # image: one decision from the class token; all: no router
+    router: Literal["token", "image", "all", "expert_choice", "priority", "manual", "soft"] = "image"
+    # image: one decision from the class token; all: no router; token with top_k = experts: the dense softmax mixture
     pool: Literal["class", "mean"] = "class"  # what an image-level router reads; mean for models without class token
     shared: bool = False  # one more expert that every token passes, added with weight 1
     gate: Literal["printed", "renormalised"] = "printed"  # printed: softmax weight as is; renormalised: sums to 1
@@ -103,6 +106,17 @@ class MoESpec(Spec):
     bias_rate: Annotated[float, Field(gt=0)] = 1e-3  # step of the loss-free bias
     z_weight: Annotated[float, Field(ge=0)] = 0.0  # of the router z-loss (ST-MoE: 1e-3)
     router_std: Annotated[float, Field(ge=0)] = 0.02  # normal initialisation of the router
+    batch_priority: bool = False  # with capacity_factor: the surest tokens first (V-MoE), not the first ones
+    group: Literal["image", "batch"] = "image"  # tokens that compete under expert_choice and priority
+    choices: Annotated[float, Field(gt=0)] = 1.0  # expert_choice: experts that a token gets on average
+    slots: Positive = 1  # soft: slots an expert
+    groups: tuple[tuple[int, ...], ...] | None = None  # manual: the classes of each expert, in the order of the experts
+    fresh_experts: bool = False  # experts drawn anew instead of copied; copies stay alike where nothing tells them apart
+    sharpness_weight: Annotated[float, Field(ge=0)] = 0.0  # Durham: of the loss that sharpens the gate of a token
+    variation_weight: Annotated[float, Field(ge=0)] = 0.0  # Durham: of the loss that varies an expert's use over images
+    guard: Annotated[float, Field(gt=0)] = 1e-2  # added to the variances of these two; a tiny one lets them explode
+    deviation: bool = False  # standard deviation instead of variance in the second one (our control)
+    expert_dropout: Share = 0.0  # chance that an image passes a layer without its routed experts, in training
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -114,6 +128,36 @@ class MoESpec(Spec):
             raise ValueError("balance='loss_free' moves a router's choice; router='all' has none: set balance='none'")
         if self.capacity_factor is not None and self.router != "token":
             raise ValueError(f"capacity_factor is for router='token'; router={self.router!r} never drops tokens")
+        if self.batch_priority and self.capacity_factor is None:
+            raise ValueError("batch_priority=True orders tokens for full experts: it needs a capacity_factor")
+        if self.choices > self.experts:
+            raise ValueError(f"choices={self.choices} is more than experts={self.experts}: a token cannot have an expert twice")
+        if self.router in ("priority", "manual") and self.top_k != 1:
+            raise ValueError(f"router={self.router!r} gives a token one expert: set top_k=1, got {self.top_k}")
+        if (self.router == "manual") != (self.groups is not None):
+            raise ValueError("groups, the classes of each expert, go with router='manual' and with no other")
+        if self.groups is not None and len(self.groups) != self.experts:
+            raise ValueError(f"groups names {len(self.groups)} experts, experts={self.experts}")
+        if self.balance == "loss_free" and self.router not in ("token", "image"):
+            raise ValueError(f"balance='loss_free' moves a top-k choice; router={self.router!r} has none")
+        if self.router == "soft" and (self.shared or self.expert_dropout):
+            raise ValueError("router='soft' has no shared expert and no expert_dropout")
+        return self
+
+
+class MaskSpec(Spec):
+    """Masked-autoencoder pretraining (MAE, 2111.06377): what is hidden, and the decoder that fills it in."""
+
+    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75  # share of the patches that is hidden
+    width: Positive = 192  # of the decoder
+    depth: Positive = 4  # decoder blocks
+    heads: Positive = 6  # decoder attention heads; must divide the decoder width
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(f"decoder width={self.width} must be a multiple of heads={self.heads} and of 4 (its fixed "
+                             "two-dimensional position table)")
         return self
 
 
@@ -129,6 +173,9 @@ class TrainSpec(Spec):
     label_smoothing: Share = 0.0
     clip: Annotated[float, Field(gt=0)] | None = 1.0  # largest gradient norm
     ema: Share | None = None  # decay of the weight average that is evaluated; None = no average
+    mask: MaskSpec | None = None  # pretraining by reconstruction instead of classification
+    trainable: Literal["all", "routers"] = "all"  # routers: everything else is frozen
+    distil: Literal["none", "choice", "probabilities"] = "none"  # the parent's gates as target: their argmax or softmax
 
 
 class RunSpec(Spec):
@@ -146,6 +193,8 @@ class RunSpec(Spec):
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations (autocast); weights stay float32
     device: Literal["cpu", "cuda"] = "cpu"  # where it runs; set by the profile, never detected
     threads: Positive = 2  # of torch; part of the spec because it changes rounding
+    fresh_routers: bool = False  # draw the routers anew after the parent's weights are loaded
+    experts_off: bool = False  # also the test accuracy with all routed experts off
     depth_probe: bool = False  # also kNN and a linear probe on the features after each block
     keep: bool = False  # keep the final weights in the cache; not part of the id
     publish: bool = False  # file the record under data/results, to be committed; not part of the id
@@ -165,4 +214,8 @@ class RunSpec(Spec):
     def _init_fits(self):
         if self.init is not None and self.backbone.but(drop_path=0.0) != self.init.backbone.but(drop_path=0.0):
             raise ValueError("init must have the same backbone as the run that starts from it")
+        if self.train is not None and self.train.mask is not None and self.init is not None:
+            raise ValueError("pretraining with a mask starts from random or named weights, not from init")
+        if self.train is not None and self.train.distil != "none" and (self.init is None or self.init.moe is None):
+            raise ValueError(f"distil={self.train.distil!r} needs a parent with gates: set init to a run with moe")
         return self
