@@ -19,7 +19,7 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from lib.measure.cost import compare
+from lib.measure.timing import compare
 from lib.models.experts import Experts
 from lib.models.moe import MoELayer
 from lib.models.routing import TopKRouter

@@ -47,19 +47,25 @@ class Split:
             pixels = torch.stack([_resized_crop(image, side, generator) for image in images])
             pixels = _flip(pixels, generator)
         else:
+            if augment == "auto":
+                images = _policy(images, generator)
             if len({image.shape for image in images}) > 1 or images[0].shape[1] != images[0].shape[2]:
                 # Fitted one by one, so that what becomes of an image does not depend on its neighbours in the batch.
                 pixels = torch.stack([_fitted(image, side) for image in images])
             else:
                 pixels = torch.stack(images).float().div_(255)
-            if augment in ("shift", "flip_crop"):
+            if augment in ("shift", "flip_crop", "auto"):
                 pixels = _shift(pixels, 1 if augment == "shift" else max(1, pixels.shape[-1] // 8), generator)
-            if augment in ("flip", "flip_crop"):
+            if augment in ("flip", "flip_crop", "auto"):
                 pixels = _flip(pixels, generator)
             pixels = _resize(pixels, side)
-        channels = pixels.shape[1]
-        mean = torch.tensor(MEAN[channels]).view(1, -1, 1, 1)
-        return (pixels - mean) / torch.tensor(STD[channels]).view(1, -1, 1, 1)
+        mean, std = scale_of(pixels.shape[1])
+        return (pixels - mean) / std
+
+
+def scale_of(channels: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (1, C, 1, 1) by which pixels in 0..1 are normalised."""
+    return torch.tensor(MEAN[channels]).view(1, -1, 1, 1), torch.tensor(STD[channels]).view(1, -1, 1, 1)
 
 
 @dataclass
@@ -263,6 +269,15 @@ def _shift(pixels: Tensor, by: int, generator: torch.Generator) -> Tensor:
     offset = torch.randint(0, 2 * by + 1, (2, b), generator=generator)
     y, x = offset[0][:, None] + torch.arange(h), offset[1][:, None] + torch.arange(w)
     return padded[torch.arange(b)[:, None, None], :, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def _policy(images: list[Tensor], generator: torch.Generator) -> list[Tensor]:
+    """AutoAugment's CIFAR-10 policy on uint8 images. torchvision draws from the global generator, so that one is borrowed."""
+    from torchvision.transforms.v2 import AutoAugment, AutoAugmentPolicy
+    policy = AutoAugment(AutoAugmentPolicy.CIFAR10)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
+        return [policy(image) for image in images]
 
 
 def _flip(pixels: Tensor, generator: torch.Generator) -> Tensor:

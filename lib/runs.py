@@ -118,13 +118,15 @@ def _run(spec: RunSpec, states: Path, checkpoint: Path | None) -> tuple[dict, di
     import torch
     from safetensors.torch import load_file, save_file
 
-    from . import data, train
+    from . import data, evaluate, train
     from .measure import cost
+    from .measure import timing as clock
     from .measure.routing import RoutingProbe
     from .models.backbone import build
+    from .models.moe import without_experts
     from .weights import sha256_state
     torch.set_num_threads(spec.threads)
-    cost.peak_rss_mib(reset=True)
+    clock.peak_rss_mib(reset=True)
     splits = data.load(spec.data)
     parent = None
     if spec.init is not None:
@@ -137,34 +139,52 @@ def _run(spec: RunSpec, states: Path, checkpoint: Path | None) -> tuple[dict, di
     timing: dict[str, float] = {}
     if spec.train is not None:
         with _tensorboard(states.parent / "tensorboard" / spec.id) as report:
-            model, progress = train.fit(model, splits.train, splits.val, spec, checkpoint, report)
+            model, progress = train.fit(model, splits.train, splits.val, spec, checkpoint, report, _teacher(spec, splits, parent))
         body |= {"history": progress.history, "curve": progress.curve}
         timing |= {"train_seconds": progress.seconds, "train_images_per_s": progress.images / max(progress.seconds, 1e-9)}
         last = progress.history[-1]
-        body["val"] = {"n": len(splits.val), "top1": last["val_top1"], "loss": last["val_loss"]}
+        body["val"] = {"n": len(splits.val)} | {name: last[f"val_{name}"] for name in ("top1", "loss") if f"val_{name}" in last}
     probe = RoutingProbe(len(splits.class_names))
-    result = train.evaluate(model, splits.test, spec, probe)
-    body["test"] = {"n": result.n, "top1": result.top1, "loss": result.loss}
+    result = evaluate.evaluate(model, splits.test, spec, probe)
+    body["test"] = {"n": result.n} | ({} if result.top1 is None else {"top1": result.top1}) | {"loss": result.loss}
+    if spec.experts_off:
+        with without_experts(model):
+            body["experts_off"] = {"n": result.n, "top1": evaluate.evaluate(model, splits.test, spec).top1}
     if spec.depth_probe:
         from .measure import features
         body["depth"] = features.by_depth(model, splits, spec)
     body["moe"] = probe.summary() if spec.moe is not None else []
-    arrays = {"test_pred": result.predictions.numpy(), "test_label": splits.test.labels.numpy().astype(np.int16)}
+    arrays = {"test_label": splits.test.labels.numpy().astype(np.int16)}
+    index = torch.linspace(0, len(splits.test) - 1, min(PROBE_IMAGES, len(splits.test))).long()
+    if result.predictions is None:
+        arrays |= evaluate.reconstructions(model, splits.test, spec, index)
+    else:
+        arrays["test_pred"] = result.predictions.numpy()
     if spec.moe is not None:
-        index = torch.linspace(0, len(splits.test) - 1, min(PROBE_IMAGES, len(splits.test))).long()
-        arrays |= probe.arrays() | {"token_expert": train.token_maps(model, splits.test, spec, index).numpy(),
-                                    "probe_index": splits.test.rows[index.numpy()].astype(np.int32)}
+        arrays |= probe.arrays() | {"token_expert": evaluate.token_maps(model, splits.test, spec, index).numpy()}
+    if spec.moe is not None or result.predictions is None:
+        arrays["probe_index"] = splits.test.rows[index.numpy()].astype(np.int32)
     state = model.state_dict()
     weights["final"] = sha256_state(state)
     if spec.keep:
         with paths.written_whole(states / f"{spec.id}.safetensors") as part:
             save_file({name: tensor.contiguous().cpu() for name, tensor in state.items()}, part)
-    timing |= {"eval_images_per_s": result.images_per_s, "peak_rss_mib": cost.peak_rss_mib()}
-    by_token = spec.moe is not None and spec.moe.router == "token"
+    timing |= {"eval_images_per_s": result.images_per_s, "peak_rss_mib": clock.peak_rss_mib()}
+    by_token = spec.moe is not None and spec.moe.router in ("token", "expert_choice", "priority")
     touched = sum(row["experts_per_image"] + spec.moe.shared for row in body["moe"]) if by_token else None
-    counted = cost.count(model, spec.data.image_size, experts_per_image=touched)
+    counted = cost.count(getattr(model, "encoder", model), spec.data.image_size, experts_per_image=touched)
     body["cost"] = {"params_stored": counted.params_stored, "params_active": counted.params_active, "macs": counted.macs}
     return body | {"weights": weights, "timing": timing}, arrays
+
+
+def _teacher(spec: RunSpec, splits: Any, parent: dict | None):
+    """The parent as it was, where its gates are distilled; else None."""
+    if spec.train.distil == "none":
+        return None
+    from .models.backbone import build
+    dense = build(spec.init.but(init=None, backbone={"weights": None}, train=None), len(splits.class_names), splits.channels)
+    dense.load_state_dict(parent)
+    return dense.to(spec.device).eval()
 
 
 @contextlib.contextmanager
@@ -205,7 +225,7 @@ def processor() -> str:
 def code_hash() -> str:
     """16 digits over the modules of `lib` that decide a result; shown as "computed by an older lib" when it differs."""
     here = Path(__file__).parent
-    files = [here / name for name in ("data.py", "train.py", "weights.py", *sorted(
+    files = [here / name for name in ("data.py", "evaluate.py", "objective.py", "train.py", "weights.py", *sorted(
         str(file.relative_to(here)) for file in here.glob("models/*.py")))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 

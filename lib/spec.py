@@ -85,6 +85,8 @@ class BackboneSpec(Spec):
     def _heads_divide_width(self):
         if self.width and self.heads and self.width % self.heads:
             raise ValueError(f"heads={self.heads} must divide width={self.width}")
+        if self.hidden and not self.width:
+            raise ValueError(f"hidden={self.hidden} is set as a ratio to the width: set width, too")
         return self
 
 
@@ -214,8 +216,15 @@ class RunSpec(Spec):
     def _init_fits(self):
         if self.init is not None and self.backbone.but(drop_path=0.0) != self.init.backbone.but(drop_path=0.0):
             raise ValueError("init must have the same backbone as the run that starts from it")
+        if self.init is not None and self.init.moe is not None:
+            fixed = [getattr(moe, name, None) for moe in (self.moe, self.init.moe) for name in ("layers", "experts", "shared")]
+            if fixed[:3] != fixed[3:]:
+                raise ValueError("init already has MoE layers: moe must have the same layers, experts and shared, "
+                                 f"{fixed[3:]}, got {fixed[:3]}; a second surgery is not defined")
         if self.train is not None and self.train.mask is not None and self.init is not None:
             raise ValueError("pretraining with a mask starts from random or named weights, not from init")
+        if self.train is not None and self.train.mask is not None and self.train.layer_decay != 1.0:
+            raise ValueError(f"layer_decay={self.train.layer_decay} counts layers from a head; pretraining with a mask has none")
         if self.train is not None and self.train.distil != "none" and (self.init is None or self.init.moe is None):
             raise ValueError(f"distil={self.train.distil!r} needs a parent with gates: set init to a run with moe")
         return self

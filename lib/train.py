@@ -1,36 +1,32 @@
-"""One training loop, and the evaluation beside it.
+"""One training loop.
 
-AdamW (fused), warm-up and cosine per step, layer-wise learning-rate decay: all timm's. What is ours: losses and probes on the
-routings of a tape, and a checkpoint that resumes to the same weights as an unbroken run.
+AdamW (fused), warm-up and cosine per step, layer-wise learning-rate decay: all timm's. What is ours: a checkpoint that resumes to
+the same weights as an unbroken run, and randomness that depends on seed and step alone.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
-from timm.optim import create_optimizer_v2, param_groups_layer_decay
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from . import paths
 from .data import Split
-from .models.balance import switch_loss, update_choice_bias, z_loss
+from .evaluate import Evaluation, evaluate
+from .models.balance import update_choice_bias
 from .models.moe import RoutingTape
-from .spec import MoESpec, RunSpec
-
-if TYPE_CHECKING:  # a probe is handed in; training knows no measure
-    from .measure.routing import RoutingProbe
+from .objective import losses as _losses
+from .spec import RunSpec
 
 CURVE_POINTS = 60  # training-loss points kept a run
 CHECKPOINT_SECONDS = 60  # at least this long between checkpoints, and at least 20 times what writing one took
@@ -56,11 +52,6 @@ class Progress:
     images: int = 0
 
 
-def autocast(spec: RunSpec):
-    """The arithmetic that the spec names: weights stay float32, bfloat16 applies to matrix products and activations."""
-    return torch.autocast(spec.device, dtype=torch.bfloat16) if spec.dtype == "bfloat16" else contextlib.nullcontext()
-
-
 def optimiser(model: nn.Module, spec: RunSpec) -> torch.optim.Optimizer:
     """Fused AdamW over timm's layer-decay groups.
 
@@ -68,19 +59,26 @@ def optimiser(model: nn.Module, spec: RunSpec) -> torch.optim.Optimizer:
     """
     train = spec.train
     kept = {*getattr(model, "no_weight_decay", set)(), "*.bias"}
-    groups = param_groups_layer_decay(model, train.weight_decay, no_weight_decay_list=kept, layer_decay=train.layer_decay)
+    if hasattr(model, "group_matcher"):
+        groups = param_groups_layer_decay(model, train.weight_decay, no_weight_decay_list=kept, layer_decay=train.layer_decay)
+    else:  # a masked autoencoder: no head to count layers from
+        groups = param_groups_weight_decay(model, train.weight_decay, no_weight_decay_list=kept)
     return create_optimizer_v2(groups, opt="adamw", lr=train.lr, weight_decay=train.weight_decay, fused=True)
 
 
 def fit(model: nn.Module, data: Split, val: Split, spec: RunSpec, checkpoint: Path | None = None,
-        report: Callable[[dict], None] | None = None) -> tuple[nn.Module, Progress]:
+        report: Callable[[dict], None] | None = None, teacher: nn.Module | None = None) -> tuple[nn.Module, Progress]:
     """Train `model` in place; returns the model to evaluate (the weight average if `ema` is set) and its Progress.
 
     checkpoint: a file to resume from and to write to, deleted by the caller. report: called with each epoch's history row.
+    teacher: the dense model whose gates are distilled.
     Randomness (order, augmentation, drop path, router noise) depends on `spec.seed` and the step, so that a resumed run ends
     with the same weights. Raises Diverged if the loss is not finite.
     """
     train = spec.train
+    if train.trainable == "routers":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".router." in name)
     per_epoch = -(-len(data) // train.batch)
     steps = max(1, round(train.epochs * per_epoch))
     optim = optimiser(model, spec)
@@ -110,7 +108,7 @@ def fit(model: nn.Module, data: Split, val: Split, spec: RunSpec, checkpoint: Pa
             torch.manual_seed(_mix(spec.seed, 3, step))
             schedule.step_update(step + 1)
             model.train()
-            parts = _losses(model, images, data.labels[index].to(spec.device), spec, tape)
+            parts = _losses(model, images, data.labels[index].to(spec.device), spec, tape, teacher)
             loss = float(parts["loss"].detach())
             if not math.isfinite(loss):
                 raise Diverged(step, recent)
@@ -154,81 +152,9 @@ def fit(model: nn.Module, data: Split, val: Split, spec: RunSpec, checkpoint: Pa
     return (average.module if average else model), progress
 
 
-def _losses(model: nn.Module, images: Tensor, labels: Tensor, spec: RunSpec, tape: RoutingTape) -> dict[str, Tensor]:
-    """The parts of the training loss, and their sum under `loss`."""
-    with tape, autocast(spec):
-        logits = model(images)
-    parts = {"task_loss": F.cross_entropy(logits.float(), labels, label_smoothing=spec.train.label_smoothing)}
-    total = parts["task_loss"]
-    if spec.moe is not None and spec.moe.router != "all":
-        routings = tape.routings()
-        parts["balance_loss"] = torch.stack([switch_loss(routing) for routing in routings]).mean()
-        for weight, each in _auxiliary(spec.moe):
-            total = total + weight * torch.stack([each(routing) for routing in routings]).sum()
-    return {"loss": total} | parts
-
-
-def _auxiliary(moe: MoESpec) -> list[tuple[float, Callable]]:
-    """(weight, loss) of the auxiliary losses in force; each is summed over the MoE layers."""
-    active = [(moe.balance_weight, switch_loss)] if moe.balance == "switch" and moe.balance_weight else []
-    return active + ([(moe.z_weight, z_loss)] if moe.z_weight else [])
-
-
-@dataclass
-class Evaluation:
-    """Mean top-1 (percent) and cross-entropy (nats) over n images, with predictions (n,) as int16."""
-
-    n: int
-    top1: float
-    loss: float
-    predictions: Tensor
-    images_per_s: float
-
-
-@torch.inference_mode()
-def evaluate(model: nn.Module, split: Split, spec: RunSpec, probe: RoutingProbe | None = None, batch: int = 250) -> Evaluation:
-    """One pass over a split without augmentation; hands each batch's routings to `probe`."""
-    model.eval()
-    tape, blocks = RoutingTape(model), moe_blocks(model)
-    guesses, losses, seconds = [], [], 0.0
-    bar = tqdm(total=len(split), unit="image", desc=f"evaluate {spec.id[:6]}", leave=False, delay=5, mininterval=1.0)
-    with bar:
-        for index in torch.arange(len(split)).split(batch):
-            images = split.batch(index, spec.data).to(spec.device)
-            began = time.perf_counter()
-            with tape if probe is not None else contextlib.nullcontext(), autocast(spec):
-                logits = model(images)
-            seconds += time.perf_counter() - began
-            if probe is not None and blocks:
-                probe.update(tape.routings(), blocks, split.labels[index])
-            logits = logits.float().cpu()
-            losses.append(F.cross_entropy(logits, split.labels[index], reduction="sum").item())
-            guesses.append(logits.argmax(dim=-1).to(torch.int16))
-            bar.update(len(index))
-    predictions = torch.cat(guesses)
-    right = (predictions == split.labels).double().mean().item()
-    return Evaluation(len(split), 100 * right, math.fsum(losses) / len(split), predictions, len(split) / seconds)
-
-
-@torch.inference_mode()
-def token_maps(model: nn.Module, split: Split, spec: RunSpec, index: Tensor) -> Tensor | None:
-    """(M, P, N) int8 first-choice expert of each token of the P images `index`, for M MoE layers; None without any."""
-    model.eval()
-    with RoutingTape(model) as tape, autocast(spec):
-        model(split.batch(index, spec.data).to(spec.device))
-    maps = [routing.token_choice()[..., 0].to("cpu", torch.int8) for routing in tape.routings()]
-    return torch.stack(maps) if maps else None
-
-
-def moe_blocks(model: nn.Module) -> list[int]:
-    """Index of the block that each MoE layer stands in, counted from 0 over all blocks, from input to output."""
-    from .models.upcycle import block_mlps
-    names = [name for name, _ in block_mlps(model)]
-    return [names.index(name) for name in RoutingTape(model).layers.values()]
-
-
 def _named(split: str, result: Evaluation) -> dict[str, float]:
-    return {f"{split}_top1": result.top1, f"{split}_loss": result.loss}
+    top1 = {} if result.top1 is None else {f"{split}_top1": result.top1}
+    return top1 | {f"{split}_loss": result.loss}
 
 
 def _point(curve: dict[str, list[float]], step: int, loss: float, every: int) -> None:

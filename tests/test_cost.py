@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lib import papers
-from lib.measure import cost
+from lib.measure import cost, timing
 from lib.models.moe import MoELayer, RoutingTape
 from lib.models.upcycle import upcycle
 from lib.spec import MoESpec
@@ -198,20 +198,20 @@ def test_unknown_activation_parameters_are_named():
 
 def test_latency_orders_and_interleaves():
     order = []
-    got = cost.compare({"slow": lambda: (order.append("s"), time.sleep(0.004)), "fast": lambda: order.append("f")}, warmup=1)
+    got = timing.compare({"slow": lambda: (order.append("s"), time.sleep(0.004)), "fast": lambda: order.append("f")}, warmup=1)
     assert "".join(order) == "sf" * 21
     assert got["slow"].median > 4 > got["fast"].median
     assert got["slow"].q05 <= got["slow"].q25 <= got["slow"].median <= got["slow"].q75 <= got["slow"].q95
-    assert cost.latency(lambda: None).repeats == 20
+    assert timing.latency(lambda: None).repeats == 20
     with pytest.raises(ValueError, match="at least 20"):
-        cost.latency(lambda: None, repeats=5)
+        timing.latency(lambda: None, repeats=5)
 
 
 def test_peak_memory_sees_an_allocation():
-    cost.peak_rss_mib(reset=True)
-    before = cost.peak_rss_mib()
+    timing.peak_rss_mib(reset=True)
+    before = timing.peak_rss_mib()
     block = torch.ones(256 * 2**18)  # 256 MiB, written
-    after = cost.peak_rss_mib()
+    after = timing.peak_rss_mib()
     assert before > 10 and after >= before and block.sum() > 0
-    if cost.peak_rss_mib(reset=True) >= after and cost.peak_rss_mib() < 1.5 * before + 300:  # where the OS permits a reset
+    if timing.peak_rss_mib(reset=True) >= after and timing.peak_rss_mib() < 1.5 * before + 300:  # where the OS permits a reset
         assert 200 < after - before < 400

@@ -276,7 +276,7 @@ def test_resized_crop_is_a_part_of_the_image():
     assert 0.6 < min(aspects) < 0.95 and 1.05 < max(aspects) < 1.6
 
 
-@pytest.mark.parametrize("augment", ["flip", "shift", "flip_crop", "resized_crop"])
+@pytest.mark.parametrize("augment", ["flip", "shift", "flip_crop", "resized_crop", "auto"])
 def test_augmentation_follows_its_generator_and_spares_evaluation(augment):
     images = list(torch.randint(0, 256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8))
     split, spec, plain = split_of(images), DataSpec(image_size=16, augment=augment), DataSpec(image_size=16)

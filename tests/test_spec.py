@@ -18,7 +18,7 @@ from lib.spec import BackboneSpec, DataSpec, MoESpec, RunSpec, Spec, TrainSpec
     (lambda: MoESpec(experts="8"), "experts"),
     (lambda: MoESpec(experts=8.0), "experts"),
     (lambda: MoESpec(noise=float("nan")), "noise"),
-    (lambda: MoESpec(router="tokens"), "'token', 'image' or 'all'"),
+    (lambda: MoESpec(router="tokens"), "'token', 'image', 'all', 'expert_choice'"),
     (lambda: BackboneSpec(width=30, heads=4), "heads=4 must divide width=30"),
     (lambda: BackboneSpec(drop_path=1.0), "drop_path"),
     (lambda: TrainSpec(epochs=0), "epochs"),

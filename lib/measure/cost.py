@@ -1,4 +1,4 @@
-"""What a model costs: parameters and multiply-adds (MACs), stored and active, by module; peak memory; time.
+"""What a model costs: parameters and multiply-adds (MACs), stored and active, by module.
 
 `count` runs the model's own forward on the meta device, on a twin without data, and books each product as it is called, so
 fused attention counts like the written-out one. MoE layers are booked from their configuration, since what they do depends
@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import pandas as pd
@@ -25,8 +22,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..models.experts import Experts
-from ..models.moe import MoELayer
-from ..models.routing import TopKRouter
+from ..models.moe import MoELayer, RoutedLayer
+from ..models.routing import AllExperts, LinearRouter, TopKRouter, capacity
+from ..models.strategies import ExpertChoiceRouter, ManualRouter, PriorityRouter, SoftMoELayer
 
 PRODUCTS = {"linear", "conv", "patch", "attention", "router"}  # kinds whose MACs count
 # Modules that hold parameters which are only added or multiplied elementwise: stored and active, but no MACs.
@@ -111,7 +109,7 @@ def count(model: nn.Module, image_size: int, images: int = 1, *, experts_per_ima
     Raises ValueError for modules that hold parameters in a way unknown here and for products that it cannot book, by name.
     """
     twin = _twin(model)
-    stands = {name: _Stand() for name, module in twin.named_modules() if isinstance(module, MoELayer)}
+    stands = {name: _Stand() for name, module in twin.named_modules() if isinstance(module, RoutedLayer)}
     layers = {name: twin.get_submodule(name) for name in stands}
     for name, stand in stands.items():
         twin.set_submodule(name, stand)
@@ -147,7 +145,7 @@ def _twin(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode whose tensors lie on the meta device: all the structure and none of the memory."""
     memo = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
     memo |= {id(b): b.detach().to("meta") for b in model.buffers()}
-    memo |= {id(m.tape): None for m in model.modules() if isinstance(m, MoELayer) and m.tape is not None}
+    memo |= {id(m.tape): None for m in model.modules() if isinstance(m, RoutedLayer) and m.tape is not None}
     return copy.deepcopy(model, memo).eval()
 
 
@@ -241,28 +239,34 @@ def _elementwise(module: nn.Module) -> bool:
     return any(c.__name__ in ELEMENTWISE or f"{c.__module__}.{c.__qualname__}" in ELEMENTWISE for c in type(module).__mro__)
 
 
-def _moe_rows(name: str, layer: MoELayer, shape: tuple[int, ...], images: int, touched: float | None) -> list[Row]:
-    """Rows of one MoE layer that saw (B, ..., D). `touched`: experts an image touches under token routing, shared too."""
-    experts, router, rows = layer.experts, layer.router, []
-    if type(experts) is not Experts or type(router).__name__ not in ("TopKRouter", "AllExperts"):
-        raise ValueError(f"{name}: cost.count does not know the pair {type(router).__name__} and {type(experts).__name__}")
-    tokens = math.prod(shape[:-1])
-    if isinstance(router, TopKRouter):
-        decisions = images if router.per_image else tokens
-        rows.append(Row(f"{name}.router", "router", router.weight.numel(), router.weight.numel(),
-                        decisions * router.weight.numel()))
-    data_decide = isinstance(router, TopKRouter) and not router.per_image and router.top_k < router.experts
+def _moe_rows(name: str, layer: RoutedLayer, shape: tuple[int, ...], images: int, touched: float | None) -> list[Row]:
+    """Rows of one MoE layer that saw (B, ..., D). `touched`: experts an image touches under token routing, with the shared."""
+    experts, rows = layer.experts, []
+    tokens, shared = math.prod(shape[:-1]), getattr(layer, "shared", None)
+    if type(experts) is not Experts:
+        raise ValueError(f"{name}: cost.count does not know the experts {type(experts).__name__}")
+    if isinstance(layer, SoftMoELayer):
+        slots = experts.experts * layer.slots
+        # Logits from tokens and slot vectors, the slots' inputs, and the way back: three products of N x S x D an image.
+        rows.append(Row(name, "router", layer.phi.numel() + 1, layer.phi.numel() + 1, 3 * tokens * slots * experts.width))
+        passed, active = images * slots, float(experts.experts)
+    else:
+        router = layer.router
+        passed, active = _passed(name, router, tokens, images)
+        if isinstance(router, LinearRouter):
+            decisions = images if getattr(router, "per_image", False) else tokens
+            rows.append(Row(f"{name}.router", "router", router.weight.numel(), router.weight.numel(),
+                            decisions * router.weight.numel()))
+    if active is None and touched is not None:
+        active = touched - (shared is not None)
     for part in ("fc1", "fc2"):
         stack = getattr(experts, part)
         one = stack.weight[0].numel() + stack.bias[0].numel()
-        active: float | None = router.top_k * one
-        if data_decide:
-            active = None if touched is None else (touched - (layer.shared is not None)) * one
-        rows.append(Row(f"{name}.experts.{part}", "linear", experts.experts * one, active,
-                        tokens * router.top_k * stack.weight[0].numel()))
-    if layer.shared is not None:
+        rows.append(Row(f"{name}.experts.{part}", "linear", experts.experts * one, None if active is None else active * one,
+                        passed * stack.weight[0].numel()))
+    if shared is not None:
         for part in ("fc1", "fc2"):
-            linear = getattr(layer.shared, part)
+            linear = getattr(shared, part)
             held = sum(p.numel() for p in linear.parameters())
             rows.append(Row(f"{name}.shared.{part}", "linear", held, held, tokens * linear.weight.numel()))
     if sum(row.stored for row in rows) != sum(p.numel() for p in layer.parameters()):
@@ -271,77 +275,27 @@ def _moe_rows(name: str, layer: MoELayer, shape: tuple[int, ...], images: int, t
     return rows
 
 
-def _check_share(experts_per_image: float, layers: dict[str, MoELayer]) -> None:
-    least = sum(layer.router.top_k + (layer.shared is not None) for layer in layers.values())
-    most = sum(layer.experts.experts + (layer.shared is not None) for layer in layers.values())
+def _passed(name: str, router: nn.Module, tokens: int, images: int) -> tuple[int, float | None]:
+    """Rows that a layer's experts compute for `tokens` tokens, and the experts that one image touches (None: data decide)."""
+    if isinstance(router, TopKRouter | AllExperts):
+        free = isinstance(router, TopKRouter) and not router.per_image and router.top_k < router.experts
+        return tokens * router.top_k, None if free else router.top_k
+    if isinstance(router, ExpertChoiceRouter):
+        groups = images if router.group == "image" else 1
+        slots = min(tokens // groups, capacity(router.choices, 1, tokens // groups, router.experts))
+        return groups * slots * router.experts, float(router.experts) if router.group == "image" else None
+    if isinstance(router, PriorityRouter):
+        return tokens, None
+    if isinstance(router, ManualRouter):
+        return tokens, 1.0
+    raise ValueError(f"{name}: cost.count does not know the router {type(router).__name__}")
+
+
+def _check_share(experts_per_image: float, layers: dict[str, RoutedLayer]) -> None:
+    routed = [layer for layer in layers.values() if isinstance(layer, MoELayer)]
+    # Expert choice over a batch may leave an image without any expert.
+    least = sum(getattr(layer.router, "top_k", 0) + (layer.shared is not None) for layer in routed)
+    most = sum(layer.experts.experts + (layer.shared is not None) for layer in routed)
     if not least <= experts_per_image <= most:
         raise ValueError(f"experts_per_image={experts_per_image} is summed over all {len(layers)} MoE layers, shared "
                          f"experts included: valid is {least} to {most}")
-
-
-# ------------------------------------------------------------------------------------------------ memory and time
-
-
-def peak_rss_mib(reset: bool = False) -> float:
-    """Largest resident set of this process so far, in MiB, since the last reset where the OS permits one (Linux).
-
-    reset=True starts a new measurement after reading; where that is not permitted the peak goes on from process start.
-    """
-    try:
-        with open("/proc/self/status") as status:
-            peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) / 1024
-        if reset:
-            try:
-                with open("/proc/self/clear_refs", "w") as refs:
-                    refs.write("5")  # 5 = set the high-water mark to the present size
-            except OSError:
-                pass
-        return peak
-    except (OSError, StopIteration):
-        import resource
-        import sys
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Wall time of one call in ms: median, and the 5 %, 25 %, 75 % and 95 % quantiles over `repeats` calls."""
-
-    median: float
-    q05: float
-    q25: float
-    q75: float
-    q95: float
-    repeats: int
-
-
-def latency(fn: Callable[[], object], repeats: int = 20, warmup: int = 3) -> Latency:
-    """Time `fn` after `warmup` calls; at least 20 repeats, so that the quantiles mean something."""
-    return compare({"": fn}, repeats, warmup)[""]
-
-
-def compare(candidates: dict[str, Callable[[], object]], repeats: int = 20, warmup: int = 3) -> dict[str, Latency]:
-    """Time several functions in turn (a b c a b c ...), so that a drift of the machine meets all of them alike."""
-    if repeats < 20:
-        raise ValueError(f"repeats={repeats} is too few for a median with quantiles: at least 20")
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(warmup + repeats):
-        for name, fn in candidates.items():
-            _synchronize()
-            start = time.perf_counter()
-            fn()
-            _synchronize()
-            if turn >= warmup:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: _summary(values) for name, values in times.items()}
-
-
-def _summary(values: list[float]) -> Latency:
-    cuts = statistics.quantiles(values, n=20, method="inclusive")
-    return Latency(statistics.median(values), cuts[0], cuts[4], cuts[14], cuts[18], len(values))
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()

@@ -14,6 +14,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from ..data import Split, Splits
+from ..objective import autocast
 from ..spec import RunSpec
 
 NEIGHBOURS = 20  # k of DINO's protocol (Caron et al. 2021), with cosine distance
@@ -47,7 +48,6 @@ def by_depth(model: nn.Module, splits: Splits, spec: RunSpec) -> list[dict[str, 
 @torch.inference_mode()
 def features(model: nn.Module, split: Split, spec: RunSpec, batch: int = 250) -> list[np.ndarray]:
     """(n, D) float32 features of a split after each block, normed by the model's last norm."""
-    from ..train import autocast
     model.eval()
     found: list[list[Tensor]] = []
     prefix = getattr(model, "num_prefix_tokens", 0)

@@ -9,31 +9,56 @@ from torch import Tensor, nn
 
 from .. import weights
 from ..spec import BackboneSpec, MoESpec, RunSpec
+from .mae import MaskedAutoencoder
+from .routing import LinearRouter
 from .upcycle import upcycle
 
 
 def build(spec: RunSpec, classes: int, channels: int, parent: dict[str, Tensor] | None = None) -> nn.Module:
     """The model of a run before training: backbone, its weights (or the parent's), then the surgery.
 
-    parent: final state of `spec.init`. A parent with the same MoE layers is loaded after the surgery, a dense one before it.
+    parent: final state of `spec.init`. A parent with MoE layers is loaded after the surgery, a dense one before it; of a masked
+    autoencoder the encoder is taken. With another router the parent's router weights stay if they fit.
     Random parts (head, router, weights that are not pretrained) depend on `spec.seed` alone; the global generator is left
     as it was. Raises ValueError as `create`, `upcycle` and `load_weights` do.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
+        generator = torch.Generator().manual_seed(spec.seed)
+        parent = None if parent is None else _encoder_of(parent)
         model = create(spec.backbone, spec.data.image_size, classes, channels)
         grown = spec.init is not None and spec.init.moe is not None
-        if grown and spec.init.moe != spec.moe:
-            raise ValueError("init already has MoE layers: moe must equal init.moe, a second surgery is not defined")
         if spec.init is None and spec.backbone.weights:
             load_weights(model, weights.fetch(spec.backbone.weights, spec.backbone.name), spec.backbone.weights)
         if parent is not None and not grown:
             load_weights(model, parent, f"run {spec.init.id}")
         if spec.moe is not None:
-            upcycle(model, spec.moe, torch.Generator().manual_seed(spec.seed))
+            upcycle(model, spec.moe, generator)
         if parent is not None and grown:
-            load_weights(model, parent, f"run {spec.init.id}")
+            load_weights(model, _routers_of(model, parent), f"run {spec.init.id}")
+        if spec.fresh_routers:
+            for module in model.modules():
+                if isinstance(module, LinearRouter):
+                    module.reset(generator)
+        if spec.train is not None and spec.train.mask is not None:
+            model = MaskedAutoencoder(model, spec.train.mask)
     return model
+
+
+def _encoder_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of a masked autoencoder only the encoder is passed on; any other state as it is."""
+    inner = {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")}
+    return inner or state
+
+
+def _routers_of(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parent's state with the entries that this model's routers have: another strategy keeps other buffers."""
+    def decides(name: str) -> bool:
+        return ".router." in name or name.endswith((".mlp.phi", ".mlp.scale"))  # the latter two are Soft MoE's
+
+    mine = {name: tensor for name, tensor in model.state_dict().items() if decides(name)}
+    theirs = {name: tensor for name, tensor in state.items() if decides(name) and name in mine}
+    return {name: tensor for name, tensor in state.items() if not decides(name)} | mine | theirs
 
 
 def create(spec: BackboneSpec, image_size: int, classes: int, channels: int) -> nn.Module:
@@ -43,6 +68,8 @@ def create(spec: BackboneSpec, image_size: int, classes: int, channels: int) -> 
         raise ValueError(f"backbone name={spec.name!r} is not a timm model; near it: {', '.join(near) or 'none'}")
     sizes = {"patch_size": spec.patch, "embed_dim": spec.width, "depth": spec.depth, "num_heads": spec.heads}
     given = {name: value for name, value in sizes.items() if value is not None}
+    if spec.hidden is not None:
+        given["mlp_ratio"] = (spec.hidden + 0.5) / spec.width  # timm cuts the product to a whole number
     if _sized(spec.name):
         given["img_size"] = image_size
     try:

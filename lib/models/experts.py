@@ -42,6 +42,14 @@ class Experts(nn.Module):
             stack.bias = nn.Parameter(bias.detach().repeat(experts, 1))
         return out
 
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """Draw all experts anew, each for itself, as timm's ViT draws its MLPs."""
+        with torch.no_grad():
+            for stack in (self.fc1, self.fc2):
+                for weight in stack.weight:
+                    nn.init.trunc_normal_(weight, std=0.02, generator=generator)
+                stack.bias.zero_()
+
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """x: (T, D); returns (T, D): for each token the weighted sum over its assignments, zero if it has none."""
         kind = x.device.type

@@ -51,6 +51,10 @@ class MaskedAutoencoder(nn.Module):
         self.norm = nn.LayerNorm(mask.width)
         self.predict = nn.Linear(mask.width, self.side**2 * self.channels)
 
+    def no_weight_decay(self) -> set[str]:
+        """Names that weight decay leaves alone, as timm asks for them."""
+        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()} | {"token"}
+
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Reconstruction:
         """images: (B, C, h, w) as the encoder takes them. generator: of the hidden patches; the global one if None."""
         target = self.patches(images)

@@ -6,7 +6,11 @@ Axis letters: **B** images, **N** tokens of an image, **T** = B*N, **D** width, 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from .experts import Experts
@@ -72,12 +76,14 @@ class MoELayer(RoutedLayer):
     """Router, experts and an optional shared expert in the place of an MLP.
 
     Without shared expert y = sum_k w_k E_k(x); with it y = E_s(x) + sum_k w_k E_k(x) (ViMoE, eqs 4 and 5).
+    dropout: chance that an image passes the layer without its routed experts, in training.
     Input and output: (B, ..., D); the axes between are tokens (one axis in a ViT, two in Swin and ConvNeXt).
     """
 
-    def __init__(self, router: nn.Module, experts: Experts, shared: nn.Module | None = None):
+    def __init__(self, router: nn.Module, experts: Experts, shared: nn.Module | None = None, dropout: float = 0.0):
         super().__init__()
-        self.router, self.experts, self.shared = router, experts, shared
+        self.router, self.experts, self.shared, self.dropout = router, experts, shared, dropout
+        self.off = False
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, ..., D) -> same shape; hands the Routing to the open tape, if there is one."""
@@ -86,5 +92,23 @@ class MoELayer(RoutedLayer):
         routing = self.router(tokens)
         if self.tape is not None:
             self.tape.write(self, routing)
+        if self.off:
+            return torch.zeros_like(x) if self.shared is None else self.shared(x)
+        if self.training and self.dropout:
+            kept = torch.rand(b, device=x.device) >= self.dropout  # whole images, so that attention must do without
+            routing = replace(routing, weight=routing.weight * kept[routing.token // tokens.shape[1]])
         out = self.experts(tokens.reshape(-1, d), routing).view(x.shape)
         return out if self.shared is None else out + self.shared(x)
+
+
+@contextmanager
+def without_experts(model: nn.Module) -> Iterator[None]:
+    """Inside, the routed experts of every MoE layer are off: what is left is attention and shared experts."""
+    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+    for layer in layers:
+        layer.off = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.off = False

@@ -14,8 +14,9 @@ from torch import nn
 
 from ..spec import MoESpec
 from .experts import Experts
-from .moe import MoELayer
+from .moe import MoELayer, RoutedLayer
 from .routing import AllExperts, TopKRouter
+from .strategies import ExpertChoiceRouter, ManualRouter, PriorityRouter, SoftMoELayer
 
 REFUSED = {
     "GluMlp": "a gated (GLU) MLP", "SwiGLU": "a gated (GLU) MLP", "SwiGLUPacked": "a gated (GLU) MLP",
@@ -58,22 +59,35 @@ def upcycle(model: nn.Module, spec: MoESpec, generator: torch.Generator | None =
     return model
 
 
-def moe_layer(mlp: nn.Module, spec: MoESpec, generator: torch.Generator | None = None) -> MoELayer:
-    """One MoE layer from one MLP: E copies, a fresh router, and a further copy as shared expert if asked for."""
+def moe_layer(mlp: nn.Module, spec: MoESpec, generator: torch.Generator | None = None) -> nn.Module:
+    """One MoE layer from one MLP: E copies or fresh experts, a fresh router, and a copy as shared expert if asked for."""
     experts = Experts.copies(mlp, spec.experts)
+    if spec.fresh_experts:
+        experts.reset(generator)
+    if spec.router == "soft":
+        return SoftMoELayer(experts, spec.slots, generator).to(mlp.fc1.weight.device)
+    made = router(spec, experts.width, generator).to(mlp.fc1.weight.device)
+    return MoELayer(made, experts, copy.deepcopy(mlp) if spec.shared else None, spec.expert_dropout)
+
+
+def router(spec: MoESpec, width: int, generator: torch.Generator | None = None) -> nn.Module:
+    """The router that a spec names, drawn where the generator lies, usually the CPU."""
     if spec.router == "all":
-        router: nn.Module = AllExperts(spec.experts, spec.gate)
-    else:
-        router = TopKRouter(experts.width, spec.experts, spec.top_k, per_image=spec.router == "image", pool=spec.pool,
-                            gate=spec.gate, capacity_factor=spec.capacity_factor, noise=spec.noise, std=spec.router_std,
-                            generator=generator)  # drawn where the generator lies, usually the CPU, then moved
-        router.to(mlp.fc1.weight.device)
-    return MoELayer(router, experts, copy.deepcopy(mlp) if spec.shared else None)
+        return AllExperts(spec.experts, spec.gate)
+    if spec.router == "manual":
+        return ManualRouter(spec.experts, {c: e for e, classes in enumerate(spec.groups) for c in classes})
+    shared = {"gate": spec.gate, "noise": spec.noise, "std": spec.router_std, "generator": generator}
+    if spec.router == "expert_choice":
+        return ExpertChoiceRouter(width, spec.experts, choices=spec.choices, group=spec.group, **shared)
+    if spec.router == "priority":
+        return PriorityRouter(width, spec.experts, group=spec.group, **shared)
+    return TopKRouter(width, spec.experts, spec.top_k, per_image=spec.router == "image", pool=spec.pool,
+                      capacity_factor=spec.capacity_factor, batch_priority=spec.batch_priority, **shared)
 
 
 def _check(name: str, mlp: nn.Module) -> None:
     kind = type(mlp).__name__
-    if isinstance(mlp, MoELayer):
+    if isinstance(mlp, RoutedLayer):
         raise ValueError(f"{name} is a MoE layer already: upcycle a model with plain MLPs")
     if kind in REFUSED:
         raise ValueError(f"{name} is {REFUSED[kind]} ({kind}); upcycling takes timm.layers.Mlp with Linear fc1 and fc2")

@@ -1,0 +1,75 @@
+"""Memory and time, measured: the resident set of this process, and candidates timed in turn."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+def peak_rss_mib(reset: bool = False) -> float:
+    """Largest resident set of this process so far, in MiB, since the last reset where the OS permits one (Linux).
+
+    reset=True starts a new measurement after reading; where that is not permitted the peak goes on from process start.
+    """
+    try:
+        with open("/proc/self/status") as status:
+            peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) / 1024
+        if reset:
+            try:
+                with open("/proc/self/clear_refs", "w") as refs:
+                    refs.write("5")  # 5 = set the high-water mark to the present size
+            except OSError:
+                pass
+        return peak
+    except (OSError, StopIteration):
+        import resource
+        import sys
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Wall time of one call in ms: median, and the 5 %, 25 %, 75 % and 95 % quantiles over `repeats` calls."""
+
+    median: float
+    q05: float
+    q25: float
+    q75: float
+    q95: float
+    repeats: int
+
+
+def latency(fn: Callable[[], object], repeats: int = 20, warmup: int = 3) -> Latency:
+    """Time `fn` after `warmup` calls; at least 20 repeats, so that the quantiles mean something."""
+    return compare({"": fn}, repeats, warmup)[""]
+
+
+def compare(candidates: dict[str, Callable[[], object]], repeats: int = 20, warmup: int = 3) -> dict[str, Latency]:
+    """Time several functions in turn (a b c a b c ...), so that a drift of the machine meets all of them alike."""
+    if repeats < 20:
+        raise ValueError(f"repeats={repeats} is too few for a median with quantiles: at least 20")
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(warmup + repeats):
+        for name, fn in candidates.items():
+            _synchronize()
+            start = time.perf_counter()
+            fn()
+            _synchronize()
+            if turn >= warmup:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: _summary(values) for name, values in times.items()}
+
+
+def _summary(values: list[float]) -> Latency:
+    cuts = statistics.quantiles(values, n=20, method="inclusive")
+    return Latency(statistics.median(values), cuts[0], cuts[4], cuts[14], cuts[18], len(values))
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()

@@ -1,0 +1,78 @@
+"""What is minimised: the task's loss, the auxiliary losses on routings, and the distilled gates."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .models.balance import batch_variation, sharpness_loss, switch_loss, variation_loss, z_loss
+from .models.moe import RoutingTape
+from .models.strategies import ManualRouter
+from .spec import MoESpec, RunSpec
+
+
+def autocast(spec: RunSpec):
+    """The arithmetic that the spec names: weights stay float32, bfloat16 applies to matrix products and activations."""
+    return torch.autocast(spec.device, dtype=torch.bfloat16) if spec.dtype == "bfloat16" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def labelled(model: nn.Module, labels: Tensor):
+    """Inside, manual routers know the (B,) classes of the images that run."""
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, ManualRouter):
+                stack.enter_context(module.given(labels))
+        yield
+
+
+def losses(model: nn.Module, images: Tensor, labels: Tensor, spec: RunSpec, tape: RoutingTape,
+           teacher: nn.Module | None = None) -> dict[str, Tensor]:
+    """The parts of the training loss, and their sum under `loss`. teacher: the dense parent, where gates are distilled."""
+    with tape, autocast(spec), labelled(model, labels):
+        out = model(images)
+    if spec.train.mask is not None:
+        parts = {"task_loss": out.loss}
+    else:
+        parts = {"task_loss": F.cross_entropy(out.float(), labels, label_smoothing=spec.train.label_smoothing)}
+    total = parts["task_loss"]
+    if spec.moe is not None and spec.moe.router not in ("all", "manual"):
+        routings = tape.routings()
+        parts["balance_loss"] = torch.stack([switch_loss(routing) for routing in routings]).mean()
+        if spec.moe.sharpness_weight or spec.moe.variation_weight:
+            parts["batch_variation"] = torch.stack([batch_variation(routing) for routing in routings]).mean()
+        for weight, each in _auxiliary(spec.moe):
+            total = total + weight * torch.stack([each(routing) for routing in routings]).sum()
+        if teacher is not None:
+            parts["distil_loss"] = _distilled(routings, teacher, images, spec)
+            total = total + parts["distil_loss"]
+    return {"loss": total} | parts
+
+
+def _auxiliary(moe: MoESpec) -> list[tuple[float, Callable]]:
+    """(weight, loss) of the auxiliary losses in force; each is summed over the MoE layers."""
+    listed = [(moe.balance_weight if moe.balance == "switch" else 0.0, switch_loss), (moe.z_weight, z_loss),
+              (moe.sharpness_weight, partial(sharpness_loss, guard=moe.guard)),
+              (moe.variation_weight, partial(variation_loss, guard=moe.guard, deviation=moe.deviation))]
+    return [(weight, loss) for weight, loss in listed if weight]
+
+
+def _distilled(routings: list, teacher: nn.Module, images: Tensor, spec: RunSpec) -> Tensor:
+    """Mean over layers of the cross-entropy to the teacher's choice, or of the divergence from its probabilities, in nats.
+
+    The teacher sees the same images through its own layers, so the target is what the dense model decides.
+    """
+    with torch.no_grad(), RoutingTape(teacher) as tape, autocast(spec):
+        teacher(images)
+    found = []
+    for mine, theirs in zip(routings, tape.routings(), strict=True):
+        if spec.train.distil == "choice":
+            found.append(F.cross_entropy(mine.logits, theirs.probs.argmax(dim=-1)))
+        else:
+            found.append(F.kl_div(mine.logits.log_softmax(dim=-1), theirs.probs, reduction="batchmean"))
+    return torch.stack(found).mean()
