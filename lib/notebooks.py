@@ -226,7 +226,7 @@ def profile(notebook: str, name: str, /, **given: Any) -> Profile:
     known, table = parameters(notebook), profile_table(name)
     where = f"notebooks/profiles/{name}.yaml"
     if notebook not in table:
-        listed = ", ".join(key for key in table if key not in ("defaults", "base"))
+        listed = ", ".join(key for key in table if key != "defaults" and not key.startswith("base"))
         raise NotebookError(f"{where} has no entry for {notebook!r}; it has {listed or 'none'}")
     for field in table[notebook]:
         if _known(notebook, known, field, f"{where} sets the unknown parameter").default is not None:
@@ -237,7 +237,7 @@ def profile(notebook: str, name: str, /, **given: Any) -> Profile:
         _known(notebook, known, field, "unknown parameter")
     if given.get("profile", name) != name:
         raise NotebookError(f"profile is given twice: {name!r} and {given['profile']!r}")
-    shared = table.get("defaults", {})
+    shared, base = table.get("defaults", {}), _base_of(notebook, table)
     values: dict[str, Any] = {"profile": name}
     for field, parameter in known.items():
         if field == "profile":
@@ -249,16 +249,21 @@ def profile(notebook: str, name: str, /, **given: Any) -> Profile:
             values[field] = None if value is None else typed(notebook, parameter, value)
         elif parameter.default is not None:
             values[field] = parameter.default
-        elif field in BASE_FIELDS and "base" in table:
+        elif field in BASE_FIELDS and base:
             part, entry = BASE_FIELDS[field]
-            values[field] = table["base"].get(part, {}).get(entry)
+            values[field] = base.get(part, {}).get(entry)
         else:
             raise NotebookError(f"{field} of {notebook} is None and {where} does not set it; give {field}, or set it there")
     chosen = {field: values[field] for field in BASE_FIELDS if given.get(field) is not None or field in table[notebook]}
-    values["base_fields"] = _base_fields(table.get("base", {}), chosen)
+    values["base_fields"] = _base_fields(base, chosen)
     if all(value is None or value == known[field].default for field, value in given.items() if field != "profile"):
         asked[notebook, name] = dict(values)  # as the profile has them; overridden values belong to no page of the book
     return Profile(notebook, values)
+
+
+def _base_of(notebook: str, table: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The base run of a notebook's study, `base/durham` say, or else the profile's `base`."""
+    return table.get(f"base/{notebook.split('/')[0]}", table.get("base", {}))
 
 
 def _base_fields(base: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
