@@ -82,10 +82,11 @@ def create(spec: BackboneSpec, image_size: int, classes: int, channels: int) -> 
     return model
 
 
-def skeleton(name: str, image_size: int = 224, classes: int = 1000, moe: MoESpec | None = None) -> nn.Module:
-    """An architecture on the meta device: shapes without memory, for counting and for checking a spec."""
+def skeleton(spec: BackboneSpec | str, image_size: int = 224, classes: int = 1000, moe: MoESpec | None = None) -> nn.Module:
+    """An architecture, or the timm model of that name, on the meta device: shapes without memory, for counting and checking."""
+    spec = BackboneSpec(name=spec) if isinstance(spec, str) else spec
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        model = create(BackboneSpec(name=name), image_size, classes, channels=3)
+        model = create(spec, image_size, classes, channels=3)
         return upcycle(model, moe) if moe is not None else model
 
 
