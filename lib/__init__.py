@@ -2,8 +2,8 @@
 
 `import lib` is fast and silent: nothing heavy is imported before it is asked for, so that planning a build, which reads
 notebooks and compares hashes, never waits for torch. What a notebook and a guest need is offered here: `profile` (parameters),
-`collect` (records, computing what is missing), `load` (records, never computing), and for a model of one's own `upcycle`,
-`MoESpec`, `RoutingTape` and the losses.
+`collect` (records, computing what is missing), `load` (records, never computing), `plan` (the runs of another notebook), and
+for a model of one's own `upcycle`, `MoESpec`, `RoutingTape` and the losses.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_HOME = {"profile": "lib.notebooks", "collect": "lib.runs", "load": "lib.runs",
+_HOME = {"profile": "lib.notebooks", "plan": "lib.notebooks", "collect": "lib.runs", "load": "lib.runs",
          "RunSpec": "lib.spec", "MoESpec": "lib.spec", "upcycle": "lib.models.upcycle", "RoutingTape": "lib.models.moe",
          "switch_loss": "lib.models.balance", "z_loss": "lib.models.balance"}
 
-__all__ = ["MoESpec", "RoutingTape", "RunSpec", "collect", "load", "profile", "switch_loss", "upcycle", "z_loss"]  # noqa: F822  (resolved on first use, below)
+__all__ = ["MoESpec", "RoutingTape", "RunSpec", "collect", "load", "plan", "profile", "switch_loss", "upcycle", "z_loss"]  # noqa: F822  (resolved on first use, below)
 
 
 def __getattr__(name: str) -> Any:

@@ -94,6 +94,25 @@ def token_maps(model: nn.Module, split: Split, spec: RunSpec, index: Tensor) -> 
     return torch.stack(maps) if maps else None
 
 
+@torch.inference_mode()
+def checkerboard(model: nn.Module, spec: RunSpec, channels: int, cells: int = 4) -> Tensor:
+    """(M, N) int8 first-choice expert of each token of a checkerboard of `cells` x `cells` squares in two colours.
+
+    An image without objects: what still differs between its tokens is colour and place. Under manual routing it is of class 0.
+    """
+    side = spec.data.image_size
+    where = torch.arange(side) * cells // side
+    second = (where[:, None] + where[None, :]) % 2 == 1
+    colours = torch.tensor([[0.85, 0.25, 0.15], [0.15, 0.35, 0.85]]) if channels == 3 else torch.tensor([[0.1], [0.9]])
+    pixels = torch.where(second, colours[1].view(-1, 1, 1), colours[0].view(-1, 1, 1)).unsqueeze(0)
+    mean, std = scale_of(channels)
+    model.eval()
+    tape = RoutingTape(model)
+    with tape, autocast(spec), labelled(model, torch.zeros(1, dtype=torch.long, device=spec.device)):
+        model(((pixels - mean) / std).to(spec.device))
+    return torch.stack([routing.token_choice()[0, :, 0].to("cpu", torch.int8) for routing in tape.routings()])
+
+
 def moe_blocks(model: nn.Module) -> list[int]:
     """Index of the block that each MoE layer stands in, counted from 0 over all blocks, from input to output."""
     names = [name for name, _ in block_mlps(model)]

@@ -162,6 +162,8 @@ def _run(spec: RunSpec, states: Path, checkpoint: Path | None) -> tuple[dict, di
         arrays["test_pred"] = result.predictions.numpy()
     if spec.moe is not None:
         arrays |= probe.arrays() | {"token_expert": evaluate.token_maps(model, splits.test, spec, index).numpy()}
+        if spec.colour_probe and result.predictions is not None:
+            arrays["checker_expert"] = evaluate.checkerboard(model, spec, splits.channels).numpy()
     if spec.moe is not None or result.predictions is None:
         arrays["probe_index"] = splits.test.rows[index.numpy()].astype(np.int32)
     state = model.state_dict()

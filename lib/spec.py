@@ -197,6 +197,7 @@ class RunSpec(Spec):
     threads: Positive = 2  # of torch; part of the spec because it changes rounding
     fresh_routers: bool = False  # draw the routers anew after the parent's weights are loaded
     experts_off: bool = False  # also the test accuracy with all routed experts off
+    colour_probe: bool = False  # also the routing of a two-colour checkerboard
     depth_probe: bool = False  # also kNN and a linear probe on the features after each block
     keep: bool = False  # keep the final weights in the cache; not part of the id
     publish: bool = False  # file the record under data/results, to be committed; not part of the id

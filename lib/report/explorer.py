@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lib.report.maps import token_maps, token_view
+from lib.report.maps import probe_images, token_maps, token_view
 from lib.report.style import Shown, figure, png, show, style
 
 __all__ = ["Explorer", "explorer", "of_record"]
@@ -99,14 +99,10 @@ def of_record(record: Any, shown: int = 4) -> Explorer:
     caption = (f"Probe images of the test split and the expert that each patch goes to first, for layers from shallow to deep; "
                f"{record.spec.data.name}, run {record.id}.")
     names = None
-    try:
-        from lib import data  # images are read only to be looked at; a record needs none of this
-
-        test = data.load(record.spec.data).test
-        images = [test.source.image(int(row)).numpy() for row in index]
-        classes = {int(row): int(label) for row, label in zip(test.rows, test.labels, strict=True)}
-        names = [record.class_names[classes[int(row)]] for row in index]
-    except FileNotFoundError:
+    found = probe_images(record, len(index))
+    if found is not None:
+        images, names = [image for image, _ in found], [record.class_names[label] for _, label in found]
+    else:
         images = [np.full((8, 8), 200, np.uint8)] * len(index)
         caption += " The images are not on the machine that built this page (MOE_DATA)."
     size = min({image.shape for image in images})

@@ -97,8 +97,9 @@ def scan(panels: dict[str, Sequence[Curve]], baselines: dict[str, Value] | None 
 # ---------------------------------------------------------------- training
 
 
-_HISTORY = {"val_top1": "validation top-1 (%)", "val_loss": "validation loss (nats)", "train_loss": "training loss (nats)",
-            "balance_loss": "balance loss (1 = even)", "lr": "learning rate"}
+_HISTORY = {"val_top1": "validation top-1 (%)", "val_loss": "validation loss", "train_loss": "training loss",
+            "train_task_loss": "training loss of the task", "train_balance_loss": "balance loss (1 = even)",
+            "train_batch_variation": "batch-wise variation (tokens)", "lr": "learning rate"}
 
 
 def training_curves(groups: dict[str, Sequence[Any]], values: Sequence[str] = ("val_top1", "train_loss"),

@@ -42,7 +42,7 @@ def _layers(record: Any, layers: Sequence[int] | None) -> list[int]:
     return chosen
 
 
-def _names(record: Any, classes: int) -> list[str]:
+def class_names(record: Any, classes: int) -> list[str]:
     names = getattr(record, "class_names", None) or [f"class {c}" for c in range(classes)]
     return [str(name).replace("_", " ") for name in names]
 
@@ -78,7 +78,7 @@ def class_expert_heatmap(record: Any, layers: Sequence[int] | None = None) -> Fi
             # Thin lines where the favourite expert of the deepest panel changes.
             for edge in np.flatnonzero(np.diff(tables[-1][order].argmax(1))):
                 ax.axhline(edge + 0.5, color="white", linewidth=0.7)
-        names = _names(record, classes)
+        names = class_names(record, classes)
         axes[0, 0].set_yticks(range(classes), [names[c] for c in order], fontsize=7 if classes > 40 else 8.5)
         axes[0, 0].set_ylabel("class")
         unit = "images" if getattr(getattr(record.spec, "moe", None), "router", "") == "image" else "tokens"
@@ -92,7 +92,7 @@ def classes_by_expert(record: Any, layer: int = -1) -> list[dict[str, Any]]:
     (index,) = _layers(record, [layer])
     load = record.moe[index]["load"]
     share = load_share(record.arrays["class_expert"][index][:, :len(load)])
-    names, best = _names(record, len(share)), share.argmax(1)
+    names, best = class_names(record, len(share)), share.argmax(1)
     rows = []
     for e in range(len(load)):
         own = sorted(np.flatnonzero(best == e), key=lambda c: -share[c, e])
@@ -128,7 +128,7 @@ def expert_loads(record: Any) -> Figure:
 # ---------------------------------------------------------------- tokens
 
 
-def _picture(image: np.ndarray) -> np.ndarray:
+def as_picture(image: np.ndarray) -> np.ndarray:
     """Any usual image -> (h, w, 3) floats in 0..1. Takes (h, w), channels last or first, uint8 or floats in 0..1."""
     image = np.asarray(image)
     if image.ndim == 3 and image.shape[0] in (1, 3) and image.shape[-1] not in (1, 3):
@@ -141,7 +141,7 @@ def _picture(image: np.ndarray) -> np.ndarray:
     return np.broadcast_to(image, (*image.shape[:2], 3))
 
 
-def _grid(tokens: int, prefix: int, grid: tuple[int, int] | None) -> tuple[int, int]:
+def token_grid(tokens: int, prefix: int, grid: tuple[int, int] | None) -> tuple[int, int]:
     side = int(round((tokens - prefix) ** 0.5))
     grid = grid or (side, side)
     if grid[0] * grid[1] != tokens - prefix or tokens <= prefix:
@@ -157,8 +157,8 @@ def token_view(ax: Axes, image: np.ndarray, assignment: np.ndarray, experts: int
     assignment: (N,) first choices, -1 = no token. highlight: colour the patches of this expert only. Prefix tokens have no
     place in the image and are named below it. Numbers are printed up to an 8 x 8 grid, and once if all patches agree.
     """
-    rows, columns = _grid(len(assignment), prefix, grid)
-    picture = _picture(image)
+    rows, columns = token_grid(len(assignment), prefix, grid)
+    picture = as_picture(image)
     height, width = picture.shape[:2]
     grey = picture @ [0.299, 0.587, 0.114]
     # A light grey image keeps shapes visible below the colours.
@@ -178,10 +178,10 @@ def token_view(ax: Axes, image: np.ndarray, assignment: np.ndarray, experts: int
     if prefix and assignment[0] >= 0:
         ax.set_xlabel(f"class token: {int(assignment[0])}", fontsize=8, labelpad=2)
     ax.set(xlim=(0, columns), ylim=(rows, 0))
-    _bare(ax)
+    bare(ax)
 
 
-def _bare(ax: Axes) -> None:
+def bare(ax: Axes) -> None:
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
     ax.spines[:].set_visible(False)
@@ -210,20 +210,58 @@ def token_maps(images: np.ndarray, token_expert: np.ndarray, blocks: Sequence[in
     with style():
         fig, axes = figure(len(images), columns, height=0.5 + len(images) * (side + 0.22), width=0.9 + side * columns)
         for p, row in enumerate(axes):
-            row[0].imshow(_picture(images[p]))
-            _bare(row[0])
+            row[0].imshow(as_picture(images[p]))
+            bare(row[0])
             row[0].set_ylabel(str(names[p]).replace("_", " ") if names is not None else f"image {p}", fontsize=8.5)
             for ax, layer in zip(row[1:], chosen, strict=True):
                 token_view(ax, images[p], token_expert[layer, p], experts, prefix=prefix, grid=grid)
         for ax, title in zip(axes[0], ["image", *(f"block {blocks[i] + 1}" for i in chosen)], strict=True):
             ax.set_title(title)
-        _expert_bar(fig, list(axes.ravel()), experts)
+        expert_bar(fig, list(axes.ravel()), experts)
     return fig
 
 
-def _expert_bar(fig: Figure, axes: list[Axes], experts: int) -> None:
+def expert_bar(fig: Figure, axes: list[Axes], experts: int) -> None:
     mappable = ScalarMappable(BoundaryNorm(np.arange(experts + 1) - 0.5, experts), ListedColormap(expert_colours(experts)))
     bar = fig.colorbar(mappable, ax=axes, location="bottom", aspect=40, shrink=0.6, pad=0.15 / fig.get_figheight(),
                        label="expert (overlay shown paler)")
     bar.set_ticks(range(0, experts, 1 if experts <= 16 else experts // 8))
     bar.ax.grid(False)
+
+
+def reconstructions(record: Any, shown: int = 6) -> Figure:
+    """Masked pretraining: a row for each of `shown` probe images, with the image, what the encoder sees, and the reconstruction.
+
+    Raises ValueError if the record is of no masked pretraining. Only the reconstruction stands in the record: its visible
+    patches are the image's own, so the first column is left out where patches are hidden and the image is not at hand.
+    """
+    if "picture" not in record.arrays:
+        raise ValueError(f"record {record.id} holds no reconstructions: give a record whose spec has train.mask")
+    pictures, hidden = record.arrays["picture"][:shown], record.arrays["hidden"][:shown]
+    images = probe_images(record, len(pictures))
+    side = int(round(hidden.shape[1] ** 0.5))
+    columns = ["image"] * (images is not None) + ["seen", "reconstruction"]
+    with style():
+        fig, axes = figure(len(pictures), len(columns), height=0.4 + 1.15 * len(pictures), width=1.3 * len(columns) + 0.4)
+        for i, row in enumerate(axes):
+            picture = as_picture(pictures[i])
+            cover = np.kron(hidden[i].reshape(side, side), np.ones((picture.shape[0] // side, picture.shape[1] // side)))
+            seen = np.where(cover[..., None] > 0, 0.75, picture)
+            drawn = ([as_picture(images[i][0])] if images is not None else []) + [seen, picture]
+            for ax, title, what in zip(row, columns, drawn, strict=True):
+                ax.imshow(what)
+                bare(ax)
+                if i == 0:
+                    ax.set_title(title)
+    return fig
+
+
+def probe_images(record: Any, count: int) -> list[tuple[np.ndarray, int]] | None:
+    """The record's first probe images with their labels, None where the data set is not at hand."""
+    from lib import data  # images are read only to be looked at; a record needs none of this
+
+    try:
+        source = data.load(record.spec.data).test.source
+    except FileNotFoundError:
+        return None
+    return [(source.image(int(row)).numpy(), int(source.labels[row])) for row in record.arrays["probe_index"][:count]]

@@ -1,0 +1,125 @@
+"""Where whole models send things: shares by layer, main routes of classes, maps by position, the checkerboard.
+
+Axis letters: **M** MoE layers from the shallowest to the deepest, **C** classes, **E** experts, **N** tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from lib.measure.routing import load_share
+from lib.report.maps import as_picture, bare, class_names, expert_bar, spread, token_grid, token_view
+from lib.report.style import WIDTH, expert_colours, figure, style, text_colour
+
+__all__ = ["checker_maps", "layer_shares", "main_route", "position_maps", "routes", "shared_routes"]
+
+
+def layer_shares(records: dict[str, Any]) -> Figure:
+    """Share of assignments by layer and expert, a panel a model (Durham, Figures 5 and 6): rows are blocks, columns experts."""
+    with style():
+        fig, axes = figure(1, len(records), height=1.2 + 0.28 * max(len(r.moe) for r in records.values()), sharey=True)
+        for ax, (label, record) in zip(axes[0], records.items(), strict=True):
+            table = np.array([m["load"] for m in record.moe])
+            image = ax.imshow(100 * table, vmin=0, vmax=100, aspect="auto")
+            ax.set(title=label, xlabel="expert")
+            ax.set_xticks(range(table.shape[1]))
+            ax.set_yticks(range(len(table)), [m["block"] + 1 for m in record.moe])
+            ax.grid(False)
+            for (i, j), share in np.ndenumerate(table):
+                ax.text(j, i, f"{100 * share:.0f}", ha="center", va="center", fontsize=7.5,
+                        color=text_colour(image.cmap(image.norm(100 * share))[:3]))
+        axes[0, 0].set_ylabel("block (1 = first)")
+        fig.colorbar(image, ax=list(axes[0]), label="share of assignments (%)", aspect=18)
+    return fig
+
+
+def main_route(record: Any, label: int) -> tuple[list[int], list[float]]:
+    """(M,) the expert that gets most of a class's tokens in each layer, shallow to deep, and (M,) its share."""
+    share = load_share(record.arrays["class_expert"][:, label])
+    return share.argmax(1).tolist(), share.max(1).tolist()
+
+
+def routes(record: Any, labels: Sequence[int]) -> Figure:
+    """The main route of some classes through the layers (Durham, Figures 7 to 9). The width of a step is the share it carries."""
+    names, experts = class_names(record, len(record.arrays["class_expert"][0])), max(len(m["load"]) for m in record.moe)
+    with style():
+        fig, axes = figure(1, len(labels), height=0.9 + 0.45 * experts, sharey=True)
+        for ax, label in zip(axes[0], labels, strict=True):
+            path, share = main_route(record, label)
+            for i in range(len(path) - 1):
+                ax.plot([i, i + 1], path[i:i + 2], color="#333333", linewidth=0.5 + 5 * share[i + 1], marker="", linestyle="-",
+                        zorder=2)
+            ax.scatter(range(len(path)), path, s=[60 + 140 * v for v in share], color=[expert_colours(experts)[e] for e in path],
+                       edgecolor="#333333", zorder=3)
+            ax.set(title=names[label], xlabel="block", ylim=(experts - 0.5, -0.5))
+            ax.set_xticks(range(len(path)), [m["block"] + 1 for m in record.moe])
+            ax.set_yticks(range(experts))
+        axes[0, 0].set_ylabel("expert with the largest share")
+    return fig
+
+
+def shared_routes(record: Any, least: int = 2) -> list[dict[str, Any]]:
+    """Classes with the same main route through all layers, largest groups first; groups of fewer than `least` are left out."""
+    names, groups = class_names(record, len(record.arrays["class_expert"][0])), {}
+    for label in range(len(names)):
+        groups.setdefault(tuple(main_route(record, label)[0]), []).append(names[label])
+    ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
+    return [{"route (expert in each block)": " → ".join(map(str, route)), "classes": len(own), "which": ", ".join(own)}
+            for route, own in ordered if len(own) >= least]
+
+
+def position_maps(records: dict[str, Any], layers: Sequence[int] | None = None, prefix: int = 1) -> Figure:
+    """Which expert a patch's place leads to, on average: a row a model, a column a layer.
+
+    Colour: the expert with the largest share at a place; strength: that share. Even maps of full colour mean routing by place.
+    """
+    first = next(iter(records.values()))
+    chosen = spread(len(first.moe)) if layers is None else list(layers)
+    experts = max(len(m["load"]) for r in records.values() for m in r.moe)
+    side = (WIDTH - 1.6) / max(len(chosen), 4)
+    with style():
+        fig, axes = figure(len(records), len(chosen), height=0.7 + len(records) * (side + 0.25), width=1.6 + side * len(chosen))
+        for row, (label, record) in zip(axes, records.items(), strict=True):
+            for ax, layer in zip(row, chosen, strict=True):
+                share = load_share(record.arrays["position_expert"][layer][prefix:])
+                rows, columns = token_grid(len(share) + prefix, prefix, None)
+                best, strength = share.argmax(1), share.max(1)[:, None]
+                colour = strength * np.array(expert_colours(experts))[best] + (1 - strength)
+                ax.imshow(colour.reshape(rows, columns, 3))
+                for place, expert in enumerate(best):
+                    if max(rows, columns) <= 8:
+                        ax.text(place % columns, place // columns, str(expert), ha="center", va="center", fontsize=8,
+                                color=text_colour(colour[place]))
+                bare(ax)
+            row[0].set_ylabel(label, fontsize=8.5)
+        for ax, layer in zip(axes[0], chosen, strict=True):
+            ax.set_title(f"block {first.moe[layer]['block'] + 1}")
+        expert_bar(fig, list(axes.ravel()), experts)
+    return fig
+
+
+def checker_maps(records: dict[str, Any], cells: int = 4, prefix: int = 1) -> Figure:
+    """Routing of the two-colour checkerboard (Durham, Figure 12): a row a model, the image and a column a layer."""
+    first = next(iter(records.values()))
+    where = np.arange(8 * cells) // 8
+    board = np.where((where[:, None] + where) % 2, 0.75, 0.25)
+    chosen = spread(len(first.moe))
+    experts = max(len(m["load"]) for r in records.values() for m in r.moe)
+    side = (WIDTH - 1.6) / max(1 + len(chosen), 4)
+    with style():
+        fig, axes = figure(len(records), 1 + len(chosen), height=0.7 + len(records) * (side + 0.3),
+                           width=1.6 + side * (1 + len(chosen)))
+        for row, (label, record) in zip(axes, records.items(), strict=True):
+            row[0].imshow(as_picture(board))
+            bare(row[0])
+            row[0].set_ylabel(label, fontsize=8.5)
+            for ax, layer in zip(row[1:], chosen, strict=True):
+                token_view(ax, board, record.arrays["checker_expert"][layer], experts, prefix=prefix)
+        for ax, title in zip(axes[0], ["image", *(f"block {first.moe[i]['block'] + 1}" for i in chosen)], strict=True):
+            ax.set_title(title)
+        expert_bar(fig, list(axes.ravel()), experts)
+    return fig
