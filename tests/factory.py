@@ -42,6 +42,9 @@ def record(seed=0, *, spec=None, top1=70.0, images=200, classes=10, experts=4, b
     arrays = {"test_pred": pred, "test_label": label, "class_expert": np.array(by_class, np.int32),
               "position_expert": np.array(by_position, np.int32), "probe_index": np.arange(probes),
               "token_expert": np.broadcast_to(first, (len(blocks), probes, tokens)).astype(np.int16)}
+    arrays["checker_expert"] = arrays["token_expert"][:, 0]
+    arrays["picture"] = rng.integers(0, 255, (probes, 3, 12, 12)).astype(np.uint8)
+    arrays["hidden"] = rng.random((probes, 16)) < 0.75
     accuracy = {"n": images, "top1": 100 * float((pred == label).mean()), "loss": 1.0}
     return SimpleNamespace(
         spec=spec.but(seed=seed), id=spec.but(seed=seed).id, status=status, test=accuracy, val=dict(accuracy),

@@ -13,7 +13,7 @@ from factory import record
 from matplotlib.text import Text
 
 from lib.measure.stats import Interval, accuracy_interval
-from lib.report import explorer, figures, maps, style, tables
+from lib.report import explorer, figures, maps, routes, schematic, style, tables, text
 
 LONG = [f"sweet_pepper_{c}" for c in range(100)]
 IMAGES = np.random.default_rng(0).random((4, 28, 28))
@@ -50,6 +50,15 @@ FIGURES = {
     "loads": lambda: maps.expert_loads(record(0, blocks=range(12), experts=8)),
     "loads of one layer": lambda: maps.expert_loads(record(0, blocks=[11])),
     "tokens": lambda: maps.token_maps(IMAGES, *tokens(), names=LONG[:4]),
+    "layer shares": lambda: routes.layer_shares({"proposed": record(0), "expert choice": record(1)}),
+    "layer shares of two layers": lambda: routes.layer_shares(
+        {f"arm {i}": record(i, blocks=[0, 1], experts=2) for i in range(4)}),
+    "routes": lambda: routes.routes(record(0, classes=100, class_names=LONG), [0, 33, 66, 99]),
+    "routes, two layers": lambda: routes.routes(record(0, blocks=[0, 1], experts=2), [0, 1, 2, 3]),
+    "position maps": lambda: routes.position_maps({"proposed": record(0), "token choice": record(1)}),
+    "checkerboard": lambda: routes.checker_maps({"proposed": record(0), "token choice": record(1)}),
+    "reconstructions": lambda: maps.reconstructions(record(0)),
+    "schematic": lambda: schematic.moe_layer(),
     "tokens, image level": lambda: maps.token_maps(IMAGES, *tokens(per_image=True, tokens=257, experts=8)),
 }
 
@@ -70,7 +79,7 @@ def test_figure_is_labelled_and_nothing_leaves_the_canvas(name):
             inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1
             assert inside, f"{text.get_text()!r} leaves the canvas: {box} in {width} x {height}"
     for ax in fig.axes:
-        if name.startswith("tokens"):
+        if name.startswith(("tokens", "position maps", "checkerboard", "reconstructions", "schematic")):
             continue  # pictures: rows, columns and colour bar are named instead
         shared = ax.get_shared_y_axes().get_siblings(ax)
         assert ax.get_xlabel() or ax.get_label() == "<colorbar>", name
@@ -227,3 +236,21 @@ def test_explorer_without_widgets(monkeypatch):
     token_expert, blocks, experts = tokens()
     still = explorer.explorer(IMAGES, token_expert, blocks, experts, caption="Tokens.", alt="Overlay.")
     assert still.widget is None and set(still._repr_mimebundle_()) == {"text/html", "text/plain"}
+
+
+def test_routes_by_hand():
+    """Two layers, two experts, three classes: classes 0 and 2 take the same way."""
+    made = record(0, blocks=[0, 1], experts=2, classes=3, class_names=["a", "b", "c"])
+    made.arrays["class_expert"] = np.array([[[9, 1], [2, 8], [6, 4]], [[0, 5], [5, 0], [1, 4]]])
+    assert routes.main_route(made, 0) == ([0, 1], [0.9, 1.0])
+    assert routes.shared_routes(made) == [{"route (expert in each block)": "0 → 1", "classes": 2, "which": "a, c"}]
+    assert len(routes.shared_routes(made, least=1)) == 2
+
+
+def test_gaps_name_the_command():
+    assert text.gaps({"a": [record(0), None]}, "make it").strip() == "1 of 2 records are not there yet; filled by: make it"
+    assert text.gaps({"a": [record(0)]}, "make it") == ""
+    with pytest.raises(ValueError, match="train.mask"):
+        made = record(0)
+        del made.arrays["picture"]
+        maps.reconstructions(made)

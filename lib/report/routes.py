@@ -21,7 +21,7 @@ __all__ = ["checker_maps", "layer_shares", "main_route", "position_maps", "route
 def layer_shares(records: dict[str, Any]) -> Figure:
     """Share of assignments by layer and expert, a panel a model (Durham, Figures 5 and 6): rows are blocks, columns experts."""
     with style():
-        fig, axes = figure(1, len(records), height=1.2 + 0.28 * max(len(r.moe) for r in records.values()), sharey=True)
+        fig, axes = figure(1, len(records), height=max(2.4, 1.2 + 0.28 * max(len(r.moe) for r in records.values())), sharey=True)
         for ax, (label, record) in zip(axes[0], records.items(), strict=True):
             table = np.array([m["load"] for m in record.moe])
             image = ax.imshow(100 * table, vmin=0, vmax=100, aspect="auto")
@@ -47,7 +47,7 @@ def routes(record: Any, labels: Sequence[int]) -> Figure:
     """The main route of some classes through the layers (Durham, Figures 7 to 9). The width of a step is the share it carries."""
     names, experts = class_names(record, len(record.arrays["class_expert"][0])), max(len(m["load"]) for m in record.moe)
     with style():
-        fig, axes = figure(1, len(labels), height=0.9 + 0.45 * experts, sharey=True)
+        fig, axes = figure(1, len(labels), height=max(2.6, 0.9 + 0.45 * experts), sharey=True)
         for ax, label in zip(axes[0], labels, strict=True):
             path, share = main_route(record, label)
             for i in range(len(path) - 1):
@@ -55,10 +55,10 @@ def routes(record: Any, labels: Sequence[int]) -> Figure:
                         zorder=2)
             ax.scatter(range(len(path)), path, s=[60 + 140 * v for v in share], color=[expert_colours(experts)[e] for e in path],
                        edgecolor="#333333", zorder=3)
-            ax.set(title=names[label], xlabel="block", ylim=(experts - 0.5, -0.5))
+            ax.set(title=names[label], xlabel="block (1 = first)", ylim=(experts - 0.5, -0.5), xlim=(-0.4, len(path) - 0.6))
             ax.set_xticks(range(len(path)), [m["block"] + 1 for m in record.moe])
             ax.set_yticks(range(experts))
-        axes[0, 0].set_ylabel("expert with the largest share")
+        axes[0, 0].set_ylabel("main expert")
     return fig
 
 
