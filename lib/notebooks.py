@@ -254,7 +254,9 @@ def profile(notebook: str, name: str, /, **given: Any) -> Profile:
             values[field] = base.get(part, {}).get(entry)
         else:
             raise NotebookError(f"{field} of {notebook} is None and {where} does not set it; give {field}, or set it there")
-    chosen = {field: values[field] for field in BASE_FIELDS if given.get(field) is not None or field in table[notebook]}
+    # A parameter with a default of its own is the notebook's business and only shares the name.
+    chosen = {field: values[field] for field in BASE_FIELDS if field in known and known[field].default is None
+              and (given.get(field) is not None or field in table[notebook])}
     values["base_fields"] = _base_fields(base, chosen)
     if all(value is None or value == known[field].default for field, value in given.items() if field != "profile"):
         asked[notebook, name] = dict(values)  # as the profile has them; overridden values belong to no page of the book

@@ -157,3 +157,43 @@ def test_real_notebooks(key):
     assert all(entry["help"] and entry["inferred_type_name"] != "None" for entry in shown.values())
     for name in ("smoke", "quick", "small"):
         assert isinstance(notebooks.plan(key, name), dict)
+
+
+BASE = {"data": {"name": "mnist5k", "image_size": 28}, "backbone": {"patch": 7, "width": 16, "heads": 2},
+        "train": {"epochs": 1.0, "lr": 0.001}, "init": {"train": {"epochs": 5.0}}}
+
+
+@pytest.fixture
+def based(monkeypatch):
+    """A notebook with parameters that change the base run, and one that only shares such a name."""
+    lines = {"profile": "quick", "epochs": None, "data": None, "backbone": None, "image_size": 224}
+    kinds = {"profile": "str", "epochs": "float", "data": "str", "backbone": "str", "image_size": "int"}
+    known = {name: notebooks.Parameter(name, kinds[name], default, "help") for name, default in lines.items()}
+    monkeypatch.setattr(notebooks, "parameters", lambda key: known)
+    table = {"base": BASE, "base/own": BASE | {"study": "own"}, "a/one": {}, "own/two": {}, "a/three": {"epochs": 3.0}}
+    monkeypatch.setattr(notebooks, "profile_table", lambda name: table)
+
+
+def test_base_is_the_profiles_run_with_the_parameters_in_it(based):
+    p = notebooks.profile("a/one", "quick")
+    assert p.base.train.epochs == 1.0 and p.epochs == 1.0 and p.base.data.image_size == 28 and p.image_size == 224
+    assert p.base.init.train.epochs == 5.0 and p.base.init.train.lr == 0.001 and p.base.init.backbone == p.base.backbone
+    longer = notebooks.profile("a/one", "quick", epochs=2.0, image_size=224)
+    assert longer.base.train.epochs == 2.0 and longer.base.init.train.epochs == 5.0 and longer.base.data.image_size == 28
+    assert notebooks.profile("a/three", "quick").base.train.epochs == 3.0
+    assert notebooks.profile("own/two", "quick").base.study == "own"
+
+
+def test_another_backbone_forgets_sizes_and_parent_another_data_set_keeps_them(based):
+    other = notebooks.profile("a/one", "quick", backbone="vit_small_patch16_224").base
+    assert other.init is None and other.backbone.width is None and other.backbone.name == "vit_small_patch16_224"
+    moved = notebooks.profile("a/one", "quick", data="eurosat").base
+    assert moved.data.name == moved.init.data.name == "eurosat" and moved.init.backbone.width == 16
+
+
+def test_defaults_given_by_the_notebook_leave_the_manifest_alone(based):
+    notebooks.asked.clear()
+    notebooks.profile("a/one", "quick", image_size=224)
+    by_hand = notebooks.asked["a/one", "quick"]
+    notebooks.profile("a/one", "quick")
+    assert notebooks.asked["a/one", "quick"] == by_hand

@@ -372,3 +372,11 @@ def test_a_private_record_is_published_once_it_is_asked_for(where, made):
     [record] = runs.collect({"a": [spec.but(publish=True)]}, where=where)["a"]
     assert record.file.is_relative_to(where.published) and record.arrays["test_pred"].tolist() == [0, 1, 2]
     assert made == [3]  # copied, not computed again
+
+
+def test_only_the_grid_counts_as_read(where, made):
+    """A manifest lists what a page read; a parent that was absent when a run began is no reason to run the page again."""
+    parent = TINY.but(seed=1)
+    child = TINY.but(seed=2, init=parent)
+    runs.collect({"a": [child]}, where=where)
+    assert made == [1, 2] and where.reads == {child.id: True}
