@@ -121,6 +121,8 @@ def _cleaned(part: Path, moe: dict[str, Any] | None) -> str:
     book.metadata.pop("papermill", None)
     for cell in book.cells:
         cell.metadata.pop("papermill", None)
+        if "injected-parameters" in cell.metadata.get("tags", ()):
+            cell.metadata["tags"].append("hide-input")  # what was asked for stays at hand, folded
         if cell.get("execution_count"):  # the first hidden cell took number 1
             cell.execution_count -= 1
         for output in cell.get("outputs", ()):

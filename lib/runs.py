@@ -320,7 +320,13 @@ def _locked(spec: RunSpec, where: Store) -> Record:
 
 
 def _put(made: dict, arrays: dict[str, np.ndarray], spec: RunSpec, where: Store) -> Record:
-    """File a record. Once a finished run is filed its checkpoint goes, and with it what a killed write left beside."""
+    """File a record. Once a finished run is filed its checkpoint goes, and with it what a killed write left beside.
+
+    A child says whether its parent had been rebuilt with other weights than those of the parent's record.
+    """
+    parent = where.peek(spec.init.id) if spec.init is not None else None
+    if made["status"] == "ok" and parent is not None and parent.status == "ok":
+        made["weights"]["parent_differs"] = made["weights"].get("parent") != parent.weights["final"]
     record = where.put(made, arrays, spec)
     if record.status == "ok":
         for file in where.checkpoint(spec.id).parent.glob(f"*{spec.id}.pt*"):

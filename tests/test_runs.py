@@ -52,6 +52,8 @@ def made(monkeypatch):
             where.states.mkdir(parents=True, exist_ok=True)
             where.state(spec.id).write_text(str(log.version))
         body = {"status": "ok", "test": {"top1": float(spec.seed)}, "weights": {"final": f"{spec.seed}/{log.version}"}}
+        if spec.init is not None:
+            body["weights"]["parent"] = f"{spec.init.seed}/{where.state(spec.init.id).read_text()}"
         return head | body, {"test_pred": np.arange(spec.seed)}
 
     monkeypatch.setattr(runs, "execute", execute)
@@ -169,8 +171,9 @@ def test_parent_is_rebuilt_when_its_weights_are_gone_and_its_record_stands(where
     where.state(parent.id).unlink()
     made.version = 1
     with pytest.warns(UserWarning, match=f"run {parent.id} was rebuilt and its weights differ"):
-        runs.collect({"c": of(4, init=parent)}, where=where)
+        late = runs.collect({"c": of(4, init=parent)}, where=where)["c"][0]
     assert where.get(parent).content == first.content
+    assert late.weights["parent_differs"] and not where.get(TINY.but(seed=3, init=parent)).weights["parent_differs"]
 
 
 def test_failing_rebuild_leaves_the_parents_record(where, made):

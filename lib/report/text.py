@@ -25,8 +25,8 @@ def say(*sentences: str) -> Markdown:
     return Markdown(" ".join(sentences))
 
 
-def verdicts(found: Iterable[Verdict], caption: str = "Verdicts by the rule of `lib.claims`: an order needs three seeds and an "
-             "interval that excludes the other side.") -> Table:
+def verdicts(found: Iterable[Verdict], caption: str = "Verdicts by one rule: an order needs three seeds, and an interval "
+             "that lies on one side.") -> Table:
     """A table of claims: what was claimed, the verdict, the numbers behind it."""
     rows = [(v.claim, v.verdict, v.text) for v in found]
     return table(pd.DataFrame(rows, columns=["claim", "verdict", "in our records"]), caption, wrap=True)
