@@ -115,7 +115,7 @@ def training_curves(groups: dict[str, Sequence[Any]], values: Sequence[str] = ("
         fig, axes = figure(1, len(values), height=3.4)
         for ax, key in zip(axes[0], values, strict=True):
             ax.set(xlabel="epoch", ylabel=_HISTORY[key])
-            ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
             for i, (label, records) in enumerate(groups.items()):
                 look = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]}
                 rows = [[(h["epoch"], h[key]) for h in r.history if h.get(key) is not None] for r in finished(records)]
@@ -226,6 +226,12 @@ def frontier(panels: dict[str, Sequence[Point]], missing: str = "no record yet")
                                        label=None if p.label in seen else p.label)
                     seen.add(p.label)
                 ax.margins(0.12)
+                ax.ticklabel_format(axis="x", useOffset=False)
+                values = [getattr(p, key) for p in points if p.top1 is not None]
+                if values and max(values) - min(values) < 0.04 * max(values):
+                    # models of one size stay one size to the eye: no axis of millionths
+                    middle = (max(values) + min(values)) / 2
+                    ax.set_xlim(0.95 * middle, 1.05 * middle)
                 if not drawn:
                     note(ax, missing)
             if row[1].get_legend_handles_labels()[1]:

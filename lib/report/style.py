@@ -127,12 +127,13 @@ def show(fig: Figure, caption: str, alt: str) -> Shown:
 
 
 def legend_above(fig: Figure, axes: Iterable[Axes], columns: int = 4) -> None:
-    """One legend for all panels, above them; each label once."""
+    """One legend for all panels, above them; each label once, in fewer columns where long labels would leave the figure."""
     found: dict[str, object] = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     if found:
+        columns = max(1, min(columns, 80 // (max(map(len, found)) + 6)))  # about 80 letters and handles to a book's width
         # Row order: matplotlib fills columns first.
         labels = _row_order(list(found), columns)
         fig.legend([found[label] for label in labels], labels, loc="outside upper left", ncols=min(columns, len(labels)))

@@ -87,7 +87,7 @@ class Table:
 
 def _look(cell: str) -> str:
     """CSS of a cell: numbers to the right, long texts wrapped, missing and retold values paler."""
-    numeric = cell[:1] in "+-–0123456789"
+    numeric = cell[:1] in "+-–0123456789" and len(cell) <= 40
     return (("text-align:right;" if numeric else "text-align:left;")
             + ("white-space:normal;min-width:18em;" if len(cell) > 40 else "")
             + ("color:#6a6a6a;" if cell.startswith(MISSING) or cell.endswith("†") else ""))
