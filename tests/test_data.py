@@ -218,7 +218,7 @@ def test_real_sets(name, monkeypatch):
     data._sources.cache_clear()
     label, sizes, names = REAL[name]
     splits = data.load(DataSpec(name=name, label=label, image_size=32, train=100))
-    pools = data._pools(data._sources(name, label)[0])
+    pools = data._pools(data._sources(name, label, paths.data_home())[0])
     assert tuple(len(pools[split][1]) for split in ("train", "val", "test")) == sizes
     assert {number: splits.class_names[number] for number in names} == names
     if name == "cifar100":
