@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: the MoE layer against the dense bound, and the trainer against a bare loop, in one table each."""
+"""`python -m benchmarks`: the MoE layer against the dense bound, attention in two forms, and the trainer against a bare loop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import platform
 
 import torch
 
-from . import moe, trainer
+from . import attention, moe, trainer
 
 
 def main() -> None:
@@ -26,6 +26,9 @@ def main() -> None:
           f"{'target':>7}")
     for row in moe.rows(given.repeats):
         print(_line(row), flush=True)
+    ms = attention.step_ms(given.repeats)
+    print(f"bf16 training step, ViT-S/14 at {attention.SIDE} px: fused attention {ms['fused']:.0f} ms, written out "
+          f"{ms['written out']:.0f} ms, ratio {ms['fused'] / ms['written out']:.2f} (above 1: written out is right here)")
     if not given.no_trainer:
         over = trainer.overhead(rounds=max(20, given.repeats))
         mark = "pass" if over.share <= trainer.TARGET else "SHORT"

@@ -39,6 +39,18 @@ def parts_of(spec: RunSpec):
     return build(spec, 10, 1), splits
 
 
+def test_attention_written_out_on_cpu_in_bfloat16_alone():
+    fused, written = (build(BASE.but(dtype=dtype), 10, 1) for dtype in ("float32", "bfloat16"))
+    assert all(block.attn.fused_attn for block in fused.blocks) and not any(block.attn.fused_attn for block in written.blocks)
+    images = torch.randn(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    logits = [model(images) for model in (fused, written)]  # both in float32 here: the two forms are one function
+    torch.testing.assert_close(*logits)
+    for out in logits:
+        out.square().sum().backward()
+    for one, other in zip(fused.parameters(), written.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
 # ---- the same spec, the same record -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
