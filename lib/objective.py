@@ -44,7 +44,7 @@ def losses(model: nn.Module, images: Tensor, labels: Tensor, spec: RunSpec, tape
     if spec.moe is not None and spec.moe.router not in ("all", "manual"):
         routings = tape.routings()
         parts["balance_loss"] = torch.stack([switch_loss(routing) for routing in routings]).mean()
-        if spec.moe.sharpness_weight or spec.moe.variation_weight:
+        if spec.moe.router in ("token", "expert_choice", "priority"):
             parts["batch_variation"] = torch.stack([batch_variation(routing) for routing in routings]).mean()
         for weight, each in _auxiliary(spec.moe):
             total = total + weight * torch.stack([each(routing) for routing in routings]).sum()

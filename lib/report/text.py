@@ -10,7 +10,7 @@ from IPython.display import Markdown
 from lib.claims import Verdict
 from lib.report.tables import Table, table
 
-__all__ = ["gaps", "say", "verdicts"]
+__all__ = ["answer", "gaps", "say", "verdicts"]
 
 
 def gaps(records: dict[str, list], command: str) -> str:
@@ -30,3 +30,12 @@ def verdicts(found: Iterable[Verdict], caption: str = "Verdicts by one rule: an 
     """A table of claims: what was claimed, the verdict, the numbers behind it."""
     rows = [(v.claim, v.verdict, v.text) for v in found]
     return table(pd.DataFrame(rows, columns=["claim", "verdict", "in our records"]), caption, wrap=True)
+
+
+def answer(found: Iterable[Verdict], source: str = "Reproduced") -> Markdown:
+    """The claims of a page by verdict, in one paragraph for its head. source: what the records are; taken off the claims."""
+    told: dict[str, list[str]] = {"holds": [], "does not hold": [], "undecided": [], "not tested": []}
+    for v in found:
+        told[v.verdict].append(v.claim.removeprefix(f"{source}: "))
+    parts = [f"*{verdict.capitalize()}:* {'; '.join(claims)}." for verdict, claims in told.items() if claims]
+    return Markdown(f"**{source}, in short.** " + " ".join(parts) + " The numbers and intervals are under the verdicts below.")
