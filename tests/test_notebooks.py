@@ -10,7 +10,7 @@ from pathlib import Path
 import papermill
 import pytest
 
-from lib import notebooks
+from lib import notebooks, runs
 from lib.notebooks import NotebookError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -155,8 +155,20 @@ def test_real_notebooks(key):
     shown = papermill.inspect_notebook(notebooks.source(key))
     assert list(shown) == list(notebooks.parameters(key))
     assert all(entry["help"] and entry["inferred_type_name"] != "None" for entry in shown.values())
-    for name in ("smoke", "quick", "small"):
+    for name in ("smoke", "quick", "small", "paper"):
         assert isinstance(notebooks.plan(key, name), dict)
+
+
+def _on_cpu(spec):
+    return spec.but(device="cpu", init=spec.init and _on_cpu(spec.init))
+
+
+@pytest.mark.parametrize("name", ["small", "paper"])  # the other two are run as a whole
+@pytest.mark.parametrize("key", SOURCES)
+def test_runs_of_the_long_profiles_can_be_built(key, name):
+    """A patch that does not divide the image or a layer beyond the depth must not wait for the hour of its run."""
+    for group in notebooks.plan(key, name).values():
+        runs.check(_on_cpu(group[0]))
 
 
 BASE = {"data": {"name": "mnist5k", "image_size": 28}, "backbone": {"patch": 7, "width": 16, "heads": 2},

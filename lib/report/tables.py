@@ -59,7 +59,10 @@ class Table:
         styler.set_table_attributes('class="dataframe" style="border-collapse:collapse'
                                     f'{"" if self.wrap else ";white-space:nowrap"}"')
         styler.map(_look)
-        rules = [{"selector": "td, th", "props": "padding:0.15em 0.6em"}]
+        rules = [{"selector": "td, th", "props": "padding:0.15em 0.5em"},
+                 {"selector": "", "props": "font-size:0.9em"},
+                 # long column names break, so that a table of numbers is as wide as its numbers
+                 {"selector": "thead th", "props": "white-space:normal;vertical-align:bottom"}]
         if self.frame.columns.nlevels == 2:
             # A rule between the groups: the eye must not run from one source into the next.
             starts = [i for i in range(1, self.frame.shape[1]) if self.frame.columns[i][0] != self.frame.columns[i - 1][0]]
