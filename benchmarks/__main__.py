@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: the MoE layer against the dense bound, attention in two forms, and the trainer against a bare loop."""
+"""`python -m benchmarks`: the MoE layer against the dense bound, attention in two forms, pruning, and the trainer."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import platform
 
 import torch
 
-from . import attention, moe, trainer
+from . import attention, moe, pruning, trainer
 
 
 def main() -> None:
     options = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     options.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads (default: torch's own)")
     options.add_argument("--repeats", type=int, default=20, help="interleaved repeats after warm-up, at least 20")
+    options.add_argument("--no-pruning", action="store_true", help="leave static pruning out")
     options.add_argument("--no-trainer", action="store_true", help="leave the trainer out")
     given = options.parse_args()
     torch.set_num_threads(given.threads)
@@ -29,6 +30,9 @@ def main() -> None:
     ms = attention.step_ms(given.repeats)
     print(f"bf16 training step, ViT-S/14 at {attention.SIDE} px: fused attention {ms['fused']:.0f} ms, written out "
           f"{ms['written out']:.0f} ms, ratio {ms['fused'] / ms['written out']:.2f} (above 1: written out is right here)")
+    if not given.no_pruning:
+        for row in pruning.rows(given.repeats):
+            print(row, flush=True)
     if not given.no_trainer:
         over = trainer.overhead(rounds=max(20, given.repeats))
         mark = "pass" if over.share <= trainer.TARGET else "SHORT"

@@ -46,17 +46,19 @@ def losses(model: nn.Module, images: Tensor, labels: Tensor, spec: RunSpec, tape
         parts["balance_loss"] = torch.stack([switch_loss(routing) for routing in routings]).mean()
         if spec.moe.router in ("token", "expert_choice", "priority"):
             parts["batch_variation"] = torch.stack([batch_variation(routing) for routing in routings]).mean()
-        for weight, each in _auxiliary(spec.moe):
-            total = total + weight * torch.stack([each(routing) for routing in routings]).sum()
+        for weights, each in _auxiliary(spec.moe):
+            found = torch.stack([each(routing) for routing in routings])
+            total = total + (found * found.new_tensor(weights)).sum()
         if teacher is not None:
             parts["distil_loss"] = _distilled(routings, teacher, images, spec)
             total = total + parts["distil_loss"]
     return {"loss": total} | parts
 
 
-def _auxiliary(moe: MoESpec) -> list[tuple[float, Callable]]:
-    """(weight, loss) of the auxiliary losses in force; each is summed over the MoE layers."""
-    listed = [(moe.balance_weight if moe.balance == "switch" else 0.0, switch_loss), (moe.z_weight, z_loss),
+def _auxiliary(moe: MoESpec) -> list[tuple[float | tuple[float, ...], Callable]]:
+    """(weight, loss) of the auxiliary losses in force; each is summed over the MoE layers, with one weight or one a layer."""
+    balance = moe.balance_weights or moe.balance_weight
+    listed = [(balance if moe.balance == "switch" else 0.0, switch_loss), (moe.z_weight, z_loss),
               (moe.sharpness_weight, partial(sharpness_loss, guard=moe.guard)),
               (moe.variation_weight, partial(variation_loss, guard=moe.guard, deviation=moe.deviation))]
     return [(weight, loss) for weight, loss in listed if weight]

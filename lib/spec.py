@@ -91,9 +91,11 @@ class BackboneSpec(Spec):
 
 
 class MoESpec(Spec):
-    """MoE layers in place of the MLPs of the last `layers` blocks (ViMoE, section 3; `semantics` guards its meaning)."""
+    """MoE layers in place of the MLPs of the last `layers` blocks, or of named ones (ViMoE, section 3; `semantics` guards its
+    meaning)."""
 
     layers: Positive = 1  # L: blocks counted from the last one
+    blocks: tuple[Positive, ...] | None = None  # numbers of the L blocks, 1 at the input, rising; None = the last ones
     experts: Positive = 8  # E, the shared expert not counted
     top_k: Positive = 1  # K
     router: Literal["token", "image", "all", "expert_choice", "priority", "manual", "soft"] = "image"
@@ -114,6 +116,9 @@ class MoESpec(Spec):
     slots: Positive = 1  # soft: slots an expert
     groups: tuple[tuple[int, ...], ...] | None = None  # manual: the classes of each expert, in the order of the experts
     fresh_experts: bool = False  # experts drawn anew instead of copied; copies stay alike where nothing tells them apart
+    copy_noise: Annotated[float, Field(ge=0)] = 0.0  # normal noise on copied experts, in standard deviations of each weight
+    balance_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None  # switch: one a MoE layer, from the input on;
+    # in place of balance_weight
     sharpness_weight: Annotated[float, Field(ge=0)] = 0.0  # Durham: of the loss that sharpens the gate of a token
     variation_weight: Annotated[float, Field(ge=0)] = 0.0  # Durham: of the loss that varies an expert's use over images
     guard: Annotated[float, Field(gt=0)] = 1e-2  # added to the variances of these two; a tiny one lets them explode
@@ -124,6 +129,13 @@ class MoESpec(Spec):
     def _consistent(self):
         if self.top_k > self.experts:
             raise ValueError(f"top_k={self.top_k} needs at least {self.top_k} experts, got experts={self.experts}")
+        if self.blocks is not None and (list(self.blocks) != sorted(set(self.blocks)) or len(self.blocks) != self.layers):
+            raise ValueError(f"blocks={self.blocks} must be layers={self.layers} different numbers in rising order")
+        if self.balance_weights is not None and (len(self.balance_weights) != self.layers or self.balance != "switch"):
+            raise ValueError(f"balance_weights has {len(self.balance_weights)} values: it takes layers={self.layers}, with "
+                             f"balance='switch', got balance={self.balance!r}")
+        if self.copy_noise and self.fresh_experts:
+            raise ValueError("copy_noise is added to copies; fresh_experts=True makes none: set one of them")
         if self.router == "all" and self.top_k != self.experts:
             raise ValueError(f"router='all' sends each token to every expert: set top_k={self.experts}, got {self.top_k}")
         if self.router == "all" and self.balance == "loss_free":

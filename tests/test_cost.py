@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lib import papers
 from lib.measure import cost, timing
+from lib.models.experts import Experts
 from lib.models.moe import MoELayer, RoutingTape
 from lib.models.upcycle import upcycle
 from lib.spec import MoESpec
@@ -158,6 +159,30 @@ def test_moe_layers_off_the_plain_vit(name):
                          experts_per_image=2)
     assert moe.macs == dense.macs + 2 * 49 * 4 * 768  # last stage: 7 x 7 tokens of width 768
     assert moe.params_active == dense.params_active + 2 * 4 * 768
+
+
+@pytest.mark.parametrize("moe, rows, touched", [
+    ({"router": "all", "top_k": 3, "gate": "renormalised"}, 3 * 17, 3),  # every expert as often: the mean is exact
+    ({"router": "expert_choice", "choices": 1.5}, 3 * 9, 3),  # likewise, 9 tokens each
+    ({"router": "soft", "slots": 4}, 3 * 4, 3),  # likewise
+    ({"router": "image"}, 17, 1),  # one of three, whichever: their mean
+    ({"router": "token", "top_k": 2}, 2 * 17, 2.5),
+])
+def test_experts_of_unequal_width(moe, rows, touched):
+    """Hidden widths 30, 40 and 80, 50 in the mean, on 17 tokens of width 192; 768 before."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1)
+    layer = upcycle(model, MoESpec(layers=1, experts=3, **moe)).blocks[0].mlp
+    given = {"experts_per_image": 2.5} if moe["router"] == "token" else {}
+    whole = cost.count(model, 64, **given)
+    layer.experts = Experts(3, 192, (30, 40, 80))
+    cut = cost.count(model, 64, **given)
+    assert cut.params_stored == sum(p.numel() for p in model.parameters())
+    assert whole.macs - cut.macs == rows * 2 * 192 * (768 - 50)
+    assert whole.params_active - cut.params_active == pytest.approx(touched * (768 - 50) * (2 * 192 + 1))
+    layer.experts = Experts(3, 192, (30, 41, 80))  # a mean that is no whole number
+    odd = cost.count(model, 64, **given)
+    assert odd.params_active - cut.params_active == pytest.approx(touched * 385 / 3)
+    assert odd.macs - cut.macs == 2 * (rows * 192 * 151 // 3 - rows * 192 * 50)
 
 
 def test_model_is_left_alone():

@@ -80,8 +80,106 @@ def test_all_tokens_on_one_expert(target):
         assert stack.grad[idle].abs().max() == 0 and stack.grad[target].abs().max() > 0
 
 
-def test_no_tokens():
+WIDTHS = (9, 3, 1, 7)
+
+
+def padded(experts):
+    """The four stacks of experts of unequal width for the reference: filled up with neurons that do nothing."""
+    most = max(experts.widths)
+    parts = [(nn.functional.pad(w1, (0, 0, 0, most - len(b1))), nn.functional.pad(b1, (0, most - len(b1))),
+              nn.functional.pad(w2, (0, most - len(b1))), b2) for w1, b1, w2, b2 in experts.each()]
+    return [torch.stack(group) for group in zip(*parts, strict=True)]
+
+
+@pytest.mark.parametrize("shape", [(B, N), (1, 1)], ids=str)
+@pytest.mark.parametrize("case", [{}, {"top_k": E}, {"top_k": 2, "gate": "renormalised"}, {"capacity_factor": 0.6}, {"only": 2}],
+                         ids=["top1", "all", "top2", "capacity", "one-for-all"])
+def test_unequal_widths_equal_reference(case, shape):
+    only, case = case.get("only"), {k: v for k, v in case.items() if k != "only"}
+    moe = layer(**case)
+    moe.experts = Experts(E, D, WIDTHS).double()
+    if only is not None:
+        moe.router.choice_bias[only] = 10.0
+    x = torch.randn(*shape, D, dtype=torch.float64, generator=generator(1), requires_grad=True)
+    probe = torch.randn(*shape, D, dtype=torch.float64, generator=generator(2))
+    options = {k: v for k, v in case.items() if k != "top_k"}
+    if only is None:
+        weights = reference.gates(x.float(), moe.router.weight.float(), case.get("top_k", 1), **options).double()
+    else:
+        probs = torch.softmax(x.float() @ moe.router.weight.float().t(), -1).view(-1, E).double()
+        weights = probs * torch.eye(E)[only]
+    got, expected = moe(x), reference.moe(x, weights, *padded(moe.experts))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    wrt = [x, *moe.parameters()]
+    grads = torch.autograd.grad((got * probe).sum(), wrt)
+    for a, b in zip(grads, torch.autograd.grad((expected * probe).sum(), wrt), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    if only is not None:  # idle experts have zero gradients, not none
+        used = [bool(g.any()) for g in grads[2].split(WIDTHS)]
+        assert grads[2].shape == (sum(WIDTHS), D) and used == [e == only for e in range(E)]
+
+
+def test_unequal_widths_in_bf16():
+    moe = layer(top_k=2).float()
+    moe.experts = Experts(E, D, WIDTHS)
+    x = torch.randn(B, N, D, generator=generator(1))
+    plain = moe(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = moe(x)
+        with torch.no_grad():
+            still = moe(x)
+    assert (half - plain).abs().max() < 0.02 * plain.abs().max() and (still - plain).abs().max() < 0.02 * plain.abs().max()
+
+
+def test_experts_of_parts():
+    """Given weights come back; equal widths are stacked, unequal ones flat, each drawn like its own nn.Linear."""
+    drawn = Experts(E, D, WIDTHS)
+    assert drawn.widths == drawn.hidden == WIDTHS and drawn.rows.tolist() == list(WIDTHS)
+    assert {n: tuple(p.shape) for n, p in drawn.named_parameters()} == {
+        "fc1.weight": (20, D), "fc1.bias": (20,), "fc2.weight": (20, D), "fc2.bias": (E, D)}
+    parts = list(drawn.each())
+    for h, (_, _, w2, b2) in zip(WIDTHS, parts, strict=True):
+        bound = h ** -0.5
+        assert 0.5 * bound < w2.abs().max() <= bound and b2.abs().max() <= bound
+    again = Experts.of(parts, nn.ReLU())
+    assert isinstance(again.act, nn.ReLU) and again.fc1.weight is not drawn.fc1.weight
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), drawn.parameters(), strict=True))
+    equal = Experts.of([parts[0], parts[0]])
+    assert equal.hidden == 9 and equal.fc2.weight.shape == (2, D, 9) and not list(equal.buffers())
+    assert Experts(2, D, (H, H)).hidden == H
+    drawn.reset(generator())
+    assert not drawn.fc2.bias.any() and 0.01 < drawn.fc1.weight.std() < 0.03 and drawn.fc2.weight.abs().max() < 0.1
+
+
+def test_state_of_unequal_widths():
+    saved, fresh = Experts(E, D, WIDTHS), Experts(E, D, WIDTHS)
+    state = saved.state_dict()
+    fresh.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), saved.parameters(), strict=True))
+    assert Experts.widths_in(state) == WIDTHS and Experts.widths_in(Experts(2, D, H).state_dict()) == (H, H)
+    assert Experts.widths_in(nn.ModuleDict({"fc1": nn.Linear(D, H)}).state_dict()) is None
+    for other in (Experts(E, D, WIDTHS[::-1]), Experts(E, D, 5), Experts(2, D, (4, 16))):  # all of 20 rows
+        with pytest.raises(ValueError, match=r"mlp: the state has 4 experts of widths \(9, 3, 1, 7\), the layer .*fit_shapes"):
+            nn.ModuleDict({"mlp": other}).load_state_dict({f"mlp.{name}": held for name, held in state.items()})
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: Experts(2, D, (3, 0)), r"hidden=\(3, 0\) leaves expert 1 without a neuron: pruning to nothing"),
+    (lambda: Experts(2, D, 0), "leaves expert 0 without a neuron"),
+    (lambda: Experts(3, D, (3, 4)), "names 2 widths for experts=3"),
+    (lambda: Experts.of([]), "at least one expert"),
+    (lambda: Experts.of([next(Experts(1, D, 3).each())[:2] + next(Experts(1, D, 4).each())[2:]]),
+     r"expert 0 has w1 \(3, 6\), b1 \(3,\), w2 \(6, 4\)"),
+])
+def test_widths_are_checked(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("hidden", [H, WIDTHS], ids=["equal", "unequal"])
+def test_no_tokens(hidden):
     moe = layer()
+    moe.experts = Experts(E, D, hidden).double()
     out = moe(torch.zeros(0, N, D, dtype=torch.float64))
     out.sum().backward()
     assert out.shape == (0, N, D) and all(p.grad is not None and not p.grad.any() for p in moe.experts.parameters())

@@ -189,6 +189,8 @@ def test_loss_parts_by_hand():
     assert len(z) == 2
     assert torch.allclose(parts["balance_loss"], sum(balance) / 2)  # the history shows the mean over layers
     assert torch.allclose(parts["loss"], parts["task_loss"] + 0.5 * sum(balance) + 0.25 * sum(z), atol=1e-5)
+    by_layer = train._losses(model, images, labels, spec.but(moe={"balance_weights": (2.0, 0.125)}), tape)["loss"]
+    assert torch.allclose(by_layer, parts["task_loss"] + 2.0 * balance[0] + 0.125 * balance[1] + 0.25 * sum(z), atol=1e-5)
 
 
 def test_loss_free_balancing_moves_the_bias_by_rate_times_sign(monkeypatch):

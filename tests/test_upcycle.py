@@ -12,7 +12,7 @@ from torch import nn
 
 from lib.models.experts import Experts
 from lib.models.moe import MoELayer, RoutingTape
-from lib.models.upcycle import block_mlps, upcycle
+from lib.models.upcycle import block_mlps, moe_layer, upcycle
 from lib.spec import MoESpec, RunSpec, TrainSpec
 from lib.train import optimiser
 
@@ -253,3 +253,26 @@ def test_ddp(tmp_path):
         assert [name for name, _ in tape] == ["module.blocks.1.mlp", "module.blocks.2.mlp"]
     finally:
         dist.destroy_process_group()
+
+
+# ---- which blocks, and copies that differ --------------------------------------------------------------------------------
+
+def test_named_blocks():
+    model = upcycle(timm.create_model("vit_tiny_patch16_224", depth=4, img_size=32), MoESpec(layers=2, blocks=(1, 3), experts=2))
+    assert [isinstance(block.mlp, MoELayer) for block in model.blocks] == [True, False, True, False]
+    with pytest.raises(ValueError, match=r"blocks=\(1, 5\) goes beyond the depth.*1 to 4"):
+        upcycle(timm.create_model("vit_tiny_patch16_224", depth=4, img_size=32), MoESpec(layers=2, blocks=(1, 5), experts=2))
+
+
+def test_copy_noise_is_relative_to_each_weight_and_leaves_biases():
+    mlp = timm.layers.Mlp(64, 256)
+    with torch.no_grad():
+        mlp.fc2.weight.mul_(10.0)
+    spec = MoESpec(experts=3, copy_noise=0.5)
+    made, again = (moe_layer(mlp, spec, torch.Generator().manual_seed(1)).experts for _ in range(2))
+    for stack, linear in ((made.fc1, mlp.fc1), (made.fc2, mlp.fc2)):
+        moved = stack.weight - linear.weight
+        for expert in moved:
+            assert (expert.std() / linear.weight.std()).item() == pytest.approx(0.5, rel=0.05)
+        assert not torch.allclose(moved[0], moved[1]) and torch.equal(stack.bias, linear.bias.expand_as(stack.bias))
+    assert all(torch.equal(a, b) for a, b in zip(made.parameters(), again.parameters(), strict=True))

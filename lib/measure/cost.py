@@ -54,7 +54,9 @@ class Row:
 class Cost:
     """The rows of a model and their totals. Own rule for MACs: linear layers, convolutions, patch embedding, attention
     products and routers, one multiply-add each; a MoE layer counts the K experts (and the shared one) that a token
-    passes, as if no capacity refused any."""
+    passes, as if no capacity refused any. Among experts of unequal width each one passed, or touched by an image, counts as
+    their mean: which ones it is, only data decide. Where all are passed equally often (all experts, expert choice, Soft MoE)
+    that is exact."""
 
     rows: tuple[Row, ...]
     images: int = 1
@@ -261,9 +263,10 @@ def _moe_rows(name: str, layer: RoutedLayer, shape: tuple[int, ...], images: int
         active = touched - (shared is not None)
     for part in ("fc1", "fc2"):
         stack = getattr(experts, part)
-        one = stack.weight[0].numel() + stack.bias[0].numel()
-        rows.append(Row(f"{name}.experts.{part}", "linear", experts.experts * one, None if active is None else active * one,
-                        passed * stack.weight[0].numel()))
+        held = stack.weight.numel() + stack.bias.numel()
+        one = held / experts.experts if held % experts.experts else held // experts.experts
+        rows.append(Row(f"{name}.experts.{part}", "linear", held, None if active is None else active * one,
+                        passed * stack.weight.numel() // experts.experts))
     if shared is not None:
         for part in ("fc1", "fc2"):
             linear = getattr(shared, part)

@@ -34,11 +34,11 @@ def block_mlps(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def upcycle(model: nn.Module, spec: MoESpec, generator: torch.Generator | None = None) -> nn.Module:
-    """Swap the MLPs of the last `spec.layers` blocks, in place; returns the model.
+    """Swap the MLPs of the last `spec.layers` blocks, or of `spec.blocks`, in place; returns the model.
 
     Works on models of timm whose block MLP is `timm.layers.Mlp` with Linear fc1 and fc2 and no inner norm (ViT, DeiT, BEiT,
     Swin, ConvNeXt). Routers draw from `generator`, from the global one if None.
-    Raises ValueError if L is beyond the depth, if a block's MLP is of another kind, or if image-level routing finds no
+    Raises ValueError if L or a block is beyond the depth, if a block's MLP is of another kind, or if image-level routing finds no
     class token and `spec.pool` is not "mean". Nothing is changed when it raises.
     """
     mlps = block_mlps(model)
@@ -47,7 +47,10 @@ def upcycle(model: nn.Module, spec: MoESpec, generator: torch.Generator | None =
     if spec.layers > len(mlps):
         raise ValueError(f"layers={spec.layers} is beyond the depth: {type(model).__name__} has {len(mlps)} blocks, "
                          f"valid is 1 to {len(mlps)}")
-    chosen = mlps[-spec.layers:]
+    if spec.blocks is not None and spec.blocks[-1] > len(mlps):
+        raise ValueError(f"blocks={spec.blocks} goes beyond the depth: {type(model).__name__} has {len(mlps)} blocks, "
+                         f"valid is 1 to {len(mlps)}")
+    chosen = mlps[-spec.layers:] if spec.blocks is None else [mlps[number - 1] for number in spec.blocks]
     for name, mlp in chosen:
         _check(name, mlp)
     if spec.router == "image" and spec.pool == "class" and not getattr(model, "num_prefix_tokens", 0):
@@ -64,6 +67,8 @@ def moe_layer(mlp: nn.Module, spec: MoESpec, generator: torch.Generator | None =
     experts = Experts.copies(mlp, spec.experts)
     if spec.fresh_experts:
         experts.reset(generator)
+    if spec.copy_noise:
+        experts.perturb(spec.copy_noise, generator)
     if spec.router == "soft":
         return SoftMoELayer(experts, spec.slots, generator).to(mlp.fc1.weight.device)
     made = router(spec, experts.width, generator).to(mlp.fc1.weight.device)

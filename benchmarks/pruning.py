@@ -1,0 +1,125 @@
+"""Static pruning against its limits: the time that half of each MLP saves, and the time that finding and removing it takes.
+
+Removed MACs are the limit of the first: at a share of 1 the pruned model is faster by as much as it multiplies less. Norms,
+activations and attention products stay, and narrower products are less efficient, so it is below 1 in practice.
+Scoring cannot be faster than the gradients that it reads, which is the limit of the second. torch-pruning stands beside it, with
+its own first-order score on the same batch, its dependency graph included. Each starts from a copy of the same model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import timm
+import torch
+import torch.nn.functional as F
+import torch_pruning
+from torch import Tensor, nn
+
+from lib.compress.neurons import keep_indices, neuron_scores
+from lib.compress.removal import remove
+from lib.measure import cost
+from lib.measure.timing import compare
+
+NAME, SIDE, BATCH, CLASSES, SHARE = "vit_small_patch14_dinov2", 224, 16, 100, 0.5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line: medians in ms of what ours is compared with and of ours, and the ratio of the two that would be ideal."""
+
+    what: str
+    dtype: str
+    against: str
+    against_ms: float
+    ours_ms: float
+    ideal: float | None  # None: a rival, no limit
+
+    @property
+    def ratio(self) -> float:
+        """How many times ours is faster."""
+        return self.against_ms / self.ours_ms
+
+    @property
+    def share(self) -> float | None:
+        """Of the ideal ratio."""
+        return None if self.ideal is None else self.ratio / self.ideal
+
+    def __str__(self) -> str:
+        reached = "" if self.ideal is None else f"of {self.ideal:>5.3f}: {self.share:>6.1%}"
+        return (f"{self.what:<26} {self.dtype:<5} {self.against:<15} {self.against_ms:>9.1f} ms  ours {self.ours_ms:>9.1f} ms  "
+                f"ratio {self.ratio:>6.3f} {reached}").rstrip()
+
+
+def rows(repeats: int = 20) -> Iterator[Row]:
+    """Measure all; a row comes as soon as it is measured."""
+    yield from speed(repeats)
+    yield from pruning(repeats)
+
+
+def speed(repeats: int = 20) -> Iterator[Row]:
+    """Inference with half of the neurons of each MLP, against the whole model and against the ratio of MACs."""
+    whole, (images, _) = _model(), _batch()
+    cut = copy.deepcopy(whole)
+    remove(cut, {name: keep_indices(score, SHARE) for name, score in neuron_scores(cut, [], "magnitude", parts=["mlp"]).items()})
+    ideal = cost.count(whole, SIDE).macs / cost.count(cut, SIDE).macs
+    for dtype, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        given = images.to(kind)
+        timed = compare({"whole": _forward(whole.to(kind), given), "cut": _forward(cut.to(kind), given)}, repeats)
+        yield Row(f"MLPs cut by {SHARE:.0%}, forward", dtype, "whole model", timed["whole"].median, timed["cut"].median, ideal)
+
+
+def pruning(repeats: int = 20) -> Iterator[Row]:
+    """Taylor scores of hidden neurons on one batch and removal of the lowest half, against the gradients alone and a rival."""
+    model, batch = _model(), _batch()
+    timed = compare({"ours": lambda: _ours(copy.deepcopy(model), batch), "rival": lambda: _rival(copy.deepcopy(model), batch),
+                     "gradients": lambda: _gradients(copy.deepcopy(model), batch)}, repeats)
+    ms = {name: time.median for name, time in timed.items()}
+    what = f"Taylor, MLPs cut by {SHARE:.0%}"
+    yield Row(what, "fp32", "gradients alone", ms["gradients"], ms["ours"], 1.0)
+    yield Row(what, "fp32", "torch-pruning", ms["rival"], ms["ours"], None)
+
+
+def _model() -> nn.Module:
+    return timm.create_model(NAME, img_size=SIDE, num_classes=CLASSES).eval()
+
+
+def _batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(BATCH, 3, SIDE, SIDE, generator=generator), torch.randint(CLASSES, (BATCH,), generator=generator)
+
+
+def _forward(model: nn.Module, images: Tensor) -> Callable[[], None]:
+    def run() -> None:
+        with torch.inference_mode():
+            model(images)
+
+    return run
+
+
+def _gradients(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    """Of the weights that are scored, and of no other."""
+    weights = [p for block in model.blocks for p in block.mlp.parameters()]
+    torch.autograd.grad(F.cross_entropy(model(batch[0]), batch[1]), weights)
+
+
+def _ours(model: nn.Module, batch: tuple[Tensor, Tensor]) -> nn.Module:
+    scores = neuron_scores(model, [batch], "taylor", parts=["mlp"])
+    return remove(model, {name: keep_indices(score, SHARE) for name, score in scores.items()})
+
+
+def _rival(model: nn.Module, batch: tuple[Tensor, Tensor]) -> nn.Module:
+    importance = torch_pruning.importance.GroupTaylorImportance(group_reduction="sum", normalizer=None, bias=True)
+    # Position table, class token and layer scales: it would warn about each that it has no rule for.
+    unwrapped = [(p, p.ndim - 1) for module in model.modules() if not isinstance(module, nn.Linear | nn.LayerNorm | nn.Conv2d)
+                 for p in module.parameters(recurse=False)]
+    graph = torch_pruning.DependencyGraph().build_dependency(model, batch[0][:1], unwrapped_parameters=unwrapped)
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    for block in model.blocks:
+        fc1, prune = block.mlp.fc1, torch_pruning.prune_linear_out_channels
+        scores = importance(graph.get_pruning_group(fc1, prune, list(range(fc1.out_features))))
+        lowest = scores.argsort()[:round(SHARE * fc1.out_features)].tolist()
+        graph.get_pruning_group(fc1, prune, lowest).prune()
+    return model
