@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 from .data import Split, scale_of
 from .models.mae import MaskedAutoencoder
 from .models.moe import RoutingTape
+from .models.strategies import labelled
 from .models.upcycle import block_mlps
-from .objective import autocast, labelled
+from .objective import autocast
 from .spec import RunSpec
 
 if TYPE_CHECKING:  # a probe is handed in; evaluation knows no measure

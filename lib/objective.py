@@ -12,23 +12,13 @@ from torch import Tensor, nn
 
 from .models.balance import batch_variation, sharpness_loss, switch_loss, variation_loss, z_loss
 from .models.moe import RoutingTape
-from .models.strategies import ManualRouter
+from .models.strategies import labelled
 from .spec import MoESpec, RunSpec
 
 
 def autocast(spec: RunSpec):
     """The arithmetic that the spec names: weights stay float32, bfloat16 applies to matrix products and activations."""
     return torch.autocast(spec.device, dtype=torch.bfloat16) if spec.dtype == "bfloat16" else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def labelled(model: nn.Module, labels: Tensor):
-    """Inside, manual routers know the (B,) classes of the images that run."""
-    with contextlib.ExitStack() as stack:
-        for module in model.modules():
-            if isinstance(module, ManualRouter):
-                stack.enter_context(module.given(labels))
-        yield
 
 
 def losses(model: nn.Module, images: Tensor, labels: Tensor, spec: RunSpec, tape: RoutingTape,

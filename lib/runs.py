@@ -84,12 +84,15 @@ def check(spec: RunSpec) -> None:
     """
     import torch
 
+    from .compress import surgery
     from .models.backbone import create
     from .models.upcycle import upcycle
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model = create(spec.backbone, spec.data.image_size, classes=2, channels=3)
         if spec.moe is not None:
             upcycle(model, spec.moe)
+        if spec.prune is not None:
+            surgery.check(model, spec.prune)
     if spec.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda' was asked for and this machine has none: use a profile made for the CPU")
     if spec.init is not None:
@@ -119,6 +122,7 @@ def _run(spec: RunSpec, states: Path, checkpoint: Path | None) -> tuple[dict, di
     from safetensors.torch import load_file, save_file
 
     from . import data, evaluate, train
+    from .compress import removal, surgery
     from .measure import cost
     from .measure import timing as clock
     from .measure.routing import RoutingProbe
@@ -133,13 +137,21 @@ def _run(spec: RunSpec, states: Path, checkpoint: Path | None) -> tuple[dict, di
         if not (states / f"{spec.init.id}.safetensors").is_file():
             raise FileNotFoundError(f"the run it starts from, {spec.init.id}, left no weights: see its own record")
         parent = load_file(states / f"{spec.init.id}.safetensors")
-    model = build(spec, len(splits.class_names), splits.channels, parent).to(spec.device)
-    weights = {"start": sha256_state(model.state_dict()), "parent": sha256_state(parent) if parent else None}
+    fit = removal.fit_shapes if _pruned(spec.init) else None
+    model = build(spec, len(splits.class_names), splits.channels, parent, fit).to(spec.device)
     body: dict[str, Any] = {"classes": splits.class_names, "history": [], "curve": {}, "val": {}}
+    masks = {}
+    if spec.prune is not None:
+        before = surgery.weights_in(model, spec.prune)
+        masks = surgery.prune(model, spec, splits.train, len(splits.class_names))
+        body["prune"] = {"before": before, "after": surgery.weights_in(model, spec.prune)} if not masks else {
+            "before": sum(mask.numel() for mask in masks.values()), "after": sum(int(mask.sum()) for mask in masks.values())}
+    weights = {"start": sha256_state(model.state_dict()), "parent": sha256_state(parent) if parent else None}
     timing: dict[str, float] = {}
     if spec.train is not None:
         with _tensorboard(states.parent / "tensorboard" / spec.id) as report:
-            model, progress = train.fit(model, splits.train, splits.val, spec, checkpoint, report, _teacher(spec, splits, parent))
+            teacher = _teacher(spec, splits, parent)
+            model, progress = train.fit(model, splits.train, splits.val, spec, checkpoint, report, teacher, masks)
         body |= {"history": progress.history, "curve": progress.curve}
         timing |= {"train_seconds": progress.seconds, "train_images_per_s": progress.images / max(progress.seconds, 1e-9)}
         last = progress.history[-1]
@@ -179,12 +191,20 @@ def _run(spec: RunSpec, states: Path, checkpoint: Path | None) -> tuple[dict, di
     return body | {"weights": weights, "timing": timing}, arrays
 
 
+def _pruned(spec: RunSpec | None) -> bool:
+    """Whether a run or one that it starts from was cut."""
+    return spec is not None and ((spec.prune is not None and spec.prune.structured) or _pruned(spec.init))
+
+
 def _teacher(spec: RunSpec, splits: Any, parent: dict | None):
     """The parent as it was, where its gates are distilled; else None."""
     if spec.train.distil == "none":
         return None
+    from .compress import removal
     from .models.backbone import build
     dense = build(spec.init.but(init=None, backbone={"weights": None}, train=None), len(splits.class_names), splits.channels)
+    if _pruned(spec.init):
+        dense = removal.fit_shapes(dense, parent)
     dense.load_state_dict(parent)
     return dense.to(spec.device).eval()
 
@@ -228,7 +248,7 @@ def code_hash() -> str:
     """16 digits over the modules of `lib` that decide a result; shown as "computed by an older lib" when it differs."""
     here = Path(__file__).parent
     files = [here / name for name in ("data.py", "evaluate.py", "objective.py", "train.py", "weights.py", *sorted(
-        str(file.relative_to(here)) for file in here.glob("models/*.py")))]
+        str(file.relative_to(here)) for folder in ("models", "compress") for file in here.glob(f"{folder}/*.py")))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 

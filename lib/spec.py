@@ -159,6 +159,27 @@ class MoESpec(Spec):
         return self
 
 
+class PruneSpec(Spec):
+    """What is cut out of the model before it trains: hidden neurons and attention dimensions (Leiden thesis, section 4)."""
+
+    share: Share = 0.5  # that goes, of the neurons of each MLP and expert and of the dimensions of each head
+    kind: Literal["taylor", "molchanov", "magnitude", "random"] = "taylor"  # the score; the lowest go first
+    parts: tuple[Literal["mlp", "attention", "experts"], ...] | None = None  # None = all that the model has
+    by_class: bool = True  # experts: each by images of its own class group, forced through it; or by what its router sends it
+    images: Positive = 80  # calibration images, of each class group where experts have them
+    batches: Positive = 1  # that the images are cut into; scores are averaged over them
+    structured: bool = True  # False: single weights become zero and stay so, nothing gets smaller
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.batches > self.images:
+            raise ValueError(f"batches={self.batches} cannot be cut out of images={self.images}")
+        if not self.structured and self.kind != "taylor":
+            raise ValueError("structured=False scores single weights by (gradient x weight)^2: set kind='taylor', "
+                             f"got {self.kind!r}")
+        return self
+
+
 class MaskSpec(Spec):
     """Masked-autoencoder pretraining (MAE, 2111.06377): what is hidden, and the decoder that fills it in."""
 
@@ -188,7 +209,7 @@ class TrainSpec(Spec):
     clip: Annotated[float, Field(gt=0)] | None = 1.0  # largest gradient norm
     ema: Share | None = None  # decay of the weight average that is evaluated; None = no average
     mask: MaskSpec | None = None  # pretraining by reconstruction instead of classification
-    trainable: Literal["all", "routers"] = "all"  # routers: everything else is frozen
+    trainable: Literal["all", "routers", "head", "no_attention"] = "all"  # routers, head: everything else is frozen
     distil: Literal["none", "choice", "probabilities"] = "none"  # the parent's gates as target: their argmax or softmax
 
 
@@ -201,6 +222,7 @@ class RunSpec(Spec):
     data: DataSpec = DataSpec()
     backbone: BackboneSpec = BackboneSpec()
     moe: MoESpec | None = None  # surgery before training; None = the model as it is
+    prune: PruneSpec | None = None  # what is cut out after that; a child of this run starts from the cut model
     train: TrainSpec | None = None  # None = evaluate only
     init: RunSpec | None = None  # a parent whose final weights this run starts from (after its own surgery)
     seed: int = 0  # head, router, data order, augmentation, drop path
@@ -238,6 +260,10 @@ class RunSpec(Spec):
             raise ValueError("pretraining with a mask starts from random or named weights, not from init")
         if self.train is not None and self.train.mask is not None and self.train.layer_decay != 1.0:
             raise ValueError(f"layer_decay={self.train.layer_decay} counts layers from a head; pretraining with a mask has none")
+        if self.init is not None and self.init.prune is not None and not self.init.prune.structured:
+            raise ValueError("init was pruned by masks, which a further stage would lose: prune in the last stage")
+        if self.prune is not None and self.train is not None and self.train.mask is not None:
+            raise ValueError("pruning scores a classifier; pretraining with a mask has no labels to score by")
         if self.train is not None and self.train.distil != "none" and (self.init is None or self.init.moe is None):
             raise ValueError(f"distil={self.train.distil!r} needs a parent with gates: set init to a run with moe")
         return self

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import paths
+from .compress.neurons import apply_masks
 from .data import Split
 from .evaluate import Evaluation, evaluate
 from .models.balance import update_choice_bias
@@ -67,18 +68,18 @@ def optimiser(model: nn.Module, spec: RunSpec) -> torch.optim.Optimizer:
 
 
 def fit(model: nn.Module, data: Split, val: Split, spec: RunSpec, checkpoint: Path | None = None,
-        report: Callable[[dict], None] | None = None, teacher: nn.Module | None = None) -> tuple[nn.Module, Progress]:
+        report: Callable[[dict], None] | None = None, teacher: nn.Module | None = None,
+        masks: Mapping[str, torch.Tensor] | None = None) -> tuple[nn.Module, Progress]:
     """Train `model` in place; returns the model to evaluate (the weight average if `ema` is set) and its Progress.
 
     checkpoint: a file to resume from and to write to, deleted by the caller. report: called with each epoch's history row.
-    teacher: the dense model whose gates are distilled.
+    teacher: the dense model whose gates are distilled. masks: of pruned weights, which stay zero.
     Randomness (order, augmentation, drop path, router noise) depends on `spec.seed` and the step, so that a resumed run ends
     with the same weights. Raises Diverged if the loss is not finite.
     """
     train = spec.train
-    if train.trainable == "routers":
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(".router." in name)
+    if train.trainable != "all":
+        _freeze(model, train.trainable)
     per_epoch = -(-len(data) // train.batch)
     steps = max(1, round(train.epochs * per_epoch))
     optim = optimiser(model, spec)
@@ -117,6 +118,8 @@ def fit(model: nn.Module, data: Split, val: Split, spec: RunSpec, checkpoint: Pa
             if train.clip is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), train.clip)
             optim.step()
+            if masks:
+                apply_masks(model, masks)
             if spec.moe is not None and spec.moe.balance == "loss_free":
                 for layer in tape.layers:
                     update_choice_bias(layer.router, tape[layer], spec.moe.bias_rate)
@@ -150,6 +153,14 @@ def fit(model: nn.Module, data: Split, val: Split, spec: RunSpec, checkpoint: Pa
                     warnings.warn(f"run {spec.id}: the checkpoint at step {done} was not written ({error})", stacklevel=2)
                 write_cost = time.monotonic() - wrote
     return (average.module if average else model), progress
+
+
+def _freeze(model: nn.Module, trainable: str) -> None:
+    """Leave a gradient to the routers or the head alone, or to all but the attention layers."""
+    head = {id(parameter) for parameter in model.get_classifier().parameters()} if trainable == "head" else set()
+    for name, parameter in model.named_parameters():
+        wanted = {"routers": ".router." in name, "head": id(parameter) in head, "no_attention": ".attn." not in name}
+        parameter.requires_grad_(wanted[trainable])
 
 
 def _named(split: str, result: Evaluation) -> dict[str, float]:

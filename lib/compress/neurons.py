@@ -152,11 +152,12 @@ def keep_indices(scores: Tensor, share: float) -> Tensor:
     """
     if not torch.isfinite(scores).all():
         raise ValueError("a score is not finite, so there is no order: look at the loss and the weights it came from")
-    kept = scores.shape[-1] - _cut(scores.shape[-1], share)
+    kept = scores.shape[-1] - cut_size(scores.shape[-1], share)
     return scores.argsort(dim=-1, descending=True, stable=True)[..., :kept].sort(dim=-1).values
 
 
-def _cut(count: int, share: float) -> int:
+def cut_size(count: int, share: float) -> int:
+    """How many of `count` groups go. ValueError if `share` is outside [0, 1) or takes all."""
     if not 0 <= share < 1:
         raise ValueError(f"share={share} is the part that goes: valid is 0 (nothing) up to, but not including, 1")
     if round(share * count) >= count:
@@ -181,7 +182,7 @@ def mask_weights(model: nn.Module, batches: Batches, share: float, *, groups: Se
     masks = {}
     for name, score in scores.items():
         stays = torch.ones(score.numel(), dtype=torch.bool, device=score.device)
-        stays[score.flatten().argsort(stable=True)[:_cut(score.numel(), share)]] = False
+        stays[score.flatten().argsort(stable=True)[:cut_size(score.numel(), share)]] = False
         masks[name] = stays.view(score.shape)
     apply_masks(model, masks)
     return masks

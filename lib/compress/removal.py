@@ -186,6 +186,12 @@ def prunable(model: nn.Module, parts: Sequence[str] | None = None) -> dict[str, 
     return {name: module for _, name, module in found}
 
 
+def parts_in(model: nn.Module) -> tuple[str, ...]:
+    """Those of PARTS that the model has, whether they can be cut or not."""
+    found = {part for part, _, _ in _candidates(model)}
+    return tuple(part for part in PARTS if part in found)
+
+
 def supported(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that can be cut, by name; others are passed over in silence."""
     return {name: module for part, name, module in _candidates(model) if not _refusal(part, module)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
@@ -14,11 +16,13 @@ from .routing import LinearRouter
 from .upcycle import upcycle
 
 
-def build(spec: RunSpec, classes: int, channels: int, parent: dict[str, Tensor] | None = None) -> nn.Module:
+def build(spec: RunSpec, classes: int, channels: int, parent: dict[str, Tensor] | None = None,
+          fit: Callable[[nn.Module, dict[str, Tensor]], nn.Module] | None = None) -> nn.Module:
     """The model of a run before training: backbone, its weights (or the parent's), then the surgery.
 
     parent: final state of `spec.init`. A parent with MoE layers is loaded after the surgery, a dense one before it; of a masked
-    autoencoder the encoder is taken. With another router the parent's router weights stay if they fit.
+    autoencoder the encoder is taken. With another router the parent's router weights stay if they fit. fit: gives the model the
+    shapes of a parent that was pruned, before its weights are loaded.
     Random parts (head, router, weights that are not pretrained) depend on `spec.seed` alone; the global generator is left
     as it was. Raises ValueError as `create`, `upcycle` and `load_weights` do.
     """
@@ -31,10 +35,12 @@ def build(spec: RunSpec, classes: int, channels: int, parent: dict[str, Tensor] 
         if spec.init is None and spec.backbone.weights:
             load_weights(model, weights.fetch(spec.backbone.weights, spec.backbone.name), spec.backbone.weights)
         if parent is not None and not grown:
+            model = model if fit is None else fit(model, parent)
             load_weights(model, parent, f"run {spec.init.id}")
         if spec.moe is not None:
             upcycle(model, spec.moe, generator)
         if parent is not None and grown:
+            model = model if fit is None else fit(model, parent)
             load_weights(model, _routers_of(model, parent), f"run {spec.init.id}")
         if spec.fresh_routers:
             for module in model.modules():

@@ -6,7 +6,7 @@ Axis letters: **B** images, **N** tokens of an image, **T** = B*N, **D** width, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -144,6 +144,16 @@ class ManualRouter(nn.Module):
         choice = self.table[self._labels].unsqueeze(1)
         probs = torch.nn.functional.one_hot(choice[:, 0], self.experts).float()
         return assign(choice, torch.ones(b, 1, device=x.device), probs, torch.zeros_like(probs), (b, n))
+
+
+@contextmanager
+def labelled(model: nn.Module, labels: Tensor) -> Iterator[None]:
+    """Inside, all manual routers of a model know the (B,) classes of the images that run."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, ManualRouter):
+                stack.enter_context(module.given(labels))
+        yield
 
 
 class SoftMoELayer(RoutedLayer):

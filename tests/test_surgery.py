@@ -1,0 +1,117 @@
+"""Runs that are pruned before they train: what is cut, what is recorded, and what a child of them starts from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from lib import data, runs, train
+from lib.compress import surgery
+from lib.models.backbone import build
+from lib.spec import BackboneSpec, DataSpec, MaskSpec, MoESpec, PruneSpec, RunSpec, TrainSpec
+from lib.store import Store
+
+D, H, HEADS, DEPTH, E = 16, 24, 2, 2, 4
+BASE = RunSpec(data=DataSpec(train=80, val=20, test=30), threads=1, train=TrainSpec(epochs=1.0, batch=40, lr=3e-3),
+               backbone=BackboneSpec(patch=7, width=D, depth=DEPTH, heads=HEADS, hidden=H))
+HEAD = BASE.but(train={"trainable": "head"})
+PRUNE = PruneSpec(share=0.5, images=20, batches=2)
+MOE = MoESpec(layers=DEPTH, experts=E, top_k=2, router="token")
+
+
+@pytest.fixture
+def where(tmp_path):
+    return Store(tmp_path / "published", tmp_path / "private")
+
+
+def run(where, spec):
+    return runs.collect({"one": [spec.but(keep=True)]}, where=where)["one"][0]
+
+
+def in_groups(mlps: int, hidden: int, dims: int) -> int:
+    """Weights and biases in the groups: fc1 row, bias entry and fc2 column a neuron; rows of Q, K, V and a column of proj."""
+    return DEPTH * (mlps * hidden * (2 * D + 1) + HEADS * dims * (3 * (D + 1) + D))
+
+
+def test_dense_run_is_cut_and_its_child_starts_from_the_cut(where):
+    pruned = BASE.but(init=HEAD, prune=PRUNE)
+    child = BASE.but(init=pruned, train={"epochs": 0.5})
+    record = run(where, child)
+    parent = where.get(pruned)
+    assert parent.prune == {"before": in_groups(1, H, D // HEADS), "after": in_groups(1, H // 2, D // HEADS // 2)}
+    whole = where.get(HEAD)
+    assert whole.cost["params_stored"] - parent.cost["params_stored"] == parent.prune["before"] - parent.prune["after"]
+    assert record.cost == parent.cost and record.weights["parent"] == parent.weights["final"]
+    assert load_file(where.state(child.id))["blocks.0.mlp.fc1.weight"].shape == (H // 2, D)
+
+
+def test_experts_are_cut_by_class_group_and_then_attention(where):
+    spec = BASE.but(init=HEAD, moe=MOE, prune=PRUNE)
+    record = run(where, spec)
+    assert record.prune == {"before": in_groups(E, H, D // HEADS), "after": in_groups(E, H // 2, D // HEADS // 2)}
+    splits = data.load(spec.data)
+    left = {}
+    for by_class in (True, False):
+        each = spec.but(prune={"by_class": by_class})
+        model = build(each, 10, 1, load_file(where.state(HEAD.id)))
+        torch.manual_seed(1)  # must not matter
+        surgery.prune(model, each, splits.train, 10)
+        left[by_class] = model.blocks[0].mlp.experts
+    first = [w1 for w1, *_ in left[True].each()]
+    assert not torch.equal(first[0], first[1]), "copies scored on different classes keep different neurons"
+    assert not torch.equal(left[True].fc1.weight, left[False].fc1.weight)
+
+
+def test_the_unstructured_arm_keeps_its_zeros_and_its_size(where):
+    record = run(where, BASE.but(init=HEAD, prune=PRUNE.but(structured=False, share=0.75)))
+    state, whole = load_file(where.state(record.id)), where.get(HEAD)
+    assert record.cost == whole.cost
+    for block in range(DEPTH):
+        for part in ("mlp.fc1", "mlp.fc2", "attn.qkv", "attn.proj"):
+            weight = state[f"blocks.{block}.{part}.weight"]
+            assert (weight == 0).float().mean().item() == pytest.approx(0.75)
+    assert record.prune["after"] == record.prune["before"] / 4
+
+
+def test_same_spec_twice_and_parts(where, tmp_path):
+    spec = BASE.but(init=HEAD, prune=PRUNE.but(parts=("attention",), kind="random"))
+    record = run(where, spec)
+    again = run(Store(tmp_path / "other", tmp_path / "elsewhere"), spec)
+    assert record.weights == again.weights
+    state = load_file(where.state(spec.id))
+    assert state["blocks.0.mlp.fc1.weight"].shape == (H, D) and state["blocks.0.attn.qkv.weight"].shape == (3 * D // 2, D)
+
+
+@pytest.mark.parametrize("trainable, moves", [
+    ("head", lambda name: name.startswith("head.")), ("no_attention", lambda name: ".attn." not in name),
+    ("all", lambda name: True)])
+def test_what_trains(trainable, moves):
+    spec = BASE.but(train={"trainable": trainable})
+    splits, model = data.load(spec.data), build(spec, 10, 1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    train.fit(model, splits.train, None, spec)
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == {name for name in before if moves(name)}
+
+
+@pytest.mark.parametrize("prune, says", [
+    ({"share": 0.99}, r"blocks.0.mlp: share=0.99 of 24 leaves nothing"),
+    ({"share": 0.95, "parts": ("attention",)}, r"blocks.0.attn.qk: share=0.95 of 8 leaves nothing"),
+    ({"parts": ("experts",)}, "has no experts to prune")])
+def test_what_cannot_be_cut_is_refused_before_any_work(where, prune, says):
+    with pytest.raises(ValueError, match=says):
+        run(where, BASE.but(prune=PRUNE.but(**prune)))
+    assert not list(where.private.rglob("*.json"))
+
+
+@pytest.mark.parametrize("make, says", [
+    (lambda: PruneSpec(share=1.0), "share"),
+    (lambda: PruneSpec(images=4, batches=8), "batches=8 cannot be cut out of images=4"),
+    (lambda: PruneSpec(structured=False, kind="magnitude"), "set kind='taylor', got 'magnitude'"),
+    (lambda: BASE.but(prune=PRUNE, train={"mask": MaskSpec(width=16, heads=2)}), "pruning scores a classifier"),
+    (lambda: BASE.but(init=BASE.but(prune=PRUNE.but(structured=False))), "which a further stage would lose")])
+def test_bad_specs(make, says):
+    with pytest.raises(ValidationError, match=says):
+        make()
