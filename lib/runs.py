@@ -150,8 +150,9 @@ def _run(spec: RunSpec, states: Path, checkpoint: Path | None) -> tuple[dict, di
     timing: dict[str, float] = {}
     if spec.train is not None:
         with _tensorboard(states.parent / "tensorboard" / spec.id) as report:
-            teacher = _teacher(spec, splits, parent)
+            teacher, trained = _teacher(spec, splits, parent), model
             model, progress = train.fit(model, splits.train, splits.val, spec, checkpoint, report, teacher, masks)
+        body["memory"] = _memory(trained, splits, spec, teacher)
         body |= {"history": progress.history, "curve": progress.curve}
         timing |= {"train_seconds": progress.seconds, "train_images_per_s": progress.images / max(progress.seconds, 1e-9)}
         last = progress.history[-1]
@@ -207,6 +208,21 @@ def _teacher(spec: RunSpec, splits: Any, parent: dict | None):
         dense = removal.fit_shapes(dense, parent)
     dense.load_state_dict(parent)
     return dense.to(spec.device).eval()
+
+
+def _memory(model: Any, splits: Any, spec: RunSpec, teacher: Any) -> dict[str, float]:
+    """What a training step on the first images of the run holds, in MiB by kind."""
+    import torch
+
+    from .measure.memory import step_mib
+    from .models.moe import RoutingTape
+    from .objective import losses
+    index = torch.arange(min(spec.train.batch, len(splits.train)))
+    images, labels = splits.train.batch(index, spec.data).to(spec.device), splits.train.labels[index].to(spec.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)  # router noise decides how many rows an expert saves
+        model.train()
+        return step_mib(model, lambda: losses(model, images, labels, spec, RoutingTape(model), teacher)["loss"])
 
 
 @contextlib.contextmanager

@@ -29,7 +29,8 @@ class Record:
     """What came out of a run. `content` is the JSON; its top-level entries read as attributes (`record.test["top1"]`).
 
     Entries: id, status ("ok" | "failed"), history (a row an epoch), curve (smoothed training loss), val and test (n, top1 in
-    percent, loss in nats), moe (a row a MoE layer, shallow to deep), cost, timing, weights (SHA-256 at start and end),
+    percent, loss in nats), moe (a row a MoE layer, shallow to deep), cost, memory (MiB of a training step, by kind), prune
+    (prunable weights before and after, pruned runs only), timing, weights (SHA-256 at start and end),
     environment, code, created, error (failed runs only).
     """
 

@@ -43,6 +43,9 @@ def test_dense_run_is_cut_and_its_child_starts_from_the_cut(where):
     assert parent.prune == {"before": in_groups(1, H, D // HEADS), "after": in_groups(1, H // 2, D // HEADS // 2)}
     whole = where.get(HEAD)
     assert whole.cost["params_stored"] - parent.cost["params_stored"] == parent.prune["before"] - parent.prune["after"]
+    uncut = run(where, BASE.but(init=HEAD))
+    assert all(parent.memory[kind] < uncut.memory[kind] for kind in ("weights", "gradients", "optimiser", "activations"))
+    assert whole.memory["gradients"] == (D + 1) * 10 * 4 / 2**20  # of the head alone
     assert record.cost == parent.cost and record.weights["parent"] == parent.weights["final"]
     assert load_file(where.state(child.id))["blocks.0.mlp.fc1.weight"].shape == (H // 2, D)
 
