@@ -12,6 +12,7 @@ import pytest
 from factory import record
 from matplotlib.text import Text
 
+from lib.claims import Verdict
 from lib.measure.stats import Interval, accuracy_interval
 from lib.report import explorer, figures, maps, routes, schematic, style, tables, text
 
@@ -41,6 +42,8 @@ FIGURES = {
     "training without records": lambda: figures.training_curves({"shared": [None]}),
     "information": lambda: figures.information_by_depth(
         {"image": [record(0, per_image=True)], "token": THREE}, threshold=0.3),
+    "frontier of small models": lambda: figures.frontier({"this build": [
+        figures.Point(str(i), 0.2 + 0.03 * i, 0.0035 + 0.0004 * i, Interval(94 + i, None, None, 1), True) for i in range(4)]}),
     "frontier": lambda: figures.frontier({"published": points(9), "reproduced": points(2), "this build": []}),
     "ratio": lambda: figures.cost_ratio({f"Table 1, row {i}, total": 1 + 0.01 * (i == 3) for i in range(12)}),
     "heatmap": lambda: maps.class_expert_heatmap(THREE[0]),
@@ -78,6 +81,12 @@ def test_figure_is_labelled_and_nothing_leaves_the_canvas(name):
             box = text.get_window_extent(renderer)
             inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1
             assert inside, f"{text.get_text()!r} leaves the canvas: {box} in {width} x {height}"
+        for ax in fig.axes:
+            low, high = sorted(ax.get_xlim())
+            ticks = [label for t in ax.xaxis.get_major_ticks() if low <= t.get_loc() <= high
+                     for label in (t.label1, t.label2) if label.get_visible() and label.get_text()]
+            boxes = sorted((t.get_window_extent(renderer) for t in ticks), key=lambda box: box.x0)
+            assert all(one.x1 <= other.x0 for one, other in pairwise(boxes)), f"{name}: {[t.get_text() for t in ticks]} touch"
     for ax in fig.axes:
         if name.startswith(("tokens", "position maps", "checkerboard", "reconstructions", "schematic")):
             continue  # pictures: rows, columns and colour bar are named instead
@@ -254,3 +263,10 @@ def test_gaps_name_the_command():
         made = record(0)
         del made.arrays["picture"]
         maps.reconstructions(made)
+
+
+def test_answer_sorts_the_claims_by_verdict():
+    found = [Verdict("Reproduced: b", "undecided", "", 1), Verdict("Reproduced: a", "holds", "", 3), Verdict("c", "holds", "", 3)]
+    assert "*Holds:* a; c. *Undecided:* b." in text.answer(found).data and "Does not hold" not in text.answer(found).data
+    untested = [Verdict("Reproduced: a", "not tested", "", 0)] * 2
+    assert text.answer(untested).data == "**Reproduced, in short.** None of this page's 2 claims has its records yet."

@@ -226,6 +226,7 @@ def frontier(panels: dict[str, Sequence[Point]], missing: str = "no record yet")
                                        label=None if p.label in seen else p.label)
                     seen.add(p.label)
                 ax.margins(0.12)
+                ax.xaxis.set_major_locator(MaxNLocator(nbins=4))  # small models have long numbers, which must not touch
                 ax.ticklabel_format(axis="x", useOffset=False)
                 values = [getattr(p, key) for p in points if p.top1 is not None]
                 if values and max(values) - min(values) < 0.04 * max(values):

@@ -37,5 +37,7 @@ def answer(found: Iterable[Verdict], source: str = "Reproduced") -> Markdown:
     told: dict[str, list[str]] = {"holds": [], "does not hold": [], "undecided": [], "not tested": []}
     for v in found:
         told[v.verdict].append(v.claim.removeprefix(f"{source}: "))
+    if not any(claims for verdict, claims in told.items() if verdict != "not tested"):
+        return Markdown(f"**{source}, in short.** None of this page's {len(told['not tested'])} claims has its records yet.")
     parts = [f"*{verdict.capitalize()}:* {'; '.join(claims)}." for verdict, claims in told.items() if claims]
     return Markdown(f"**{source}, in short.** " + " ".join(parts) + " The numbers and intervals are under the verdicts below.")
