@@ -59,8 +59,9 @@ class Table:
         styler.set_table_attributes('class="dataframe" style="border-collapse:collapse'
                                     f'{"" if self.wrap else ";white-space:nowrap"}"')
         styler.map(_look)
-        rules = [{"selector": "td, th", "props": "padding:0.15em 0.5em"},
-                 {"selector": "", "props": "font-size:0.9em"},
+        many = self.frame.shape[1] > 8  # as many as a page of text is wide at the larger size
+        rules = [{"selector": "td, th", "props": f"padding:0.15em {0.35 if many else 0.5}em"},
+                 {"selector": "", "props": f"font-size:{0.78 if many else 0.9}em"},
                  # long column names break, so that a table of numbers is as wide as its numbers
                  {"selector": "thead th", "props": "white-space:normal;vertical-align:bottom"}]
         if self.frame.columns.nlevels == 2:
