@@ -39,8 +39,8 @@ def page(keys: Sequence[str]) -> str:
         present = [record for record, value in found["records"].items() if value]
         finished = datetime.datetime.fromisoformat(found["finished"])
         rows.append(f"| [{key}](notebooks/{key}.ipynb) | {found['profile']} | {found['seconds']:.0f} s | "
-                    f"{found['machine']['threads']} | {finished:%Y-%m-%d %H:%M} UTC | "
-                    f"{len(present)} of {len(found['records'])} | {_age(present, finished)} |")
+                    f"{found['machine']['threads']} | {finished:%Y-%m-%d&nbsp;%H:%M&nbsp;UTC} | "
+                    f"{len(present)} of {len(found['records'])} | {_age(present, finished).replace(' ', '&nbsp;')} |")
         versions = ", ".join(f"{name} {version}" for name, version in found["machine"]["versions"].items())
         machines[f"- {found['machine']['processor']}, {found['machine']['cores']} cores; {versions}"] = None
     return "\n".join([*rows, "", "Machines and versions that ran these notebooks:", "", *(machines or ["- none yet"]), ""])
