@@ -13,7 +13,6 @@ from vits import A, C, D, H, N, as_dense, batch, build, moe
 from lib.compress.neurons import (
     apply_masks,
     calibration,
-    class_groups,
     cross_entropy,
     expert_scores,
     forced,
@@ -23,6 +22,7 @@ from lib.compress.neurons import (
 )
 from lib.compress.removal import remove
 from lib.models.moe import RoutingTape
+from lib.spec import class_groups
 
 
 class Small(nn.Module):

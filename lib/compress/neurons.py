@@ -111,17 +111,6 @@ class _OneExpert(nn.Module):
         return assign(choice, torch.ones(choice.shape, device=x.device), probs, torch.zeros_like(probs), x.shape[:2])
 
 
-def class_groups(classes: int, experts: int) -> tuple[tuple[int, ...], ...]:
-    """The classes of each expert, in index order: 67 over 4 are 17, 17, 17 and 16. Fewer classes than experts go round."""
-    if classes < 1 or experts < 1:
-        raise ValueError(f"classes={classes} over experts={experts}: both must be at least 1")
-    if classes < experts:
-        return tuple((e % classes,) for e in range(experts))
-    size, rest = divmod(classes, experts)
-    starts = [e * size + min(e, rest) for e in range(experts + 1)]
-    return tuple(tuple(range(*ends)) for ends in zip(starts, starts[1:], strict=False))
-
-
 def calibration(labels: Tensor, groups: Sequence[Sequence[int]], images: int, generator: torch.Generator) -> list[Tensor]:
     """For each group of classes the indices of at most `images` images of labels (B,), equally many of each class up to one.
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..data import Split
 from ..models.strategies import labelled
-from ..spec import PruneSpec, RunSpec
-from .neurons import Batches, calibration, class_groups, cut_size, expert_scores, keep_indices, mask_weights, neuron_scores
+from ..spec import PruneSpec, RunSpec, class_groups
+from .neurons import Batches, calibration, cut_size, expert_scores, keep_indices, mask_weights, neuron_scores
 from .removal import groups_of, parts_in, prunable, remove, shapes_of
 
 
