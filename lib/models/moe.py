@@ -89,7 +89,7 @@ class MoELayer(RoutedLayer):
         """x: (B, ..., D) -> same shape; hands the Routing to the open tape, if there is one."""
         b, d = x.shape[0], x.shape[-1]
         tokens = x.reshape(b, math.prod(x.shape[1:-1]), d)  # -1 would not do for an empty batch
-        routing = self.router(tokens)
+        routing = self.decide(tokens)
         if self.tape is not None:
             self.tape.write(self, routing)
         if self.off:
@@ -97,8 +97,16 @@ class MoELayer(RoutedLayer):
         if self.training and self.dropout:
             kept = torch.rand(b, device=x.device) >= self.dropout  # whole images, so that attention must do without
             routing = replace(routing, weight=routing.weight * kept[routing.token // tokens.shape[1]])
-        out = self.experts(tokens.reshape(-1, d), routing).view(x.shape)
+        out = self.serve(tokens.reshape(-1, d), routing).view(x.shape)
         return out if self.shared is None else out + self.shared(x)
+
+    def decide(self, tokens: Tensor) -> Routing:
+        """tokens: (B, N, D) -> the Routing that goes to the tape."""
+        return self.router(tokens)
+
+    def serve(self, rows: Tensor, routing: Routing) -> Tensor:
+        """rows: (T, D) -> (T, D), the weighted sums over the assignments of each row."""
+        return self.experts(rows, routing)
 
 
 @contextmanager

@@ -113,10 +113,14 @@ class TopKRouter(LinearRouter):
         else:
             rows = x.reshape(b * n, d)
         probs, logits = self.scores(rows)
-        choice = (probs.detach() + self.choice_bias).topk(self.top_k, dim=-1).indices
+        choice = self.choose(probs)
         weight = self._weights(probs.gather(1, choice))
         first = probs.detach().amax(dim=-1) if self.batch_priority else None
         return assign(choice, weight, probs, logits, (b, n), self.capacity_factor, first)
+
+    def choose(self, probs: Tensor) -> Tensor:
+        """probs: (R, E) -> (R, K) chosen experts, best first."""
+        return (probs.detach() + self.choice_bias).topk(self.top_k, dim=-1).indices
 
     def _weights(self, gates: Tensor) -> Tensor:
         if self.gate == "printed":

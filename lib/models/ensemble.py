@@ -1,0 +1,127 @@
+"""An efficient ensemble of sparse mixtures (E3; Allingham et al. 2022, 2110.03360): one network, M predictions.
+
+The experts of each MoE layer are split into M groups of E / M. The batch is tiled M times before the first MoE layer, member m
+is routed among the experts of group m alone, and the members' class probabilities are averaged. Patches, attention and all
+blocks before the first MoE layer are shared, so the stored size is that of one model.
+
+Axis letters: **M** members, **B** images, **N** tokens of an image, **C** classes, **E** experts, **D** width, **K** experts a
+token; **R** rows that a router decides on, M*B*N or M*B.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from .moe import MoELayer
+from .routing import TopKRouter
+
+
+class GroupRouter(TopKRouter):
+    """A top-k router whose rows come from M members, one after another, each restricted to the experts of its group.
+
+    `group`: (E,) member that each expert belongs to. A member's probabilities are the softmax over its group and zero
+    elsewhere, as M routers of E / M rows each would give (the paper's form).
+    """
+
+    def __init__(self, width: int, experts: int, top_k: int, members: int, **options):
+        super().__init__(width, experts, top_k, **options)
+        self.members = members
+        self.register_buffer("group", torch.arange(members).repeat_interleave(experts // members))
+
+    @classmethod
+    def of(cls, router: TopKRouter, members: int) -> GroupRouter:
+        """The same router, its parameter included, with the experts split into `members` runs of equal length."""
+        options = {name: getattr(router, name) for name in ("per_image", "pool", "gate", "capacity_factor", "batch_priority",
+                                                            "noise", "std")}
+        with torch.device("meta"):  # nothing is drawn for a weight that is replaced at once
+            out = cls(router.weight.shape[1], router.experts, router.top_k, members, **options)
+        device = router.weight.device
+        out.weight, out.choice_bias = router.weight, router.choice_bias
+        out.group = torch.arange(members, device=device).repeat_interleave(router.experts // members)
+        return out.train(router.training)
+
+    def mine(self, rows: int) -> Tensor:
+        """(R, E) which experts each row may reach. ValueError if R is no multiple of M."""
+        if rows % self.members:
+            raise ValueError(f"{rows} rows do not split among {self.members} members: run the model inside its Ensemble, which "
+                             "tiles the batch")
+        members = torch.arange(self.members, device=self.group.device)
+        return (members.unsqueeze(1) == self.group).repeat_interleave(rows // self.members, dim=0)
+
+    def scores(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """rows: (R, D), member by member -> probabilities and logits (R, E); zero and -inf outside a row's group."""
+        with torch.autocast(rows.device.type, enabled=False):
+            logits = rows.float() @ self.weight.float().t()
+        mine = self.mine(len(rows))
+        noisy = logits
+        if self.training and self.noise:  # in units of 1 over the experts that a row can reach
+            noisy = logits + torch.randn_like(logits) * (self.noise / mine.sum(dim=-1, keepdim=True))
+        return noisy.masked_fill(~mine, -torch.inf).softmax(dim=-1), logits.masked_fill(~mine, -torch.inf)
+
+    def choose(self, probs: Tensor) -> Tensor:
+        """probs: (R, E) -> (R, K) chosen experts, best first; a choice bias cannot lead out of the group."""
+        score = (probs.detach() + self.choice_bias).masked_fill(~self.mine(len(probs)), -torch.inf)
+        return score.topk(self.top_k, dim=-1).indices
+
+
+class Ensemble(nn.Module):
+    """A timm ViT with MoE layers as M members; made by `ensemble`. The model is `vit`, and its layers stay its own.
+
+    Under a RoutingTape each routing is of M*B images, member by member: labels and probes need M copies of the batch.
+    """
+
+    def __init__(self, vit: VisionTransformer, members: int):
+        super().__init__()
+        self.vit, self.size = vit, members
+        self.first = next(i for i, block in enumerate(vit.blocks) if isinstance(getattr(block, "mlp", None), MoELayer))
+
+    def members(self, images: Tensor) -> Tensor:
+        """images: (B, channels, height, width) -> (M, B, C) logits, for a loss on each member."""
+        vit = self.vit
+        x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+        for i, block in enumerate(vit.blocks):
+            x = block(x.repeat(self.size, 1, 1) if i == self.first else x)
+        logits = vit.forward_head(vit.norm(x))
+        return logits.view(self.size, len(images), -1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: (B, channels, height, width) -> (B, C) logarithms of the members' mean probabilities, valid as logits."""
+        each = self.members(images).float().log_softmax(dim=-1)
+        return each.logsumexp(dim=0) - math.log(self.size)
+
+
+def ensemble(model: nn.Module, members: int) -> Ensemble:
+    """`model` as an ensemble of M members, its routers replaced in place.
+
+    Raises ValueError if it is no timm ViT, checkpoints its blocks, has no MoE layer, or has one whose router is not top-k, whose
+    experts M does not divide, or whose K is more than the E / M experts of a group. Nothing is changed when it raises.
+    """
+    if not isinstance(model, VisionTransformer):
+        raise ValueError(f"{type(model).__name__} cannot be an ensemble: the batch is tiled between the blocks of a timm "
+                         "VisionTransformer")
+    if model.grad_checkpointing:
+        raise ValueError("an ensemble runs the blocks one by one, without checkpointing: set_grad_checkpointing(False) first")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no MoE layer to split into groups: upcycle it first")
+    for name, layer in layers.items():
+        _check(name, layer.router, members)
+    for layer in layers.values():
+        layer.router = GroupRouter.of(layer.router, members)
+    return Ensemble(model, members)
+
+
+def _check(name: str, router: nn.Module, members: int) -> None:
+    if type(router) is not TopKRouter:
+        raise ValueError(f"{name} has a {type(router).__name__}: members are told apart by a mask on the logits of a TopKRouter")
+    if members < 1 or router.experts % members:
+        valid = [m for m in range(1, router.experts + 1) if router.experts % m == 0]
+        raise ValueError(f"members={members} does not divide the {router.experts} experts of {name}: valid is "
+                         f"{', '.join(map(str, valid))}")
+    if router.top_k > router.experts // members:
+        raise ValueError(f"{name} sends a token to top_k={router.top_k} experts, a group has {router.experts // members} "
+                         f"({router.experts} experts, members={members}): lower one of the two")
