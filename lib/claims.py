@@ -52,7 +52,7 @@ def judge(claim: str, estimate: Interval | None, direction: Direction, margin: f
     if estimate is None:
         return Verdict(claim, "not tested", "no records", 0)
     interval = format_interval(estimate, decimals, signed=True)
-    text = f"{interval} {unit}".replace(", n=", f" {unit}, n=").removesuffix(f" {unit}")
+    text = f"{interval} {unit}".replace(", n=", f" {unit}, n=").removesuffix(f" {unit}") if unit else interval
     if estimate.low is None:
         few = "one seed claims no order" if estimate.n == 1 else f"{estimate.n} seeds claim no order, {MIN_SEEDS} are needed"
         return Verdict(claim, "undecided", f"{text}; {few}", estimate.n)

@@ -143,6 +143,12 @@ def test_rule(low, high, direction, margin, verdict):
     assert claims.judge("claim", estimate, direction, margin).verdict == verdict
 
 
+def test_text_of_a_verdict_with_and_without_a_unit():
+    estimate = Interval(0.25, 0.125, 0.375, 5)
+    assert claims.judge("c", estimate, "greater").text == "+0.2 [+0.1, +0.4] points, n=5"
+    assert claims.judge("c", estimate, "greater", unit="", decimals=3).text == "+0.250 [+0.125, +0.375], n=5"
+
+
 def test_one_seed_claims_no_order_and_no_record_is_not_tested():
     one = claims.compare("a beats b", [run([1, 1])], [run([0, 1])], "greater")
     assert one.verdict == "undecided" and one.n == 1 and one.text == "+50.0 points, n=1; one seed claims no order"
