@@ -144,7 +144,7 @@ def test_rule(low, high, direction, margin, verdict):
 
 
 def test_text_of_a_verdict_with_and_without_a_unit():
-    estimate = Interval(0.25, 0.125, 0.375, 5)
+    estimate = stats.Interval(0.25, 0.125, 0.375, 5)
     assert claims.judge("c", estimate, "greater").text == "+0.2 [+0.1, +0.4] points, n=5"
     assert claims.judge("c", estimate, "greater", unit="", decimals=3).text == "+0.250 [+0.125, +0.375], n=5"
 
