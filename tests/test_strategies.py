@@ -59,19 +59,29 @@ def test_priority_sends_the_refused_on():
     assert balanced_match(scores).tolist() == [[0, 1, 0, 1, 0, 1]]
 
 
-def test_priority_loads_are_exactly_equal_and_stable():
-    scores = torch.rand(3, 60, 4, generator=torch.Generator().manual_seed(0)).softmax(dim=-1)
-    place = balanced_match(scores)
+@pytest.mark.parametrize("size", [60, 61])
+@pytest.mark.parametrize("alike", [False, True], ids=["own preferences", "all prefer the same"])
+def test_priority_loads_are_exactly_equal_and_stable(alike, size):
+    drawn = torch.rand(3, size, 4, generator=torch.Generator().manual_seed(0))
+    scores = (torch.tensor([4.0, 3.0, 2.0, 1.0]) + 0.01 * drawn if alike else drawn).softmax(dim=-1)
+    place, slots = balanced_match(scores), -(-size // 4)
     for g in range(3):
-        assert torch.bincount(place[g], minlength=4).tolist() == [15] * 4
-        # Greedy over all pairs by falling score is the same unique stable outcome.
-        left, room = {}, [15] * 4
-        for flat in scores[g].flatten().argsort(descending=True).tolist():
+        assert torch.bincount(place[g], minlength=4).max() == slots and sum(torch.bincount(place[g]).tolist()) == size
+        # The definition: pairs by falling score, each in effect if its token is free and its expert has room.
+        left, room = {}, [slots] * 4
+        for flat in scores[g].flatten().argsort(descending=True, stable=True).tolist():
             token, expert = divmod(flat, 4)
             if token not in left and room[expert]:
                 left[token] = expert
                 room[expert] -= 1
-        assert place[g].tolist() == [left[token] for token in range(60)]
+        assert place[g].tolist() == [left[token] for token in range(size)]
+
+
+def test_priority_needs_no_more_rounds_than_experts(monkeypatch):
+    rounds, real = [], torch.nn.functional.one_hot
+    monkeypatch.setattr(torch.nn.functional, "one_hot", lambda *given: rounds.append(1) or real(*given))
+    scores = (torch.tensor([4.0, 3.0, 2.0, 1.0]) + torch.linspace(0, 0.01, 4000).view(1, -1, 1)).softmax(dim=-1)
+    assert torch.bincount(balanced_match(scores)[0]).tolist() == [1000] * 4 and len(rounds) <= 4
 
 
 def test_batch_priority_drops_the_least_sure_and_equals_plain_routing_with_room():

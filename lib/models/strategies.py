@@ -56,7 +56,7 @@ class PriorityRouter(LinearRouter):
     """Top-1 with exactly equal loads: experts keep their highest-weighted tokens, a refused token goes to its next choice.
 
     Durham report, section 3. Unlike V-MoE's batch priority routing nothing is dropped. Both sides rank by the same
-    probability, so the stable outcome is unique, and deferred acceptance finds it. Loads are equal if E divides the number
+    probability, so the stable outcome is unique (see `balanced_match`). Loads are equal if E divides the number
     of tokens in a group ("image" or "batch"), and differ by what the last expert lacks otherwise.
     """
 
@@ -80,28 +80,26 @@ class PriorityRouter(LinearRouter):
 def balanced_match(scores: Tensor) -> Tensor:
     """scores: (G, n, E) -> (G, n) expert of each token, at most ceil(n / E) tokens an expert and group.
 
-    Deferred acceptance in rounds: every token without a place asks its best expert that has not refused it; every expert keeps
-    the highest scores that fit and refuses the rest, earlier tokens first among equals.
+    Both sides rank by the same score, so the stable outcome is what the pairs give in falling order: each takes effect if its
+    token has no expert and its expert has room; earlier tokens first among equals. A round gives out the best pair of each
+    waiting token in that order until an expert runs full, so there are at most E rounds. (Deferred acceptance finds the same,
+    but when preferences are alike its refusals come one by one, thousands of rounds.)
     """
     groups, size, experts = scores.shape
-    slots = capacity(1.0, 1, size, experts)
-    refused = torch.zeros_like(scores, dtype=torch.bool)
+    room = torch.full((groups, experts), capacity(1.0, 1, size, experts), device=scores.device)
     place = torch.full((groups, size), -1, device=scores.device)
     while bool((place < 0).any()):
-        best = scores.masked_fill(refused, -torch.inf).argmax(dim=-1)
-        place = torch.where(place < 0, best, place)
-        mine = scores.gather(2, place.unsqueeze(-1)).squeeze(-1)
-        by_score = mine.argsort(dim=-1, descending=True, stable=True)
-        by_expert = place.gather(1, by_score).argsort(dim=-1, stable=True)
-        order = by_score.gather(1, by_expert)  # tokens by expert, then by falling score
-        sorted_place = place.gather(1, order)
-        counts = torch.zeros(groups, experts, dtype=torch.long, device=scores.device).scatter_add_(
-            1, place, torch.ones_like(place))
-        start = counts.cumsum(1) - counts
-        rank = torch.arange(size, device=scores.device) - start.gather(1, sorted_place)
-        out = torch.zeros_like(place, dtype=torch.bool).scatter_(1, order, rank >= slots)
-        refused |= out.unsqueeze(-1) & torch.nn.functional.one_hot(place, experts).bool()
-        place = place.masked_fill(out, -1)
+        value, best = scores.masked_fill(room.unsqueeze(1) == 0, -torch.inf).max(dim=-1)
+        value = value.masked_fill(place >= 0, -torch.inf)
+        order = value.argsort(dim=-1, descending=True, stable=True)
+        asked = best.gather(1, order)
+        asks = torch.nn.functional.one_hot(asked, experts) * (place.gather(1, order) < 0).unsqueeze(-1)
+        number = asks.cumsum(dim=1).gather(2, asked.unsqueeze(-1)).squeeze(-1)  # which ask of its expert this is, from 1
+        before_full = (number > room.gather(1, asked)).cumsum(dim=1) == 0
+        served = asks * before_full.unsqueeze(-1)
+        given = torch.where(served.any(dim=-1), asked, place.gather(1, order))
+        place = place.scatter(1, order, given)
+        room = room - served.sum(dim=1)
     return place
 
 
