@@ -32,9 +32,6 @@ SEMANTICS = ("zero_update", "reroute")
 STACKS = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
 
 
-# ---------------------------------------------------------------- calibration
-
-
 @dataclass(frozen=True)
 class Calibration:
     """sums[a, c]: (E,) float64, the sum of g^a ||f||^c over an expert's tokens; sums[0, 0] counts them."""
@@ -155,8 +152,8 @@ def _needed(name: str, value: object, what: str) -> None:
 
 def _from_weights(name: str, at: str, layer: MoELayer, before: Mapping[str, Tensor] | None) -> Tensor:
     if name == "weight_change":
-        changes = [_now(part) - _then(at, f"experts.{key}", part, before) for key, part in zip(STACKS, stacks(layer.experts),
-                                                                                             strict=True)]
+        pairs = zip(STACKS, stacks(layer.experts), strict=True)
+        changes = [_now(part) - _then(at, f"experts.{key}", part, before) for key, part in pairs]
         return torch.cat([change.flatten(1) for change in changes], dim=1).norm(dim=1)
     after = _now(layer.router.weight)
     if name == "router_norm":
@@ -264,7 +261,7 @@ def drop_experts(model: nn.Module, keep: Mapping[str, Sequence[int] | Tensor], s
         return model
     routers = {name: resized(layers[name].router, len(kept), lambda t, kept=kept: t[kept]) for name, kept in stay.items()}
     for name, router in routers.items():
-        _roomy(name, router)
+        check_room(name, router)
     for name, kept in stay.items():
         layers[name].router, layers[name].experts = routers[name], _pick(layers[name].experts, kept)
     return model
@@ -279,7 +276,7 @@ def _checked(name: str, layer: MoELayer, keep: Sequence[int] | Tensor) -> Tensor
     return torch.tensor(sorted(listed), device=layer.router.weight.device)
 
 
-def _roomy(name: str, router: LinearRouter) -> None:
+def check_room(name: str, router: LinearRouter) -> None:
     """ValueError if a token cannot choose as many experts as the router wants."""
     wanted = next((getattr(router, field) for field in ("top_k", "choices") if hasattr(router, field)), 1)
     grouped = isinstance(router, GroupRouter)
@@ -311,6 +308,7 @@ def restacked(experts: Experts, parts: Sequence[Tensor]) -> Experts:
 
 
 def stacks(experts: Experts) -> list[Tensor]:
+    """The tensors of `STACKS`: (E, H, D), (E, H), (E, D, H), (E, D)."""
     return [experts.fc1.weight, experts.fc1.bias, experts.fc2.weight, experts.fc2.bias]
 
 

@@ -17,7 +17,7 @@ from ..models.compete import responses
 from ..models.ensemble import GroupRouter
 from ..models.moe import MoELayer
 from ..models.routing import Routing
-from .experts import _roomy, calibrate, drop_experts, keep_by_score, remaining, resized, restacked, routed, stacks, watch
+from .experts import calibrate, check_room, drop_experts, keep_by_score, remaining, resized, restacked, routed, stacks, watch
 
 ROUTER_ROWS = ("mean", "sum")
 
@@ -46,7 +46,7 @@ def merge_similar(model: nn.Module, batches: Sequence[Tensor], share: float, *, 
         parts = [_mix(mean, stack) for stack in stacks(layer.experts)]
         by_row = mean if rows == "mean" else total
         router = resized(layer.router, len(groups), lambda t, by_row=by_row: _mix(by_row, t))
-        _roomy(name, router)
+        check_room(name, router)
         made[layer] = (router, restacked(layer.experts, parts))
     for layer, (router, experts) in made.items():
         layer.router, layer.experts = router, experts
@@ -132,9 +132,9 @@ def _recombined(layer: MoELayer, keep: Tensor, gates: Tensor, least: float) -> t
     gates = gates.to(segments)
     own = segments[keep].flatten(0, 1)  # (E' H, 2D + 1)
     weight = gates[keep].repeat_interleave(segments.shape[1])
-    total = own * weight.unsqueeze(1)
+    total, unit = own * weight.unsqueeze(1), F.normalize(own, dim=1)
     for e in sorted(set(range(len(segments))) - set(keep.tolist())):
-        cosine, place = (F.normalize(segments[e], dim=1) @ F.normalize(own, dim=1).t()).max(dim=1)
+        cosine, place = (F.normalize(segments[e], dim=1) @ unit.t()).max(dim=1)
         near = cosine >= least
         total = total.index_add(0, place[near], segments[e][near] * gates[e])
         weight = weight.index_add(0, place[near], gates[e].expand(int(near.sum())))

@@ -1,0 +1,395 @@
+"""Dropping and merging experts beyond the plain cases: numbers written out, capacities, images, ensembles, and every refusal.
+
+`test_experts_gone.py` has the scores and the two semantics against a plain sum.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from vits import batch, build, moe
+
+from lib.compress import experts as gone
+from lib.compress import merging
+from lib.compress.progressive import ProgressiveDrop
+from lib.measure.cost import count
+from lib.models.compete import CompeteLayer, competition_loss
+from lib.models.ensemble import GroupRouter, ensemble
+from lib.models.experts import Experts
+from lib.models.moe import MoELayer, RoutingTape
+from lib.models.routing import AllExperts, TopKRouter
+from lib.models.strategies import ExpertChoiceRouter, PriorityRouter
+
+# Two images of three tokens; the router's weight is the identity, so the probabilities of a token are these.
+PROBS = torch.tensor([[[0.5, 0.3, 0.2], [0.2, 0.5, 0.3], [0.3, 0.2, 0.5]], [[0.1, 0.6, 0.3], [0.6, 0.3, 0.1], [0.2, 0.7, 0.1]]])
+
+
+class Layer(nn.Module):
+    """One MoE layer on tokens (B, N, D)."""
+
+    def __init__(self, router, experts, **options):
+        super().__init__()
+        self.moe = MoELayer(router, experts, **options)
+
+    def forward(self, x):
+        return self.moe(x)
+
+
+def constant(top_k=2, values=(1.0, 10.0, 100.0), **router):
+    """Expert e gives values[e] whatever it sees."""
+    experts = Experts(len(values), 3, 2)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.zero_()
+        experts.fc2.bias.copy_(torch.tensor(values).unsqueeze(1).expand(-1, 3))
+    made = TopKRouter(3, 3, top_k, **router)
+    made.weight.data = torch.eye(3)
+    return Layer(made, experts).eval()
+
+
+def run(model, x):
+    """(T,) outputs of constant experts, and the routing."""
+    with RoutingTape(model) as tape:
+        out = model(x)
+    return out.reshape(-1, out.shape[-1])[:, 0], tape[model.get_submodule("moe")]
+
+
+def refused(says):
+    return pytest.raises(ValueError, match=says)
+
+
+# ---------------------------------------------------------------- removal, written out
+
+
+def test_zero_updates_and_rerouting_by_hand():
+    zero, routing = run(gone.drop_experts(constant(), {"moe": torch.tensor([2, 0])}, "zero_update"), PROBS.log())
+    # Choices 01, 12, 20, 12, 01, 10; expert 1 is gone and gives nothing, the gates of the others stay as they were.
+    assert zero.tolist() == pytest.approx([0.5, 30.0, 50.3, 30.0, 0.6, 0.2])
+    torch.testing.assert_close(routing.probs, PROBS.view(6, 3))
+    assert routing.dropped.tolist() == [1, 1, 0, 1, 1, 1] and routing.load().tolist() == [4, 0, 3]
+    assert routing.choice.tolist() == [[0, 1], [1, 2], [2, 0], [1, 2], [0, 1], [1, 0]]  # what the router wanted
+    zero, routing = run(gone.drop_experts(constant(), {"moe": [1, 2]}, "zero_update"), PROBS.log())  # every number moves down
+    assert zero.tolist() == pytest.approx([3.0, 35.0, 50.0, 36.0, 3.0, 7.0]) and routing.load().tolist() == [0, 5, 3]
+    moved, routing = run(gone.drop_experts(constant(), {"moe": [0, 2]}, "reroute"), PROBS.log())
+    want = [(a + 100 * c) / (a + c) for a, _, c in PROBS.view(6, 3).tolist()]  # both survivors, gates over the two
+    assert moved.tolist() == pytest.approx(want, rel=1e-5) and routing.probs.shape == (6, 2) and not routing.dropped.any()
+
+
+def test_rerouting_under_a_printed_gate_scales_tokens_that_never_chose_the_dropped():
+    whole, _ = run(constant(top_k=1), PROBS.log())
+    cut, _ = run(gone.drop_experts(constant(top_k=1), {"moe": [0, 1]}, "reroute"), PROBS.log())
+    assert whole[0].item() == pytest.approx(0.5) and cut[0].item() == pytest.approx(0.5 / (1 - 0.2))
+    x = PROBS.log()
+    x[..., 2] = -200.0  # a probability of nothing in float32: then nobody's gate moves
+    whole, _ = run(constant(top_k=1), x)
+    assert torch.equal(run(gone.drop_experts(constant(top_k=1), {"moe": [0, 1]}, "reroute"), x)[0], whole)
+
+
+def test_all_tokens_may_lose_their_experts():
+    x = PROBS.log()
+    x[..., 1] = 5.0
+    model = gone.drop_experts(constant(top_k=1), {"moe": [0, 2]}, "zero_update")
+    out, routing = run(model, x)
+    assert not out.any() and routing.token.numel() == 0 and routing.dropped.tolist() == [1] * 6
+    shared = nn.Linear(3, 3)
+    model.moe.shared = shared
+    assert torch.equal(model(x), shared(x))  # what is left of the layer
+
+
+def test_capacity_counts_all_experts_under_zero_updates_and_the_survivors_when_rerouting():
+    x = PROBS.log()
+    x[..., 0] = 5.0  # all six tokens want expert 0
+    slots = {semantics: gone.drop_experts(constant(top_k=1, capacity_factor=1.0), {"moe": [0, 1]}, semantics)
+             for semantics in gone.SEMANTICS}
+    assert run(slots["zero_update"], x)[1].load().tolist() == [2, 0, 0]  # 6 / 3
+    assert run(slots["reroute"], x)[1].load().tolist() == [3, 0]  # 6 / 2
+    assert run(slots["zero_update"], x)[1].dropped.sum() == 4
+
+
+def test_one_decision_an_image():
+    model = gone.drop_experts(constant(top_k=1, per_image=True), {"moe": [0]}, "zero_update")
+    out, routing = run(model, PROBS.log())
+    assert out.tolist() == pytest.approx([0.5] * 3 + [0.0] * 3) and routing.per_image  # expert 1 of the second image is gone
+    assert routing.dropped.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("make", [lambda: ExpertChoiceRouter(3, 3, choices=2.0), lambda: PriorityRouter(3, 3)])
+def test_other_linear_routers(make):
+    model = constant()
+    model.moe.router = make()
+    model.moe.router.weight.data = torch.eye(3)
+    before = run(model, PROBS.log())[1]
+    _, zero = run(gone.drop_experts(copy.deepcopy(model), {"moe": [0, 2]}, "zero_update"), PROBS.log())
+    assert zero.load().tolist() == [before.load()[0], 0, before.load()[2]]
+    _, moved = run(gone.drop_experts(model, {"moe": [0, 2]}, "reroute"), PROBS.log())
+    assert moved.experts == 2 and moved.load()[0] == moved.load()[1] > 0
+    if isinstance(model.moe.router, ExpertChoiceRouter):
+        with refused("gives a token 2 experts, but 1 would be left"):
+            gone.drop_experts(model, {"moe": [0]}, "reroute")
+
+
+@pytest.mark.parametrize("semantics", gone.SEMANTICS)
+def test_in_a_vit_with_gradients_flags_costs_and_reload(semantics):
+    model = build(moe=moe(experts=4, layers=2, shared=True))
+    images, labels = batch()
+    model.blocks[0].mlp.experts.requires_grad_(False)
+    model.blocks[1].train()
+    keep = {"blocks.0.mlp": [3, 1], "blocks.1.mlp": [0, 2]}
+    cut = gone.drop_experts(copy.deepcopy(model), keep, semantics)
+    assert not cut.blocks[0].mlp.training and cut.blocks[1].mlp.training and cut.blocks[1].mlp.experts.training
+    first = cut.blocks[0].mlp.experts
+    assert torch.equal(first.fc1.weight, model.blocks[0].mlp.experts.fc1.weight[[1, 3]]) and not first.fc1.weight.requires_grad
+    nn.functional.cross_entropy(cut(images), labels).backward()
+    assert cut.blocks[1].mlp.router.weight.grad.abs().sum() > 0 and cut.blocks[1].mlp.experts.fc1.weight.grad is not None
+    mlp = sum(p.numel() for p in model.blocks[0].mlp.shared.parameters())
+    rows = 0 if semantics == "zero_update" else 2 * 2 * 24
+    assert count(model, 28).params_stored - count(cut, 28).params_stored == 4 * mlp + rows
+    again = gone.load_pruned(model, cut.state_dict())
+    assert torch.equal(again.eval()(images), cut.eval()(images)) and model.blocks[0].mlp.experts.experts == 4
+
+
+def test_a_state_that_does_not_fit_leaves_the_model_alone():
+    model = build(moe=moe(experts=4))
+    before = copy.deepcopy(model.state_dict())
+    state = gone.drop_experts(copy.deepcopy(model), {"blocks.1.mlp": [0, 1]}, "zero_update").state_dict()
+    wrong = state | {"blocks.1.mlp.kept": torch.tensor([0, 7])}
+    absent = {name: tensor for name, tensor in state.items() if name != "norm.weight"}
+    other = gone.drop_experts(build(moe=moe(experts=6)), {"blocks.1.mlp": [0, 1]}, "zero_update").state_dict()
+    for bad, says in ((wrong, "out of 0..3"), (absent, "norm.weight: absent in the state"), (other, "router.weight"),
+                      (state | {"extra": torch.zeros(1)}, "extra: .* absent in the model")):
+        with refused(says):
+            gone.load_pruned(model, bad)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert gone.load_pruned(model, before).blocks[1].mlp.experts.experts == 4  # an unpruned state is one, too
+
+
+# ---------------------------------------------------------------- scores
+
+
+def test_calibration_leaves_modes_and_hooks_as_they_were():
+    model = constant(top_k=1, capacity_factor=0.5).train()
+    model.moe.experts.eval()
+    found = gone.calibrate(model, [PROBS.log()])["moe"]
+    assert model.training and model.moe.router.training and not model.moe.experts.training
+    assert not model.moe._forward_hooks and model.moe.tape is None
+    # One slot an expert, ceil(0.5 * 6 / 3): token 0, 1 and 2 are served; the norm of a constant output is value * sqrt(3).
+    assert found.sums[0, 0].tolist() == [1, 1, 1] and found.score(0, 1, 0).tolist() == pytest.approx([0.5, 0.5, 0.5])
+    assert found.score(1, 0, 2).tolist() == pytest.approx([3.0, 300.0, 30000.0])
+    with refused("needs images"):
+        gone.calibrate(model, [])
+    assert not model.moe._forward_hooks and model.training  # after the error, too
+
+
+def test_random_scores_are_the_generators():
+    model = build(moe=moe(experts=4, layers=2))
+    first, again = (gone.scores(model, "random", generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first) and list(first) == ["blocks.0.mlp", "blocks.1.mlp"]
+    assert not torch.equal(first["blocks.0.mlp"], first["blocks.1.mlp"])
+
+
+def test_what_cannot_be_scored_is_refused():
+    model = constant()
+    with refused("no MoELayer"):
+        gone.scores(nn.Linear(2, 2), "router_norm")
+    with refused("moe has a AllExperts: expert pruning needs a linear router"):
+        gone.scores(Layer(AllExperts(3), Experts(3, 3, 2)), "router_norm")
+    with refused("unequal hidden width"):
+        gone.scores(Layer(TopKRouter(3, 2, 1), Experts(2, 3, [2, 4])), "router_norm")
+    with refused(r"has shape \(2, 3\) instead of \(3, 3\) for moe.router.weight"):
+        gone.scores(model, "router_change", before={"moe.router.weight": torch.zeros(2, 3)})
+    with refused("has no moe.experts.fc1.weight"):
+        gone.scores(model, "weight_change", before={"moe.router.weight": torch.zeros(3, 3)})
+    with refused("not of this model: moe"):
+        gone.scores(model, "load", calibration={"mlp": gone.calibrate(model, [PROBS])["moe"]})
+    with refused(r"layers have \[3, 4\] experts"):
+        gone.keep_by_score({"a": torch.zeros(3), "b": torch.zeros(4)}, 0.0)
+    with refused("must name different experts"):
+        gone.drop_experts(model, {"moe": [1, 1]}, "zero_update")
+    for share in (1.0, 1.5, -0.25):
+        with refused("at most 3/4"):
+            gone.remaining(4, share)
+    assert [gone.remaining(4, share) for share in (0.0, 0.25, 0.5, 0.75)] == [4, 3, 2, 1]
+
+
+# ---------------------------------------------------------------- merging
+
+
+def test_merging_weighs_by_load_and_sums_or_averages_router_rows():
+    model = constant(top_k=1, values=(1.0, 10.0, -100.0))  # the first two point one way, the third the other
+    x = PROBS.log()  # loads: 2 tokens with expert 0, 3 with expert 1, 1 with expert 2
+    assert gone.calibrate(model, [x])["moe"].score(0, 0, 0).tolist() == [2, 3, 1]
+    rows = {how: merging.merge_similar(copy.deepcopy(model), [x], 1 / 3, rows=how).moe for how in merging.ROUTER_ROWS}
+    assert rows["mean"].experts.fc2.bias[:, 0].tolist() == pytest.approx([(2 * 1 + 3 * 10) / 5, -100.0])
+    assert rows["mean"].router.weight.tolist()[0] == pytest.approx([0.4, 0.6, 0.0])
+    assert rows["sum"].router.weight.tolist() == [[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    assert rows["sum"].router.choice_bias.shape == (2,)
+    x[..., 2] = 9.0  # nobody goes to the first two: a plain mean
+    idle = merging.merge_similar(copy.deepcopy(model), [x], 1 / 3).moe
+    assert idle.experts.fc2.bias[0, 0].item() == pytest.approx(5.5)
+    torch.testing.assert_close(merging.output_similarity(model, [x])["moe"],
+                               torch.tensor([[1.0, 1, -1], [1, 1, -1], [-1, -1, 1]], dtype=torch.float64))
+    with refused("rows='max'"):
+        merging.merge_similar(model, [x], 1 / 3, rows="max")
+    with refused("gives a token 2 experts, but 1 would be left"):
+        merging.merge_similar(constant(top_k=2), [x], 2 / 3)
+    with refused("mix experts of different members"):
+        merging.merge_similar(ensemble(build(moe=moe(experts=4)), 2), [batch()[0]], 0.5)
+
+
+def neurons(*experts):
+    """Experts of width one from neurons (fc1 weight, fc1 bias, fc2 weight), without output biases."""
+    w1, b1, w2 = (torch.tensor([[neuron[i] for neuron in expert] for expert in experts]) for i in range(3))
+    return Experts.of([(w1[e].unsqueeze(1), b1[e], w2[e].unsqueeze(0), torch.zeros(1)) for e in range(len(experts))])
+
+
+def test_dern_by_hand():
+    """Expert 1 goes; its first neuron joins the second one of expert 0, its second one is like none."""
+    held = neurons([(1.0, 0.0, 0.0), (0.0, 2.0, 0.0)], [(0.0, 1.0, 0.0), (0.0, 0.0, -3.0)])
+    router = TopKRouter(1, 2, 1)
+    router.weight.data = torch.tensor([[1.0], [-1.0]])
+    model = Layer(router, held).eval()
+    x = torch.tensor([[[1.0], [1.0], [-0.5]]])  # two tokens with expert 0, one with expert 1
+    gates = gone.calibrate(model, [x])["moe"].score(0, 1, 0)
+    a, b = gates.tolist()
+    assert a == pytest.approx(2 / (1 + torch.tensor(-2.0).exp().item()), rel=1e-5) and a > b > 0
+    cut = merging.dern(model, [x], 0.5).moe
+    assert cut.experts.experts == 1 and cut.router.weight.tolist() == [[1.0]]
+    assert cut.experts.fc1.weight[0, :, 0].tolist() == [1.0, 0.0] and cut.experts.fc2.weight[0, 0].tolist() == [0.0, 0.0]
+    assert cut.experts.fc1.bias[0].tolist() == pytest.approx([0.0, (2 * a + 1 * b) / (a + b)], rel=1e-5)
+
+
+# ---------------------------------------------------------------- ensembles
+
+
+def test_members_share_the_first_blocks_and_are_pruned_within_their_groups():
+    plain = build(moe=moe(experts=4, router_std=1.0))
+    two, images = ensemble(copy.deepcopy(plain), 2), batch()[0]
+    sizes = []
+    two.vit.blocks[0].register_forward_hook(lambda *_: sizes.append(0))
+    two.vit.blocks[0].register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    two.vit.blocks[1].register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    assert two(images).shape == (6, 5) and sizes == [6, 0, 12]  # tiled before the first MoE layer, not before
+    name = "vit.blocks.1.mlp"
+    for keep, semantics in (([1, 2], "zero_update"), ([1, 2], "reroute"), ([0, 1, 3], "reroute")):
+        cut = gone.drop_experts(copy.deepcopy(two), {name: keep}, semantics)
+        with RoutingTape(cut) as tape:
+            out = cut(images)
+        [routing] = tape.routings()
+        members = cut.get_submodule(name).router.group[routing.expert]
+        assert torch.equal(members, routing.token // (6 * 17))  # tokens of a member reach its group alone
+        assert torch.equal(gone.load_pruned(two, cut.state_dict())(images), out)
+    with refused("gives a token 1 experts, but 0 would be left in a group"):
+        gone.drop_experts(two, {name: [0, 1]}, "reroute")
+
+
+def test_a_members_gate_is_the_softmax_over_its_group():
+    router = TopKRouter(3, 4, 1, noise=1.0)
+    router.weight.data = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]])
+    router.choice_bias[3] = 5.0
+    grouped = GroupRouter.of(router, 2).eval()
+    x = torch.tensor([[[1.0, 0.0, 2.0]], [[1.0, 0.0, 2.0]]])  # one image for each member
+    routing = grouped(x)
+    assert routing.probs[0].tolist() == pytest.approx([*torch.tensor([1.0, 0]).softmax(0).tolist(), 0, 0])
+    assert routing.probs[1].tolist() == pytest.approx([0, 0, *torch.tensor([2.0, 1]).softmax(0).tolist()])
+    assert routing.expert.tolist() == [0, 3]  # a bias moves the choice within the group, and not out of it
+    assert grouped.weight is router.weight and grouped.state_dict().keys() == router.state_dict().keys() | {"group"}
+    assert not torch.equal(grouped.train()(x).probs, routing.probs)  # noise
+    with refused("3 rows do not split among 2 members"):
+        grouped(x[:1].repeat(3, 1, 1))
+
+
+def test_what_cannot_be_an_ensemble_is_refused():
+    checkpointed = build(moe=moe(experts=4))
+    checkpointed.set_grad_checkpointing()
+    for model, members, says in ((build(), 2, "no MoE layer"), (checkpointed, 2, "without checkpointing"),
+                                 (build(moe=moe(experts=4, router="priority")), 2, "PriorityRouter"),
+                                 (ensemble(build(moe=moe(experts=4)), 2).vit, 2, "GroupRouter"),
+                                 (build(moe=moe(experts=4)), 0, "valid is 1, 2, 4")):
+        with refused(says):
+            ensemble(model, members)
+
+
+# ---------------------------------------------------------------- competition
+
+
+def test_competition_in_a_share_of_the_training_steps():
+    torch.manual_seed(0)
+    layer = CompeteLayer(TopKRouter(3, 4, 2, std=1.0, gate="renormalised"), Experts(4, 3, 5), rate=0.5)
+    x = torch.randn(2, 3, 3)
+    losses, outs = [], []
+    for _ in range(40):
+        with RoutingTape(layer) as tape:
+            outs.append(layer(x))
+        losses.append(competition_loss(tape[layer]).item())
+    assert 8 < sum(loss > 0 for loss in losses) < 32 and sum(loss == 0 for loss in losses) > 8
+    rows = x.reshape(-1, 3)
+    every = torch.stack([nn.functional.gelu(rows @ w1.t() + b1) @ w2.t() + b2 for w1, b1, w2, b2 in layer.experts.each()], dim=1)
+    best = every.norm(dim=-1).softmax(-1).topk(2)
+    weight = best.values / best.values.sum(-1, keepdim=True)
+    won = torch.einsum("tk,tkd->td", weight, every.gather(1, best.indices.unsqueeze(-1).expand(-1, -1, 3)))
+    at = next(i for i, loss in enumerate(losses) if loss > 0)
+    torch.testing.assert_close(outs[at].reshape(-1, 3), won)
+
+
+def test_competition_settings_and_pruning():
+    for router, says in ((TopKRouter(3, 4, 1, per_image=True), "per_image=False"), (TopKRouter(3, 4, 1, noise=1.0), "noise=1.0")):
+        with refused(says):
+            CompeteLayer(router, Experts(4, 3, 5), rate=0.5)
+    model = Layer(TopKRouter(3, 4, 1), Experts(4, 3, 5))
+    model.moe = CompeteLayer(model.moe.router, model.moe.experts, rate=1.0)
+    with refused("moe is a CompeteLayer"):
+        gone.drop_experts(model, {"moe": [0, 1]}, "zero_update")
+    gone.drop_experts(model, {"moe": [0, 1]}, "reroute")
+    assert isinstance(model.moe, CompeteLayer) and run(model.train(), PROBS)[1].experts == 2
+
+
+# ---------------------------------------------------------------- dropping during a run
+
+
+def given(expert, weight, experts=3):
+    """A routing with these assignments."""
+    blank = TopKRouter(3, experts, 1)(torch.zeros(1, len(expert), 3))
+    return replace(blank, expert=torch.tensor(expert), weight=torch.tensor(weight))
+
+
+def test_proficiency_is_hit_rate_times_gate_averaged_over_steps():
+    drop = ProgressiveDrop({"a": 3, "b": 3}, steps=10, decay=0.75)
+    drop.update("a", given([0, 0, 1, 2], [0.5, 0.5, 0.5, 0.5]))  # equal gates: hits decide
+    assert drop.proficiency["a"].tolist() == pytest.approx([0.5, 0.25, 0.25]) and drop.proficiency["b"] is None
+    drop.update("a", given([0, 1, 2, 2], [0.2, 0.2, 0.8, 0.8]))
+    assert drop.proficiency["a"].tolist() == pytest.approx([0.75 * 0.5 + 0.25 * 0.1, 0.75 * 0.25 + 0.25 * 0.1, 0.75 * 0.25 + 0.2])
+    drop.update("b", given([0], [0.0]))  # no gate at all: nobody is better than the others
+    assert drop.proficiency["b"].tolist() == pytest.approx([1 / 3] * 3)
+    assert drop.due(4) == {"a": [0, 2]}  # threshold 0.8: a has 0.4, 0.2125, 0.3875; in b all are equal
+    assert drop.due(5) == {"a": [0], "b": [0]}  # half-way: the best, of equals the first
+    assert drop.alive == {"a": [0], "b": [0]} and drop.threshold(0) == 0.0 and drop.threshold(9) == 1.0
+
+
+def test_until_one_expert_a_layer_is_left_half_way():
+    model, drop = build(moe=moe(experts=4, layers=2, router_std=1.0)), None
+    drop = ProgressiveDrop({name: layer.router.experts for name, layer in gone.routed(model).items()}, steps=12)
+    left = []
+    for step in range(12):
+        with RoutingTape(model) as tape:
+            model(batch(seed=step)[0])
+        for name, routing in tape:
+            drop.update(name, routing)
+        if keep := drop.due(step):
+            gone.drop_experts(model, keep, "reroute")
+        left.append([layer.experts.experts for layer in gone.routed(model).values()])
+    assert left[0] == [4, 4] and left[6:] == [[1, 1]] * 6 and left == sorted(left, reverse=True)
+    assert all(0 <= alive[0] < 4 for alive in drop.alive.values())
+
+
+@pytest.mark.parametrize("settings", [{"steps": 0}, {"end": 0.0}, {"end": 1.5}, {"decay": 1.0}, {"experts": {}},
+                                      {"experts": {"a": 0}}])
+def test_bad_settings_of_a_progressive_drop(settings):
+    with refused("must be at least 1|must name layers"):
+        ProgressiveDrop(**{"experts": {"a": 2}, "steps": 4, **settings})
+    drop = ProgressiveDrop({"a": 2}, 4)
+    with refused("layer 'b' is not one of"):
+        drop.update("b", given([0], [1.0], experts=2))
