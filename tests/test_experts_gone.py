@@ -1,4 +1,4 @@
-"""Whole experts: scores by hand, what is left when some are dropped or merged, ensembles, competition, the patch model."""
+"""Whole experts: scores by hand, what is left when some are dropped or merged, ensembles, competition."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lib.compress import experts as gone
-from lib.compress import merging, patches
+from lib.compress import merging
 from lib.compress.progressive import ProgressiveDrop
 from lib.models.compete import CompeteLayer, competition_loss, responses
 from lib.models.ensemble import ensemble
@@ -246,49 +246,3 @@ def test_progressive_drop_by_hand(images):
     assert drop.due(4) == {"moe": [0]} and drop.alive == {"moe": [1]} and drop.due(7) == {}
     with pytest.raises(ValueError, match="routing of 3 experts"):
         drop.update("moe", routing)
-
-
-# ---- the patch model of the theory
-
-def test_one_step_of_the_patch_model_by_hand():
-    spec = patches.PatchSpec(patterns=3, patches=2, taken=1, experts=2, neurons=1, lr_expert=0.5, lr_router=1.0,
-                             specialists=0)
-    model = patches.PatchModel(router=torch.tensor([[1.0, 0, 0.5], [0, 1.0, 0.5]]),
-                               hidden=torch.tensor([[[0.2, 0, 0.1]], [[0, 0.3, 0.1]]]), sign=torch.tensor([1.0, -1.0]))
-    made, loss = patches.sgd_step(model, torch.tensor([[0, 2]]), torch.tensor([1.0]), spec)
-    # Expert 0 takes pattern 0 (value 1), expert 1 takes pattern 2 (0.5 against 0): f = 0.2 - 0.1, loss 1 - 0.1.
-    assert loss == pytest.approx(0.9)
-    assert made.hidden[0, 0].tolist() == pytest.approx([0.7, 0, 0.1])
-    assert made.hidden[1, 0].tolist() == pytest.approx([0, 0.3, -0.4])
-    assert torch.equal(made.router, model.router)  # a softmax over one patch has no slope
-
-
-@pytest.fixture(scope="module")
-def simulated():
-    return patches.simulate(patches.PatchSpec(), torch.Generator().manual_seed(0))
-
-
-def test_router_norms_of_proficient_experts_grow_and_pruning_by_them_keeps_accuracy(simulated):
-    growth = simulated.norm[-1] - simulated.norm[0]
-    spec = patches.PatchSpec()
-    good = torch.zeros(spec.experts, dtype=torch.bool)
-    good[[0, 1, 8, 9]] = True  # the specialists of the two classes
-    assert simulated.proficiency[good].min() > simulated.proficiency[~good].mean()
-    assert growth[good].mean() > 5 * growth[~good].abs().mean()
-    held, label = patches.draw(spec, 2000, torch.Generator().manual_seed(9))
-    votes = simulated.after.votes(held, spec.taken)
-
-    def accuracy(kept):
-        return (votes[kept].sum(dim=0).sign() == label).float().mean().item()
-
-    order = simulated.scores()["router_norm_change"].argsort(descending=True)
-    assert accuracy(order) > 0.95
-    assert accuracy(order[:8]) > accuracy(order) - 0.02  # half of the experts gone
-    assert accuracy(order[8:]) < accuracy(order[:8])
-
-
-@pytest.mark.parametrize("given, says", [({"experts": 3}, "must be even"), ({"patches": 99}, "too many"),
-                                         ({"taken": 20}, "taken=20")])
-def test_patch_specs_that_make_no_sense(given, says):
-    with pytest.raises(ValueError, match=says):
-        patches.PatchSpec(**given)

@@ -5,6 +5,7 @@ Axis letters: **D** width, **H** hidden width, **A** heads, **C** dimensions of 
 
 import copy
 
+import pytest
 import timm
 import torch
 from timm.layers import Mlp
@@ -54,3 +55,14 @@ def as_dense(model, expert):
 def prune(model, share, *parts):
     scores = neuron_scores(model, [batch()], parts=parts or None)
     return remove(model, {name: keep_indices(score, share) for name, score in scores.items()})
+
+
+def refused_unchanged(call, message):
+    """`call` raises ValueError with this message on a model with a MoE layer, and leaves weights, router and modes alone."""
+    model = build(moe=moe())
+    before, router = {name: held.clone() for name, held in model.state_dict().items()}, model.blocks[1].mlp.router
+    with pytest.raises(ValueError, match=message):
+        call(model)
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+    assert model.blocks[1].mlp.router is router and not any(m.training for m in model.modules())
