@@ -1,8 +1,8 @@
 """What a notebook says about itself: its parameters, its profiles and the runs that it wants.
 
-A source notebook starts with two tagged cells. `parameters` holds annotated scalars with a trailing comment, `specs` holds
-`grid(p) -> dict[str, list[RunSpec]]`. Everything here works from the text of these two cells and from the YAML files in
-`notebooks/profiles`, so a build can be planned without running a notebook and without importing torch.
+A source notebook starts with tagged cells. `parameters` holds annotated scalars with a trailing comment; `specs`, one cell or
+several, holds `grid(p) -> dict[str, list[RunSpec]]`. Everything here works from the text of these cells and from the YAML files
+in `notebooks/profiles`, so a build can be planned without running a notebook and without importing torch.
 
 A notebook is named by its key, the path below `notebooks/` without the ending: `vimoe/layer_scan`.
 
@@ -102,12 +102,13 @@ def source(key: str) -> Path:
     return path
 
 
-def cell(key: str, tag: str) -> str:
-    """Source text of the first cell with a tag."""
-    for item in json.loads(source(key).read_text(encoding="utf-8"))["cells"]:
-        if item["cell_type"] == "code" and tag in item.get("metadata", {}).get("tags", ()):
-            return "".join(item["source"])
-    raise NotebookError(f"notebooks/{key}.ipynb has no code cell tagged {tag!r}; tag its cell in the cell's metadata")
+def tagged(key: str, tag: str) -> str:
+    """Source text of the cells with a tag, one after the other: a long grid is several cells."""
+    found = ["".join(item["source"]) for item in json.loads(source(key).read_text(encoding="utf-8"))["cells"]
+             if item["cell_type"] == "code" and tag in item.get("metadata", {}).get("tags", ())]
+    if not found:
+        raise NotebookError(f"notebooks/{key}.ipynb has no code cell tagged {tag!r}; tag its cell in the cell's metadata")
+    return "\n\n\n".join(found)
 
 
 def _check_line(where: str, line: str, name: str, annotation: str) -> None:
@@ -123,7 +124,7 @@ def _check_line(where: str, line: str, name: str, annotation: str) -> None:
 
 def parameters(key: str) -> dict[str, Parameter]:
     """The parameters cell, parsed but not run."""
-    text, where = cell(key, "parameters"), f"notebooks/{key}.ipynb, parameters cell"
+    text, where = tagged(key, "parameters"), f"notebooks/{key}.ipynb, parameters cell"
     lines, out = text.splitlines(), {}
     for node in ast.parse(text).body:
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name) or node.value is None:
@@ -217,13 +218,18 @@ def has_profile(key: str, name: str) -> bool:
         return False
 
 
-def profile(notebook: str, name: str, /, **given: Any) -> Profile:
+def profile(notebook: str, name: str | Mapping[str, Any], /, **given: Any) -> Profile:
     """The parameters of `notebook` under profile `name`; a value in `given` that is not None wins.
 
+    name: a profile, or `globals()` of the notebook itself: its parameters cell has set them all, the profile too.
     Order: given, then the notebook's entry in `notebooks/profiles/<name>.yaml`, then that file's `defaults`, then the
     default in the parameters cell. A parameter that is None after all this is an error, unless the YAML says null.
     """
-    known, table = parameters(notebook), profile_table(name)
+    known = parameters(notebook)
+    if not isinstance(name, str):
+        given = {field: name[field] for field in known} | given
+        name = given.pop("profile")
+    table = profile_table(name)
     where = f"notebooks/profiles/{name}.yaml"
     if notebook not in table:
         listed = ", ".join(key for key in table if key != "defaults" and not key.startswith("base"))
@@ -288,11 +294,11 @@ def _base_fields(base: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str
 
 
 def plan(key: str, name: str, **given: Any) -> dict[str, list[RunSpec]]:
-    """The runs that a notebook wants, from its two tagged cells alone."""
+    """The runs that a notebook wants, from its tagged cells alone."""
     space: dict[str, Any] = {"__name__": f"plan:{key}"}
-    exec(compile(cell(key, "parameters"), f"notebooks/{key}.ipynb[parameters]", "exec"), space)
+    exec(compile(tagged(key, "parameters"), f"notebooks/{key}.ipynb[parameters]", "exec"), space)
     space.update(given, profile=check_profile(name))  # where papermill puts its injected cell
-    exec(compile(cell(key, "specs"), f"notebooks/{key}.ipynb[specs]", "exec"), space)
+    exec(compile(tagged(key, "specs"), f"notebooks/{key}.ipynb[specs]", "exec"), space)
     if not callable(space.get("grid")):
         raise NotebookError(f"notebooks/{key}.ipynb: the specs cell must define grid(p) -> dict[str, list[RunSpec]]")
     served = getattr(space.get("p"), "notebook", key)

@@ -75,6 +75,27 @@ def test_profile_fills_and_given_wins(book):
     assert notebooks.profile("a/one", "quick", width=5).width == 5
 
 
+def test_a_notebook_hands_over_its_own_namespace(book):
+    space = {"profile": "small", "width": 5, "layers": None, "scale": 1.0, "other": object(), "p": None}
+    p = notebooks.profile("a/one", space)
+    assert (p.profile, p.width, p.layers, p.scale) == ("small", 5, (0, 1), 1.0)
+    with pytest.raises(NotebookError, match="width='wide' for a/one is not int"):
+        notebooks.profile("a/one", space | {"width": "wide"})
+    assert notebooks.profile("a/one", space, width=7).width == 7
+
+
+def test_specs_may_be_several_cells(book):
+    path = book.notebook("a/one")
+    content = json.loads(path.read_text())
+    [at] = [i for i, cell in enumerate(content["cells"]) if "specs" in cell["metadata"].get("tags", ())]
+    first = content["cells"][at] | {"source": "from lib.spec import RunSpec\nSEEDS = (1, 2)", "id": "first"}
+    content["cells"][at]["source"] = ("import lib\n\n\ndef grid(p):\n    return {'all': [RunSpec(seed=s) for s in SEEDS]}\n\n\n"
+                                      "p = lib.profile('a/one', globals())")
+    content["cells"].insert(at, first)
+    path.write_text(json.dumps(content))
+    assert [run.seed for run in notebooks.plan("a/one", "quick")["all"]] == [1, 2]
+
+
 @pytest.mark.parametrize(("value", "want"), [(8, (8,)), ("2,4", (2, 4)), ([2, 4], (2, 4)), ("8", (8,))])
 def test_lists_may_be_given_as_text(book, value, want):
     assert notebooks.profile("a/one", "quick", layers=value).layers == want
