@@ -41,7 +41,7 @@ class CompeteLayer(MoELayer):
         b, n, d = tokens.shape
         probs = responses(self.experts, tokens.reshape(b * n, d)).float().norm(dim=-1).softmax(dim=-1)
         choice = self.router.choose(probs)
-        weight = self.router._weights(probs.gather(1, choice))
+        weight = self.router.weigh(probs.gather(1, choice))
         first = probs.detach().amax(dim=-1) if self.router.batch_priority else None
         return assign(choice, weight, probs, routing.logits, (b, n), self.router.capacity_factor, first)
 

@@ -114,7 +114,7 @@ class TopKRouter(LinearRouter):
             rows = x.reshape(b * n, d)
         probs, logits = self.scores(rows)
         choice = self.choose(probs)
-        weight = self._weights(probs.gather(1, choice))
+        weight = self.weigh(probs.gather(1, choice))
         first = probs.detach().amax(dim=-1) if self.batch_priority else None
         return assign(choice, weight, probs, logits, (b, n), self.capacity_factor, first)
 
@@ -122,7 +122,8 @@ class TopKRouter(LinearRouter):
         """probs: (R, E) -> (R, K) chosen experts, best first."""
         return (probs.detach() + self.choice_bias).topk(self.top_k, dim=-1).indices
 
-    def _weights(self, gates: Tensor) -> Tensor:
+    def weigh(self, gates: Tensor) -> Tensor:
+        """gates: (R, K) probabilities of the chosen experts -> (R, K) factors on their outputs, as `gate` says."""
         if self.gate == "printed":
             return gates
         if self.top_k == 1:
