@@ -2,8 +2,8 @@
 
 `import lib` is fast and silent: nothing heavy is imported before it is asked for, so that planning a build, which reads
 notebooks and compares hashes, never waits for torch. What a notebook and a guest need is offered here: `profile` (parameters),
-`collect` (records, computing what is missing), `load` (records, never computing), `plan` (the runs of another notebook), and
-for a model of one's own `upcycle`, `MoESpec`, `RoutingTape` and the losses.
+`collect` (records, computing what is missing), `load` (records, never computing), `model_of` (the model that a run left),
+`plan` (the runs of another notebook), and for a model of one's own `upcycle`, `MoESpec`, `RoutingTape` and the losses.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_HOME = {"profile": "lib.notebooks", "plan": "lib.notebooks", "collect": "lib.runs", "load": "lib.runs",
+_HOME = {"profile": "lib.notebooks", "plan": "lib.notebooks", "collect": "lib.runs", "load": "lib.runs", "model_of": "lib.runs",
          "RunSpec": "lib.spec", "MoESpec": "lib.spec", "upcycle": "lib.models.upcycle", "RoutingTape": "lib.models.moe",
          "switch_loss": "lib.models.balance", "z_loss": "lib.models.balance"}
 
-__all__ = ["MoESpec", "RoutingTape", "RunSpec", "collect", "load", "plan", "profile", "switch_loss", "upcycle", "z_loss"]  # noqa: F822  (resolved on first use, below)
+# Names are resolved on first use, below.
+__all__ = ["MoESpec", "RoutingTape", "RunSpec", "collect", "load", "model_of", "plan", "profile", "switch_loss",  # noqa: F822
+           "upcycle", "z_loss"]  # noqa: F822
 
 
 def __getattr__(name: str) -> Any:

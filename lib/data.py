@@ -82,15 +82,20 @@ class Splits:
 def load(spec: DataSpec) -> Splits:
     """Find, check and subset the data set. Decoding happens on first use and is kept in memory.
 
-    Raises FileNotFoundError if the data set is not there, ValueError if more images are asked for than there are.
+    Raises FileNotFoundError if the data set is not there, ValueError if it has not the classes or the images asked for.
     """
     sources, names = _sources(spec.name, spec.label, paths.data_home())
     pools = _pools(sources)
     wanted = {"train": spec.train, "val": spec.val, "test": spec.test}
-    splits = {}
+    first, end = spec.classes or (0, len(names))
+    if not first < end <= len(names):
+        raise ValueError(f"classes={spec.classes} of data set {spec.name}: give the first class and one past the last, with "
+                         f"0 <= first < end <= {len(names)}")
+    names, splits = names[first:end], {}
     for split, (source, rows) in pools.items():
+        rows = rows[(source.labels[rows] >= first) & (source.labels[rows] < end)]
         rows = _balanced(source.labels, rows, wanted[split], spec.subset_seed, f"{spec.name}, {split}={wanted[split]}")
-        splits[split] = Split(source, rows, torch.from_numpy(source.labels[rows]))
+        splits[split] = Split(source, rows, torch.from_numpy(source.labels[rows] - first))
     return Splits(**splits, class_names=names, channels=sources["train"].channels)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -58,7 +59,8 @@ def evaluate(model: nn.Module, split: Split, spec: RunSpec, probe: RoutingProbe 
                 out = model(images) if masks is None else model(images, masks)
             seconds += time.perf_counter() - began
             if probe is not None and blocks:
-                probe.update(tape.routings(), blocks, labels)
+                routings = tape.routings()
+                probe.update(routings, blocks, labels.repeat(routings[0].shape[0] // len(labels)))  # once for each member
             bar.update(len(index))
             if masks is not None:
                 losses.append(out.loss.item() * len(index))
@@ -87,12 +89,36 @@ def reconstructions(model: nn.Module, split: Split, spec: RunSpec, index: Tensor
 
 @torch.inference_mode()
 def token_maps(model: nn.Module, split: Split, spec: RunSpec, index: Tensor) -> Tensor | None:
-    """(M, P, N) int8 first-choice expert of each token of the P images `index`, for M MoE layers; None without any."""
+    """(M, P, N) int8 first-choice expert of each token of the P images `index`, for M MoE layers; None without any.
+
+    Of an ensemble the first member's.
+    """
     model.eval()
     with RoutingTape(model) as tape, autocast(spec), labelled(model, split.labels[index].to(spec.device)):
         model(split.batch(index, spec.data).to(spec.device))
-    maps = [routing.token_choice()[..., 0].to("cpu", torch.int8) for routing in tape.routings()]
+    maps = [routing.token_choice()[:len(index), :, 0].to("cpu", torch.int8) for routing in tape.routings()]
     return torch.stack(maps) if maps else None
+
+
+def gradcam(model: nn.Module, split: Split, spec: RunSpec, index: Tensor) -> np.ndarray:
+    """(P, S, S) float16 GradCAM (1610.02391) of the predicted classes of the P images `index`, each scaled to 0..1, in float32.
+
+    Taken where the last block's attention reads, the last place at which patches still lead to the class token. ValueError if
+    the model is no timm ViT.
+    """
+    from pytorch_grad_cam import GradCAM
+    if not isinstance(model, VisionTransformer):
+        raise ValueError(f"cam_probe=True needs the patch grid of a timm VisionTransformer, got {type(model).__name__}")
+    rows, columns = model.patch_embed.grid_size
+
+    def grid(tokens: Tensor) -> Tensor:
+        return tokens[:, model.num_prefix_tokens:].unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+
+    model.eval()
+    images, labels = split.batch(index, spec.data).to(spec.device), split.labels[index].to(spec.device)
+    # The library takes gradients of activations, so something below them must want one, whatever a stage froze.
+    with labelled(model, labels), GradCAM(model, [model.blocks[-1].norm1], reshape_transform=grid) as cam:
+        return cam(images.requires_grad_(True), targets=None).astype(np.float16)
 
 
 @torch.inference_mode()

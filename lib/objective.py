@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .models.balance import batch_variation, sharpness_loss, switch_loss, variation_loss, z_loss
+from .models.compete import competition_loss
+from .models.ensemble import Ensemble
 from .models.moe import RoutingTape
 from .models.strategies import labelled
 from .spec import MoESpec, RunSpec
@@ -23,13 +25,17 @@ def autocast(spec: RunSpec):
 
 def losses(model: nn.Module, images: Tensor, labels: Tensor, spec: RunSpec, tape: RoutingTape,
            teacher: nn.Module | None = None) -> dict[str, Tensor]:
-    """The parts of the training loss, and their sum under `loss`. teacher: the dense parent, where gates are distilled."""
+    """The parts of the training loss, and their sum under `loss`. teacher: the dense parent, where gates are distilled.
+
+    An ensemble's loss is the mean of its members' losses.
+    """
     with tape, autocast(spec), labelled(model, labels):
-        out = model(images)
+        out = model.members(images).flatten(0, 1) if isinstance(model, Ensemble) else model(images)
     if spec.train.mask is not None:
         parts = {"task_loss": out.loss}
     else:
-        parts = {"task_loss": F.cross_entropy(out.float(), labels, label_smoothing=spec.train.label_smoothing)}
+        wanted = labels.repeat(len(out) // len(labels))
+        parts = {"task_loss": F.cross_entropy(out.float(), wanted, label_smoothing=spec.train.label_smoothing)}
     total = parts["task_loss"]
     if spec.moe is not None and spec.moe.router not in ("all", "manual"):
         routings = tape.routings()
@@ -50,7 +56,8 @@ def _auxiliary(moe: MoESpec) -> list[tuple[float | tuple[float, ...], Callable]]
     balance = moe.balance_weights or moe.balance_weight
     listed = [(balance if moe.balance == "switch" else 0.0, switch_loss), (moe.z_weight, z_loss),
               (moe.sharpness_weight, partial(sharpness_loss, guard=moe.guard)),
-              (moe.variation_weight, partial(variation_loss, guard=moe.guard, deviation=moe.deviation))]
+              (moe.variation_weight, partial(variation_loss, guard=moe.guard, deviation=moe.deviation)),
+              (moe.compete_weight if moe.compete_rate else 0.0, competition_loss)]
     return [(weight, loss) for weight, loss in listed if weight]
 
 

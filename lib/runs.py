@@ -19,6 +19,7 @@ import traceback
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import BrokenExecutor, Future, as_completed
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,20 @@ def status_of(spec: RunSpec, where: Store | None = None) -> str:
     return "missing" if record is None else {"ok": "done"}.get(record.status, "failed")
 
 
+def model_of(spec: RunSpec, where: Store | None = None):
+    """The model that a run leaves behind, on the CPU and in evaluation mode; the run is computed if its weights are not there."""
+    from . import data
+    from .compress import surgery
+    where = where or store()
+    spec = spec.but(keep=True)
+    collect({"model": [spec]}, where=where)
+    if not where.state(spec.id).is_file():  # the record is there, the weights are not: they stay in the cache of who made them
+        for wave in _waves([spec], where):
+            list(_compute(wave, None, where))
+    splits = data.load(spec.data.but(test=None))
+    return surgery.restored(spec, _state(spec, where.states), len(splits.class_names), splits.channels).eval()
+
+
 def check(spec: RunSpec) -> None:
     """Build the model on no device, so that what does not fit is refused before any work.
 
@@ -85,6 +100,7 @@ def check(spec: RunSpec) -> None:
     import torch
 
     from .compress import surgery
+    from .compress.experts import remaining
     from .models.backbone import create
     from .models.upcycle import upcycle
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
@@ -93,6 +109,8 @@ def check(spec: RunSpec) -> None:
             upcycle(model, spec.moe)
         if spec.prune is not None:
             surgery.check(model, spec.prune)
+        if spec.drop is not None:
+            remaining(spec.moe.experts // spec.moe.members, spec.drop.share)
     if spec.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda' was asked for and this machine has none: use a profile made for the CPU")
     if spec.init is not None:
@@ -119,11 +137,11 @@ def execute(spec: RunSpec, state_folder: str, checkpoint: str | None = None) -> 
 
 def _run(spec: RunSpec, states: Path, checkpoint: Path | None) -> tuple[dict, dict[str, np.ndarray]]:
     import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     from . import data, evaluate, train
-    from .compress import removal, surgery
-    from .measure import cost
+    from .compress import surgery
+    from .measure import cost, memory
     from .measure import timing as clock
     from .measure.routing import RoutingProbe
     from .models.backbone import build
@@ -132,13 +150,9 @@ def _run(spec: RunSpec, states: Path, checkpoint: Path | None) -> tuple[dict, di
     torch.set_num_threads(spec.threads)
     clock.peak_rss_mib(reset=True)
     splits = data.load(spec.data)
-    parent = None
-    if spec.init is not None:
-        if not (states / f"{spec.init.id}.safetensors").is_file():
-            raise FileNotFoundError(f"the run it starts from, {spec.init.id}, left no weights: see its own record")
-        parent = load_file(states / f"{spec.init.id}.safetensors")
-    fit = removal.fit_shapes if _pruned(spec.init) else None
-    model = build(spec, len(splits.class_names), splits.channels, parent, fit).to(spec.device)
+    parent = None if spec.init is None else _state(spec.init, states)
+    model = build(spec, len(splits.class_names), splits.channels, parent, partial(surgery.fit, spec=spec.init))
+    model = model.to(spec.device)
     body: dict[str, Any] = {"classes": splits.class_names, "history": [], "curve": {}, "val": {}}
     masks = {}
     if spec.prune is not None:
@@ -146,6 +160,9 @@ def _run(spec: RunSpec, states: Path, checkpoint: Path | None) -> tuple[dict, di
         masks = surgery.prune(model, spec, splits.train, len(splits.class_names))
         body["prune"] = {"before": before, "after": surgery.weights_in(model, spec.prune)} if not masks else {
             "before": sum(mask.numel() for mask in masks.values()), "after": sum(int(mask.sum()) for mask in masks.values())}
+    if spec.drop is not None:
+        before = _state(spec.init.init, states) if spec.drop.compares else None
+        body["drop"] = {"scores": surgery.drop(model, spec, splits.train, len(splits.class_names), before)}
     weights = {"start": sha256_state(model.state_dict()), "parent": sha256_state(parent) if parent else None}
     timing: dict[str, float] = {}
     if spec.train is not None:
@@ -153,6 +170,8 @@ def _run(spec: RunSpec, states: Path, checkpoint: Path | None) -> tuple[dict, di
             teacher, trained = _teacher(spec, splits, parent), model
             model, progress = train.fit(model, splits.train, splits.val, spec, checkpoint, report, teacher, masks)
         body["memory"] = _memory(trained, splits, spec, teacher)
+        if spec.resident:
+            body["memory"] |= memory.resident_mib(trained, spec, len(splits.class_names), splits.channels)
         body |= {"history": progress.history, "curve": progress.curve}
         timing |= {"train_seconds": progress.seconds, "train_images_per_s": progress.images / max(progress.seconds, 1e-9)}
         last = progress.history[-1]
@@ -177,7 +196,9 @@ def _run(spec: RunSpec, states: Path, checkpoint: Path | None) -> tuple[dict, di
         arrays |= probe.arrays() | {"token_expert": evaluate.token_maps(model, splits.test, spec, index).numpy()}
         if spec.colour_probe and result.predictions is not None:
             arrays["checker_expert"] = evaluate.checkerboard(model, spec, splits.channels).numpy()
-    if spec.moe is not None or result.predictions is None:
+    if spec.cam_probe:
+        arrays["cam"] = evaluate.gradcam(model, splits.test, spec, index)
+    if spec.moe is not None or result.predictions is None or spec.cam_probe:
         arrays["probe_index"] = splits.test.rows[index.numpy()].astype(np.int32)
     state = model.state_dict()
     weights["final"] = sha256_state(state)
@@ -192,22 +213,20 @@ def _run(spec: RunSpec, states: Path, checkpoint: Path | None) -> tuple[dict, di
     return body | {"weights": weights, "timing": timing}, arrays
 
 
-def _pruned(spec: RunSpec | None) -> bool:
-    """Whether a run or one that it starts from was cut."""
-    return spec is not None and ((spec.prune is not None and spec.prune.structured) or _pruned(spec.init))
+def _state(spec: RunSpec, states: Path) -> dict:
+    """The final weights that a run left."""
+    from safetensors.torch import load_file
+    if not (states / f"{spec.id}.safetensors").is_file():
+        raise FileNotFoundError(f"the run it starts from, {spec.id}, left no weights: see its own record")
+    return load_file(states / f"{spec.id}.safetensors")
 
 
 def _teacher(spec: RunSpec, splits: Any, parent: dict | None):
     """The parent as it was, where its gates are distilled; else None."""
     if spec.train.distil == "none":
         return None
-    from .compress import removal
-    from .models.backbone import build
-    dense = build(spec.init.but(init=None, backbone={"weights": None}, train=None), len(splits.class_names), splits.channels)
-    if _pruned(spec.init):
-        dense = removal.fit_shapes(dense, parent)
-    dense.load_state_dict(parent)
-    return dense.to(spec.device).eval()
+    from .compress import surgery
+    return surgery.restored(spec.init, parent, len(splits.class_names), splits.channels).to(spec.device).eval()
 
 
 def _memory(model: Any, splits: Any, spec: RunSpec, teacher: Any) -> dict[str, float]:
@@ -288,10 +307,9 @@ def _waves(missing: list[RunSpec], where: Store) -> list[list[RunSpec]]:
 
     def add(spec: RunSpec) -> int:
         level = 0
-        if spec.init is not None:
-            parent = spec.init.but(keep=True, publish=spec.init.publish)
-            if not where.state(parent.id).is_file():
-                level = add(parent) + 1
+        for needed in _needed(spec):
+            if not where.state(needed.id).is_file():
+                level = max(level, add(needed.but(keep=True)) + 1)
         before, known = depth.get(spec.id, (0, spec))
         depth[spec.id] = (max(level, before), spec.but(keep=spec.keep or known.keep, publish=spec.publish or known.publish,
                                                        study=known.study))
@@ -301,6 +319,13 @@ def _waves(missing: list[RunSpec], where: Store) -> list[list[RunSpec]]:
         add(spec)
     levels = sorted({level for level, _ in depth.values()})
     return [[spec for level, spec in depth.values() if level == wanted] for wanted in levels]
+
+
+def _needed(spec: RunSpec) -> list[RunSpec]:
+    """The runs whose final weights a run reads: its parent, and for scores that compare the parent's parent."""
+    if spec.init is None:
+        return []
+    return [spec.init, spec.init.init] if spec.drop is not None and spec.drop.compares else [spec.init]
 
 
 def _compute(wave: list[RunSpec], executor: Any, where: Store) -> Iterable[Record]:

@@ -67,6 +67,8 @@ class DataSpec(Spec):
     augment: Literal["none", "flip", "shift", "flip_crop", "resized_crop", "auto"] = "none"  # training images only; auto:
     # flip_crop and the CIFAR-10 policy of AutoAugment (1805.09501)
     subset_seed: int = 0  # chooses the subset; not the training seed
+    classes: tuple[Annotated[int, Field(ge=0)], Positive] | None = None  # first class and one past the last that are kept and
+    # numbered anew from 0; None = all
 
 
 def class_groups(classes: int, experts: int) -> tuple[tuple[int, ...], ...]:
@@ -135,6 +137,10 @@ class MoESpec(Spec):
     guard: Annotated[float, Field(gt=0)] = 1e-2  # added to the variances of these two; a tiny one lets them explode
     deviation: bool = False  # standard deviation instead of variance in the second one (our control)
     expert_dropout: Share = 0.0  # chance that an image passes a layer without its routed experts, in training
+    members: Positive = 1  # M of an efficient ensemble (E3): the experts split into M groups, predictions averaged
+    compete_rate: Annotated[float, Field(gt=0, le=1)] | None = None  # share of training steps in which the experts with the
+    # largest response win (CompeteSMoE); None = never
+    compete_weight: Annotated[float, Field(ge=0)] = 1.0  # with compete_rate: of the loss that pulls the router after them
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -167,6 +173,14 @@ class MoESpec(Spec):
             raise ValueError(f"balance='loss_free' moves a top-k choice; router={self.router!r} has none")
         if self.router == "soft" and (self.shared or self.expert_dropout):
             raise ValueError("router='soft' has no shared expert and no expert_dropout")
+        if self.members > 1 and (self.router != "token" or self.experts % self.members or self.compete_rate):
+            raise ValueError(f"members={self.members} must divide experts={self.experts}, with router='token', no compete_rate, "
+                             f"got {self.router!r}")
+        if self.top_k > self.experts // self.members:
+            raise ValueError(f"top_k={self.top_k} is more than the {self.experts // self.members} experts of each of "
+                             f"members={self.members}")
+        if self.compete_rate is not None and (self.router != "token" or self.noise):
+            raise ValueError("compete_rate compares responses to single tokens, without noise: set router='token', noise=0")
         return self
 
 
@@ -189,6 +203,28 @@ class PruneSpec(Spec):
             raise ValueError("structured=False scores single weights by (gradient x weight)^2: set kind='taylor', "
                              f"got {self.kind!r}")
         return self
+
+
+class DropSpec(Spec):
+    """Whole experts taken out of the parent's mixture before the run trains (2405.16646, and rival scores)."""
+
+    share: Share = 0.5  # of the experts of each layer (and member) that goes; must come out whole
+    score: Literal["router_norm_change", "router_norm_change_abs", "router_change", "router_norm", "weight_change", "load",
+                   "gate_sum", "mean_gate", "ean", "reap", "man", "msan", "random", "dern", "merge"] = "router_norm_change"
+    # the lowest go; changes are counted from the parent's own parent; dern and merge recombine what goes with what stays
+    missing: Literal["zero_update", "reroute"] = "zero_update"  # what a token gets that chose a dropped expert
+    images: Positive = 512  # class-balanced calibration images, of the scores that are measured
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.score in ("dern", "merge") and self.missing != "reroute":
+            raise ValueError(f"score={self.score!r} leaves a smaller router: set missing='reroute'")
+        return self
+
+    @property
+    def compares(self) -> bool:
+        """Whether the score needs the model before finetuning."""
+        return self.score in ("router_norm_change", "router_norm_change_abs", "router_change", "weight_change")
 
 
 class MaskSpec(Spec):
@@ -222,6 +258,8 @@ class TrainSpec(Spec):
     mask: MaskSpec | None = None  # pretraining by reconstruction instead of classification
     trainable: Literal["all", "routers", "head", "no_attention"] = "all"  # routers, head: everything else is frozen
     distil: Literal["none", "choice", "probabilities"] = "none"  # the parent's gates as target: their argmax or softmax
+    single_expert_at: Annotated[float, Field(gt=0, le=1)] | None = None  # share of the steps in which experts are dropped one
+    # after the other, until each MoE layer has one (2206.00277: 0.5); None = all stay
 
 
 class RunSpec(Spec):
@@ -234,6 +272,7 @@ class RunSpec(Spec):
     backbone: BackboneSpec = BackboneSpec()
     moe: MoESpec | None = None  # surgery before training; None = the model as it is
     prune: PruneSpec | None = None  # what is cut out after that; a child of this run starts from the cut model
+    drop: DropSpec | None = None  # experts of the parent that go; a child of this run starts without them
     train: TrainSpec | None = None  # None = evaluate only
     init: RunSpec | None = None  # a parent whose final weights this run starts from (after its own surgery)
     seed: int = 0  # head, router, data order, augmentation, drop path
@@ -244,8 +283,22 @@ class RunSpec(Spec):
     experts_off: bool = False  # also the test accuracy with all routed experts off
     colour_probe: bool = False  # also the routing of a two-colour checkerboard
     depth_probe: bool = False  # also kNN and a linear probe on the features after each block
+    cam_probe: bool = False  # also GradCAM of the fixed probe images
+    resident: bool = False  # also the resident set of training steps, measured in a process of their own
     keep: bool = False  # keep the final weights in the cache; not part of the id
     publish: bool = False  # file the record under data/results, to be committed; not part of the id
+
+    @property
+    def reduced(self) -> bool:
+        """Whether whole experts were taken out in this run or in one that it starts from."""
+        mine = self.drop is not None or (self.train is not None and self.train.single_expert_at is not None)
+        return mine or (self.init is not None and self.init.reduced)
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether this run or one that it starts from was cut physically."""
+        mine = self.prune is not None and self.prune.structured
+        return mine or (self.init is not None and self.init.narrowed)
 
     def describe(self) -> str:
         """The run in one line for a reader: data, model, weights, budget."""
@@ -263,10 +316,11 @@ class RunSpec(Spec):
         if self.init is not None and self.backbone.but(drop_path=0.0) != self.init.backbone.but(drop_path=0.0):
             raise ValueError("init must have the same backbone as the run that starts from it")
         if self.init is not None and self.init.moe is not None:
-            fixed = [getattr(moe, name, None) for moe in (self.moe, self.init.moe) for name in ("layers", "experts", "shared")]
-            if fixed[:3] != fixed[3:]:
-                raise ValueError("init already has MoE layers: moe must have the same layers, experts and shared, "
-                                 f"{fixed[3:]}, got {fixed[:3]}; a second surgery is not defined")
+            fixed = [getattr(moe, name, None) for moe in (self.moe, self.init.moe)
+                     for name in ("layers", "experts", "shared", "members")]
+            if fixed[:4] != fixed[4:]:
+                raise ValueError("init already has MoE layers: moe must have the same layers, experts, shared and members, "
+                                 f"{fixed[4:]}, got {fixed[:4]}; a second surgery is not defined")
         if self.train is not None and self.train.mask is not None and self.init is not None:
             raise ValueError("pretraining with a mask starts from random or named weights, not from init")
         if self.train is not None and self.train.mask is not None and self.train.layer_decay != 1.0:
@@ -275,6 +329,18 @@ class RunSpec(Spec):
             raise ValueError("init was pruned by masks, which a further stage would lose: prune in the last stage")
         if self.prune is not None and self.train is not None and self.train.mask is not None:
             raise ValueError("pruning scores a classifier; pretraining with a mask has no labels to score by")
+        if self.drop is not None and (self.init is None or self.init.moe is None or self.moe is None or self.prune is not None):
+            raise ValueError("drop takes experts out of a parent's mixture, and nothing else is cut in the same run: set init to "
+                             "a run with moe, moe to the same layers, prune to None")
+        if self.drop is not None and self.drop.compares and (self.init.init is None or self.init.init.moe is None):
+            raise ValueError(f"drop.score={self.drop.score!r} compares with the model before finetuning: init needs an init "
+                             "with moe of its own, since without trained routers there is no norm to compare with")
+        if self.init is not None and self.init.reduced and self.init.moe.members > 1:
+            raise ValueError("init dropped experts of an ensemble; a further stage is not defined: drop in the last one")
+        if self.train is not None and self.train.single_expert_at and (
+                self.moe is None or self.moe.router != "token" or self.moe.members > 1 or self.moe.top_k > 1 or self.train.ema):
+            raise ValueError("single_expert_at drops all experts but one: it needs moe with router='token', top_k=1, members=1, "
+                             "and train without ema")
         if self.train is not None and self.train.distil != "none" and (self.init is None or self.init.moe is None):
             raise ValueError(f"distil={self.train.distil!r} needs a parent with gates: set init to a run with moe")
         return self

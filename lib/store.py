@@ -30,8 +30,8 @@ class Record:
 
     Entries: id, status ("ok" | "failed"), history (a row an epoch), curve (smoothed training loss), val and test (n, top1 in
     percent, loss in nats), moe (a row a MoE layer, shallow to deep), cost, memory (MiB of a training step, by kind), prune
-    (prunable weights before and after, pruned runs only), timing, weights (SHA-256 at start and end),
-    environment, code, created, error (failed runs only).
+    (prunable weights before and after, pruned runs only), drop (scores of experts by layer, where some were dropped), timing,
+    weights (SHA-256 at start and end), environment, code, created, error (failed runs only).
     """
 
     spec: RunSpec

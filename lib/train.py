@@ -22,9 +22,11 @@ from tqdm.auto import tqdm
 
 from . import paths
 from .compress.neurons import apply_masks
+from .compress.progressive import ProgressiveDrop
 from .data import Split
 from .evaluate import Evaluation, evaluate
 from .models.balance import update_choice_bias
+from .models.ensemble import Ensemble
 from .models.moe import RoutingTape
 from .objective import losses as _losses
 from .spec import RunSpec
@@ -60,6 +62,7 @@ def optimiser(model: nn.Module, spec: RunSpec) -> torch.optim.Optimizer:
     """
     train = spec.train
     kept = {*getattr(model, "no_weight_decay", set)(), "*.bias"}
+    model = model.vit if isinstance(model, Ensemble) else model
     if hasattr(model, "group_matcher"):
         groups = param_groups_layer_decay(model, train.weight_decay, no_weight_decay_list=kept, layer_decay=train.layer_decay)
     else:  # a masked autoencoder: no head to count layers from
@@ -79,9 +82,10 @@ def fit(model: nn.Module, data: Split, val: Split, spec: RunSpec, checkpoint: Pa
     """
     train = spec.train
     if train.trainable != "all":
-        _freeze(model, train.trainable)
+        freeze(model, train.trainable)
     per_epoch = -(-len(data) // train.batch)
     steps = max(1, round(train.epochs * per_epoch))
+    drop = ProgressiveDrop(model, steps, end=train.single_expert_at) if train.single_expert_at else None
     optim = optimiser(model, spec)
     warm = round(train.warmup * steps)
     # Counted from 1, with one step beyond the end: neither the first nor the last step is lost to a rate of zero.
@@ -90,7 +94,7 @@ def fit(model: nn.Module, data: Split, val: Split, spec: RunSpec, checkpoint: Pa
     average = ModelEmaV3(model, decay=train.ema, use_warmup=True) if train.ema is not None else None
     progress, start = Progress(), 0
     if checkpoint is not None and checkpoint.is_file():
-        start = _resume(checkpoint, model, optim, average, progress)
+        start = _resume(checkpoint, model, optim, average, progress, drop)
     if start == 0 and val is not None:
         progress.history.append({"epoch": 0.0} | _named("val", evaluate(model, val, spec)))
     every = max(1, steps // CURVE_POINTS)
@@ -120,6 +124,8 @@ def fit(model: nn.Module, data: Split, val: Split, spec: RunSpec, checkpoint: Pa
             optim.step()
             if masks:
                 apply_masks(model, masks)
+            if drop is not None:
+                drop.after(step, tape)
             if spec.moe is not None and spec.moe.balance == "loss_free":
                 for layer in tape.layers:
                     update_choice_bias(layer.router, tape[layer], spec.moe.bias_rate)
@@ -148,14 +154,16 @@ def fit(model: nn.Module, data: Split, val: Split, spec: RunSpec, checkpoint: Pa
             if checkpoint is not None and done < steps and time.monotonic() - wrote > max(CHECKPOINT_SECONDS, 20 * write_cost):
                 wrote = time.monotonic()
                 try:
-                    _write(checkpoint, done, model, optim, average, progress)
+                    _write(checkpoint, done, model, optim, average, progress, drop)
                 except OSError as error:  # a full disk costs the checkpoint, not the run
                     warnings.warn(f"run {spec.id}: the checkpoint at step {done} was not written ({error})", stacklevel=2)
                 write_cost = time.monotonic() - wrote
+    if drop is not None:
+        drop.finish()
     return (average.module if average else model), progress
 
 
-def _freeze(model: nn.Module, trainable: str) -> None:
+def freeze(model: nn.Module, trainable: str) -> None:
     """Leave a gradient to the routers or the head alone, or to all but the attention layers."""
     head = {id(parameter) for parameter in model.get_classifier().parameters()} if trainable == "head" else set()
     for name, parameter in model.named_parameters():
@@ -191,15 +199,15 @@ def _generator(*parts: int) -> torch.Generator:
     return torch.Generator().manual_seed(_mix(*parts))
 
 
-def _write(file: Path, step: int, model: nn.Module, optim, average, progress: Progress) -> None:
+def _write(file: Path, step: int, model: nn.Module, optim, average, progress: Progress, drop) -> None:
     """Everything that the next step depends on. Data order and noise follow from seed and step, so no generator state."""
     state = {"step": step, "model": model.state_dict(), "optim": optim.state_dict(), "progress": vars(progress),
-             "average": average.module.state_dict() if average else None}
+             "average": average.module.state_dict() if average else None, "drop": drop.state_dict() if drop else None}
     with paths.written_whole(file) as part:
         torch.save(state, part)
 
 
-def _resume(file: Path, model: nn.Module, optim, average, progress: Progress) -> int:
+def _resume(file: Path, model: nn.Module, optim, average, progress: Progress, drop) -> int:
     """Load a checkpoint into its owners; returns the step to go on from, 0 if the file is damaged."""
     try:
         state = torch.load(file, weights_only=True)
@@ -210,5 +218,7 @@ def _resume(file: Path, model: nn.Module, optim, average, progress: Progress) ->
     optim.load_state_dict(state["optim"])
     if average:
         average.module.load_state_dict(state["average"])
+    if drop:
+        drop.load_state_dict(state["drop"])
     vars(progress).update(state["progress"])
     return state["step"]

@@ -11,7 +11,6 @@ from torch import nn
 
 from lib.compress import experts as gone
 from lib.compress import merging
-from lib.compress.progressive import ProgressiveDrop
 from lib.models.compete import CompeteLayer, competition_loss, responses
 from lib.models.ensemble import ensemble
 from lib.models.experts import Experts
@@ -228,21 +227,3 @@ def test_competition_by_response_norm_and_its_router_loss(images):
     assert torch.equal(tape[layer].choice, layer.router(x).choice) and competition_loss(tape[layer]).item() == 0.0
     with pytest.raises(ValueError, match="rate=0"):
         CompeteLayer(TopKRouter(D, E, 1), Experts(E, D, H), rate=0)
-
-
-def test_progressive_drop_by_hand(images):
-    model = Toy()
-    drop = ProgressiveDrop({"moe": 3}, steps=8, decay=0.5)
-    with RoutingTape(model) as tape:
-        model(images)
-    [(_, routing)] = list(tape)
-    gates = torch.zeros(3).index_add(0, routing.expert, routing.weight.detach()).double()
-    drop.update("moe", routing)
-    torch.testing.assert_close(drop.proficiency["moe"], gates / gates.sum())
-    drop.proficiency["moe"] = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
-    assert drop.threshold(1) == 0.25 and drop.due(1) == {}
-    assert drop.due(2) == {"moe": [1, 2]}  # 0.2 is below half of 0.5
-    assert drop.alive == {"moe": [1, 2]} and drop.proficiency["moe"].tolist() == pytest.approx([0.625, 0.375])
-    assert drop.due(4) == {"moe": [0]} and drop.alive == {"moe": [1]} and drop.due(7) == {}
-    with pytest.raises(ValueError, match="routing of 3 experts"):
-        drop.update("moe", routing)

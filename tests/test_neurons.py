@@ -19,6 +19,7 @@ from lib.compress.neurons import (
     keep_indices,
     mask_weights,
     neuron_scores,
+    removal_effects,
 )
 from lib.compress.removal import remove
 from lib.models.moe import RoutingTape
@@ -148,6 +149,14 @@ def test_rank_of_true_removal(seed):
         return spearmanr(scores["block.mlp"], change).statistic
 
     assert rank("taylor") >= 0.9 and rank("molchanov") >= 0.9 and abs(rank("random")) < 0.5
+    before = copy.deepcopy(model.state_dict())
+    effects = removal_effects(model, "block.mlp", [(x[:300], labels[:300]), (x[300:], labels[300:])], range(24))
+    torch.testing.assert_close(effects.abs(), torch.tensor(change, dtype=torch.float64), rtol=0, atol=2e-6)
+    assert all(torch.equal(held, before[name]) for name, held in model.state_dict().items())
+    with pytest.raises(ValueError, match="is no dense MLP.*valid are block.mlp"):
+        removal_effects(model, "block.attn", [(x, labels)], [0])
+    with pytest.raises(ValueError, match="neurons=.24. of block.mlp are out of range"):
+        removal_effects(model, "block.mlp", [(x, labels)], [3, 24])
 
 
 def test_groups_agree_with_torch_pruning():

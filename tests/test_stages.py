@@ -132,8 +132,8 @@ def test_the_reports_model_has_its_printed_size():
 
 
 @pytest.mark.parametrize("make, says", [
-    (lambda: BASE.but(moe=None, init=BASE), "same layers, experts and shared"),
-    (lambda: BASE.but(init=BASE, moe={"experts": 4}), "same layers, experts and shared"),
+    (lambda: BASE.but(moe=None, init=BASE), "same layers, experts, shared and members"),
+    (lambda: BASE.but(init=BASE, moe={"experts": 4}), "same layers, experts, shared and members"),
     (lambda: MAE.but(init=BASE), "not from init"), (lambda: MAE.but(train={"layer_decay": 0.5}), "counts layers from a head"),
     (lambda: BASE.but(train={"distil": "choice"}), "needs a parent with gates"),
     (lambda: MoESpec(router="priority", top_k=2), "gives a token one expert"), (lambda: MoESpec(router="manual"), "groups"),

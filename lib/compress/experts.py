@@ -323,22 +323,30 @@ def _as_many(router: LinearRouter, left: int, group: Tensor | None) -> Tensor:
     return torch.cat([(router.group == m).nonzero()[: int((group == m).sum()), 0] for m in range(router.members)])
 
 
-def load_pruned(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of the unpruned `model`, cut as the state dict of its pruned or merged form says, with that state loaded.
+def fit_experts(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """Drop experts of an unpruned model, in place, until it has as many as the state of a pruned or merged one says.
 
-    Both semantics are read off the state: a layer with `kept` has zero updates, one with fewer router rows reroutes. Raises
-    ValueError if the state is of another architecture. `model` is left as it is in any case.
+    Structure only: load the state afterwards. Both semantics are read off the state: a layer with `kept` has zero updates, one
+    with fewer router rows reroutes. Returns the model.
     """
-    made = copy.deepcopy(model)
     cut: dict[str, dict[str, Tensor]] = {semantics: {} for semantics in SEMANTICS}
-    for name, layer in routed(made).items():
+    for name, layer in routed(model).items():
         rows = state.get(f"{name}.router.weight")
         if f"{name}.kept" in state:
             cut["zero_update"][name] = state[f"{name}.kept"]
         elif rows is not None and len(rows) < layer.router.experts:
             cut["reroute"][name] = _as_many(layer.router, len(rows), state.get(f"{name}.router.group"))
     for semantics in reversed(SEMANTICS):  # a layer of zero updates is not `routed` any more
-        drop_experts(made, cut[semantics], semantics)
+        drop_experts(model, cut[semantics], semantics)
+    return model
+
+
+def load_pruned(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the unpruned `model`, cut as `fit_experts` does, with the state of its pruned or merged form loaded.
+
+    Raises ValueError if the state is of another architecture. `model` is left as it is in any case.
+    """
+    made = fit_experts(copy.deepcopy(model), state)
     mine = made.state_dict()
     wrong = [name for name in {**mine, **state} if name not in mine or name not in state or mine[name].shape != state[name].shape]
     if wrong:

@@ -17,6 +17,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 from ..models.experts import Experts
@@ -73,6 +74,40 @@ def expert_scores(model: nn.Module, groups: Sequence[Batches], kind: str = "tayl
     if kind in _FROM_IMAGES:
         return _by_expert(model, modules, groups_of, _FROM_IMAGES[kind], groups, loss)
     return _without_images(modules, kind, generator)
+
+
+@torch.no_grad()
+def removal_effects(model: nn.Module, name: str, batches: Batches, neurons: Sequence[int], *,
+                    loss: Loss = cross_entropy) -> Tensor:
+    """By how much the loss, averaged over the batches, rises when one hidden neuron of the dense MLP `name` alone is removed:
+    (len(neurons),) float64, negative where it falls. What scores stand for, at the price of a pass for each neuron.
+
+    In evaluation mode; weights and modes are left as they were. Raises ValueError if `name` is no dense MLP that can be cut, or
+    if a neuron is out of range.
+    """
+    mlp = supported(model).get(name)
+    if not isinstance(mlp, Mlp):
+        known = [key for key, module in supported(model).items() if isinstance(module, Mlp)]
+        raise ValueError(f"{name} is no dense MLP whose neurons can be removed singly: valid are {', '.join(known) or 'none'}")
+    out, modes = mlp.fc2.weight, {module: module.training for module in model.modules()}
+    if wrong := [n for n in neurons if not 0 <= n < out.shape[1]]:
+        raise ValueError(f"neurons={wrong} of {name} are out of range: it has 0..{out.shape[1] - 1}")
+    model.eval()
+
+    def mean() -> Tensor:
+        return torch.stack([loss(model, *batch).double() for batch in batches]).mean()
+
+    whole, found, held = mean(), [], out.detach().clone()
+    try:
+        for neuron in neurons:
+            out[:, neuron] = 0.0  # a neuron acts by its column alone
+            found.append(mean() - whole)
+            out[:, neuron] = held[:, neuron]
+    finally:
+        out.copy_(held)
+        for module, mode in modes.items():
+            module.training = mode
+    return torch.stack(found).cpu()
 
 
 @contextmanager

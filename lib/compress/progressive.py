@@ -1,73 +1,118 @@
-"""Dropping experts during one finetuning run (Chen et al. 2022, 2206.00277): which ones, and when. No training here.
+"""Dropping experts during one finetuning run (Chen et al. 2022, 2206.00277), until each MoE layer has one.
 
-    drop = ProgressiveDrop({name: layer.router.experts for name, layer in routed(model).items()}, steps)
-    ... in step t:  for name, routing in tape: drop.update(name, routing)
-                    if keep := drop.due(t): drop_experts(model, keep, "reroute")   # and a new optimiser for what is left
+    drop = ProgressiveDrop(model, steps)
+    ... after step t:  drop.after(t, tape)
+    drop.finish()
 
-Axis letters: **A** assignments, **E** experts that a layer has now.
+While it runs, dropped experts are masked in the router and keep their place, so that the optimiser goes on as it is; at the end
+they are removed. Axis letters: **A** assignments, **E** experts of a layer, **R** rows that a router decides on, **D** width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..models.routing import Routing
+from ..models.moe import RoutingTape
+from ..models.routing import Routing, TopKRouter
+from .experts import drop_experts, routed
+
+
+class SurvivorRouter(TopKRouter):
+    """A top-k router whose softmax and choice are over the experts that are `alive`, (E,) bool."""
+
+    def __init__(self, router: TopKRouter):
+        options = {name: getattr(router, name) for name in ("per_image", "pool", "gate", "capacity_factor", "batch_priority",
+                                                            "noise", "std")}
+        with torch.device("meta"):  # nothing is drawn for a weight that is replaced at once
+            super().__init__(router.weight.shape[1], router.experts, router.top_k, **options)
+        self.weight, self.choice_bias = router.weight, router.choice_bias
+        self.register_buffer("alive", torch.ones(router.experts, dtype=torch.bool, device=router.weight.device))
+        self.train(router.training)
+
+    def scores(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """rows: (R, D) -> probabilities, zero for the dead, with noise in training, and logits (R, E), -inf for the dead."""
+        _, logits = super().scores(rows)
+        noisy = logits
+        if self.training and self.noise:
+            noisy = logits + torch.randn_like(logits) * (self.noise / self.experts)
+        return noisy.masked_fill(~self.alive, -torch.inf).softmax(dim=-1), logits.masked_fill(~self.alive, -torch.inf)
+
+    def choose(self, probs: Tensor) -> Tensor:
+        """probs: (R, E) -> (R, K) chosen experts, best first, out of those alive."""
+        score = (probs.detach() + self.choice_bias).masked_fill(~self.alive, -torch.inf)
+        return score.topk(self.top_k, dim=-1).indices
 
 
 class ProgressiveDrop:
     """A running proficiency per expert and layer, and a threshold that grows until one expert a layer is left.
 
     Proficiency in a step: hit rate times mean gate weight, that is an expert's sum of gates, as a share of its layer's sum;
-    averaged over steps with weight `decay` on the past. In step t an expert goes if its proficiency is below t / (end * steps)
+    averaged over steps with weight `decay` on the past. After step t an expert goes if its proficiency is below t / (end * steps)
     of the best in its layer; from step end * steps on the best stays alone, of equals the one with the lower index.
     Simplified against the paper, which compares with a fixed threshold at the ends of windows and drops the rest by force.
 
-    experts: {layer: E}. steps: of the whole run. end: share of the steps after which one expert a layer is left (paper: half).
+    model: its top-1 routers are replaced until `finish`. steps: of the whole run. end: share of the steps after which one expert
+    a layer is left (paper: half). Raises ValueError for these out of range, for a router that is no top-1 TopKRouter, and as
+    `routed`; nothing is changed when it raises.
     """
 
-    def __init__(self, experts: Mapping[str, int], steps: int, *, end: float = 0.5, decay: float = 0.9):
+    def __init__(self, model: nn.Module, steps: int, *, end: float = 0.5, decay: float = 0.9):
         if steps < 1 or not 0 < end <= 1 or not 0 <= decay < 1:
             raise ValueError(f"steps={steps} must be at least 1, end={end} above 0 and at most 1, decay={decay} at least 0 and "
                              "below 1")
-        if not experts or min(experts.values()) < 1:
-            raise ValueError(f"experts={dict(experts)} must name layers with at least one expert each")
-        self.last, self.decay = end * steps, decay
-        self.alive = {name: list(range(count)) for name, count in experts.items()}  # numbers that they had at the start
-        self.proficiency: dict[str, Tensor | None] = dict.fromkeys(experts)
+        self.model, self.last, self.decay = model, end * steps, decay
+        layers = routed(model)
+        for name, layer in layers.items():
+            if type(layer.router) is not TopKRouter or layer.router.top_k != 1:
+                raise ValueError(f"{name} has a {type(layer.router).__name__} with top_k={getattr(layer.router, 'top_k', None)}: "
+                                 "dropping until one expert is left needs a TopKRouter with top_k=1")
+        self._before = {name: layer.router for name, layer in layers.items()}
+        for layer in layers.values():
+            layer.router = SurvivorRouter(layer.router)
+        self.routers = {name: layer.router for name, layer in layers.items()}
+        self.proficiency: dict[str, Tensor | None] = dict.fromkeys(layers)
+
+    def threshold(self, step: int) -> float:
+        """Least proficiency after step `step` (from 0), as a share of the best expert's: 0 at the start, 1 from the end on."""
+        return min(1.0, step / self.last)
+
+    def after(self, step: int, tape: RoutingTape) -> None:
+        """Take in one training step of all layers, and mask the experts that are due."""
+        for name, routing in tape:
+            self.update(name, routing)
+            self.mask(name, step)
 
     def update(self, name: str, routing: Routing) -> None:
-        """Take in one training step of a layer, whose router counts the experts that are alive.
-
-        ValueError for an unknown layer, or one with another number of experts.
-        """
-        if name not in self.alive or routing.experts != len(self.alive[name]):
-            known = ", ".join(f"{layer}: {len(alive)}" for layer, alive in self.alive.items())
-            raise ValueError(f"a routing of {routing.experts} experts for layer {name!r} is not one of ({known}): drop experts "
-                             "in the model as soon as they are due, with semantics 'reroute'")
+        """Take in one training step of a layer; its proficiencies sum to one."""
         weight = routing.weight.detach().double().cpu()
         gates = torch.zeros(routing.experts, dtype=torch.float64).index_add(0, routing.expert.cpu(), weight)
-        share = gates / gates.sum() if gates.sum() > 0 else torch.full_like(gates, 1 / len(gates))
+        alive = self.routers[name].alive.cpu()
+        share = gates / gates.sum() if gates.sum() > 0 else alive.double() / alive.sum()
         old = self.proficiency[name]
         self.proficiency[name] = share if old is None else self.decay * old + (1 - self.decay) * share
 
-    def threshold(self, step: int) -> float:
-        """Least proficiency in step `step` (from 0), as a share of the best expert's: 0 at the start, 1 from the end on."""
-        return min(1.0, step / self.last)
+    def mask(self, name: str, step: int) -> None:
+        """Mask the experts of a layer that are due after step `step`; their share goes to the others."""
+        found, alive = self.proficiency[name], self.routers[name].alive
+        stay = found >= self.threshold(step) * found.max()
+        if step >= self.last:
+            stay = torch.arange(len(found)) == int(found.argmax())
+        alive &= stay.to(alive.device)  # once dead, always dead
+        left = found.masked_fill(~alive.cpu(), 0.0)
+        self.proficiency[name] = left / left.sum()
 
-    def due(self, step: int) -> dict[str, list[int]]:
-        """{layer: experts to keep, in their present numbers} of the layers that lose any now; the others count as dropped."""
-        keep = {}
-        for name, found in self.proficiency.items():
-            if found is None or len(found) == 1:
-                continue
-            stay = [e for e, value in enumerate(found.tolist()) if value >= self.threshold(step) * float(found.max())]
-            if step >= self.last:
-                stay = [int(found.argmax())]
-            if len(stay) < len(found):
-                keep[name] = stay
-                self.alive[name] = [self.alive[name][e] for e in stay]
-                self.proficiency[name] = found[stay] / found[stay].sum()
-        return keep
+    def state_dict(self) -> dict[str, Tensor]:
+        """Proficiencies so far; who is alive stands in the routers' own state."""
+        return {name: found for name, found in self.proficiency.items() if found is not None}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Put back what `state_dict` gave."""
+        self.proficiency = dict.fromkeys(self.proficiency) | state
+
+    def finish(self) -> nn.Module:
+        """Remove the dead and give the layers their own kind of router back; returns the model."""
+        keep = {name: router.alive.nonzero()[:, 0] for name, router in self.routers.items()}
+        for name, router in self._before.items():
+            self.model.get_submodule(name).router = router
+        return drop_experts(self.model, keep, "reroute")

@@ -1,19 +1,24 @@
-"""A `PruneSpec` carried out: calibration images, scores, and removal or masks, before a run trains.
+"""What a run cuts before it trains: `PruneSpec` and `DropSpec` carried out, and models given the shapes of cut ones.
 
-Axis letters: **B** images, **E** experts.
+Axis letters: **B** images, **C** channels, **E** experts.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import Split
+from ..models.backbone import build
+from ..models.ensemble import GroupRouter
 from ..models.strategies import labelled
-from ..spec import PruneSpec, RunSpec, class_groups
+from ..spec import DropSpec, PruneSpec, RunSpec, class_groups
+from . import experts, merging
 from .neurons import Batches, calibration, cut_size, expert_scores, keep_indices, mask_weights, neuron_scores
-from .removal import groups_of, parts_in, prunable, remove, shapes_of
+from .removal import fit_shapes, groups_of, parts_in, prunable, remove, shapes_of
 
 
 def prune(model: nn.Module, spec: RunSpec, split: Split, classes: int) -> dict[str, Tensor]:
@@ -33,8 +38,8 @@ def prune(model: nn.Module, spec: RunSpec, split: Split, classes: int) -> dict[s
     present = parts_of(model, rules)
     groups = None
     if "experts" in present and rules.by_class:
-        experts = next(module.experts for module in prunable(model, ("experts",)).values())
-        drawn = calibration(split.labels, class_groups(classes, experts), rules.images, generator)
+        count = next(module.experts for module in prunable(model, ("experts",)).values())
+        drawn = calibration(split.labels, class_groups(classes, count), rules.images, generator)
         groups = [batches(index) for index in drawn]
     if not rules.structured:
         return mask_weights(model, balanced, rules.share, groups=groups, parts=present, loss=_loss)
@@ -47,6 +52,57 @@ def prune(model: nn.Module, spec: RunSpec, split: Split, classes: int) -> dict[s
     if rest:
         _cut(model, neuron_scores(model, balanced, parts=rest, **given), rules.share)
     return {}
+
+
+def drop(model: nn.Module, spec: RunSpec, split: Split, classes: int,
+         before: Mapping[str, Tensor] | None = None) -> dict[str, list[float]]:
+    """Take whole experts out of `model`, in place, as `spec.drop` says; returns the scores {layer: E}, empty for merging.
+
+    Measured scores and merging see class-balanced training images without augmentation, which `spec.seed` draws, in float32.
+    before: state of the model before finetuning, for scores that compare. Of an ensemble each member loses the same share.
+    Raises ValueError as the scores and removals in `experts` and `merging` do.
+    """
+    rules, generator = spec.drop, torch.Generator().manual_seed(spec.seed)
+    index = calibration(split.labels, [range(classes)], rules.images, generator)[0]
+    batches = [split.batch(part, spec.data).to(spec.device) for part in index.split(64)]
+    if rules.score in ("dern", "merge"):
+        {"dern": merging.dern, "merge": merging.merge_similar}[rules.score](model, batches, rules.share)
+        return {}
+    measured = experts.calibrate(model, batches) if rules.score in experts.MEASURED else None
+    found = experts.scores(model, rules.score, before=before, calibration=measured, generator=generator)
+    experts.drop_experts(model, _best(model, found, rules), rules.missing)
+    return {name: score.tolist() for name, score in found.items()}
+
+
+def _best(model: nn.Module, found: dict[str, Tensor], rules: DropSpec) -> dict[str, Tensor]:
+    """{layer: experts that stay}: the best of each layer, in an ensemble the best of each member."""
+    router = next(iter(experts.routed(model).values())).router
+    if not isinstance(router, GroupRouter):
+        return experts.keep_by_score(found, rules.share)
+    stay: dict[str, list[Tensor]] = {name: [] for name in found}
+    for member in range(router.members):
+        mine = (router.group.cpu() == member).nonzero()[:, 0]
+        for name, kept in experts.keep_by_score({name: score[mine] for name, score in found.items()}, rules.share).items():
+            stay[name].append(mine[kept])
+    return {name: torch.cat(parts) for name, parts in stay.items()}
+
+
+def fit(model: nn.Module, state: Mapping[str, Tensor], spec: RunSpec) -> nn.Module:
+    """Give an uncut model, in place, the shapes of `state`, which the run `spec` left; returns the model.
+
+    Structure only: load the state afterwards. Raises ValueError as `experts.fit_experts` and `removal.fit_shapes` do.
+    """
+    if spec.reduced:
+        experts.fit_experts(model, state)
+    return fit_shapes(model, state) if spec.narrowed else model
+
+
+def restored(spec: RunSpec, state: Mapping[str, Tensor], classes: int, channels: int) -> nn.Module:
+    """The model that the run `spec` left behind, from its final state. classes, channels: of its data set."""
+    plain = spec.but(init=None, backbone={"weights": None}, prune=None, drop=None, train=None, fresh_routers=False)
+    model = fit(build(plain, classes, channels), state, spec)
+    model.load_state_dict(dict(state))
+    return model
 
 
 def check(model: nn.Module, rules: PruneSpec) -> None:

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..compress.experts import PrunedLayer
 from ..models.experts import Experts
 from ..models.moe import MoELayer, RoutedLayer
 from ..models.routing import AllExperts, LinearRouter, TopKRouter, capacity
@@ -296,8 +297,9 @@ def _passed(name: str, router: nn.Module, tokens: int, images: int) -> tuple[int
 
 def _check_share(experts_per_image: float, layers: dict[str, RoutedLayer]) -> None:
     routed = [layer for layer in layers.values() if isinstance(layer, MoELayer)]
-    # Expert choice over a batch may leave an image without any expert.
-    least = sum(getattr(layer.router, "top_k", 0) + (layer.shared is not None) for layer in routed)
+    # Expert choice over a batch may leave an image without any expert, and so may experts that were dropped.
+    least = sum((0 if isinstance(layer, PrunedLayer) else getattr(layer.router, "top_k", 0)) + (layer.shared is not None)
+                for layer in routed)
     most = sum(layer.experts.experts + (layer.shared is not None) for layer in routed)
     if not least <= experts_per_image <= most:
         raise ValueError(f"experts_per_image={experts_per_image} is summed over all {len(layers)} MoE layers, shared "

@@ -1,18 +1,28 @@
-"""Memory of one training step, by what it holds: weights, gradients, optimiser state, activations.
+"""Memory of training steps: by what it holds, and as the resident set that the system sees.
 
-The accounting is exact and machine-independent; the resident set that `timing.peak_rss_mib` reads is the measured counterpart,
-with the interpreter, libraries, data and the allocator's slack in it. Axis letters: **B** images.
+The accounting is exact and machine-independent. The resident set is measured in a process of its own, which does nothing but
+train, so that neither earlier runs nor scoring count. Axis letters: **B** images.
 """
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from .. import paths
+from ..spec import RunSpec
+from .timing import peak_rss_mib
+
 MIB = 2**20
 STATES = 2  # AdamW keeps two moments of each trained weight
+STEPS = 4  # after the second one nothing new is allocated: weights, gradients, moments and activations are all there
 
 
 def step_mib(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, float]:
@@ -41,3 +51,52 @@ def step_mib(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, float]:
     parts = {"weights": sum(t.numel() * t.element_size() for t in held), "gradients": trained, "optimiser": STATES * trained,
              "activations": sum(saved.values())}
     return {name: size / MIB for name, size in (parts | {"total": sum(parts.values())}).items()}
+
+
+def resident_mib(model: nn.Module, spec: RunSpec, classes: int, channels: int) -> dict[str, float]:
+    """`resident`: MiB by which a few training steps of the run `spec` raise the peak of the resident set of a fresh process.
+
+    model: as it is trained, pruned where it is pruned; the process gets its weights, and nothing that a score or a search for
+    them held. The interpreter, the libraries and the images stand before it and do not count; the allocator's slack does.
+    Raises RuntimeError with the process's own words if it fails.
+    """
+    from safetensors.torch import save_file
+    with tempfile.TemporaryDirectory() as folder:
+        state = Path(folder) / "state.safetensors"
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}, state)
+        (Path(folder) / "spec.json").write_text(spec.model_dump_json())
+        done = subprocess.run([sys.executable, "-m", "lib.measure.memory", folder, str(classes), str(channels)],
+                              cwd=paths.ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the process that measures the resident set of run {spec.id} failed: {done.stderr.strip()[-600:]}")
+    return {"resident": json.loads(done.stdout)}
+
+
+def _trained(folder: Path, classes: int, channels: int) -> float:
+    """What `resident_mib` measures, in the process that it is measured in."""
+    from safetensors.torch import load_file
+
+    from .. import data, train
+    from ..compress import surgery
+    from ..models.moe import RoutingTape
+    from ..objective import losses
+    spec = RunSpec.model_validate_json((folder / "spec.json").read_text())
+    torch.set_num_threads(spec.threads)
+    split = data.load(spec.data).train
+    index = torch.arange(min(spec.train.batch, len(split)))
+    images, labels = split.batch(index, spec.data), split.labels[index]
+    peak_rss_mib(reset=True)
+    before = peak_rss_mib()
+    model = surgery.restored(spec, load_file(folder / "state.safetensors"), classes, channels).train()
+    if spec.train.trainable != "all":
+        train.freeze(model, spec.train.trainable)
+    optim, tape = train.optimiser(model, spec), RoutingTape(model)
+    for _ in range(STEPS):
+        optim.zero_grad(set_to_none=True)
+        losses(model, images, labels, spec.but(train={"distil": "none"}), tape)["loss"].backward()
+        optim.step()
+    return peak_rss_mib() - before
+
+
+if __name__ == "__main__":
+    json.dump(_trained(Path(sys.argv[1]), *map(int, sys.argv[2:])), sys.stdout)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import weights
 from ..spec import BackboneSpec, MoESpec, RunSpec
+from .ensemble import ensemble
 from .mae import MaskedAutoencoder
 from .routing import LinearRouter
 from .upcycle import upcycle
@@ -21,16 +22,16 @@ def build(spec: RunSpec, classes: int, channels: int, parent: dict[str, Tensor] 
     """The model of a run before training: backbone, its weights (or the parent's), then the surgery.
 
     parent: final state of `spec.init`. A parent with MoE layers is loaded after the surgery, a dense one before it; of a masked
-    autoencoder the encoder is taken. With another router the parent's router weights stay if they fit. fit: gives the model the
-    shapes of a parent that was pruned, before its weights are loaded.
+    autoencoder the encoder is taken. With another router the parent's router weights stay if they fit; a head for other classes
+    is not taken over. fit: gives the model the shapes of a parent that was cut, before its weights are loaded.
     Random parts (head, router, weights that are not pretrained) depend on `spec.seed` alone; the global generator is left
     as it was. Raises ValueError as `create`, `upcycle` and `load_weights` do.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         generator = torch.Generator().manual_seed(spec.seed)
-        parent = None if parent is None else _encoder_of(parent)
         model = create(spec.backbone, spec.data.image_size, classes, channels)
+        parent = None if parent is None else _handed_on(parent, spec, model.pretrained_cfg["classifier"])
         grown = spec.init is not None and spec.init.moe is not None
         if spec.init is None and spec.backbone.weights:
             load_weights(model, weights.fetch(spec.backbone.weights, spec.backbone.name), spec.backbone.weights)
@@ -48,6 +49,8 @@ def build(spec: RunSpec, classes: int, channels: int, parent: dict[str, Tensor] 
                     module.reset(generator)
         if spec.train is not None and spec.train.mask is not None:
             model = MaskedAutoencoder(model, spec.train.mask)
+        if spec.moe is not None and spec.moe.members > 1:
+            model = ensemble(model, spec.moe.members)
     if spec.dtype == "bfloat16" and spec.device == "cpu":
         write_out_attention(model)
     return model
@@ -64,10 +67,14 @@ def write_out_attention(model: nn.Module) -> None:
             module.fused_attn = False
 
 
-def _encoder_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of a masked autoencoder only the encoder is passed on; any other state as it is."""
-    inner = {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")}
-    return inner or state
+def _handed_on(state: dict[str, Tensor], spec: RunSpec, head: str) -> dict[str, Tensor]:
+    """Of a masked autoencoder the encoder, of an ensemble its model; without the head if it tells other classes apart."""
+    for prefix in ("encoder.", "vit."):
+        inner = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        state = inner or state
+    if any(getattr(spec.data, name) != getattr(spec.init.data, name) for name in ("name", "label", "classes")):
+        return {name: tensor for name, tensor in state.items() if not name.startswith(f"{head}.")}
+    return state
 
 
 def _routers_of(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

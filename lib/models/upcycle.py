@@ -13,6 +13,7 @@ from timm.layers import Mlp
 from torch import nn
 
 from ..spec import MoESpec
+from .compete import CompeteLayer
 from .experts import Experts
 from .moe import MoELayer, RoutedLayer
 from .routing import AllExperts, TopKRouter
@@ -72,7 +73,8 @@ def moe_layer(mlp: nn.Module, spec: MoESpec, generator: torch.Generator | None =
     if spec.router == "soft":
         return SoftMoELayer(experts, spec.slots, generator).to(mlp.fc1.weight.device)
     made = router(spec, experts.width, generator).to(mlp.fc1.weight.device)
-    return MoELayer(made, experts, copy.deepcopy(mlp) if spec.shared else None, spec.expert_dropout)
+    parts = (made, experts, copy.deepcopy(mlp) if spec.shared else None, spec.expert_dropout)
+    return MoELayer(*parts) if spec.compete_rate is None else CompeteLayer(*parts, rate=spec.compete_rate)
 
 
 def router(spec: MoESpec, width: int, generator: torch.Generator | None = None) -> nn.Module:

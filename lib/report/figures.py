@@ -20,7 +20,7 @@ from lib.measure.stats import Interval, finished
 from lib.report.style import COLOURS, LINES, MARKERS, figure, legend_above, note, style
 
 __all__ = ["Curve", "Point", "cost_ratio", "depth_information", "frontier", "information_by_depth", "scan",
-           "training_curves"]
+           "scatter", "training_curves"]
 
 Value = float | Interval | None
 
@@ -92,6 +92,18 @@ def scan(panels: dict[str, Sequence[Curve]], baselines: dict[str, Value] | None 
                 note(ax, missing)
         legend_above(fig, axes[0], columns=4 if len(hues) * len(variants) > 3 else 3)
     return fig
+
+
+def scatter(panels: dict[str, tuple[Sequence[float], Sequence[float]]], *, xlabel: str, ylabel: str, log: bool = False) -> Figure:
+    """One value against another, a point each, one panel a comparison: {title: (x, y)}. log: both axes; only x, y > 0 show."""
+    with style():
+        fig, axes = figure(1, len(panels), height=3.0)
+        for ax, (title, (x, y)) in zip(axes[0], panels.items(), strict=True):
+            ax.plot(x, y, color=COLOURS[0], marker="o", markersize=3.5, linestyle="", alpha=0.6)
+            ax.set(title=fill(title, 80 // len(panels)), xlabel=xlabel, ylabel=ylabel)
+            if log:
+                ax.set(xscale="log", yscale="log")
+        return fig
 
 
 # ---------------------------------------------------------------- training

@@ -1,4 +1,4 @@
-"""Where whole models send things: shares by layer, main routes of classes, maps by position, the checkerboard.
+"""Where whole models send things: shares by layer, main routes of classes, maps by position, the checkerboard, GradCAM by expert.
 
 Axis letters: **M** MoE layers from the shallowest to the deepest, **C** classes, **E** experts, **N** tokens.
 """
@@ -12,10 +12,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lib.measure.routing import load_share
-from lib.report.maps import as_picture, bare, class_names, expert_bar, spread, token_grid, token_view
+from lib.report.maps import as_picture, bare, class_names, expert_bar, probe_images, spread, token_grid, token_view
 from lib.report.style import WIDTH, expert_colours, figure, style, text_colour
 
-__all__ = ["checker_maps", "layer_shares", "main_route", "position_maps", "routes", "shared_routes"]
+__all__ = ["cam_masks", "cam_shares", "checker_maps", "layer_shares", "main_route", "position_maps", "routes", "shared_routes"]
 
 
 def layer_shares(records: dict[str, Any]) -> Figure:
@@ -123,3 +123,50 @@ def checker_maps(records: dict[str, Any], cells: int = 4, prefix: int = 1) -> Fi
             ax.set_title(title)
         expert_bar(fig, list(axes.ravel()), experts)
     return fig
+
+
+def cam_shares(record: Any, layer: int, prefix: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """(E,) share of the GradCAM of all probe images that lies on each expert's patches, and (E,) share of the patches.
+
+    Raises ValueError if the record holds no GradCAM.
+    """
+    heat, experts = _heat(record, prefix), len(record.moe[layer]["load"])
+    chosen = record.arrays["token_expert"][layer][:, prefix:]
+    mass = np.array([heat[chosen == e].sum() for e in range(experts)])
+    return mass / max(mass.sum(), 1e-12), np.array([(chosen == e).mean() for e in range(experts)])
+
+
+def cam_masks(record: Any, layer: int = -1, shown: int = 4, prefix: int = 1) -> Figure:
+    """Probe images, their GradCAM, and the GradCAM on the patches of each expert alone (Leiden, Figures 3 to 5), a row each."""
+    heat, maps = _heat(record, prefix)[:shown], record.arrays["token_expert"][layer][:shown, prefix:]
+    experts, found = len(record.moe[layer]["load"]), probe_images(record, shown)
+    side = int(round(heat.shape[1] ** 0.5))
+    titles = ["image"] * (found is not None) + ["GradCAM", *(f"expert {e}" for e in range(experts))]
+    with style():
+        fig, axes = figure(len(heat), len(titles), height=0.8 + 1.05 * len(heat), width=min(WIDTH, 0.9 + 1.05 * len(titles)))
+        for i, row in enumerate(axes):
+            cells = [heat[i], *(np.where(maps[i] == e, heat[i], np.nan) for e in range(experts))]
+            for ax, cell in zip(row[-len(cells):], cells, strict=True):
+                image = ax.imshow(cell.reshape(side, side), vmin=0, vmax=1)
+                ax.set_facecolor("#d9d9d9")  # patches of other experts
+                ax.set(xticks=[], yticks=[])
+                ax.grid(False)
+            if found is not None:
+                row[0].imshow(as_picture(found[i][0]))
+                bare(row[0])
+                row[0].set_ylabel(class_names(record, 1 + found[i][1])[found[i][1]], fontsize=8.5)
+        for ax, title in zip(axes[0], titles, strict=True):
+            ax.set_title(title)
+        fig.colorbar(image, ax=list(axes.ravel()), location="bottom", aspect=40, shrink=0.6, pad=0.12 / fig.get_figheight(),
+                     label="GradCAM of the predicted class, largest of an image = 1")
+    return fig
+
+
+def _heat(record: Any, prefix: int) -> np.ndarray:
+    """(P, patches) mean GradCAM over the pixels of each patch."""
+    if "cam" not in record.arrays:
+        raise ValueError(f"record {record.id} holds no GradCAM: give a record whose spec has cam_probe")
+    cam = record.arrays["cam"].astype(float)
+    rows, columns = token_grid(record.arrays["token_expert"].shape[-1], prefix, None)
+    cells = cam.reshape(len(cam), rows, cam.shape[1] // rows, columns, cam.shape[2] // columns)
+    return cells.mean(axis=(2, 4)).reshape(len(cam), -1)
