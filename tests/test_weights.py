@@ -57,6 +57,42 @@ def test_pickle_is_refused_unread(shelf, name):
         weights.fetch(f"file:{name}", "")
 
 
+def published(folder, content, name="mae.pth"):
+    torch.save(content, folder / name)
+    return f"pth:{name}@{hashlib.sha256((folder / name).read_bytes()).hexdigest()}"
+
+
+def test_published_checkpoint_gives_its_encoder(shelf):
+    """As a masked autoencoder leaves it: settings and optimiser beside the model, a decoder beside the encoder."""
+    folder, _ = shelf
+    encoder = {name: t for name, t in create(TINY, 28, 10, 3).state_dict().items() if not name.startswith("head.")}
+    extra = {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(8, 16), "head.weight": torch.zeros(62, 16)}
+    name = published(folder, {"model": encoder | extra, "optimizer": {"step": 3}, "epoch": 199, "lr": [1e-4]})
+    found = weights.fetch(name, "")
+    assert set(found) == set(encoder) and all(torch.equal(found[key], encoder[key]) for key in encoder)
+    model = create(TINY, 28, 10, 3)
+    load_weights(model, found, name)
+    assert torch.equal(model.blocks[1].mlp.fc1.weight, encoder["blocks.1.mlp.fc1.weight"])
+    bare = weights.fetch(published(folder, encoder, "bare.pth"), "")
+    assert set(bare) == set(encoder)
+
+
+def test_published_checkpoint_is_refused_without_hash_or_with_more_than_tensors(shelf):
+    folder, _ = shelf
+    name = published(folder, {"model": {"a": torch.ones(2)}})
+    with pytest.raises(ValueError, match="mae.pth needs its SHA-256.*none was given"):
+        weights.fetch(name.partition("@")[0], "")
+    with pytest.raises(ValueError, match="mae.pth needs its SHA-256.*not 00"):
+        weights.fetch(f"pth:mae.pth@{'0' * 64}", "")
+    (folder / "bomb.pth").write_bytes(pickle.dumps({"model": Bomb()}))
+    with pytest.raises(ValueError, match="bomb.pth holds more than tensors, or is damaged, and is refused"):
+        weights.fetch(f"pth:bomb.pth@{hashlib.sha256((folder / 'bomb.pth').read_bytes()).hexdigest()}", "")
+    with pytest.raises(ValueError, match="holds no state dict of tensors"):
+        weights.fetch(published(folder, {"model": {"a": 3}}, "odd.pth"), "")
+    with pytest.raises(FileNotFoundError, match="no weights at .*none.pth"):
+        weights.fetch("pth:none.pth@00", "")
+
+
 def test_truncated_file_is_refused(shelf):
     folder, _ = shelf
     raw = (folder / "three.safetensors").read_bytes()
@@ -72,7 +108,7 @@ def test_missing_file_and_folder_teach(shelf, monkeypatch):
     monkeypatch.delenv("MOE_WEIGHTS")
     with pytest.raises(FileNotFoundError, match="set MOE_WEIGHTS to the folder that holds none.safetensors"):
         weights.fetch("file:none.safetensors", "")
-    with pytest.raises(ValueError, match="weights='dinov2' is unknown: valid are 'dinov2-s14-saliency', 'timm' and"):
+    with pytest.raises(ValueError, match="weights='dinov2' is unknown: valid are 'dinov2-s14-saliency', 'timm'"):
         weights.fetch("dinov2", "")
 
 
@@ -148,7 +184,7 @@ def test_parent_is_loaded_before_the_surgery_of_a_dense_one_and_after_that_of_a_
     state = build(grown, 10, 1).state_dict()
     again = build(RunSpec(backbone=TINY, moe=moe, init=grown, seed=3), 10, 1, state)
     assert weights.sha256_state(again.state_dict()) == weights.sha256_state(state)
-    with pytest.raises(ValueError, match="same layers, experts and shared"):
+    with pytest.raises(ValueError, match="same layers, experts, shared and members"):
         build(RunSpec(backbone=TINY, moe=moe.but(experts=4), init=grown), 10, 1, state)
 
 
