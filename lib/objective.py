@@ -37,6 +37,12 @@ def losses(model: nn.Module, images: Tensor, labels: Tensor, spec: RunSpec, tape
         wanted = labels.repeat(len(out) // len(labels))
         parts = {"task_loss": F.cross_entropy(out.float(), wanted, label_smoothing=spec.train.label_smoothing)}
     total = parts["task_loss"]
+    if spec.train.distil_logits:
+        with torch.no_grad(), autocast(spec):
+            wanted = teacher(images).float()
+        mine, theirs = out.float().log_softmax(dim=-1), wanted.log_softmax(dim=-1)
+        parts["distil_loss"] = F.kl_div(mine, theirs, reduction="batchmean", log_target=True)
+        total = torch.lerp(total, parts["distil_loss"], spec.train.distil_logits)
     if spec.moe is not None and spec.moe.router not in ("all", "manual"):
         routings = tape.routings()
         parts["balance_loss"] = torch.stack([switch_loss(routing) for routing in routings]).mean()
@@ -45,7 +51,7 @@ def losses(model: nn.Module, images: Tensor, labels: Tensor, spec: RunSpec, tape
         for weights, each in _auxiliary(spec.moe):
             found = torch.stack([each(routing) for routing in routings])
             total = total + (found * found.new_tensor(weights)).sum()
-        if teacher is not None:
+        if spec.train.distil != "none":
             parts["distil_loss"] = _distilled(routings, teacher, images, spec)
             total = total + parts["distil_loss"]
     return {"loss": total} | parts

@@ -12,48 +12,15 @@ width, **E** experts, **K** experts per token.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Share = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[int, Field(ge=1)]
+from .basespec import Positive, Share, Spec
+from .cutspec import DropSpec, ExtractSpec, PruneSpec
 
-
-class Spec(BaseModel):
-    """Base of all descriptions: frozen, strict about types, closed to unknown names."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-    semantics: ClassVar[int] = 1
-    unhashed: ClassVar[frozenset[str]] = frozenset()
-
-    def canonical(self) -> dict[str, Any]:
-        """The hashed content: fields that differ from their default, and the semantics of every part."""
-        out: dict[str, Any] = {"semantics": type(self).semantics}
-        for name, field in type(self).model_fields.items():
-            value = getattr(self, name)
-            nested = isinstance(value, Spec)  # always in, at its default too: its semantics number belongs to the hash
-            if name in self.unhashed or (value == field.get_default(call_default_factory=True) and not nested):
-                continue
-            out[name] = value.canonical() if nested else value
-        return out
-
-    @property
-    def id(self) -> str:
-        """16 hexadecimal digits of the SHA-256 of the canonical content."""
-        text = json.dumps(self.canonical(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    def but(self, **changes: Any):
-        """A validated copy with some fields changed; a dict for a nested spec changes fields inside it."""
-        merged = {name: getattr(self, name) for name in type(self).model_fields}
-        for name, value in changes.items():
-            old = merged.get(name)
-            merged[name] = old.but(**value) if isinstance(old, Spec) and isinstance(value, dict) else value
-        return type(self)(**merged)
-
+__all__ = ["BackboneSpec", "DataSpec", "DropSpec", "ExtractSpec", "MaskSpec", "MoESpec", "Positive", "PruneSpec", "RunSpec",
+           "Share", "Spec", "TrainSpec", "class_groups"]
 
 class DataSpec(Spec):
     """Images and how many of them. Subsets are class-balanced and depend on `subset_seed` alone."""
@@ -184,49 +151,6 @@ class MoESpec(Spec):
         return self
 
 
-class PruneSpec(Spec):
-    """What is cut out of the model before it trains: hidden neurons and attention dimensions (Leiden thesis, section 4)."""
-
-    share: Share = 0.5  # that goes, of the neurons of each MLP and expert and of the dimensions of each head
-    kind: Literal["taylor", "molchanov", "magnitude", "random"] = "taylor"  # the score; the lowest go first
-    parts: tuple[Literal["mlp", "attention", "experts"], ...] | None = None  # None = all that the model has
-    by_class: bool = True  # experts: each by images of its own class group, forced through it; or by what its router sends it
-    images: Positive = 80  # calibration images, of each class group where experts have them
-    batches: Positive = 1  # that the images are cut into; scores are averaged over them
-    structured: bool = True  # False: single weights become zero and stay so, nothing gets smaller
-
-    @model_validator(mode="after")
-    def _consistent(self):
-        if self.batches > self.images:
-            raise ValueError(f"batches={self.batches} cannot be cut out of images={self.images}")
-        if not self.structured and self.kind != "taylor":
-            raise ValueError("structured=False scores single weights by (gradient x weight)^2: set kind='taylor', "
-                             f"got {self.kind!r}")
-        return self
-
-
-class DropSpec(Spec):
-    """Whole experts taken out of the parent's mixture before the run trains (2405.16646, and rival scores)."""
-
-    share: Share = 0.5  # of the experts of each layer (and member) that goes; must come out whole
-    score: Literal["router_norm_change", "router_norm_change_abs", "router_change", "router_norm", "weight_change", "load",
-                   "gate_sum", "mean_gate", "ean", "reap", "man", "msan", "random", "dern", "merge"] = "router_norm_change"
-    # the lowest go; changes are counted from the parent's own parent; dern and merge recombine what goes with what stays
-    missing: Literal["zero_update", "reroute"] = "zero_update"  # what a token gets that chose a dropped expert
-    images: Positive = 512  # class-balanced calibration images, of the scores that are measured
-
-    @model_validator(mode="after")
-    def _consistent(self):
-        if self.score in ("dern", "merge") and self.missing != "reroute":
-            raise ValueError(f"score={self.score!r} leaves a smaller router: set missing='reroute'")
-        return self
-
-    @property
-    def compares(self) -> bool:
-        """Whether the score needs the model before finetuning."""
-        return self.score in ("router_norm_change", "router_norm_change_abs", "router_change", "weight_change")
-
-
 class MaskSpec(Spec):
     """Masked-autoencoder pretraining (MAE, 2111.06377): what is hidden, and the decoder that fills it in."""
 
@@ -258,6 +182,7 @@ class TrainSpec(Spec):
     mask: MaskSpec | None = None  # pretraining by reconstruction instead of classification
     trainable: Literal["all", "routers", "head", "no_attention"] = "all"  # routers, head: everything else is frozen
     distil: Literal["none", "choice", "probabilities"] = "none"  # the parent's gates as target: their argmax or softmax
+    distil_logits: Annotated[float, Field(ge=0, le=1)] = 0.0  # weight of the parent's logits as target, the rest is the labels'
     single_expert_at: Annotated[float, Field(gt=0, le=1)] | None = None  # share of the steps in which experts are dropped one
     # after the other, until each MoE layer has one (2206.00277: 0.5); None = all stay
 
@@ -272,6 +197,7 @@ class RunSpec(Spec):
     backbone: BackboneSpec = BackboneSpec()
     moe: MoESpec | None = None  # surgery before training; None = the model as it is
     prune: PruneSpec | None = None  # what is cut out after that; a child of this run starts from the cut model
+    extract: ExtractSpec | None = None  # experts cut out of the parent's MLPs; a child of this run starts from them
     drop: DropSpec | None = None  # experts of the parent that go; a child of this run starts without them
     train: TrainSpec | None = None  # None = evaluate only
     init: RunSpec | None = None  # a parent whose final weights this run starts from (after its own surgery)
@@ -293,6 +219,11 @@ class RunSpec(Spec):
         """Whether whole experts were taken out in this run or in one that it starts from."""
         mine = self.drop is not None or (self.train is not None and self.train.single_expert_at is not None)
         return mine or (self.init is not None and self.init.reduced)
+
+    @property
+    def extracted(self) -> bool:
+        """Whether experts were cut out of MLPs in this run or in one that it starts from."""
+        return self.extract is not None or (self.init is not None and self.init.extracted)
 
     @property
     def narrowed(self) -> bool:
@@ -341,6 +272,11 @@ class RunSpec(Spec):
                 self.moe is None or self.moe.router != "token" or self.moe.members > 1 or self.moe.top_k > 1 or self.train.ema):
             raise ValueError("single_expert_at drops all experts but one: it needs moe with router='token', top_k=1, members=1, "
                              "and train without ema")
+        if self.extract is not None and (self.init is None or self.moe is not None or self.prune is not None):
+            raise ValueError("extract cuts experts out of a trained model of plain MLPs, and nothing else is cut in the same "
+                             "run: set init to that model's run, moe and prune to None")
+        if self.train is not None and self.train.distil_logits and self.init is None:
+            raise ValueError("distil_logits needs a parent to learn from: set init")
         if self.train is not None and self.train.distil != "none" and (self.init is None or self.init.moe is None):
             raise ValueError(f"distil={self.train.distil!r} needs a parent with gates: set init to a run with moe")
         return self

@@ -181,4 +181,7 @@ def test_a_share_that_is_no_whole_number_of_experts_is_refused_before_any_work(w
         run(where, dropped(share=0.3))
     with pytest.raises(ValueError, match="leaves none"):
         run(where, dropped(share=0.9))
+    two = FIRST.but(moe={"top_k": 2})
+    with pytest.raises(ValueError, match="leaves 1 experts to choose among, moe.top_k=2"):
+        run(where, dropped(TUNED.but(moe={"top_k": 2}, init=two), share=0.75, missing="reroute"))
     assert not list(where.private.rglob("*.json"))

@@ -14,7 +14,7 @@ from torch import nn
 from vits import batch, build, moe, refused_unchanged
 
 from lib.compress import experts as gone
-from lib.compress import merging
+from lib.compress import merging, surgery
 from lib.compress.progressive import ProgressiveDrop
 from lib.measure.cost import count
 from lib.models.compete import CompeteLayer, competition_loss
@@ -148,7 +148,7 @@ def test_in_a_vit_with_gradients_flags_costs_and_reload(semantics):
     mlp = sum(p.numel() for p in model.blocks[0].mlp.shared.parameters())
     rows = 0 if semantics == "zero_update" else 2 * 2 * 24
     assert count(model, 28).params_stored - count(cut, 28).params_stored == 4 * mlp + rows
-    again = gone.load_pruned(model, cut.state_dict())
+    again = surgery.load_pruned(model, cut.state_dict())
     assert torch.equal(again.eval()(images), cut.eval()(images)) and model.blocks[0].mlp.experts.experts == 4
 
 
@@ -162,9 +162,9 @@ def test_a_state_that_does_not_fit_leaves_the_model_alone():
     for bad, says in ((wrong, "out of 0..3"), (absent, "norm.weight: absent in the state"), (other, "router.weight"),
                       (state | {"extra": torch.zeros(1)}, "extra: .* absent in the model")):
         with refused(says):
-            gone.load_pruned(model, bad)
+            surgery.load_pruned(model, bad)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert gone.load_pruned(model, before).blocks[1].mlp.experts.experts == 4  # an unpruned state is one, too
+    assert surgery.load_pruned(model, before).blocks[1].mlp.experts.experts == 4  # an unpruned state is one, too
 
 
 # ---------------------------------------------------------------- scores
@@ -281,7 +281,7 @@ def test_members_share_the_first_blocks_and_are_pruned_within_their_groups():
         [routing] = tape.routings()
         members = cut.get_submodule(name).router.group[routing.expert]
         assert torch.equal(members, routing.token // (6 * 17))  # tokens of a member reach its group alone
-        assert torch.equal(gone.load_pruned(two, cut.state_dict())(images), out)
+        assert torch.equal(surgery.load_pruned(two, cut.state_dict())(images), out)
     with refused("gives a token 1 experts, but 0 would be left in a group"):
         gone.drop_experts(two, {name: [0, 1]}, "reroute")
 

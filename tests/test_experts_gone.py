@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lib.compress import experts as gone
-from lib.compress import merging
+from lib.compress import merging, surgery
 from lib.models.compete import CompeteLayer, competition_loss, responses
 from lib.models.ensemble import ensemble
 from lib.models.experts import Experts
@@ -122,7 +122,7 @@ def test_both_semantics_against_the_plain_sum(images):
             torch.testing.assert_close(cut(images).reshape(-1, D), want)
         [(_, routing)] = list(tape)
         assert routing.probs.shape == (B * N, E if semantics == "zero_update" else 2)
-        again = gone.load_pruned(Toy(), cut.state_dict()).eval()
+        again = surgery.load_pruned(Toy(), cut.state_dict()).eval()
         assert torch.equal(again(images), cut(images))
     assert int(routing.dropped.sum()) == 0
 
@@ -144,7 +144,7 @@ def test_what_cannot_be_dropped_is_refused_and_nothing_changes(images):
         with pytest.raises(ValueError, match=says):
             gone.scores(model, name, **given)
     with pytest.raises(ValueError, match="does not fit"):
-        gone.load_pruned(Toy(experts=2), gone.drop_experts(Toy(experts=4), {"moe": [0, 1, 2]}, "reroute").state_dict())
+        surgery.load_pruned(Toy(experts=2), gone.drop_experts(Toy(experts=4), {"moe": [0, 1, 2]}, "reroute").state_dict())
     with pytest.raises(ValueError, match="is pruned already"):
         gone.scores(gone.drop_experts(model, {"moe": [0, 1]}, "zero_update"), "router_norm")
 

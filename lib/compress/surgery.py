@@ -5,6 +5,7 @@ Axis letters: **B** images, **C** channels, **E** experts.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -15,8 +16,9 @@ from ..data import Split
 from ..models.backbone import build
 from ..models.ensemble import GroupRouter
 from ..models.strategies import labelled
-from ..spec import DropSpec, PruneSpec, RunSpec, class_groups
+from ..spec import DropSpec, ExtractSpec, PruneSpec, RunSpec, class_groups
 from . import experts, merging
+from .extraction import fit_extracted
 from .neurons import Batches, calibration, cut_size, expert_scores, keep_indices, mask_weights, neuron_scores
 from .removal import fit_shapes, groups_of, parts_in, prunable, remove, shapes_of
 
@@ -87,19 +89,68 @@ def _best(model: nn.Module, found: dict[str, Tensor], rules: DropSpec) -> dict[s
     return {name: torch.cat(parts) for name, parts in stay.items()}
 
 
+def _as_many(router: nn.Module, left: int, group: Tensor | None) -> Tensor:
+    """(E',) any experts, as many as are left, and of an ensemble as many in each group: their weights are loaded over."""
+    if group is None or not isinstance(router, GroupRouter):
+        return torch.arange(left)
+    return torch.cat([(router.group == m).nonzero()[: int((group == m).sum()), 0] for m in range(router.members)])
+
+
+def fit_experts(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """Drop experts of an unpruned model, in place, until it has as many as the state of a pruned or merged one says.
+
+    Structure only: load the state afterwards. Both semantics are read off the state: a layer with `kept` has zero updates, one
+    with fewer router rows reroutes. Returns the model.
+    """
+    cut: dict[str, dict[str, Tensor]] = {semantics: {} for semantics in experts.SEMANTICS}
+    for name, layer in experts.routed(model).items():
+        rows = state.get(f"{name}.router.weight")
+        if f"{name}.kept" in state:
+            cut["zero_update"][name] = state[f"{name}.kept"]
+        elif rows is not None and len(rows) < layer.router.experts:
+            cut["reroute"][name] = _as_many(layer.router, len(rows), state.get(f"{name}.router.group"))
+    for semantics in reversed(experts.SEMANTICS):  # a layer of zero updates is not `routed` any more
+        experts.drop_experts(model, cut[semantics], semantics)
+    return model
+
+
+def load_pruned(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the unpruned `model`, cut as `fit_experts` does, with the state of its pruned or merged form loaded.
+
+    Raises ValueError if the state is of another architecture. `model` is left as it is in any case.
+    """
+    made = fit_experts(copy.deepcopy(model), state)
+    mine = made.state_dict()
+    wrong = [name for name in {**mine, **state} if name not in mine or name not in state or mine[name].shape != state[name].shape]
+    if wrong:
+        shapes = [f"{name}: {tuple(state[name].shape) if name in state else 'absent'} in the state, "
+                  f"{tuple(mine[name].shape) if name in mine else 'absent'} in the model" for name in wrong[:3]]
+        raise ValueError(f"the pruned state does not fit {type(model).__name__}, {len(wrong)} entries differ "
+                         f"({'; '.join(shapes)}): build the model with the backbone and the MoESpec that it had before pruning")
+    made.load_state_dict(dict(state))
+    return made
+
+
 def fit(model: nn.Module, state: Mapping[str, Tensor], spec: RunSpec) -> nn.Module:
     """Give an uncut model, in place, the shapes of `state`, which the run `spec` left; returns the model.
 
-    Structure only: load the state afterwards. Raises ValueError as `experts.fit_experts` and `removal.fit_shapes` do.
+    Structure only: load the state afterwards. Raises ValueError as `fit_experts` and `removal.fit_shapes` do.
     """
+    if spec.extracted:
+        fit_extracted(model, state, _rules(spec))
     if spec.reduced:
-        experts.fit_experts(model, state)
+        fit_experts(model, state)
     return fit_shapes(model, state) if spec.narrowed else model
+
+
+def _rules(spec: RunSpec) -> ExtractSpec:
+    return spec.extract or _rules(spec.init)
 
 
 def restored(spec: RunSpec, state: Mapping[str, Tensor], classes: int, channels: int) -> nn.Module:
     """The model that the run `spec` left behind, from its final state. classes, channels: of its data set."""
-    plain = spec.but(init=None, backbone={"weights": None}, prune=None, drop=None, train=None, fresh_routers=False)
+    plain = spec.but(init=None, backbone={"weights": None}, prune=None, extract=None, drop=None, train=None,
+                     fresh_routers=False)
     model = fit(build(plain, classes, channels), state, spec)
     model.load_state_dict(dict(state))
     return model

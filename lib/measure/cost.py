@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -23,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..compress.experts import PrunedLayer
 from ..models.experts import Experts
+from ..models.extracted import HardRouter, SharedExperts
 from ..models.moe import MoELayer, RoutedLayer
 from ..models.routing import AllExperts, LinearRouter, TopKRouter, capacity
 from ..models.strategies import ExpertChoiceRouter, ManualRouter, PriorityRouter, SoftMoELayer
@@ -104,11 +106,13 @@ def printed_gflops(cost: Cost, convention: str = "small") -> float:
     return (macs + NORM_OPERATIONS * sum(row.elements for row in cost.rows)) / cost.images / 1e9
 
 
-def count(model: nn.Module, image_size: int, images: int = 1, *, experts_per_image: float | None = None) -> Cost:
+def count(model: nn.Module, image_size: int, images: int = 1, *, experts_per_image: float | None = None,
+          loads: Sequence[Sequence[float]] | None = None) -> Cost:
     """Count a model on `images` square images of `image_size` pixels. The model is left as it is and may lie on any device.
 
     experts_per_image: for token-level routing, how many experts an image touches on average, summed over all MoE layers and
     with shared experts counted (the column of ViMoE's Table 4); spread evenly over the layers. MACs do not depend on it.
+    loads: of each MoE layer, shallow to deep, the share of the assignments by expert: experts of unequal width then count by it.
     Raises ValueError for modules that hold parameters in a way unknown here and for products that it cannot book, by name.
     """
     twin = _twin(model)
@@ -126,9 +130,9 @@ def count(model: nn.Module, image_size: int, images: int = 1, *, experts_per_ima
     rows = _dense_rows(twin, ledger)
     if experts_per_image is not None:
         _check_share(experts_per_image, layers)
-    for name, layer in layers.items():
+    for i, (name, layer) in enumerate(layers.items()):
         share = None if experts_per_image is None else experts_per_image / len(layers)
-        rows += _moe_rows(name, layer, stands[name].shape, images, share)
+        rows += _moe_rows(name, layer, stands[name].shape, images, share, None if loads is None else loads[i])
     order = {name: at for at, (name, _) in enumerate(model.named_modules())}
     return Cost(tuple(sorted(rows, key=lambda row: order[row.module])), images)
 
@@ -242,11 +246,12 @@ def _elementwise(module: nn.Module) -> bool:
     return any(c.__name__ in ELEMENTWISE or f"{c.__module__}.{c.__qualname__}" in ELEMENTWISE for c in type(module).__mro__)
 
 
-def _moe_rows(name: str, layer: RoutedLayer, shape: tuple[int, ...], images: int, touched: float | None) -> list[Row]:
+def _moe_rows(name: str, layer: RoutedLayer, shape: tuple[int, ...], images: int, touched: float | None,
+              load: Sequence[float] | None = None) -> list[Row]:
     """Rows of one MoE layer that saw (B, ..., D). `touched`: experts an image touches under token routing, with the shared."""
     experts, rows = layer.experts, []
     tokens, shared = math.prod(shape[:-1]), getattr(layer, "shared", None)
-    if type(experts) is not Experts:
+    if type(experts) not in (Experts, SharedExperts):
         raise ValueError(f"{name}: cost.count does not know the experts {type(experts).__name__}")
     if isinstance(layer, SoftMoELayer):
         slots = experts.experts * layer.slots
@@ -260,20 +265,26 @@ def _moe_rows(name: str, layer: RoutedLayer, shape: tuple[int, ...], images: int
             decisions = images if getattr(router, "per_image", False) else tokens
             rows.append(Row(f"{name}.router", "router", router.weight.numel(), router.weight.numel(),
                             decisions * router.weight.numel()))
+        if isinstance(router, HardRouter):
+            held = _held(router)
+            rows.append(Row(f"{name}.router", "router", held, held, tokens * sum(t.numel() for t in _matrices(router))))
     if active is None and touched is not None:
         active = touched - (shared is not None)
-    for part in ("fc1", "fc2"):
+    width, share = experts.width, load or [1 / experts.experts] * experts.experts
+    even = sum(experts.widths) % experts.experts == 0 and load is None
+    mean = sum(experts.widths) // experts.experts if even else sum(s * h for s, h in zip(share, experts.widths, strict=True))
+    for part, one in (("fc1", mean * (width + 1)), ("fc2", mean * width + width)):
         stack = getattr(experts, part)
         held = stack.weight.numel() + stack.bias.numel()
-        one = held / experts.experts if held % experts.experts else held // experts.experts
-        rows.append(Row(f"{name}.experts.{part}", "linear", held, None if active is None else active * one,
-                        passed * stack.weight.numel() // experts.experts))
+        rows.append(Row(f"{name}.experts.{part}", "linear", held, None if active is None else min(held, active * one),
+                        round(passed * mean * width)))
     if shared is not None:
         for part in ("fc1", "fc2"):
             linear = getattr(shared, part)
             held = sum(p.numel() for p in linear.parameters())
             rows.append(Row(f"{name}.shared.{part}", "linear", held, held, tokens * linear.weight.numel()))
-    if sum(row.stored for row in rows) != sum(p.numel() for p in layer.parameters()):
+    beside = _held(layer.router) - sum(p.numel() for p in layer.router.parameters()) if hasattr(layer, "router") else 0
+    if sum(row.stored for row in rows) != beside + sum(p.numel() for p in layer.parameters()):
         raise ValueError(f"{name}: parameters beside router, fc1 and fc2 (an activation with parameters?) have no row in "
                          "cost.count")
     return rows
@@ -288,11 +299,23 @@ def _passed(name: str, router: nn.Module, tokens: int, images: int) -> tuple[int
         groups = images if router.group == "image" else 1
         slots = min(tokens // groups, capacity(router.choices, 1, tokens // groups, router.experts))
         return groups * slots * router.experts, float(router.experts) if router.group == "image" else None
+    if isinstance(router, HardRouter):
+        return tokens * router.top_k, None if router.top_k < router.experts else float(router.top_k)
     if isinstance(router, PriorityRouter):
         return tokens, None
     if isinstance(router, ManualRouter):
         return tokens, 1.0
     raise ValueError(f"{name}: cost.count does not know the router {type(router).__name__}")
+
+
+def _held(router: nn.Module) -> int:
+    """Numbers that a router stores: its parameters, and centres that are buffers because nothing trains them."""
+    fixed = router.buffers() if isinstance(router, HardRouter) else ()
+    return sum(t.numel() for t in (*router.parameters(), *fixed))
+
+
+def _matrices(router: nn.Module) -> list[Tensor]:
+    return [t for t in (*router.parameters(), *router.buffers()) if t.ndim == 2]
 
 
 def _check_share(experts_per_image: float, layers: dict[str, RoutedLayer]) -> None:

@@ -1,0 +1,246 @@
+"""What the MLPs of a trained network do with tokens, recorded and clustered (MoEE, 2505.15414).
+
+`record` takes tokens of all MLPs in one pass. `density_clusters` are HDBSCAN's, by distances from matrix products: the library's
+own labels, many times as fast on wide activations; everything after the spanning tree is the library's.
+
+Axis letters: **B** images, **N** tokens of an image, **n** recorded tokens, **D** width, **H** hidden width, **K** clusters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from ..models.upcycle import block_mlps
+
+BLOCK = 2048  # rows of the distance matrix that are made at a time
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Tokens of one MLP, float32: inputs (n, D), hidden (n, H) after the activation function, image (n,) they come from, and
+    before (n, D), the residual stream that the MLP's output is added to, None where it was not asked for."""
+
+    inputs: Tensor
+    hidden: Tensor
+    image: Tensor
+    before: Tensor | None = None
+
+
+def mlps_of(model: nn.Module) -> dict[str, Mlp]:
+    """{name: MLP} of the blocks. ValueError if there is none, or one that is not timm.layers.Mlp with Linear fc1 and fc2."""
+    found = dict(block_mlps(model))
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no block MLP to look into: a timm ViT, DeiT, Swin or ConvNeXt has")
+    for name, mlp in found.items():
+        plain = type(mlp) is Mlp and isinstance(mlp.fc1, nn.Linear) and isinstance(mlp.fc2, nn.Linear)
+        if not plain or not isinstance(mlp.norm, nn.Identity):
+            raise ValueError(f"{name} is a {type(mlp).__name__}: experts are cut out of timm.layers.Mlp with Linear fc1 and fc2 "
+                             "and no norm between them")
+    return found
+
+
+@torch.no_grad()
+def record(model: nn.Module, batches: Iterable[Tensor], mlps: Mapping[str, Mlp] | None = None, *, per_image: int, limit: int,
+           seed: int, norms: Mapping[str, nn.Module] | None = None) -> dict[str, Recorded]:
+    """One pass in evaluation mode over batches of images (B, C, height, width): {name of the MLP: its tokens}.
+
+    mlps: of the model, by name; None: all of `mlps_of`. per_image: tokens of each image, drawn at random, all if it has fewer.
+    limit: n at most; beyond it a uniform sample of all candidates stays (a reservoir), so memory is n (2 D + H) floats a layer,
+    whatever the number of images. seed: draws tokens by their place alone, the same ones in all layers of as many tokens, and in
+    a second pass. norms: {name: the norm before an MLP}, whose input is kept as `before`.
+    Raises ValueError as `mlps_of`, without an image, and for activations that are not finite, by layer.
+    """
+    mlps = mlps_of(model) if mlps is None else mlps
+    modes = {module: module.training for module in model.modules()}
+    kept: dict[str, list[Tensor]] = {}
+    seen = 0
+
+    def keep(name: str, *parts: Tensor) -> None:
+        rows = [part.reshape(part.shape[0], -1, part.shape[-1]) for part in parts]
+        b, n = rows[0].shape[:2]
+        drawn = torch.Generator().manual_seed(seed * 1_000_003 + seen)
+        order = torch.rand(b, n, generator=drawn).argsort(dim=1)[:, :per_image].sort(dim=1).values
+        image = (seen + torch.arange(b).unsqueeze(1)).expand_as(order).flatten()
+        key = torch.rand(len(image), generator=drawn)
+        new = [key, image, *(part[torch.arange(b).unsqueeze(1), order].flatten(0, 1).float().cpu() for part in rows)]
+        if not all(torch.isfinite(part).all() for part in new[2:]):
+            raise ValueError(f"{name} has activations that are not finite: look at the weights, or run it in float32")
+        both = [torch.cat(pair) for pair in zip(kept[name], new, strict=True)] if name in kept else new
+        stay = both[0].argsort()[:limit].sort().values if len(both[0]) > limit else slice(None)
+        kept[name] = [part[stay] for part in both]
+
+    watched = _Watched(mlps, keep, norms or {})
+    try:
+        model.eval()
+        for images in batches:
+            model(images)
+            seen += len(images)
+    finally:
+        watched.stop()
+        for module, mode in modes.items():
+            module.training = mode
+    if not seen:
+        raise ValueError("recording needs images: batches is an iterable of tensors (B, C, height, width), and it was empty")
+    return {name: Recorded(x, hidden, image, *rest) for name, (_, image, x, hidden, *rest) in kept.items()}
+
+
+class _Watched:
+    """see(name, input (B, ..., D), hidden (B, ..., H), and the norm's input if there is one) as soon as an MLP is at its second
+    map, until `stop`."""
+
+    def __init__(self, mlps: Mapping[str, Mlp], see: Callable, norms: Mapping[str, nn.Module]):
+        self.see, self.held = see, {name: [] for name in mlps}
+        self.handles = []
+        for name, mlp in mlps.items():
+            if name in norms:
+                self.handles.append(norms[name].register_forward_pre_hook(self._keep(name)))
+            self.handles.append(mlp.register_forward_pre_hook(self._keep(name)))
+            self.handles.append(mlp.fc2.register_forward_pre_hook(self._hand_over(name)))
+
+    def _keep(self, name: str) -> Callable:
+        return lambda _, args: self.held[name].append(args[0])
+
+    def _hand_over(self, name: str) -> Callable:
+        def hand_over(_, args) -> None:
+            *before, x = self.held[name]
+            self.held[name] = []
+            self.see(name, x, args[0], *before)
+
+        return hand_over
+
+    def stop(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+# ---------------------------------------------------------------- clusters
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """labels: (n,) cluster of each token, -1 = noise, -2 = was not clustered.
+
+    strength: (n,) membership in 0..1 (HDBSCAN's `probabilities_`). tree: HDBSCAN's condensed tree as the library keeps it, None
+    for other kinds.
+    """
+
+    labels: np.ndarray
+    strength: np.ndarray
+    tree: np.ndarray | None = None
+
+    @property
+    def count(self) -> int:
+        """K; 0 if all is noise."""
+        return int(self.labels.max(initial=-1)) + 1
+
+    @property
+    def noise(self) -> float:
+        """Share of the clustered tokens that is in no cluster."""
+        return float((self.labels[self.labels > -2] < 0).mean())
+
+
+def density_clusters(x: Tensor, min_cluster_size: int, min_samples: int = 5) -> Clusters:
+    """HDBSCAN of x (n, D), Euclidean, excess of mass; labels equal to the library's up to renaming.
+
+    Distances come from matrix products and are kept as one float32 matrix, 4 n^2 bytes; the spanning tree is Prim's on rows of
+    it, and everything after that tree is the library's. Raises ValueError if n is not above both numbers, for a cluster size
+    below 2, and if x is not finite.
+    """
+    from hdbscan._hdbscan_linkage import label
+    from hdbscan.hdbscan_ import _tree_to_labels
+    n = len(x)
+    if min_cluster_size < 2 or min_samples < 1 or n <= max(min_cluster_size, min_samples):
+        raise ValueError(f"{n} tokens, min_cluster_size={min_cluster_size}, min_samples={min_samples}: a cluster has at least 2, "
+                         "a neighbourhood at least 1, and there must be more tokens than either; record more")
+    if not torch.isfinite(x).all():
+        raise ValueError("tokens to cluster must be finite")
+    distance = distances(x)
+    core = torch.cat([part.kthvalue(min_samples + 1, dim=1).values for part in distance.split(BLOCK)]).numpy()
+    edges = spanning_tree(distance.numpy(), core)
+    tree = label(edges[np.argsort(edges.T[2])])  # the library's own sort: edges of equal weight come in its order, too
+    labels, strength, _, condensed, _ = _tree_to_labels(x.numpy(), tree, min_cluster_size)
+    return Clusters(labels, strength, condensed)
+
+
+def distances(x: Tensor) -> Tensor:
+    """(n, D) -> (n, n) float32 Euclidean distances, block by block; symmetric to the bit.
+
+    A token's distance to its neighbour is also a core distance: were the two directions rounded apart, ties that the library
+    sees would be broken by chance.
+    """
+    x = (x - x.mean(dim=0)).float()  # smaller norms, so that less is lost in their difference
+    square, n = x.square().sum(dim=1), len(x)
+    out = torch.empty(n, n)
+    for i in range(0, n, BLOCK):
+        rows = slice(i, i + BLOCK)
+        for j in range(i, n, BLOCK):
+            columns = slice(j, j + BLOCK)
+            part = square[rows].unsqueeze(1) + square[columns] - 2 * (x[rows] @ x[columns].t())
+            part.clamp_(min=0).sqrt_()
+            part = (part + part.t()) / 2 if i == j else part
+            out[rows, columns], out[columns, rows] = part, part.t()
+    return out.fill_diagonal_(0.0)
+
+
+def spanning_tree(distance: np.ndarray, core: np.ndarray) -> np.ndarray:
+    """(n - 1, 3) float64 edges (from, to, weight) of the minimum spanning tree under mutual reachability,
+    max(core_i, core_j, d_ij); distance: (n, n), core: (n,) distance to the `min_samples`-th neighbour. Prim's algorithm."""
+    n = len(core)
+    best, source = np.full(n, np.inf, distance.dtype), np.zeros(n, np.int64)
+    outside, edges, current = np.ones(n, bool), np.empty((n - 1, 3)), 0
+    for i in range(n - 1):
+        outside[current] = False
+        reach = np.maximum(np.maximum(distance[current], core), core[current])
+        closer = outside & (reach < best)
+        best[closer], source[closer] = reach[closer], current
+        best[current] = np.inf  # never chosen again
+        following = int(best.argmin())
+        edges[i] = source[following], following, best[following]
+        current = following
+    return edges
+
+
+def means_clusters(x: Tensor, count: int, seed: int) -> Clusters:
+    """K-means of x (n, D). ValueError if there are fewer tokens than clusters."""
+    from sklearn.cluster import KMeans
+    if len(x) < count:
+        raise ValueError(f"{len(x)} tokens cannot make {count} clusters: record more, or ask for fewer")
+    labels = KMeans(count, n_init=2, max_iter=50, random_state=seed).fit(x.numpy()).labels_
+    return Clusters(labels.astype(np.int64), np.ones(len(labels)))
+
+
+def random_clusters(sizes: np.ndarray, generator: torch.Generator) -> Clusters:
+    """Tokens dealt at random to clusters of the given sizes, the control: what is left of a method without its clusters."""
+    labels = np.repeat(np.arange(len(sizes)), sizes)[torch.randperm(int(sizes.sum()), generator=generator).numpy()]
+    return Clusters(labels, np.ones(len(labels)))
+
+
+def balanced_means(x: Tensor, count: int, seed: int, rounds: int = 8) -> np.ndarray:
+    """(n,) groups of rows of x (n, D) of equal size, by k-means whose assignment is solved exactly (MoEfication, 2110.01786).
+
+    ValueError if `count` does not divide n.
+    """
+    from sklearn.cluster import kmeans_plusplus
+    n = len(x)
+    if n % count:
+        raise ValueError(f"{n} rows do not divide into {count} equal groups")
+    rows = x.double().numpy()
+    centres, _ = kmeans_plusplus(rows, count, random_state=seed)
+    labels = np.zeros(n, np.int64)
+    for _ in range(rounds):
+        cost = np.square(rows).sum(1)[:, None] - 2 * rows @ centres.T + np.square(centres).sum(1)[None]
+        seat, slot = linear_sum_assignment(np.repeat(cost, n // count, axis=1))
+        new = np.empty(n, np.int64)
+        new[seat] = slot // (n // count)
+        if np.array_equal(new, labels):
+            break
+        labels = new
+        centres = np.stack([rows[labels == k].mean(0) for k in range(count)])
+    return labels

@@ -1,0 +1,301 @@
+"""One MLP into experts: which tokens are whose, which neurons stay, and what makes up for the others.
+
+Axis letters: **n** tokens, **D** width, **H** hidden width, **S** neurons that stay, **K** clusters.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from ..cutspec import ExtractSpec
+from ..models.experts import Experts
+from ..models.extracted import CentroidRouter, OracleRouter, PredictorRouter, RandomRouter, SharedExperts
+from ..models.moe import MoELayer
+from .clusters import Clusters, Recorded, balanced_means, density_clusters, means_clusters, random_clusters
+
+LEAST = 8  # neurons that a layer keeps at least, when widths are ranked over the model
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A layer's calibration tokens and target: (n, D), what it ought to give on them."""
+
+    tokens: Recorded
+    target: Tensor
+
+
+@torch.no_grad()
+def cut_layer(mlp: Mlp, cut: Cut, rules: ExtractSpec, width: int | None, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+    """The layer that takes the place of `mlp`, and a report on it. width: neurons a token passes; None with `percent`.
+
+    Report: clusters, noise (share of clustered tokens in none), dense (true where fewer than two clusters were found, and the MLP
+    stays as it is), widths (of the experts), stored (neurons in all), active (neurons a token passes, mean), load (share of
+    tokens by expert), error (squared error of the output over its variance), cosine (K, K) of mean inputs, overlap (K, K) of
+    neuron sets, intersection over union.
+    """
+    if rules.clusters == "weights":
+        return _moefied(mlp, cut, rules, seed)
+    found = _clustered(cut.tokens, rules, seed)
+    if found.count < 2 and not rules.static:
+        kept = {"clusters": found.count, "noise": found.noise, "dense": True, "widths": [mlp.fc1.out_features],
+                "stored": mlp.fc1.out_features, "active": float(mlp.fc1.out_features), "load": [1.0], "error": 0.0}
+        return mlp, kept
+    centres, member = _members(cut.tokens, found, rules)
+    router = None if rules.static else _router(mlp, cut.tokens, centres, member, rules)
+    routed = router.scores(cut.tokens.inputs).argmax(dim=1) if router is not None else torch.zeros_like(member)
+    if rules.members == "routed" and router is not None:
+        member = routed
+    shared, target, free = _common(mlp, cut, rules)
+    groups = [(member == k).nonzero()[:, 0] for k in range(1 if rules.static else found.count)]
+    pooled = (member >= 0).nonzero()[:, 0]
+    groups = [group if len(group) > 1 else pooled for group in groups]
+    own = None if width is None else width - (mlp.fc1.out_features - len(free))
+    sets = [_chosen(mlp, cut.tokens.hidden[group], rules, own, free) for group in groups]
+    parts = [_corrected(mlp, cut.tokens.hidden, target, group, pooled, kept, rules, shared is not None)
+             for group, kept in zip(groups, sets, strict=True)]
+    layer = _assembled(mlp, parts, sets, router, shared, rules)
+    return layer, {"noise": found.noise} | _report(layer, cut, routed, sets, centres, mlp.fc1.out_features - len(free))
+
+
+# ---------------------------------------------------------------- whose tokens
+
+
+def _clustered(tokens: Recorded, rules: ExtractSpec, seed: int) -> Clusters:
+    """Clusters of some of the tokens; the others are -2, to join the nearest centre."""
+    n = len(tokens.inputs)
+    if rules.static:
+        return Clusters(np.zeros(n, np.int64), np.ones(n))
+    drawn = torch.Generator().manual_seed(seed)
+    some = torch.randperm(n, generator=drawn)[:rules.clustered].sort().values
+    x = (tokens.hidden if rules.space == "hidden" else tokens.inputs)[some]
+    if rules.components is not None:
+        from sklearn.decomposition import PCA
+        x = torch.from_numpy(PCA(min(rules.components, *x.shape), random_state=seed).fit_transform(x.numpy())).float()
+    if rules.clusters == "hdbscan":
+        found = density_clusters(x, max(2, round(rules.smallest * len(x))), rules.neighbours)
+    elif rules.clusters == "directions":
+        centres = torch.randn(rules.count, tokens.inputs.shape[1], generator=drawn) * tokens.inputs.std()
+        labels = CentroidRouter.of(centres).scores(tokens.inputs[some]).argmax(dim=1).numpy()
+        found = Clusters(np.unique(labels, return_inverse=True)[1], np.ones(len(some)))
+    else:
+        found = means_clusters(x, rules.count, seed)
+        if rules.clusters == "random":
+            found = random_clusters(np.bincount(found.labels, minlength=rules.count), drawn)
+    labels = np.full(n, -2)
+    labels[some.numpy()] = found.labels
+    return Clusters(labels, found.strength, found.tree)
+
+
+def _members(tokens: Recorded, found: Clusters, rules: ExtractSpec) -> tuple[Tensor, Tensor]:
+    """(K, D) mean inputs of the clustered tokens, and (n,) the cluster of each token, -1 for noise."""
+    member = torch.from_numpy(found.labels)
+    space = tokens.hidden if rules.space == "hidden" else tokens.inputs
+    count = max(found.count, 1)
+    means = torch.stack([tokens.inputs[member == k].mean(dim=0) for k in range(count)])
+    if (member == -2).any():
+        centres = torch.stack([space[member == k].mean(dim=0) for k in range(count)])
+        rest = member == -2
+        near = space[rest] @ centres.t() - centres.square().sum(dim=1) / 2
+        member = member.clone()
+        member[rest] = near.argmax(dim=1)
+    return means, member
+
+
+def _router(mlp: Mlp, tokens: Recorded, means: Tensor, member: Tensor, rules: ExtractSpec) -> nn.Module:
+    if rules.router == "random":
+        return RandomRouter(len(means))
+    if rules.router == "oracle":
+        centres = torch.stack([tokens.hidden[member == k].mean(dim=0) for k in range(len(means))])
+        return OracleRouter(centres, mlp.fc1.weight, mlp.fc1.bias, mlp.act)
+    return CentroidRouter.of(means, rules.router, tokens.inputs.mean(dim=0))
+
+
+# ---------------------------------------------------------------- which neurons
+
+
+def _scores(mlp: Mlp, hidden: Tensor, rules: ExtractSpec) -> Tensor:
+    """(H,) variance over tokens (n, H), weighted by what a neuron does to the output if asked for."""
+    variance = hidden.var(dim=0, unbiased=False)
+    return variance * mlp.fc2.weight.detach().square().sum(dim=0) if rules.score == "weighted" else variance
+
+
+def _chosen(mlp: Mlp, hidden: Tensor, rules: ExtractSpec, own: int | None, free: Tensor) -> Tensor:
+    """(S,) rising neurons that stay, out of `free`: `own` of them, or the shortest set that holds the percentage of the sum."""
+    score = _scores(mlp, hidden, rules)[free]
+    order = score.argsort(descending=True, stable=True)
+    if own is None:
+        share = score[order].double().cumsum(0) / score.double().sum().clamp_min(1e-30)
+        own = len(order) if rules.percent == 100 else int((share < rules.percent / 100 - 1e-12).sum()) + 1
+    return free[order[:max(1, min(own, len(order)))]].sort().values
+
+
+def widths_over_model(model: nn.Module, mlps: Mapping[str, Mlp], tokens: Mapping[str, Recorded],
+                      rules: ExtractSpec) -> dict[str, int | None]:
+    """Neurons that a token passes in each layer: the same share of all, or the best of all layers by pooled score.
+
+    Over the model, a weighted score is taken in units of the residual stream, that is times the layer's scale, squared.
+    """
+    if rules.active is None:
+        return dict.fromkeys(mlps)
+    if rules.budget == "layer":
+        return {name: max(1, round(rules.active * mlp.fc1.out_features)) for name, mlp in mlps.items()}
+    ranked = {}
+    for name, mlp in mlps.items():
+        scale = getattr(model.get_submodule(name.rpartition(".")[0]), "ls2", None)
+        gamma = getattr(scale, "gamma", torch.ones(1)).detach() if rules.score == "weighted" else torch.ones(1)
+        scaled = mlp.fc2.weight.detach() * gamma.unsqueeze(-1)
+        variance = tokens[name].hidden.var(dim=0, unbiased=False)
+        ranked[name] = variance * scaled.square().sum(dim=0) if rules.score == "weighted" else variance
+    whole = torch.cat(list(ranked.values()))
+    least = whole.sort(descending=True).values[max(1, round(rules.active * len(whole))) - 1]
+    return {name: max(LEAST, int((score >= least).sum())) for name, score in ranked.items()}
+
+
+# ---------------------------------------------------------------- what makes up for the others
+
+
+def _common(mlp: Mlp, cut: Cut, rules: ExtractSpec) -> tuple[tuple[Tensor, ...] | None, Tensor, Tensor]:
+    """The part that every token passes (w1, b1, w2, b2) or None, what is left for the experts to give (n, D), and the neurons
+    that they may choose from."""
+    whole = torch.arange(mlp.fc1.out_features)
+    if not rules.common:
+        return None, cut.target, whole
+    hidden = cut.tokens.hidden
+    kept = _chosen(mlp, hidden, rules.but(percent=None, active=1.0), max(1, round(rules.common * len(whole))), whole)
+    everyone = torch.arange(len(hidden))
+    w1, b1, w2, b2 = _corrected(mlp, hidden, cut.target, everyone, everyone, kept, rules.but(pooled=0.0), False)
+    left = cut.target - F.linear(hidden[:, kept], w2, b2)
+    return (w1, b1, w2, b2), left, whole[~torch.isin(whole, kept)]
+
+
+def _corrected(mlp: Mlp, hidden: Tensor, target: Tensor, group: Tensor, pooled: Tensor, kept: Tensor, rules: ExtractSpec,
+               beside: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """w1 (S, D), b1 (S,), w2 (D, S), b2 (D,) of an expert. beside: a common part has the layer's bias already."""
+    w1, b1, w2, b2 = (held.detach() for held in (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias))
+    if rules.correct == "ridge":
+        own = _ridge(hidden[:, kept], target, group, pooled, rules)
+    elif rules.correct == "mean":
+        out = w2[:, kept]
+        own = out, target[group].mean(dim=0) - out @ hidden[group][:, kept].mean(dim=0)
+    else:
+        own = w2[:, kept], torch.zeros_like(b2) if beside else b2
+    return w1[kept], b1[kept], *own
+
+
+def _ridge(hidden: Tensor, target: Tensor, group: Tensor, pooled: Tensor, rules: ExtractSpec) -> tuple[Tensor, Tensor]:
+    """w2 (D, S), b2 (D,) that predict the target (n, D) from hidden (n, S) on the tokens of a group, best in squares.
+
+    With `rules.pooled` = a, moments about the means are (1 - a) times the group's plus a times everybody's.
+    """
+    def moments(index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        h, t = hidden[index], target[index]
+        mean_h, mean_t = h.mean(dim=0), t.mean(dim=0)
+        h, t = h - mean_h, t - mean_t
+        return mean_h, mean_t, h.t() @ h / len(index), h.t() @ t / len(index)
+
+    mean_h, mean_t, square, cross = moments(group)
+    if rules.pooled:
+        _, _, every, both = moments(pooled)
+        square, cross = ((1 - rules.pooled) * a + rules.pooled * b for a, b in ((square, every), (cross, both)))
+    square = square.double()
+    square.diagonal().add_(rules.ridge * square.diagonal().mean().clamp_min(1e-12))
+    w2 = torch.linalg.solve(square, cross.double()).t().float()
+    return w2, mean_t - w2 @ mean_h
+
+
+# ---------------------------------------------------------------- the layer
+
+
+def _assembled(mlp: Mlp, parts: list, sets: list[Tensor], router: nn.Module | None, shared: tuple | None,
+               rules: ExtractSpec) -> nn.Module:
+    if router is None:
+        [(w1, b1, w2, b2)] = parts
+        return narrow_mlp(mlp, w1, b1, w2, b2)
+    if rules.storage == "shared":
+        union = torch.cat(sets).unique()
+        held = (mlp.fc1.weight[union], mlp.fc1.bias[union], mlp.fc2.weight[:, union])
+        experts = SharedExperts(held, [torch.searchsorted(union, s) for s in sets], torch.stack([p[3] for p in parts]), mlp.act)
+    else:
+        experts = Experts.of(parts, mlp.act)
+    return MoELayer(router, experts, None if shared is None else narrow_mlp(mlp, *shared))
+
+
+def narrow_mlp(mlp: Mlp, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Mlp:
+    """A copy of `mlp` with these weights, (S, D), (S,), (D, S), (D,)."""
+    out = copy.deepcopy(mlp)
+    for linear, weight, bias in ((out.fc1, w1, b1), (out.fc2, w2, b2)):
+        linear.weight, linear.bias = (nn.Parameter(held.detach().clone().contiguous()) for held in (weight, bias))
+        linear.out_features, linear.in_features = weight.shape
+    return out
+
+
+def _report(layer: nn.Module, cut: Cut, routed: Tensor, sets: list[Tensor], means: Tensor, common: int) -> dict[str, Any]:
+    widths = [len(s) for s in sets]
+    load = torch.bincount(routed, minlength=len(sets)).double() / len(routed)
+    flags = torch.zeros(len(sets), int(torch.cat(sets).max()) + 1)
+    for row, s in zip(flags, sets, strict=True):
+        row[s] = 1.0
+    both = flags @ flags.t()
+    union = flags.sum(1, keepdim=True) + flags.sum(1) - both
+    unit = F.normalize(means, dim=1)
+    stored = int(flags.any(dim=0).sum()) if isinstance(getattr(layer, "experts", None), SharedExperts) else sum(widths)
+    return {"clusters": len(sets), "dense": False, "widths": widths, "stored": stored + common,
+            "active": float((load * torch.tensor(widths)).sum()) + common, "load": load.tolist(), "error": _error(layer, cut),
+            "union": int(flags.any(dim=0).sum()) + common, "cosine": (unit @ unit.t()).tolist(),
+            "overlap": (both / union).tolist()}
+
+
+@torch.no_grad()
+def _error(layer: nn.Module, cut: Cut) -> float:
+    """Squared error of the layer's output on its tokens, over the variance of the target."""
+    out = torch.cat([layer(part.unsqueeze(0))[0] for part in cut.tokens.inputs.split(4096)])
+    wanted = cut.target - cut.target.mean(dim=0)
+    return float((out - cut.target).square().sum() / wanted.square().sum().clamp_min(1e-30))
+
+
+# ---------------------------------------------------------------- groups of neurons
+
+
+def top_k(rules: ExtractSpec) -> int:
+    """K: of groups of neurons as many as the active share makes, else one."""
+    return max(1, round(rules.active * rules.count)) if rules.clusters == "weights" else 1
+
+
+def _moefied(mlp: Mlp, cut: Cut, rules: ExtractSpec, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+    """MoEfication (2110.01786): groups of neurons with similar rows, of which a token passes several; nothing is thrown away."""
+    w1, b1, w2, b2 = (held.detach() for held in (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias))
+    group = torch.from_numpy(balanced_means(F.normalize(w1, dim=1), rules.count, seed))
+    sets = [(group == k).nonzero()[:, 0] for k in range(rules.count)]
+    k, means = top_k(rules), torch.stack([w1[s].mean(dim=0) for s in sets])
+    router = CentroidRouter.of(means, top_k=k) if rules.router == "cosine" else _predictor(means, sets, cut.tokens, k, seed)
+    layer = MoELayer(router, Experts.of([(w1[s], b1[s], w2[:, s], b2 / k) for s in sets], mlp.act))
+    chosen = router.scores(cut.tokens.inputs).topk(k, dim=1).indices.flatten()
+    report = _report(layer, cut, chosen, sets, means, 0)
+    return layer, report | {"noise": 0.0, "active": k * mlp.fc1.out_features / rules.count}
+
+
+@torch.enable_grad()
+def _predictor(means: Tensor, sets: list[Tensor], tokens: Recorded, k: int, seed: int, steps: int = 400) -> PredictorRouter:
+    """Trained to give each group its sum of positive activations, over the token's largest one; started from the mean rows."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        router = PredictorRouter(means.shape[1], len(sets), k)
+        router.fc1.weight.data.copy_(F.normalize(means, dim=1))
+        wanted = torch.stack([tokens.hidden[:, s].relu().sum(dim=1) for s in sets], dim=1)
+        wanted = wanted / wanted.amax(dim=1, keepdim=True).clamp_min(1e-12)
+        optim = torch.optim.AdamW(router.parameters(), lr=3e-3)
+        for _ in range(steps):
+            index = torch.randint(len(wanted), (min(1024, len(wanted)),))
+            optim.zero_grad(set_to_none=True)
+            F.binary_cross_entropy_with_logits(router.scores(tokens.inputs[index]), wanted[index]).backward()
+            optim.step()
+    return router.requires_grad_(True)

@@ -1,0 +1,137 @@
+"""Experts cut out of the MLPs of a trained model, or a static pruner's neurons, by one set of rules (`ExtractSpec`).
+
+Each layer by itself: tokens are clustered (MoEE, 2505.15414), each cluster keeps the neurons that vary most on it, a router sends
+a token to the cluster whose mean input it is nearest to. With one cluster for all this is static pruning by variance (VBP,
+2507.12988). What the removed neurons gave may be made up for by their mean, or by ridge regression on those that stay (CORP,
+2602.05243; the OBC updates of DVBP have the same solution), for each cluster.
+
+Axis letters: **n** recorded tokens, **D** width, **H** hidden width, **S** neurons that stay, **K** clusters.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from timm.layers import Mlp
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .. import paths
+from ..cutspec import ExtractSpec
+from ..data import Split
+from ..models.experts import Experts
+from ..models.extracted import CentroidRouter, HardRouter, OracleRouter, PredictorRouter, RandomRouter, SharedExperts
+from ..models.moe import MoELayer
+from ..spec import RunSpec
+from .clusters import Recorded, mlps_of, record
+from .cutting import Cut, cut_layer, narrow_mlp, top_k, widths_over_model
+from .neurons import calibration
+
+
+def extract(model: nn.Module, spec: RunSpec, split: Split, classes: int, checkpoint: Path | None = None) -> list[dict[str, Any]]:
+    """Replace the MLPs of `model`, in place, as `spec.extract` says; returns a report a layer, as `cut_layer` makes it.
+
+    Calibration images are class-balanced training images without augmentation, drawn by `spec.seed`; everything runs in float32.
+    checkpoint: finished layers are filed beside it, and a broken-off extraction goes on after the last one.
+    Raises ValueError for a calibration set that is smaller than asked for, for `sequential` on anything but a ViT, and as
+    `record` and the clusterings do.
+    """
+    rules = spec.extract
+    if rules.sequential and not isinstance(model, VisionTransformer):
+        raise ValueError(f"sequential=True compares residual streams before norm2 of each block, as a timm VisionTransformer has "
+                         f"it: {type(model).__name__} is none")
+    index = calibration(split.labels, [range(classes)], rules.images, torch.Generator().manual_seed(spec.seed))[0]
+    if len(index) < rules.images:
+        raise ValueError(f"images={rules.images} were asked for to calibrate on, the training split has {len(index)}: lower it")
+
+    def recorded(names: Mapping[str, Mlp]) -> dict[str, Recorded]:
+        batches = (split.batch(part, spec.data).to(spec.device) for part in index.split(64))
+        norms = {name: model.get_submodule(name.removesuffix("mlp") + "norm2") for name in names} if rules.sequential else None
+        return record(model, batches, names, per_image=rules.per_image, limit=rules.tokens, seed=spec.seed, norms=norms)
+
+    mlps = mlps_of(model)
+    dense = recorded(mlps)
+    widths = widths_over_model(model, mlps, dense, rules)
+    reports = []
+    for name in tqdm(mlps, unit="layer", desc=f"extract {spec.id[:6]}", leave=False, delay=5):
+        file = checkpoint.with_name(f"{checkpoint.name}.{name}.safetensors") if checkpoint else None
+        if file is not None and file.is_file() and file.with_suffix(".json").is_file():
+            state = load_file(file)
+            layer = shaped(mlps[name], state, rules)
+            layer.load_state_dict(state)
+            report = json.loads(file.with_suffix(".json").read_text())
+        else:
+            here = recorded({name: mlps[name]})[name] if rules.sequential and reports else dense[name]
+            layer, report = cut_layer(mlps[name], Cut(here, _target(model, name, mlps[name], dense[name], here)), rules,
+                                      widths[name], spec.seed)
+            if file is not None:
+                _file(layer, report, file)
+        model.set_submodule(name, layer.to(spec.device).train(model.training))
+        reports.append({"layer": name} | report)
+    return reports
+
+
+def _target(model: nn.Module, name: str, mlp: Mlp, dense: Recorded, here: Recorded) -> Tensor:
+    """(n, D) what the layer ought to give on the tokens of `here`: the dense layer's output, and what makes up for what the
+    residual stream lacks already, in units of the layer's scale."""
+    out = F.linear(dense.hidden, mlp.fc2.weight.detach(), mlp.fc2.bias.detach())
+    if here is dense:
+        return out
+    scale = getattr(model.get_submodule(name.removesuffix("mlp") + "ls2"), "gamma", torch.ones(1)).detach()
+    return out + (dense.before - here.before) / scale
+
+
+def _file(layer: nn.Module, report: dict, file: Path) -> None:
+    with paths.written_whole(file) as part:
+        save_file({key: held.detach().contiguous().cpu() for key, held in layer.state_dict().items()}, part)
+    with paths.written_whole(file.with_suffix(".json")) as part:
+        part.write_text(json.dumps(report))
+
+
+# ---------------------------------------------------------------- structure of a saved model
+
+
+def fit_extracted(model: nn.Module, state: Mapping[str, Tensor], rules: ExtractSpec) -> nn.Module:
+    """Give the MLPs of an uncut model, in place, the structure that the state of its extracted form has; returns the model.
+
+    Structure only: load the state afterwards. Raises ValueError as `mlps_of`, and for a state without one of the layers.
+    """
+    for name, mlp in mlps_of(model).items():
+        inner = {key.removeprefix(f"{name}."): held for key, held in state.items() if key.startswith(f"{name}.")}
+        if not inner:
+            raise ValueError(f"{name}: the state has nothing there: build the model as the saved one was before extraction")
+        model.set_submodule(name, shaped(mlp, inner, rules))
+    return model
+
+
+def shaped(mlp: Mlp, state: Mapping[str, Tensor], rules: ExtractSpec) -> nn.Module:
+    """A layer with the shapes of `state`, whose names count from the layer: an MLP of that hidden width, or a MoE layer."""
+    if "fc1.weight" in state:
+        return narrow_mlp(mlp, *(torch.empty_like(state[key]) for key in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")))
+    experts = len(state["experts.fc2.bias"])
+    if "experts.index" in state:
+        store = (state["experts.fc1.weight"], state["experts.fc1.bias"], state["experts.fc2.weight"].t())
+        sets = state["experts.index"].split(state["experts.rows"].tolist())
+        held = SharedExperts(store, sets, state["experts.fc2.bias"], mlp.act)
+    else:
+        held = Experts(experts, mlp.fc1.in_features, Experts.widths_in(state, "experts."), mlp.act)
+    common = [state.get(f"shared.{key}") for key in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")]
+    shared = None if common[0] is None else narrow_mlp(mlp, *common)
+    return MoELayer(_router(state, experts, top_k(rules), mlp.act), held, shared)
+
+
+def _router(state: Mapping[str, Tensor], experts: int, k: int, act: nn.Module) -> HardRouter:
+    if "router.centres" in state:
+        return OracleRouter(state["router.centres"], state["router.weight"], state["router.bias"], act)
+    if "router.fc1.weight" in state:
+        return PredictorRouter(state["router.fc1.weight"].shape[1], experts, k)
+    if "router.weight" in state:
+        return CentroidRouter(state["router.weight"], state["router.bias"], k)
+    return RandomRouter(experts, k)

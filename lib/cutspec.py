@@ -1,0 +1,111 @@
+"""Descriptions of what is cut out of a trained model before a run trains: neurons, whole experts, or a mixture out of MLPs.
+
+Axis letters: **D** width, **H** hidden width, **E** experts, **K** clusters.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from .basespec import Positive, Share, Spec
+
+
+class PruneSpec(Spec):
+    """What is cut out of the model before it trains: hidden neurons and attention dimensions (Leiden thesis, section 4)."""
+
+    share: Share = 0.5  # that goes, of the neurons of each MLP and expert and of the dimensions of each head
+    kind: Literal["taylor", "molchanov", "magnitude", "random"] = "taylor"  # the score; the lowest go first
+    parts: tuple[Literal["mlp", "attention", "experts"], ...] | None = None  # None = all that the model has
+    by_class: bool = True  # experts: each by images of its own class group, forced through it; or by what its router sends it
+    images: Positive = 80  # calibration images, of each class group where experts have them
+    batches: Positive = 1  # that the images are cut into; scores are averaged over them
+    structured: bool = True  # False: single weights become zero and stay so, nothing gets smaller
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.batches > self.images:
+            raise ValueError(f"batches={self.batches} cannot be cut out of images={self.images}")
+        if not self.structured and self.kind != "taylor":
+            raise ValueError("structured=False scores single weights by (gradient x weight)^2: set kind='taylor', "
+                             f"got {self.kind!r}")
+        return self
+
+
+class DropSpec(Spec):
+    """Whole experts taken out of the parent's mixture before the run trains (2405.16646, and rival scores)."""
+
+    share: Share = 0.5  # of the experts of each layer (and member) that goes; must come out whole
+    score: Literal["router_norm_change", "router_norm_change_abs", "router_change", "router_norm", "weight_change", "load",
+                   "gate_sum", "mean_gate", "ean", "reap", "man", "msan", "random", "dern", "merge"] = "router_norm_change"
+    # the lowest go; changes are counted from the parent's own parent; dern and merge recombine what goes with what stays
+    missing: Literal["zero_update", "reroute"] = "zero_update"  # what a token gets that chose a dropped expert
+    images: Positive = 512  # class-balanced calibration images, of the scores that are measured
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.score in ("dern", "merge") and self.missing != "reroute":
+            raise ValueError(f"score={self.score!r} leaves a smaller router: set missing='reroute'")
+        return self
+
+    @property
+    def compares(self) -> bool:
+        """Whether the score needs the model before finetuning."""
+        return self.score in ("router_norm_change", "router_norm_change_abs", "router_change", "weight_change")
+
+
+class ExtractSpec(Spec):
+    """Experts cut out of each MLP of a trained model by clusters of its tokens, or neurons cut out of it once for all.
+
+    The defaults are the faithful reading of MoEE (2505.15414); everything else is a rival, a control, or ours.
+    """
+
+    clusters: Literal["hdbscan", "kmeans", "random", "directions", "one", "weights"] = "hdbscan"  # random: of kmeans' sizes;
+    # directions: centres drawn at random; one: a static layer; weights: balanced k-means of neurons (MoEfication)
+    space: Literal["hidden", "input"] = "hidden"  # what is clustered: activations, or what the router can see
+    count: Annotated[int, Field(ge=2)] = 8  # clusters, or groups of neurons; hdbscan finds its own number
+    smallest: Annotated[float, Field(gt=0, lt=1)] = 0.01  # hdbscan: share of the tokens that makes a cluster
+    neighbours: Positive = 5  # hdbscan: min_samples
+    components: Positive | None = None  # principal components that are clustered; None = all
+    router: Literal["cosine", "centred", "nearest", "random", "oracle", "trained"] = "cosine"  # trained: MoEfication's
+    percent: Annotated[float, Field(gt=0, le=100)] | None = None  # of a cluster's variance that its neurons keep
+    active: Annotated[float, Field(gt=0, le=1)] | None = None  # or: share of the neurons that a token passes
+    members: Literal["cluster", "routed"] = "cluster"  # whose statistics an expert is cut by: the tokens of its cluster, or those
+    # that its router will send it
+    common: Share = 0.0  # of all neurons that every token passes, out of `active`
+    score: Literal["variance", "weighted"] = "variance"  # weighted: times the squared norm of the neuron's output weights
+    budget: Literal["layer", "model"] = "layer"  # with active: the same share in each layer, or ranked over the whole model
+    correct: Literal["none", "mean", "ridge"] = "none"  # for what the removed neurons gave: nothing, their mean as a bias (VBP),
+    # or their best linear prediction from the ones that stay, in closed form
+    ridge: Annotated[float, Field(gt=0)] = 1e-3  # penalty, in units of the mean variance of the neurons that stay
+    pooled: Share = 0.0  # weight of all tokens' covariance in that of a cluster
+    sequential: bool = False  # layer after layer on what the cut layers before it give, against the dense model's residual stream
+    storage: Literal["copies", "shared"] = "copies"  # of experts: contiguous, or sets of neurons of one store
+    images: Positive = 1000  # calibration images, class-balanced
+    per_image: Positive = 10  # tokens of each that are recorded
+    tokens: Positive = 10_000  # of each layer in all
+    clustered: Positive = 4000  # of these, the ones that are clustered; the others join the nearest centre
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if (self.percent is None) == (self.active is None):
+            raise ValueError(f"give one of percent and active, got percent={self.percent}, active={self.active}")
+        if self.active is not None and self.common >= self.active:
+            raise ValueError(f"common={self.common} must be below active={self.active}: the rest is the clusters'")
+        if self.percent is not None and (self.common or self.budget == "model" or self.clusters == "weights"):
+            raise ValueError("common, budget='model' and clusters='weights' need active, not percent")
+        if self.storage == "shared" and (self.correct == "ridge" or self.clusters in ("one", "weights")):
+            raise ValueError("storage='shared' is for experts that differ by neurons and bias alone: set correct to none or "
+                             "mean, and clusters to a kind of which a token has one")
+        if (self.router == "trained") != (self.clusters == "weights" and self.router != "cosine"):
+            raise ValueError(f"router={self.router!r} with clusters={self.clusters!r}: groups of neurons take 'trained' or "
+                             "'cosine', clusters of tokens any but 'trained'")
+        if self.clusters == "weights" and (self.correct != "none" or self.common or self.sequential):
+            raise ValueError("clusters='weights' cuts no neuron away, so there is nothing to correct and no common part")
+        return self
+
+    @property
+    def static(self) -> bool:
+        """Whether the layers stay plain MLPs."""
+        return self.clusters == "one"

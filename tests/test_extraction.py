@@ -1,0 +1,365 @@
+"""Experts cut out of MLPs: by hand, against the dense layer, against formulas, and through runs."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from timm.layers import Mlp
+
+from lib import data, runs
+from lib.compress import cutting, extraction, surgery
+from lib.compress.clusters import Recorded
+from lib.compress.cutting import Cut, cut_layer
+from lib.cutspec import ExtractSpec
+from lib.measure.cost import count
+from lib.models.backbone import build
+from lib.models.extracted import CentroidRouter, HardRouter, OracleRouter, PredictorRouter, RandomRouter, SharedExperts
+from lib.models.moe import MoELayer, RoutingTape
+from lib.spec import BackboneSpec, DataSpec, MoESpec, RunSpec, TrainSpec
+from lib.store import Store
+
+D, H = 6, 16
+
+
+def layer(seed=0):
+    torch.manual_seed(seed)
+    return Mlp(D, H).eval()
+
+
+def tokens(mlp, n=600, seed=1, groups=3):
+    """Tokens in separate groups, and what the layer gives."""
+    generator = torch.Generator().manual_seed(seed)
+    centre = 3 * torch.randn(groups, D, generator=generator)
+    x = centre[torch.arange(n) % groups] + 0.4 * torch.randn(n, D, generator=generator)
+    with torch.no_grad():
+        return Cut(Recorded(x, mlp.act(mlp.fc1(x)), torch.arange(n)), mlp(x))
+
+
+def rules(**fields):
+    share = {} if "percent" in fields else {"active": 0.5}
+    return ExtractSpec(**{"clusters": "kmeans", "count": 3, "clustered": 600} | share | fields)
+
+
+def cut(mlp, found, given, width=None):
+    width = width if width is not None or given.active is None else round(given.active * H)
+    return cut_layer(copy.deepcopy(mlp), found, given, width, seed=0)
+
+
+def run(made, x):
+    return made(x.unsqueeze(0))[0]
+
+
+# ---------------------------------------------------------------- one layer
+
+
+@pytest.mark.parametrize("kind", [
+    {"clusters": "hdbscan", "smallest": 0.1}, {"space": "input", "router": "nearest"}, {"storage": "shared"},
+    {"correct": "ridge", "ridge": 1e-9}, {"router": "oracle"}, {"router": "random"}])
+def test_at_100_percent_experts_run_and_nothing_changes(kind):
+    mlp = layer()
+    found = tokens(mlp)
+    made, report = cut(mlp, found, rules(percent=100.0, **kind))
+    assert isinstance(made, MoELayer) and report["clusters"] >= 2 and report["widths"] == [H] * report["clusters"]
+    x = found.tokens.inputs
+    with RoutingTape(made) as tape:
+        out = run(made, x)
+    assert (tape[made].load() > 0).sum() >= 2
+    # Least squares on nearly collinear activations is exact to the conditioning of float32 moments.
+    torch.testing.assert_close(out, mlp(x), atol=1e-3 if "correct" in kind else 1e-5, rtol=0)
+    assert report["error"] < 1e-6 and report["active"] == H
+
+
+def test_a_neuron_that_never_varies_goes_for_nothing():
+    mlp = layer()
+    with torch.no_grad():
+        mlp.fc1.weight[[2, 5, 11]] = 0.0  # constant activations, not zero
+        mlp.fc1.bias[[2, 5, 11]] = torch.tensor([1.0, 2.0, -0.3])
+    found = tokens(mlp)
+    for given in (rules(clusters="one", active=13 / H, correct="mean"), rules(active=13 / H, correct="mean"),
+                  rules(active=13 / H, correct="mean", storage="shared")):
+        made, report = cut(mlp, found, given)
+        torch.testing.assert_close(run(made, found.tokens.inputs), mlp(found.tokens.inputs), atol=1e-5, rtol=0)
+        assert report["widths"] == [13] * report["clusters"]
+    plain, _ = cut(mlp, found, rules(clusters="one", active=13 / H))
+    assert (run(plain, found.tokens.inputs) - mlp(found.tokens.inputs)).abs().max() > 0.01  # the mean is what is missing
+
+
+def test_variance_by_hand_and_the_shortest_set_of_a_percentage():
+    mlp = layer()
+    found = tokens(mlp)
+    made, report = cut(mlp, found, rules(percent=80.0))
+    member = torch.arange(600) % 3  # the groups are far apart, so clusters are the groups, in some order
+    for e, (w1, b1, w2, b2) in enumerate(made.experts.each()):
+        means = torch.stack([F.normalize(found.tokens.inputs[member == g].mean(0), dim=0) for g in range(3)])
+        own = int((made.router.weight[e] - means).norm(dim=1).argmin())
+        variance = found.tokens.hidden[member == own].var(dim=0, unbiased=False)
+        order = variance.argsort(descending=True)
+        total = variance.sum()
+        least = next(k for k in range(1, H + 1) if variance[order[:k]].sum() >= 0.8 * total - 1e-6)
+        kept = order[:least].sort().values
+        assert report["widths"][e] == least and torch.equal(w1, mlp.fc1.weight[kept]) and torch.equal(b2, mlp.fc2.bias)
+        assert torch.equal(w2, mlp.fc2.weight[:, kept]) and torch.equal(b1, mlp.fc1.bias[kept])
+    assert report["stored"] == sum(report["widths"]) and report["load"] == pytest.approx([1 / 3] * 3)
+    assert report["active"] == pytest.approx(sum(report["widths"]) / 3)
+    weighted, _ = cut(mlp, found, rules(clusters="one", score="weighted"))
+    score = found.tokens.hidden.var(dim=0) * mlp.fc2.weight.square().sum(dim=0)
+    assert torch.equal(weighted.fc1.weight, mlp.fc1.weight[score.topk(8).indices.sort().values])
+
+
+def test_ridge_is_the_best_linear_prediction():
+    mlp = layer()
+    found = tokens(mlp)
+    made, report = cut(mlp, found, rules(clusters="one", correct="ridge", ridge=1e-9))
+    kept = [(mlp.fc1.weight == row).all(dim=1).nonzero().item() for row in made.fc1.weight]
+    h, y = found.tokens.hidden[:, kept].numpy(), found.target.numpy()
+    design = np.hstack([h, np.ones((len(h), 1))])
+    best, *_ = np.linalg.lstsq(design, y, rcond=None)
+    np.testing.assert_allclose(made.fc2.weight.detach().numpy(), best[:-1].T, atol=2e-3)
+    left = ((design @ best - y) ** 2).sum() / ((y - y.mean(0)) ** 2).sum()
+    assert report["error"] == pytest.approx(left, rel=1e-3)
+    order = [cut(mlp, found, rules(clusters="one", correct=kind))[1]["error"] for kind in ("none", "mean", "ridge")]
+    assert order == sorted(order, reverse=True) and order[0] > 2 * order[2]
+    by_cluster = cut(mlp, found, rules(correct="ridge", space="input", router="nearest"))[1]["error"]
+    assert by_cluster < order[2]
+    nearly_static = cut(mlp, found, rules(correct="ridge", space="input", router="nearest", pooled=0.999))[1]["error"]
+    assert by_cluster < nearly_static
+
+
+def test_storage_is_a_choice_between_memory_and_speed():
+    mlp = layer()
+    found = tokens(mlp)
+    copies, first = cut(mlp, found, rules(correct="mean"))
+    shared, second = cut(mlp, found, rules(correct="mean", storage="shared"))
+    x = found.tokens.inputs
+    torch.testing.assert_close(run(shared, x), run(copies, x), atol=1e-6, rtol=0)
+    assert isinstance(shared.experts, SharedExperts) and first["stored"] == 24 and second["stored"] == first["union"] <= H
+    held = sum(p.numel() for p in shared.experts.parameters())
+    assert held == second["stored"] * (2 * D + 1) + 3 * D
+    run(shared.train(), x).sum().backward()
+    assert shared.experts.fc1.weight.grad.abs().sum() > 0
+
+
+def test_a_common_part_is_dense_and_the_rest_conditional():
+    mlp = layer()
+    found = tokens(mlp)
+    made, report = cut(mlp, found, rules(common=0.25, correct="ridge", space="input", router="nearest"))
+    assert made.shared.fc1.out_features == 4 and report["widths"] == [4] * 3 and report["stored"] == 16 and report["active"] == 8
+    own = {tuple(row.tolist()) for w1, *_ in made.experts.each() for row in w1}
+    assert not own & {tuple(row.tolist()) for row in made.shared.fc1.weight}
+    x = found.tokens.inputs
+    left = (run(made, x) - found.target).square().sum() / (found.target - found.target.mean(0)).square().sum()
+    assert report["error"] == pytest.approx(left.item(), rel=1e-4)
+
+
+def test_without_clusters_the_layer_stays_dense():
+    mlp = layer()
+    x = torch.rand(200, D, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = Cut(Recorded(x, mlp.act(mlp.fc1(x)), torch.arange(200)), mlp(x))
+    made, report = cut(mlp, found, rules(clusters="hdbscan", smallest=0.3, clustered=200))
+    assert type(made) is Mlp and report["dense"] and report["clusters"] < 2 and report["stored"] == H and report["noise"] > 0.5
+
+
+def test_groups_of_neurons_compute_all_or_some():
+    mlp = layer()
+    found = tokens(mlp)
+    whole, report = cut(mlp, found, rules(clusters="weights", count=4, active=1.0))
+    torch.testing.assert_close(run(whole, found.tokens.inputs), mlp(found.tokens.inputs), atol=1e-5, rtol=0)
+    assert report["widths"] == [4] * 4 and report["active"] == H
+    half, _ = cut(mlp, found, rules(clusters="weights", count=4, active=0.5))
+    learnt, _ = cut(mlp, found, rules(clusters="weights", count=4, active=0.5, router="trained"))
+    assert half.router.top_k == 2 and isinstance(learnt.router, PredictorRouter)
+    assert cutting._error(learnt, found) < 1 and cutting._error(whole, found) < 1e-6
+
+
+# ---------------------------------------------------------------- routers
+
+
+def test_centres_by_three_measures():
+    means = torch.tensor([[1.0, 0.0], [3.0, 3.0]])
+    x = torch.tensor([[[2.0, 0.5], [1.0, 0.9], [5.0, 4.0], [0.1, 0.0]]])
+
+    def chosen(router):
+        with torch.no_grad():
+            return router(x).expert.tolist()
+
+    rows = x[0]
+    assert chosen(CentroidRouter.of(means)) == F.cosine_similarity(rows.unsqueeze(1), means, dim=2).argmax(1).tolist()
+    assert chosen(CentroidRouter.of(means, "nearest")) == torch.cdist(rows, means).argmin(1).tolist()
+    centre = torch.tensor([1.5, 1.0])
+    want = F.cosine_similarity((rows - centre).unsqueeze(1), means - centre, dim=2).argmax(1).tolist()
+    assert chosen(CentroidRouter.of(means, "centred", centre)) == want
+    assert not list(CentroidRouter.of(means).parameters())
+    with pytest.raises(ValueError, match="valid are cosine, centred and nearest"):
+        CentroidRouter.of(means, "angle")
+    with pytest.raises(ValueError, match="top_k=3 of 2 experts"):
+        CentroidRouter.of(means, top_k=3)
+
+
+def test_an_oracle_sees_activations_and_chance_sees_nothing():
+    mlp = layer()
+    found = tokens(mlp)
+    centres = torch.stack([found.tokens.hidden[k::3].mean(0) for k in range(3)])
+    oracle = OracleRouter(centres, mlp.fc1.weight, mlp.fc1.bias, mlp.act)
+    routing = oracle(found.tokens.inputs.unsqueeze(0))
+    assert routing.expert.tolist() == torch.cdist(found.tokens.hidden, centres).argmin(1).tolist()
+    assert routing.weight.tolist() == [1.0] * 600 and routing.probs.sum() == 600
+    blind = RandomRouter(3)
+    assert torch.equal(blind(torch.zeros(2, 50, D)).expert, blind(torch.ones(2, 50, D)).expert)
+    assert set(blind(torch.zeros(2, 50, D)).expert.tolist()) == {0, 1, 2}
+    with pytest.raises(NotImplementedError):
+        HardRouter(2).scores(torch.zeros(1, D))
+
+
+# ---------------------------------------------------------------- whole models and runs
+
+BASE = RunSpec(data=DataSpec(train=400, val=20, test=60), threads=1, train=TrainSpec(epochs=1.0, batch=40, lr=3e-3),
+               backbone=BackboneSpec(patch=7, width=16, depth=2, heads=2, hidden=24))
+
+
+@pytest.fixture
+def where(tmp_path):
+    return Store(tmp_path / "published", tmp_path / "private")
+
+
+def record(where, spec):
+    return runs.collect({"one": [spec.but(keep=True)]}, where=where)["one"][0]
+
+
+def extracted(then=None, **fields):
+    given = {"clusters": "kmeans", "count": 4, "images": 100, "tokens": 800, "clustered": 400}
+    share = {} if "percent" in fields else {"active": 0.5}
+    return BASE.but(init=BASE, train=then, extract=ExtractSpec(**given | share | fields))
+
+
+@pytest.mark.parametrize("fields, kind", [
+    ({"correct": "ridge", "members": "routed", "space": "input", "router": "nearest"}, MoELayer),
+    ({"clusters": "one", "correct": "mean", "budget": "model"}, Mlp), ({"percent": 90.0}, MoELayer),
+    ({"storage": "shared"}, MoELayer), ({"router": "oracle"}, MoELayer), ({"router": "random"}, MoELayer),
+    ({"clusters": "weights", "router": "trained"}, MoELayer),
+    ({"common": 0.25, "correct": "mean"}, MoELayer), ({"sequential": True, "correct": "ridge"}, MoELayer)])
+def test_a_run_records_saves_and_goes_on(where, fields, kind):
+    spec = extracted(**fields)
+    made = record(where, spec)
+    assert [row["layer"] for row in made.extract] == ["blocks.0.mlp", "blocks.1.mlp"] and made.val["n"] == 20
+    model = runs.model_of(spec, where)
+    assert type(model.blocks[0].mlp) is kind
+    stored = sum(row["stored"] for row in made.extract)
+    base = where.get(BASE)
+    extra = made.cost["params_stored"] - (base.cost["params_stored"] - 2 * (24 * 33 + 16))
+    experts = sum(row["clusters"] if kind is MoELayer else 1 for row in made.extract) + (2 if "common" in fields else 0)
+    routers = sum(t.numel() for m in model.modules() if isinstance(m, HardRouter) for t in (*m.parameters(), *m.buffers()))
+    assert extra == stored * 33 + experts * 16 + routers
+    child = spec.but(init=spec, extract=None, train=BASE.train.but(distil_logits=0.5))
+    after = record(where, child)
+    assert after.cost["params_stored"] == made.cost["params_stored"] and "train_distil_loss" in after.history[-1]
+    splits = data.load(spec.data)
+    images = splits.test.batch(torch.arange(8), spec.data)
+    again = surgery.restored(child, load_file(where.state(child.id)), 10, 1).eval()
+    assert not torch.equal(again(images), model(images))
+
+
+def test_multiply_adds_are_those_of_the_neurons_that_tokens_pass(where):
+    made, base = record(where, extracted(percent=70.0)), record(where, BASE)
+    loads, widths = ([row[key] for row in part] for part, key in ((made.moe, "load"), (made.extract, "widths")))
+    neurons = sum(sum(s * h for s, h in zip(*pair, strict=True)) for pair in zip(loads, widths, strict=True))
+    centres = sum(row["clusters"] for row in made.extract)
+    gone = 17 * 16 * (2 * (2 * 24 - neurons) - centres)
+    assert base.cost["macs"] - made.cost["macs"] == pytest.approx(gone, abs=4)
+    static = record(where, extracted(clusters="one"))
+    assert base.cost["macs"] - static.cost["macs"] == 17 * 16 * 2 * 24
+
+
+def test_sequential_extraction_makes_up_for_the_layers_before(where):
+    model = build(BASE.but(init=BASE, train=None), 10, 1, _state(where))
+    splits = data.load(BASE.data)
+    images = splits.train.batch(torch.arange(100), BASE.data)
+    with torch.no_grad():
+        want = model.forward_features(images)
+    far = {}
+    for sequential in (False, True):
+        spec = extracted(clusters="one", correct="ridge", active=0.2, sequential=sequential)
+        cut_model = copy.deepcopy(model)
+        extraction.extract(cut_model, spec, splits.train, 10)
+        with torch.no_grad():
+            far[sequential] = (cut_model.forward_features(images) - want).square().mean().item()
+    assert far[True] < far[False]
+
+
+def _state(where):
+    record(where, BASE)
+    return load_file(where.state(BASE.id))
+
+
+def test_a_broken_off_extraction_goes_on(where, tmp_path, monkeypatch):
+    model, splits, spec = build(BASE.but(init=BASE), 10, 1, _state(where)), data.load(BASE.data), extracted(correct="ridge")
+    whole = copy.deepcopy(model)
+    want = extraction.extract(whole, spec, splits.train, 10)
+    file, done = tmp_path / "run.pt", []
+
+    def once(*args, **kwargs):
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        return cut_layer(*args, **kwargs)
+
+    broken = copy.deepcopy(model)
+    monkeypatch.setattr(extraction, "cut_layer", once)
+    with pytest.raises(KeyboardInterrupt):
+        extraction.extract(broken, spec, splits.train, 10, file)
+    calls = []
+    monkeypatch.setattr(extraction, "cut_layer", lambda *args, **kwargs: calls.append(1) or cut_layer(*args, **kwargs))
+    again = copy.deepcopy(model)
+    assert extraction.extract(again, spec, splits.train, 10, file) == want and len(calls) == 1
+    assert all(torch.equal(t, whole.state_dict()[name]) for name, t in again.state_dict().items())
+
+
+@pytest.mark.parametrize("name, size", [("swin_tiny_patch4_window7_224", 224), ("convnext_tiny", 64)])
+def test_other_families_are_extracted_saved_and_run(name, size, tmp_path):
+    torch.manual_seed(0)
+    swin, convnext = {"embed_dim": 24, "depths": (1, 1), "num_heads": (2, 4)}, {"dims": (16, 24, 32, 32), "depths": (1,) * 4}
+    sizes = swin if "swin" in name else convnext
+    model = timm.create_model(name, num_classes=10, in_chans=1, **sizes).eval()
+    splits = data.load(DataSpec(train=100, val=20, test=20, image_size=size))
+    spec = RunSpec(data=DataSpec(train=100, val=20, test=20, image_size=size), init=RunSpec(), threads=1, extract=ExtractSpec(
+        clusters="kmeans", count=3, active=0.5, correct="ridge", images=20, tokens=300, clustered=200))
+    want = copy.deepcopy(model)
+    reports = extraction.extract(model, spec, splits.train, 10)
+    assert all(row["clusters"] == 3 and not row["dense"] for row in reports)
+    images = splits.test.batch(torch.arange(2), spec.data)
+    fresh = extraction.fit_extracted(want, model.state_dict(), spec.extract)
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(fresh.eval()(images), model(images))
+    assert count(model, size, experts_per_image=3.0 * len(reports)).macs < count(timm.create_model(
+        name, num_classes=10, in_chans=1, **sizes), size).macs
+
+
+@pytest.mark.parametrize("make, says", [
+    (lambda: ExtractSpec(), "give one of percent and active"),
+    (lambda: ExtractSpec(percent=50.0, active=0.5), "give one of percent and active"),
+    (lambda: ExtractSpec(percent=0.0), "percent"),
+    (lambda: ExtractSpec(percent=101.0), "percent"),
+    (lambda: ExtractSpec(active=0.5, common=0.5), "common=0.5 must be below active=0.5"),
+    (lambda: ExtractSpec(active=0.5, correct="ridge", storage="shared"), "storage='shared' is for experts"),
+    (lambda: ExtractSpec(active=0.5, router="trained"), "router='trained' with clusters='hdbscan'"),
+    (lambda: ExtractSpec(active=0.5, clusters="weights", correct="mean"), "cuts no neuron away"),
+    (lambda: ExtractSpec(percent=50.0, budget="model"), "need active, not percent"),
+    (lambda: BASE.but(extract=ExtractSpec(active=0.5)), "extract cuts experts out of a trained model"),
+    (lambda: extracted().but(moe=MoESpec()), "extract cuts experts out of a trained model"),
+    (lambda: BASE.but(train={"distil_logits": 0.5}), "distil_logits needs a parent")])
+def test_bad_specs(make, says):
+    with pytest.raises(ValidationError, match=says):
+        make()
+
+
+def test_too_few_images_to_calibrate_on(where):
+    with pytest.raises(RuntimeError, match="images=900 were asked for to calibrate on, the training split has 400"):
+        record(where, extracted(images=900))
