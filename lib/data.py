@@ -127,6 +127,8 @@ def _sources(name: str, label: str, home: Path | None) -> tuple[dict[str, _Sourc
         return {"train": _Source(labels, images.__getitem__, 1)}, [str(digit) for digit in range(10)]
     special = archives.reader(home / name) if home and not name.startswith("hub:") else None
     if special is not None:
+        if label != "label":
+            raise ValueError(f"data set {name} has no label column {label!r}: a folder of its kind has one, named label")
         splits, names = special(home / name)
         return {split: _Source(labels, decode, 3) for split, (labels, decode) in splits.items()}, names
     tables = _tables(name, home)

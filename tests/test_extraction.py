@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from timm.layers import Mlp
 
-from lib import data, runs
+from lib import data, evaluate, runs
 from lib.compress import cutting, extraction, surgery
 from lib.compress.clusters import Recorded
 from lib.compress.cutting import Cut, cut_layer
@@ -334,6 +334,8 @@ def test_other_families_are_extracted_saved_and_run(name, size, tmp_path):
     reports = extraction.extract(model, spec, splits.train, 10)
     assert all(row["clusters"] == 3 and not row["dense"] for row in reports)
     images = splits.test.batch(torch.arange(2), spec.data)
+    maps = evaluate.token_maps(model, splits.test, spec, torch.arange(2))
+    assert maps.shape[:2] == (len(reports), 2) and (maps[-1] == -1).any() and (maps[0] >= 0).all()
     fresh = extraction.fit_extracted(want, model.state_dict(), spec.extract)
     fresh.load_state_dict(model.state_dict())
     with torch.no_grad():
