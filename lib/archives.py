@@ -44,8 +44,8 @@ def geobench(folder: Path) -> tuple[dict[str, Decoded], list[str]]:
     for number, name in enumerate(names):
         for sample in label_map[name]:
             if sample in label:
-                raise ValueError(f"{folder / 'label_map.json'}: sample {sample} is in classes {names[label[sample]]} and {name}: "
-                                 "one label a sample is read")
+                raise ValueError(f"{folder / 'label_map.json'}: sample {sample} is in classes {names[label[sample]]} and "
+                                 f"{name}: one label a sample is read")
             label[sample] = number
     splits, seen = {}, {}
     for theirs, ours in (("train", "train"), ("valid", "val"), ("test", "test")):
@@ -91,8 +91,8 @@ def _bands(file: Path) -> Tensor:
         raise ValueError(f"{file} does not read as HDF5 ({error}): repair or replace it; images are never skipped in "
                          "silence") from error
     if len({band.shape for band in bands}) > 1 or bands[0].ndim != 2:
-        raise ValueError(f"{file} has bands of shape {', '.join(str(band.shape) for band in bands)}: all must have one height and "
-                         "width")
+        raise ValueError(f"{file} has bands of shape {', '.join(str(band.shape) for band in bands)}: all must have one height "
+                         "and width")
     pixels = np.stack(bands)
     if pixels.min() < 0 or pixels.max() > 255 or (pixels.dtype.kind == "f" and (pixels != pixels.round()).any()):
         raise ValueError(f"{file} holds values from {pixels.min()} to {pixels.max()} of type {pixels.dtype}: bands of whole "

@@ -25,7 +25,7 @@ __all__ = ["BackboneSpec", "DataSpec", "DropSpec", "ExtractSpec", "MaskSpec", "M
 class DataSpec(Spec):
     """Images and how many of them. Subsets are class-balanced and depend on `subset_seed` alone."""
 
-    name: str = "mnist5k"  # mnist5k | a parquet or image folder under MOE_DATA | hub:owner/name
+    name: str = "mnist5k"  # mnist5k | a folder under MOE_DATA: parquet, classes, GEO-Bench, MIT Indoor | hub:owner/name
     image_size: Positive = 28  # side in pixels that the model sees
     train: Positive | None = None  # training images; None = all that are left after the validation split
     val: Positive | None = None  # validation images; None = the whole validation split
@@ -53,7 +53,7 @@ class BackboneSpec(Spec):
     """A timm model and its starting weights."""
 
     name: str = "vit_tiny_patch16_224"  # timm architecture
-    weights: str | None = None  # None = random | dinov2-s14-saliency | timm | file:PATH under MOE_WEIGHTS
+    weights: str | None = None  # None = random | dinov2-s14-saliency | timm | file:NAME or pth:NAME@SHA256 in MOE_WEIGHTS
     patch: Positive | None = None  # pixels; None = the architecture's own (as are the next three)
     width: Positive | None = None  # D
     depth: Positive | None = None  # blocks

@@ -90,8 +90,9 @@ def load_published(path: Path, sha256: str) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             held = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds, the unpickler its own
-        asked = re.search(r"GLOBAL (\S+)", str(error))  # of torch's long text the name; the rest advises to load it all the same
-        said = f"it asks for {asked[1]}" if asked else str(error).partition("\n")[0][:200]
+        # Of torch's long text the reason alone: the rest advises to load the file all the same.
+        reason = re.search(r"WeightsUnpickler error: ([^\n]*?)( was not an allowed global|\n|$)", str(error))
+        said = reason[1] if reason else str(error).partition("\n")[0][:200]
         raise ValueError(f"{path.name} holds more than tensors, or is damaged, and is refused ({said}): a pickle can run code. "
                          "Convert it where it is trusted, with safetensors.torch.save_file") from error
     state = next((held[key] for key in ("model", "state_dict") if isinstance(held, dict) and key in held), held)

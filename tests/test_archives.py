@@ -179,7 +179,9 @@ def test_pictures_of_other_kinds_under_the_name_jpg(home):
     folder = indoor(home)
     pictures = {"0": ("GIF", "P"), "1": ("PNG", "RGBA"), "2": ("PNG", "L"), "4": ("TIFF", "CMYK")}
     for name, (kind, mode) in pictures.items():
-        Image.new("RGB", (5, 4), (40, 40, 40)).convert(mode).save(folder / "Images" / "bakery" / f"{name}.jpg", kind)
+        picture = Image.new("RGB", (5, 4), (40, 40, 40))
+        picture = picture.quantize(4) if mode == "P" else picture.convert(mode)
+        picture.save(folder / "Images" / "bakery" / f"{name}.jpg", kind)
     source = data.load(DataSpec(name="mit-indoor")).train.source
     for name in pictures:
         assert torch.equal(source.image(int(name)), torch.full((3, 4, 5), 40, dtype=torch.uint8)), name
