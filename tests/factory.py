@@ -43,6 +43,8 @@ def record(seed=0, *, spec=None, top1=70.0, images=200, classes=10, experts=4, b
               "position_expert": np.array(by_position, np.int32), "probe_index": np.arange(probes),
               "token_expert": np.broadcast_to(first, (len(blocks), probes, tokens)).astype(np.int16)}
     arrays["checker_expert"] = arrays["token_expert"][:, 0]
+    side = int(round((tokens - 1) ** 0.5))
+    arrays["cam"] = rng.random((probes, 4 * side, 4 * side)).astype(np.float16)
     arrays["picture"] = rng.integers(0, 255, (probes, 3, 12, 12)).astype(np.uint8)
     arrays["hidden"] = rng.random((probes, 16)) < 0.75
     accuracy = {"n": images, "top1": 100 * float((pred == label).mean()), "loss": 1.0}

@@ -14,7 +14,7 @@ from matplotlib.text import Text
 
 from lib.claims import Verdict
 from lib.measure.stats import Interval, accuracy_interval
-from lib.report import explorer, figures, maps, routes, schematic, style, tables, text
+from lib.report import explorer, figures, maps, relations, routes, schematic, style, tables, text
 
 LONG = [f"sweet_pepper_{c}" for c in range(100)]
 IMAGES = np.random.default_rng(0).random((4, 28, 28))
@@ -32,6 +32,10 @@ def points(n):
             for i in range(n)]
 
 
+# Two branches of 8 and 7 tokens leave a root of 20 at density 0.5; five tokens fall out before, all others later.
+TREE = np.array([(20, i, 0.3, 1) for i in range(5)] + [(20, 21, 0.5, 8), (20, 22, 0.5, 7)]
+                + [(21, i, 1.5, 1) for i in range(5, 13)] + [(22, i, 0.9, 1) for i in range(13, 20)],
+                dtype=[("parent", "<i8"), ("child", "<i8"), ("lambda_val", "<f8"), ("child_size", "<i8")])
 FIGURES = {
     "scan": lambda: figures.scan(
         {"published": [figures.Curve(LS, [91.5, 91.3, 52.9], "E=8", "no shared"),
@@ -62,6 +66,18 @@ FIGURES = {
     "checkerboard": lambda: routes.checker_maps({"proposed": record(0), "token choice": record(1)}),
     "reconstructions": lambda: maps.reconstructions(record(0)),
     "schematic": lambda: schematic.moe_layer(),
+    "scan over shares": lambda: figures.scan(
+        {"this build": [figures.Curve([40.2 + 0.1 * i for i in range(30)], range(30), "x")]}),
+    "pictures of GradCAM": lambda: routes.cam_masks(record(0), shown=3),
+    "scatter": lambda: relations.scatter(
+        {"first block": ([1e-8, 1e-5], [1e-4, 1e-2]), "last": ([1, 2], [3, 4])}, xlabel="score", ylabel="effect", log=True),
+    "surface": lambda: relations.surface(
+        {"reproduced": [relations.Spot(f"m{i}", 40 + i, 38 + 9 * i, 80 + i, i % 2 == 0) for i in range(9)],
+         "this build": [relations.Spot("m", 40, 38, 80, False)]}),
+    "matrices": lambda: relations.matrices({f"block {i}": np.eye(n) for i, n in enumerate((2, 6, 9, 32))}, "cosine", low=-1.0),
+    "clouds": lambda: relations.clouds(
+        {"no cluster": ([0, 1], [0, 1])} | {f"cluster {i}": ([i], [i]) for i in range(5)}, xlabel="first", ylabel="second"),
+    "cluster tree": lambda: relations.cluster_tree(TREE, 20),
     "tokens, image level": lambda: maps.token_maps(IMAGES, *tokens(per_image=True, tokens=257, experts=8)),
 }
 
@@ -88,7 +104,7 @@ def test_figure_is_labelled_and_nothing_leaves_the_canvas(name):
             boxes = sorted((t.get_window_extent(renderer) for t in ticks), key=lambda box: box.x0)
             assert all(one.x1 <= other.x0 for one, other in pairwise(boxes)), f"{name}: {[t.get_text() for t in ticks]} touch"
     for ax in fig.axes:
-        if name.startswith(("tokens", "position maps", "checkerboard", "reconstructions", "schematic")):
+        if name.startswith(("tokens", "position maps", "checkerboard", "reconstructions", "schematic", "pictures")):
             continue  # pictures: rows, columns and colour bar are named instead
         shared = ax.get_shared_y_axes().get_siblings(ax)
         assert ax.get_xlabel() or ax.get_label() == "<colorbar>", name
@@ -100,8 +116,28 @@ def _hidden_ticks(fig):
     hidden = set()
     for ax in fig.axes:
         for axis, (low, high) in ((ax.xaxis, sorted(ax.get_xlim())), (ax.yaxis, sorted(ax.get_ylim()))):
-            hidden |= {t.label1.get_text() for t in axis.get_major_ticks() if not low <= t.get_loc() <= high}
+            ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+            hidden |= {t.label1.get_text() for t in ticks if not low <= t.get_loc() <= high}
     return hidden
+
+
+def test_gradcam_shares_by_hand():
+    r = record(0)
+    r.arrays["cam"] = np.zeros((12, 16, 16), np.float16)
+    r.arrays["cam"][:, :4, :4] = 1.0  # all of it on the first patch
+    r.arrays["token_expert"] = np.zeros((4, 12, 17), np.int16)
+    r.arrays["token_expert"][1, :, 1] = 3  # which goes to expert 3 in the second layer
+    mass, patches = routes.cam_shares(r, 1)
+    assert mass.tolist() == [0, 0, 0, 1] and patches.tolist() == [15 / 16, 0, 0, 1 / 16]
+    del r.arrays["cam"]
+    with pytest.raises(ValueError, match="holds no GradCAM"):
+        routes.cam_masks(r)
+
+
+def test_cluster_tree_by_hand():
+    bars = [p for p in relations.cluster_tree(TREE, 20).axes[0].patches]
+    found = [(round(b.get_x(), 3), round(b.get_width(), 3), round(b.get_y(), 3), round(b.get_height(), 3)) for b in bars]
+    assert found == [(0.0, 1.0, 0.0, 0.5), (0.0, 0.4, 0.5, 1.0), (0.4, 0.35, 0.5, 0.4)]
 
 
 def test_report_needs_no_torch_and_leaves_matplotlib_alone():

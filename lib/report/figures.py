@@ -17,10 +17,10 @@ from matplotlib.ticker import MaxNLocator
 
 from lib.measure.routing import information
 from lib.measure.stats import Interval, finished
-from lib.report.style import COLOURS, LINES, MARKERS, figure, legend_above, note, style, text_colour
+from lib.report.style import COLOURS, LINES, MARKERS, figure, legend_above, note, style
 
-__all__ = ["Curve", "Point", "cluster_tree", "clouds", "cost_ratio", "depth_information", "frontier", "information_by_depth",
-           "matrices", "scan", "scatter", "training_curves"]
+__all__ = ["Curve", "Point", "cost_ratio", "depth_information", "frontier", "information_by_depth", "scan",
+           "training_curves"]
 
 Value = float | Interval | None
 
@@ -87,80 +87,12 @@ def scan(panels: dict[str, Sequence[Curve]], baselines: dict[str, Value] | None 
                 level = base.mean if isinstance(base, Interval) else base
                 ax.axhline(level, color="#555555", linewidth=1, label=baseline_label)
             if drawn:
-                ax.set_xticks(sorted({x for c in curves for x in c.x}))
+                ticks = sorted({x for c in curves for x in c.x})
+                if all(float(x).is_integer() for x in ticks) and len(ticks) <= 16:  # others would run into each other
+                    ax.set_xticks(ticks)
             else:
                 note(ax, missing)
         legend_above(fig, axes[0], columns=4 if len(hues) * len(variants) > 3 else 3)
-    return fig
-
-
-def scatter(panels: dict[str, tuple[Sequence[float], Sequence[float]]], *, xlabel: str, ylabel: str, log: bool = False) -> Figure:
-    """One value against another, a point each, one panel a comparison: {title: (x, y)}. log: both axes; only x, y > 0 show."""
-    with style():
-        fig, axes = figure(1, len(panels), height=3.0)
-        for ax, (title, (x, y)) in zip(axes[0], panels.items(), strict=True):
-            ax.plot(x, y, color=COLOURS[0], marker="o", markersize=3.5, linestyle="", alpha=0.6)
-            ax.set(title=fill(title, 80 // len(panels)), xlabel=xlabel, ylabel=ylabel)
-            if log:
-                ax.set(xscale="log", yscale="log")
-        return fig
-
-
-def matrices(panels: dict[str, Sequence[Sequence[float]]], label: str, low: float = 0.0) -> Figure:
-    """Square tables of pairs of experts, one panel a layer; colours from `low` to 1, values printed where there is room."""
-    with style():
-        fig, axes = figure(1, len(panels), height=2.6, width=min(7.2, 1.2 + 2.0 * len(panels)))
-        for ax, (title, table) in zip(axes[0], panels.items(), strict=True):
-            table = np.array(table)
-            image = ax.imshow(table, vmin=low, vmax=1.0)
-            ax.set(title=title, xlabel="expert")
-            ax.set_xticks(range(len(table)) if len(table) <= 8 else range(0, len(table), 4))
-            ax.set_yticks(ax.get_xticks())
-            ax.grid(False)
-            for (i, j), value in np.ndenumerate(table if len(table) <= 6 else np.empty((0, 0))):
-                ax.text(j, i, f"{value:.2f}".replace("0.", "."), ha="center", va="center", fontsize=7,
-                        color=text_colour(image.cmap(image.norm(value))[:3]))
-        axes[0, 0].set_ylabel("expert")
-        fig.colorbar(image, ax=list(axes[0]), label=label, aspect=18)
-    return fig
-
-
-def clouds(groups: dict[str, tuple[Sequence[float], Sequence[float]]], *, xlabel: str, ylabel: str) -> Figure:
-    """Points of several groups in one panel, by colour and marker; the first group is the ground, small and grey."""
-    with style():
-        fig, axes = figure(height=3.6, width=5.4)
-        for i, (label, (x, y)) in enumerate(groups.items()):
-            look = {"color": "#b8b8b8", "markersize": 2} if i == 0 else {
-                "color": COLOURS[(i - 1) % len(COLOURS)], "marker": MARKERS[(i - 1) % len(MARKERS)], "markersize": 3.5}
-            axes[0, 0].plot(x, y, linestyle="", alpha=0.7, label=label, **{"marker": "o"} | look)
-        axes[0, 0].set(xlabel=xlabel, ylabel=ylabel)
-        legend_above(fig, [axes[0, 0]])
-    return fig
-
-
-def cluster_tree(tree: np.ndarray, tokens: int) -> Figure:
-    """HDBSCAN's condensed tree, fields parent, child, lambda_val, child_size: a bar a branch over density (1 / distance)."""
-    branches = tree[tree["child_size"] > 1]
-    born = {tokens: 0.0} | {int(row["child"]): float(row["lambda_val"]) for row in branches}
-    size = {tokens: tokens} | {int(row["child"]): int(row["child_size"]) for row in branches}
-    place: dict[int, float] = {}
-
-    def put(node: int, left: float) -> None:
-        place[node] = left + size[node] / tokens / 2
-        for child in (int(row["child"]) for row in branches if row["parent"] == node):
-            put(child, left)
-            left += size[child] / tokens
-
-    put(tokens, 0.0)
-    with style():
-        fig, axes = figure(height=3.4, width=5.4)
-        for node, x in place.items():
-            ends = tree["lambda_val"][tree["parent"] == node]
-            end = float(ends[np.isfinite(ends)].max(initial=born[node]))
-            axes[0, 0].bar(x, end - born[node], size[node] / tokens, bottom=born[node], color=COLOURS[0], alpha=0.35,
-                           edgecolor=COLOURS[0], linewidth=0.8)
-        axes[0, 0].set(xlabel="share of the tokens", ylabel="density (1 / distance)", xlim=(0, 1))
-        axes[0, 0].invert_yaxis()
     return fig
 
 
