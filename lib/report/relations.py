@@ -71,7 +71,7 @@ def matrices(panels: dict[str, Sequence[Sequence[float]]], label: str, low: floa
             table = np.array(table)
             image = ax.imshow(table, vmin=low, vmax=1.0)
             ax.set(title=title, xlabel="expert", ylabel="expert")
-            ax.set_xticks(range(len(table)) if len(table) <= 8 else range(0, len(table), 4))
+            ax.set_xticks(range(0, len(table), 1 if len(table) <= 8 else max(4, len(table) // 4)))
             ax.set_yticks(ax.get_xticks())
             ax.grid(False)
             for (i, j), value in np.ndenumerate(table if len(table) <= 6 else np.empty((0, 0))):
