@@ -99,3 +99,10 @@ class TinyBook:
 def tiny(tmp_path) -> TinyBook:
     """A tiny book of the test's own."""
     return TinyBook(tmp_path / "project")
+
+
+@pytest.fixture
+def where(tmp_path):
+    """A store of the test's own."""
+    from lib.store import Store  # after the cache is set, above
+    return Store(tmp_path / "published", tmp_path / "private")

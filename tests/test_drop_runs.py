@@ -14,7 +14,6 @@ from lib.measure.cost import count
 from lib.models.backbone import build
 from lib.models.ensemble import Ensemble
 from lib.spec import BackboneSpec, DataSpec, DropSpec, MoESpec, PruneSpec, RunSpec, TrainSpec
-from lib.store import Store
 
 D, H, E, DEPTH = 16, 24, 4, 2
 MOE = MoESpec(layers=DEPTH, experts=E, router="token", router_std=0.5)
@@ -22,11 +21,6 @@ FIRST = RunSpec(data=DataSpec(train=80, val=20, test=30, classes=(0, 5)), moe=MO
                 train=TrainSpec(batch=40, epochs=1.0, lr=3e-3),
                 backbone=BackboneSpec(patch=7, width=D, depth=DEPTH, heads=2, hidden=H))
 TUNED = FIRST.but(init=FIRST, data={"classes": (5, 10)})
-
-
-@pytest.fixture
-def where(tmp_path):
-    return Store(tmp_path / "published", tmp_path / "private")
 
 
 def run(where, spec):

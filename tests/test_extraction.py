@@ -23,7 +23,6 @@ from lib.models.backbone import build
 from lib.models.extracted import CentroidRouter, HardRouter, OracleRouter, PredictorRouter, RandomRouter, SharedExperts
 from lib.models.moe import MoELayer, RoutingTape
 from lib.spec import BackboneSpec, DataSpec, MoESpec, RunSpec, TrainSpec
-from lib.store import Store
 
 D, H = 6, 16
 
@@ -214,19 +213,14 @@ def test_an_oracle_sees_activations_and_chance_sees_nothing():
     blind = RandomRouter(3)
     assert torch.equal(blind(torch.zeros(2, 50, D)).expert, blind(torch.ones(2, 50, D)).expert)
     assert set(blind(torch.zeros(2, 50, D)).expert.tolist()) == {0, 1, 2}
-    with pytest.raises(NotImplementedError):
-        HardRouter(2).scores(torch.zeros(1, D))
+    with pytest.raises(TypeError, match="abstract"):
+        HardRouter(2)
 
 
 # ---------------------------------------------------------------- whole models and runs
 
 BASE = RunSpec(data=DataSpec(train=400, val=20, test=60), threads=1, train=TrainSpec(epochs=1.0, batch=40, lr=3e-3),
                backbone=BackboneSpec(patch=7, width=16, depth=2, heads=2, hidden=24))
-
-
-@pytest.fixture
-def where(tmp_path):
-    return Store(tmp_path / "published", tmp_path / "private")
 
 
 def record(where, spec):

@@ -32,12 +32,6 @@ def python(code: str, *arguments: str, **environment: str) -> subprocess.Popen:
 
 
 @pytest.fixture
-def where(tmp_path) -> Store:
-    """A store of the test's own."""
-    return Store(tmp_path / "published", tmp_path / "private")
-
-
-@pytest.fixture
 def quick(monkeypatch):
     """Runs are made up; returns the seeds computed so far."""
     log: list[int] = []

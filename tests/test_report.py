@@ -134,6 +134,12 @@ def test_gradcam_shares_by_hand():
         routes.cam_masks(r)
 
 
+def test_front_by_hand():
+    #             best of all two | beaten | best in the third | equal to the first | better in one, worse in another
+    costs = [(1, 2, 3), (2, 2, 3), (5, 5, 1), (1, 2, 3), (0, 9, 9)]
+    assert relations.front(costs) == [True, False, True, True, True]
+
+
 def test_cluster_tree_by_hand():
     bars = [p for p in relations.cluster_tree(TREE, 20).axes[0].patches]
     found = [(round(b.get_x(), 3), round(b.get_width(), 3), round(b.get_y(), 3), round(b.get_height(), 3)) for b in bars]

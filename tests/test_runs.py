@@ -22,12 +22,6 @@ TINY = RunSpec(
 
 
 @pytest.fixture
-def where(tmp_path) -> Store:
-    """A store of the test's own."""
-    return Store(tmp_path / "published", tmp_path / "private")
-
-
-@pytest.fixture
 def made(monkeypatch):
     """Runs are made up instead of computed. Returns the list of seeds computed so far; seeds in `made.bad` fail."""
 

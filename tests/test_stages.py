@@ -12,18 +12,12 @@ from lib.models.backbone import create, skeleton
 from lib.models.strategies import ManualRouter
 from lib.models.upcycle import upcycle
 from lib.spec import BackboneSpec, DataSpec, MaskSpec, MoESpec, RunSpec, TrainSpec
-from lib.store import Store
 
 DENSE = MoESpec(layers=2, experts=2, top_k=2, router="token", balance="none", fresh_experts=True, sharpness_weight=1e-3,
                 variation_weight=1e-3)
 BASE = RunSpec(data=DataSpec(train=64, val=20, test=30), backbone=BackboneSpec(patch=7, width=16, depth=2, heads=2, hidden=24),
                moe=DENSE, train=TrainSpec(epochs=2.0, batch=32, lr=3e-3), threads=1)
 MAE = BASE.but(train={"mask": MaskSpec(ratio=0.75, width=16, depth=1, heads=2)})
-
-
-@pytest.fixture
-def where(tmp_path):
-    return Store(tmp_path / "published", tmp_path / "private")
 
 
 def run(where, spec):

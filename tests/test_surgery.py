@@ -21,11 +21,6 @@ PRUNE = PruneSpec(share=0.5, images=20, batches=2)
 MOE = MoESpec(layers=DEPTH, experts=E, top_k=2, router="token")
 
 
-@pytest.fixture
-def where(tmp_path):
-    return Store(tmp_path / "published", tmp_path / "private")
-
-
 def run(where, spec):
     return runs.collect({"one": [spec.but(keep=True)]}, where=where)["one"][0]
 

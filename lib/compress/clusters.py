@@ -145,6 +145,12 @@ class Clusters:
         """Share of the clustered tokens that is in no cluster."""
         return float((self.labels[self.labels > -2] < 0).mean())
 
+    def nearest(self, x: Tensor, others: Tensor) -> Tensor:
+        """(m,) the cluster whose mean is nearest to each of `others` (m, D). x: (n, D) the tokens that `labels` are of."""
+        own = torch.from_numpy(self.labels)
+        means = torch.stack([x[own == k].mean(dim=0) for k in range(self.count)])
+        return (others @ means.t() - means.square().sum(dim=1) / 2).argmax(dim=1)
+
 
 def density_clusters(x: Tensor, min_cluster_size: int, min_samples: int = 5) -> Clusters:
     """HDBSCAN of x (n, D), Euclidean, excess of mass; labels equal to the library's up to renaming.

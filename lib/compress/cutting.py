@@ -37,17 +37,18 @@ class Cut:
 def cut_layer(mlp: Mlp, cut: Cut, rules: ExtractSpec, width: int | None, seed: int) -> tuple[nn.Module, dict[str, Any]]:
     """The layer that takes the place of `mlp`, and a report on it. width: neurons a token passes; None with `percent`.
 
-    Report: clusters, noise (share of clustered tokens in none), dense (true where fewer than two clusters were found, and the MLP
-    stays as it is), widths (of the experts), stored (neurons in all), active (neurons a token passes, mean), load (share of
-    tokens by expert), error (squared error of the output over its variance), cosine (K, K) of mean inputs, overlap (K, K) of
-    neuron sets, intersection over union.
+    Report: width (D), clusters, noise (share of clustered tokens in none), dense (true where fewer than two clusters were found,
+    and the MLP stays as it is), widths (of the experts), stored (neurons in all), active (neurons a token passes, mean), load
+    (share of tokens by expert), error (squared error of the output over its variance), cosine (K, K) of mean inputs, overlap
+    (K, K) of neuron sets, intersection over union.
     """
     if rules.clusters == "weights":
         return _moefied(mlp, cut, rules, seed)
     found = _clustered(cut.tokens, rules, seed)
     if found.count < 2 and not rules.static:
-        kept = {"clusters": found.count, "noise": found.noise, "dense": True, "widths": [mlp.fc1.out_features],
-                "stored": mlp.fc1.out_features, "active": float(mlp.fc1.out_features), "load": [1.0], "error": 0.0}
+        whole = mlp.fc1.out_features
+        kept = {"width": mlp.fc1.in_features, "clusters": found.count, "noise": found.noise, "dense": True, "widths": [whole],
+                "stored": whole, "active": float(whole), "load": [1.0], "error": 0.0}
         return mlp, kept
     centres, member = _members(cut.tokens, found, rules)
     router = None if rules.static else _router(mlp, cut.tokens, centres, member, rules)
@@ -102,11 +103,8 @@ def _members(tokens: Recorded, found: Clusters, rules: ExtractSpec) -> tuple[Ten
     count = max(found.count, 1)
     means = torch.stack([tokens.inputs[member == k].mean(dim=0) for k in range(count)])
     if (member == -2).any():
-        centres = torch.stack([space[member == k].mean(dim=0) for k in range(count)])
         rest = member == -2
-        near = space[rest] @ centres.t() - centres.square().sum(dim=1) / 2
-        member = member.clone()
-        member[rest] = near.argmax(dim=1)
+        member = torch.where(rest, found.nearest(space, space), member)
     return means, member
 
 
@@ -122,10 +120,12 @@ def _router(mlp: Mlp, tokens: Recorded, means: Tensor, member: Tensor, rules: Ex
 # ---------------------------------------------------------------- which neurons
 
 
-def _scores(mlp: Mlp, hidden: Tensor, rules: ExtractSpec) -> Tensor:
-    """(H,) variance over tokens (n, H), weighted by what a neuron does to the output if asked for."""
+def _scores(mlp: Mlp, hidden: Tensor, rules: ExtractSpec, scale: Tensor | float = 1.0) -> Tensor:
+    """(H,) variance over tokens (n, H), weighted by what a neuron does to the output if asked for. scale: (D,) of the output."""
     variance = hidden.var(dim=0, unbiased=False)
-    return variance * mlp.fc2.weight.detach().square().sum(dim=0) if rules.score == "weighted" else variance
+    if rules.score == "variance":
+        return variance
+    return variance * (mlp.fc2.weight.detach() * torch.as_tensor(scale).unsqueeze(-1)).square().sum(dim=0)
 
 
 def _chosen(mlp: Mlp, hidden: Tensor, rules: ExtractSpec, own: int | None, free: Tensor) -> Tensor:
@@ -136,6 +136,11 @@ def _chosen(mlp: Mlp, hidden: Tensor, rules: ExtractSpec, own: int | None, free:
         share = score[order].double().cumsum(0) / score.double().sum().clamp_min(1e-30)
         own = len(order) if rules.percent == 100 else int((share < rules.percent / 100 - 1e-12).sum()) + 1
     return free[order[:max(1, min(own, len(order)))]].sort().values
+
+
+def layer_scale(model: nn.Module, name: str) -> Tensor:
+    """(D,) or (1,) what a block multiplies the output of its MLP `name` with before it adds it to the residual stream."""
+    return getattr(getattr(model.get_submodule(name.rpartition(".")[0]), "ls2", None), "gamma", torch.ones(1)).detach()
 
 
 def widths_over_model(model: nn.Module, mlps: Mapping[str, Mlp], tokens: Mapping[str, Recorded],
@@ -150,11 +155,7 @@ def widths_over_model(model: nn.Module, mlps: Mapping[str, Mlp], tokens: Mapping
         return {name: max(1, round(rules.active * mlp.fc1.out_features)) for name, mlp in mlps.items()}
     ranked = {}
     for name, mlp in mlps.items():
-        scale = getattr(model.get_submodule(name.rpartition(".")[0]), "ls2", None)
-        gamma = getattr(scale, "gamma", torch.ones(1)).detach() if rules.score == "weighted" else torch.ones(1)
-        scaled = mlp.fc2.weight.detach() * gamma.unsqueeze(-1)
-        variance = tokens[name].hidden.var(dim=0, unbiased=False)
-        ranked[name] = variance * scaled.square().sum(dim=0) if rules.score == "weighted" else variance
+        ranked[name] = _scores(mlp, tokens[name].hidden, rules, layer_scale(model, name))
     whole = torch.cat(list(ranked.values()))
     least = whole.sort(descending=True).values[max(1, round(rules.active * len(whole))) - 1]
     return {name: max(LEAST, int((score >= least).sum())) for name, score in ranked.items()}
@@ -248,7 +249,7 @@ def _report(layer: nn.Module, cut: Cut, routed: Tensor, sets: list[Tensor], mean
     union = flags.sum(1, keepdim=True) + flags.sum(1) - both
     unit = F.normalize(means, dim=1)
     stored = int(flags.any(dim=0).sum()) if isinstance(getattr(layer, "experts", None), SharedExperts) else sum(widths)
-    return {"clusters": len(sets), "dense": False, "widths": widths, "stored": stored + common,
+    return {"clusters": len(sets), "dense": False, "width": means.shape[1], "widths": widths, "stored": stored + common,
             "active": float((load * torch.tensor(widths)).sum()) + common, "load": load.tolist(), "error": _error(layer, cut),
             "union": int(flags.any(dim=0).sum()) + common, "cosine": (unit @ unit.t()).tolist(),
             "overlap": (both / union).tolist()}

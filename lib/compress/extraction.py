@@ -31,7 +31,7 @@ from ..models.extracted import CentroidRouter, HardRouter, OracleRouter, Predict
 from ..models.moe import MoELayer
 from ..spec import RunSpec
 from .clusters import Recorded, mlps_of, record
-from .cutting import Cut, cut_layer, narrow_mlp, top_k, widths_over_model
+from .cutting import Cut, cut_layer, layer_scale, narrow_mlp, top_k, widths_over_model
 from .neurons import calibration
 
 
@@ -84,8 +84,7 @@ def _target(model: nn.Module, name: str, mlp: Mlp, dense: Recorded, here: Record
     out = F.linear(dense.hidden, mlp.fc2.weight.detach(), mlp.fc2.bias.detach())
     if here is dense:
         return out
-    scale = getattr(model.get_submodule(name.removesuffix("mlp") + "ls2"), "gamma", torch.ones(1)).detach()
-    return out + (dense.before - here.before) / scale
+    return out + (dense.before - here.before) / layer_scale(model, name)
 
 
 def _file(layer: nn.Module, report: dict, file: Path) -> None:

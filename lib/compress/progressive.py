@@ -5,7 +5,7 @@
     drop.finish()
 
 While it runs, dropped experts are masked in the router and keep their place, so that the optimiser goes on as it is; at the end
-they are removed. Axis letters: **A** assignments, **E** experts of a layer, **R** rows that a router decides on, **D** width.
+they are removed. Axis letters: **A** assignments, **E** experts of a layer.
 """
 
 from __future__ import annotations
@@ -21,27 +21,16 @@ from .experts import drop_experts, routed
 class SurvivorRouter(TopKRouter):
     """A top-k router whose softmax and choice are over the experts that are `alive`, (E,) bool."""
 
-    def __init__(self, router: TopKRouter):
-        options = {name: getattr(router, name) for name in ("per_image", "pool", "gate", "capacity_factor", "batch_priority",
-                                                            "noise", "std")}
-        with torch.device("meta"):  # nothing is drawn for a weight that is replaced at once
-            super().__init__(router.weight.shape[1], router.experts, router.top_k, **options)
-        self.weight, self.choice_bias = router.weight, router.choice_bias
-        self.register_buffer("alive", torch.ones(router.experts, dtype=torch.bool, device=router.weight.device))
-        self.train(router.training)
+    @classmethod
+    def of(cls, router: TopKRouter) -> SurvivorRouter:
+        """The same router, its parameter included, with all experts alive."""
+        out = cls.like(router)
+        out.register_buffer("alive", torch.ones(router.experts, dtype=torch.bool, device=router.weight.device))
+        return out
 
-    def scores(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """rows: (R, D) -> probabilities, zero for the dead, with noise in training, and logits (R, E), -inf for the dead."""
-        _, logits = super().scores(rows)
-        noisy = logits
-        if self.training and self.noise:
-            noisy = logits + torch.randn_like(logits) * (self.noise / self.experts)
-        return noisy.masked_fill(~self.alive, -torch.inf).softmax(dim=-1), logits.masked_fill(~self.alive, -torch.inf)
-
-    def choose(self, probs: Tensor) -> Tensor:
-        """probs: (R, E) -> (R, K) chosen experts, best first, out of those alive."""
-        score = (probs.detach() + self.choice_bias).masked_fill(~self.alive, -torch.inf)
-        return score.topk(self.top_k, dim=-1).indices
+    def reachable(self, rows: int) -> Tensor:
+        """(E,) the same for all rows."""
+        return self.alive
 
 
 class ProgressiveDrop:
@@ -69,7 +58,7 @@ class ProgressiveDrop:
                                  "dropping until one expert is left needs a TopKRouter with top_k=1")
         self._before = {name: layer.router for name, layer in layers.items()}
         for layer in layers.values():
-            layer.router = SurvivorRouter(layer.router)
+            layer.router = SurvivorRouter.of(layer.router)
         self.routers = {name: layer.router for name, layer in layers.items()}
         self.proficiency: dict[str, Tensor | None] = dict.fromkeys(layers)
 

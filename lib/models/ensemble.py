@@ -35,37 +35,17 @@ class GroupRouter(TopKRouter):
     @classmethod
     def of(cls, router: TopKRouter, members: int) -> GroupRouter:
         """The same router, its parameter included, with the experts split into `members` runs of equal length."""
-        options = {name: getattr(router, name) for name in ("per_image", "pool", "gate", "capacity_factor", "batch_priority",
-                                                            "noise", "std")}
-        with torch.device("meta"):  # nothing is drawn for a weight that is replaced at once
-            out = cls(router.weight.shape[1], router.experts, router.top_k, members, **options)
-        device = router.weight.device
-        out.weight, out.choice_bias = router.weight, router.choice_bias
-        out.group = torch.arange(members, device=device).repeat_interleave(router.experts // members)
-        return out.train(router.training)
+        out = cls.like(router, members)
+        out.group = torch.arange(members, device=router.weight.device).repeat_interleave(router.experts // members)
+        return out
 
-    def mine(self, rows: int) -> Tensor:
+    def reachable(self, rows: int) -> Tensor:
         """(R, E) which experts each row may reach. ValueError if R is no multiple of M."""
         if rows % self.members:
             raise ValueError(f"{rows} rows do not split among {self.members} members: run the model inside its Ensemble, which "
                              "tiles the batch")
         members = torch.arange(self.members, device=self.group.device)
         return (members.unsqueeze(1) == self.group).repeat_interleave(rows // self.members, dim=0)
-
-    def scores(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """rows: (R, D), member by member -> probabilities and logits (R, E); zero and -inf outside a row's group."""
-        with torch.autocast(rows.device.type, enabled=False):
-            logits = rows.float() @ self.weight.float().t()
-        mine = self.mine(len(rows))
-        noisy = logits
-        if self.training and self.noise:  # in units of 1 over the experts that a row can reach
-            noisy = logits + torch.randn_like(logits) * (self.noise / mine.sum(dim=-1, keepdim=True))
-        return noisy.masked_fill(~mine, -torch.inf).softmax(dim=-1), logits.masked_fill(~mine, -torch.inf)
-
-    def choose(self, probs: Tensor) -> Tensor:
-        """probs: (R, E) -> (R, K) chosen experts, best first; a choice bias cannot lead out of the group."""
-        score = (probs.detach() + self.choice_bias).masked_fill(~self.mine(len(probs)), -torch.inf)
-        return score.topk(self.top_k, dim=-1).indices
 
 
 class Ensemble(nn.Module):

@@ -46,8 +46,8 @@ class Experts(nn.Module):
             self.fc1 = _Stack(experts, self.hidden, width)
             self.fc2 = _Stack(experts, width, self.hidden)
             return
-        self.fc1 = _Flat((sum(widths), width), (sum(widths),))
-        self.fc2 = _Flat((sum(widths), width), (experts, width))
+        self.fc1 = Flat((sum(widths), width), (sum(widths),))
+        self.fc2 = Flat((sum(widths), width), (experts, width))
         # The device is named, so that a skeleton on the meta device keeps the values.
         self.register_buffer("rows", torch.tensor(widths, device="cpu"))
         with torch.no_grad():
@@ -172,7 +172,7 @@ class _Stack(nn.Module):
         self.bias = nn.Parameter(torch.empty(experts, out_features).uniform_(-bound, bound))
 
 
-class _Flat(nn.Module):
+class Flat(nn.Module):
     """Parameters of E maps of unequal width side by side; `Experts` draws them and knows whose rows are whose."""
 
     def __init__(self, weight: tuple[int, ...], bias: tuple[int, ...]):

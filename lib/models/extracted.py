@@ -8,17 +8,18 @@ neurons in any expert, **E** experts, **K** experts per token.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .experts import Experts, _Flat
+from .experts import Experts, Flat
 from .routing import Routing, assign
 
 
-class HardRouter(nn.Module):
+class HardRouter(nn.Module, ABC):
     """The K experts with the largest scores, with weight 1. Subclasses give `scores`."""
 
     def __init__(self, experts: int, top_k: int = 1):
@@ -27,9 +28,9 @@ class HardRouter(nn.Module):
             raise ValueError(f"top_k={top_k} of {experts} experts: valid is 1 to {experts}")
         self.experts, self.top_k = experts, top_k
 
+    @abstractmethod
     def scores(self, rows: Tensor) -> Tensor:
         """rows: (T, D) -> (T, E), float32."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Routing:
         """x: (B, N, D) -> a Routing whose probabilities are 1/K for the chosen experts and 0 for the others."""
@@ -126,7 +127,7 @@ class SharedExperts(Experts):
         self.hidden = self._widths if len(set(self._widths)) > 1 else self._widths[0]
         self.act = act if act is not None else nn.GELU()
         with torch.device("meta"):
-            self.fc1, self.fc2 = _Flat(tuple(w1.shape), tuple(b1.shape)), _Flat(tuple(w1.shape), tuple(biases.shape))
+            self.fc1, self.fc2 = Flat(tuple(w1.shape), tuple(b1.shape)), Flat(tuple(w1.shape), tuple(biases.shape))
         held = (w1, b1, w2.t(), biases)
         parts = (nn.Parameter(tensor.detach().clone().contiguous()) for tensor in held)
         self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias = parts

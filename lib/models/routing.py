@@ -77,10 +77,18 @@ class LinearRouter(nn.Module):
         # Router arithmetic stays in float32 under autocast: bf16 logits flip close decisions (Switch, section 2.4).
         with torch.autocast(rows.device.type, enabled=False):
             logits = rows.float() @ self.weight.float().t()
+        mine = self.reachable(len(rows))
         noisy = logits
         if self.training and self.noise:
-            noisy = logits + torch.randn_like(logits) * (self.noise / self.experts)
-        return noisy.softmax(dim=-1), logits
+            count = self.experts if mine is None else mine.sum(dim=-1, keepdim=True)
+            noisy = logits + torch.randn_like(logits) * (self.noise / count)
+        if mine is None:
+            return noisy.softmax(dim=-1), logits
+        return noisy.masked_fill(~mine, -torch.inf).softmax(dim=-1), logits.masked_fill(~mine, -torch.inf)
+
+    def reachable(self, rows: int) -> Tensor | None:
+        """(R, E) or (E,) bool, the experts that each of R rows may reach; None: all. The others get probability zero."""
+        return None
 
 
 class TopKRouter(LinearRouter):
@@ -118,9 +126,20 @@ class TopKRouter(LinearRouter):
         first = probs.detach().amax(dim=-1) if self.batch_priority else None
         return assign(choice, weight, probs, logits, (b, n), self.capacity_factor, first)
 
+    @classmethod
+    def like(cls, router: TopKRouter, *sizes: int) -> TopKRouter:
+        """A router of this class with the parameter, bias and options of `router`. sizes: what its class asks for beyond K."""
+        options = {name: getattr(router, name) for name in ("per_image", "pool", "gate", "capacity_factor", "batch_priority",
+                                                            "noise", "std")}
+        with torch.device("meta"):  # nothing is drawn for a weight that is replaced at once
+            out = cls(router.weight.shape[1], router.experts, router.top_k, *sizes, **options)
+        out.weight, out.choice_bias = router.weight, router.choice_bias
+        return out.train(router.training)
+
     def choose(self, probs: Tensor) -> Tensor:
-        """probs: (R, E) -> (R, K) chosen experts, best first."""
-        return (probs.detach() + self.choice_bias).topk(self.top_k, dim=-1).indices
+        """probs: (R, E) -> (R, K) chosen experts, best first; a choice bias cannot lead out of those that a row may reach."""
+        score, mine = probs.detach() + self.choice_bias, self.reachable(len(probs))
+        return (score if mine is None else score.masked_fill(~mine, -torch.inf)).topk(self.top_k, dim=-1).indices
 
     def weigh(self, gates: Tensor) -> Tensor:
         """gates: (R, K) probabilities of the chosen experts -> (R, K) factors on their outputs, as `gate` says."""

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from lib.report.style import COLOURS, LINES, MAP, MARKERS, figure, legend_above, style, text_colour
 
-__all__ = ["Spot", "cluster_tree", "clouds", "matrices", "scatter", "surface"]
+__all__ = ["Spot", "cluster_tree", "clouds", "front", "matrices", "scatter", "surface"]
 
 
 def scatter(panels: dict[str, tuple[Sequence[float], Sequence[float]]], *, xlabel: str, ylabel: str, log: bool = False) -> Figure:
@@ -37,17 +37,18 @@ class Spot:
     mixture: bool
 
 
-def surface(panels: dict[str, Sequence[Spot]]) -> Figure:
-    """Compute, storage and accuracy of many models, one panel a source; accuracy is the colour, and printed on the front.
+def front(costs: Sequence[tuple[float, ...]]) -> list[bool]:
+    """Which of the tuples no other one beats in one entry without losing in another; small is good, equals are all on it."""
+    return [not any(all(a <= b for a, b in zip(other, mine, strict=True)) and other != mine for other in costs) for mine in costs]
 
-    On the front are models that no other one beats in one of the three without losing in another. Squares are static.
-    """
+
+def surface(panels: dict[str, Sequence[Spot]]) -> Figure:
+    """Compute, storage and accuracy of many models, one panel a source: accuracy is the colour, squares are static, and models on
+    the `front` of the three are large."""
     with style():
         fig, axes = figure(1, len(panels), height=3.8)
         for ax, (title, spots) in zip(axes[0], panels.items(), strict=True):
-            costs = [(s.active, s.stored, -s.top1) for s in spots]
-            best = [not any(all(a <= b for a, b in zip(other, mine, strict=True)) and other != mine for other in costs)
-                    for mine in costs]
+            best = front([(s.active, s.stored, -s.top1) for s in spots])
             low, high = min(s.top1 for s in spots), max(s.top1 for s in spots)
             for mixture, marker in ((False, "s"), (True, "o")):
                 own = [(s, on) for s, on in zip(spots, best, strict=True) if s.mixture == mixture]
