@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: the MoE layer against the dense bound, attention in two forms, pruning, and the trainer."""
+"""`python -m benchmarks`: the MoE layer against the dense bound, attention in two forms, pruning, extraction, and the trainer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import platform
 
 import torch
 
-from . import attention, moe, pruning, trainer
+from . import attention, extraction, moe, pruning, trainer
 
 
 def main() -> None:
@@ -16,6 +16,7 @@ def main() -> None:
     options.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads (default: torch's own)")
     options.add_argument("--repeats", type=int, default=20, help="interleaved repeats after warm-up, at least 20")
     options.add_argument("--no-pruning", action="store_true", help="leave static pruning out")
+    options.add_argument("--no-extraction", action="store_true", help="leave experts that are cut out of MLPs out")
     options.add_argument("--no-trainer", action="store_true", help="leave the trainer out")
     given = options.parse_args()
     torch.set_num_threads(given.threads)
@@ -32,6 +33,9 @@ def main() -> None:
           f"{ms['written out']:.0f} ms, ratio {ms['fused'] / ms['written out']:.2f} (above 1: written out is right here)")
     if not given.no_pruning:
         for row in pruning.rows(given.repeats):
+            print(row, flush=True)
+    if not given.no_extraction:
+        for row in extraction.rows(given.repeats):
             print(row, flush=True)
     if not given.no_trainer:
         over = trainer.overhead(rounds=max(20, given.repeats))

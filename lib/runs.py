@@ -87,11 +87,12 @@ def model_of(spec: RunSpec, where: Store | None = None):
 def check(spec: RunSpec) -> None:
     """Build the model on no device, so that what does not fit is refused before any work.
 
-    Raises ValueError naming the field: L beyond the depth, a patch that does not divide the image, an unknown backbone.
+    Raises ValueError naming the field: L beyond the depth, a patch that does not divide the image, an unknown backbone, MLPs
+    that experts cannot be cut out of.
     """
     import torch
 
-    from .compress import surgery
+    from .compress import extraction, surgery
     from .compress.experts import remaining
     from .models.backbone import create
     from .models.upcycle import upcycle
@@ -101,6 +102,8 @@ def check(spec: RunSpec) -> None:
             upcycle(model, spec.moe)
         if spec.prune is not None:
             surgery.check(model, spec.prune)
+        if spec.extract is not None:
+            extraction.check(model, spec.extract)
         if spec.drop is not None:
             left = remaining(spec.moe.experts // spec.moe.members, spec.drop.share)
             if spec.drop.missing == "reroute" and left < spec.moe.top_k:

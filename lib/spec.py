@@ -272,7 +272,8 @@ class RunSpec(Spec):
                 self.moe is None or self.moe.router != "token" or self.moe.members > 1 or self.moe.top_k > 1 or self.train.ema):
             raise ValueError("single_expert_at drops all experts but one: it needs moe with router='token', top_k=1, members=1, "
                              "and train without ema")
-        if self.extract is not None and (self.init is None or self.moe is not None or self.prune is not None):
+        if self.extract is not None and (self.init is None or self.init.extracted or self.moe is not None
+                                         or self.prune is not None):
             raise ValueError("extract cuts experts out of a trained model of plain MLPs, and nothing else is cut in the same "
                              "run: set init to that model's run, moe and prune to None")
         if self.train is not None and self.train.distil_logits and self.init is None:

@@ -227,6 +227,9 @@ def test_latency_orders_and_interleaves():
     assert "".join(order) == "sf" * 21
     assert got["slow"].median > 4 > got["fast"].median
     assert got["slow"].q05 <= got["slow"].q25 <= got["slow"].median <= got["slow"].q75 <= got["slow"].q95
+    order.clear()
+    timing.compare({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, warmup=0, settle=1)
+    assert "".join(order) == "aabb" * 20
     assert timing.latency(lambda: None).repeats == 20
     with pytest.raises(ValueError, match="at least 20"):
         timing.latency(lambda: None, repeats=5)

@@ -217,6 +217,20 @@ def test_an_oracle_sees_activations_and_chance_sees_nothing():
         HardRouter(2)
 
 
+@pytest.mark.parametrize("fields", [
+    {"space": "input", "router": "nearest"}, {"router": "oracle"}, {"storage": "shared", "correct": "mean"},
+    {"clusters": "weights", "count": 4, "active": 0.5, "router": "trained"}])
+def test_in_bfloat16_tokens_go_where_they_went(fields):
+    mlp = layer()
+    found = tokens(mlp)
+    made, _ = cut(mlp, found, rules(**{"active": 0.5} | fields), H // 2)
+    x = found.tokens.inputs.unsqueeze(0).to(torch.bfloat16)
+    before, full = made.router(x).expert, made(x.float())
+    half = made.to(torch.bfloat16)
+    assert (half.router(x).expert == before).float().mean() > 0.97 and half(x).dtype == torch.bfloat16
+    assert (half(x).float() - full).square().mean() < 0.02 * full.var()
+
+
 # ---------------------------------------------------------------- whole models and runs
 
 BASE = RunSpec(data=DataSpec(train=400, val=20, test=60), threads=1, train=TrainSpec(epochs=1.0, batch=40, lr=3e-3),
@@ -350,6 +364,7 @@ def test_other_families_are_extracted_saved_and_run(name, size, tmp_path):
     (lambda: ExtractSpec(percent=50.0, budget="model"), "need active, not percent"),
     (lambda: BASE.but(extract=ExtractSpec(active=0.5)), "extract cuts experts out of a trained model"),
     (lambda: extracted().but(moe=MoESpec()), "extract cuts experts out of a trained model"),
+    (lambda: extracted().but(init=extracted()), "extract cuts experts out of a trained model"),
     (lambda: BASE.but(train={"distil_logits": 0.5}), "distil_logits needs a parent")])
 def test_bad_specs(make, says):
     with pytest.raises(ValidationError, match=says):
@@ -359,3 +374,13 @@ def test_bad_specs(make, says):
 def test_too_few_images_to_calibrate_on(where):
     with pytest.raises(RuntimeError, match="images=900 were asked for to calibrate on, the training split has 400"):
         record(where, extracted(images=900))
+
+
+@pytest.mark.parametrize("name, fields, says", [
+    ("convnextv2_atto", {}, "is a GlobalResponseNormMlp: experts are cut out of timm.layers.Mlp"),
+    ("convnext_atto", {"sequential": True}, "compares residual streams before norm2 of each block")])
+def test_models_that_cannot_be_cut_are_refused_before_anything_trains(where, name, fields, says):
+    whole = BASE.but(backbone=BackboneSpec(name=name), data={"image_size": 32})
+    with pytest.raises(ValueError, match=says):
+        runs.collect({"cut": [whole.but(init=whole, train=None, extract=rules(**fields))]}, where=where)
+    assert not list(where.states.glob("*"))

@@ -40,13 +40,10 @@ def extract(model: nn.Module, spec: RunSpec, split: Split, classes: int, checkpo
 
     Calibration images are class-balanced training images without augmentation, drawn by `spec.seed`; everything runs in float32.
     checkpoint: finished layers are filed beside it, and a broken-off extraction goes on after the last one.
-    Raises ValueError for a calibration set that is smaller than asked for, for `sequential` on anything but a ViT, and as
-    `record` and the clusterings do.
+    Raises ValueError for a calibration set that is smaller than asked for, and as `check`, `record` and the clusterings do.
     """
     rules = spec.extract
-    if rules.sequential and not isinstance(model, VisionTransformer):
-        raise ValueError(f"sequential=True compares residual streams before norm2 of each block, as a timm VisionTransformer has "
-                         f"it: {type(model).__name__} is none")
+    mlps = check(model, rules)
     index = calibration(split.labels, [range(classes)], rules.images, torch.Generator().manual_seed(spec.seed))[0]
     if len(index) < rules.images:
         raise ValueError(f"images={rules.images} were asked for to calibrate on, the training split has {len(index)}: lower it")
@@ -56,7 +53,6 @@ def extract(model: nn.Module, spec: RunSpec, split: Split, classes: int, checkpo
         norms = {name: model.get_submodule(name.removesuffix("mlp") + "norm2") for name in names} if rules.sequential else None
         return record(model, batches, names, per_image=rules.per_image, limit=rules.tokens, seed=spec.seed, norms=norms)
 
-    mlps = mlps_of(model)
     dense = recorded(mlps)
     widths = widths_over_model(model, mlps, dense, rules)
     reports = []
@@ -76,6 +72,14 @@ def extract(model: nn.Module, spec: RunSpec, split: Split, classes: int, checkpo
         model.set_submodule(name, layer.to(spec.device).train(model.training))
         reports.append({"layer": name} | report)
     return reports
+
+
+def check(model: nn.Module, rules: ExtractSpec) -> dict[str, Mlp]:
+    """{name: MLP} that experts can be cut out of. ValueError as `mlps_of`, and for `sequential` on anything but a ViT."""
+    if rules.sequential and not isinstance(model, VisionTransformer):
+        raise ValueError(f"sequential=True compares residual streams before norm2 of each block, as a timm VisionTransformer has "
+                         f"it: {type(model).__name__} is none")
+    return mlps_of(model)
 
 
 def _target(model: nn.Module, name: str, mlp: Mlp, dense: Recorded, here: Recorded) -> Tensor:

@@ -49,13 +49,20 @@ def latency(fn: Callable[[], object], repeats: int = 20, warmup: int = 3) -> Lat
     return compare({"": fn}, repeats, warmup)[""]
 
 
-def compare(candidates: dict[str, Callable[[], object]], repeats: int = 20, warmup: int = 3) -> dict[str, Latency]:
-    """Time several functions in turn (a b c a b c ...), so that a drift of the machine meets all of them alike."""
+def compare(candidates: dict[str, Callable[[], object]], repeats: int = 20, warmup: int = 3,
+            settle: int = 0) -> dict[str, Latency]:
+    """Time several functions in turn (a b c a b c ...), so that a drift of the machine meets all of them alike.
+
+    settle: untimed calls before each timed one. In service a model follows itself, and finds its weights in the cache as far as
+    they fit there; without settling it follows its rival.
+    """
     if repeats < 20:
         raise ValueError(f"repeats={repeats} is too few for a median with quantiles: at least 20")
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(warmup + repeats):
         for name, fn in candidates.items():
+            for _ in range(settle):
+                fn()
             _synchronize()
             start = time.perf_counter()
             fn()

@@ -30,7 +30,7 @@ class HardRouter(nn.Module, ABC):
 
     @abstractmethod
     def scores(self, rows: Tensor) -> Tensor:
-        """rows: (T, D) -> (T, E), float32."""
+        """rows: (T, D), float32 -> (T, E), float32, whatever the number type of the weights: close decisions would flip."""
 
     def forward(self, x: Tensor) -> Routing:
         """x: (B, N, D) -> a Routing whose probabilities are 1/K for the chosen experts and 0 for the others."""
@@ -70,7 +70,7 @@ class CentroidRouter(HardRouter):
 
     def scores(self, rows: Tensor) -> Tensor:
         """rows: (T, D) -> (T, E)."""
-        return F.linear(rows, self.weight, self.bias)
+        return F.linear(rows, self.weight.float(), self.bias.float())
 
 
 class PredictorRouter(HardRouter):
@@ -82,7 +82,8 @@ class PredictorRouter(HardRouter):
 
     def scores(self, rows: Tensor) -> Tensor:
         """rows: (T, D) -> (T, E)."""
-        return self.fc2(self.fc1(rows).tanh())
+        hidden = F.linear(rows, self.fc1.weight.float(), self.fc1.bias.float()).tanh()
+        return F.linear(hidden, self.fc2.weight.float(), self.fc2.bias.float())
 
 
 class RandomRouter(HardRouter):
@@ -106,8 +107,9 @@ class OracleRouter(HardRouter):
 
     def scores(self, rows: Tensor) -> Tensor:
         """rows: (T, D) -> (T, E)."""
-        hidden = self.act(F.linear(rows, self.weight, self.bias))
-        return F.linear(hidden, self.centres, -self.centres.square().sum(dim=1) / 2)
+        centres = self.centres.float()
+        hidden = self.act(F.linear(rows, self.weight.float(), self.bias.float()))
+        return F.linear(hidden, centres, -centres.square().sum(dim=1) / 2)
 
 
 class SharedExperts(Experts):

@@ -193,9 +193,11 @@ def assign(choice: Tensor, weight: Tensor, probs: Tensor, logits: Tensor, shape:
         weight_t = weight.repeat_interleave(n, dim=0)
     else:
         choice_t, weight_t = choice, weight
-    queue = torch.arange(tokens, device=choice.device) if priority is None else priority.argsort(descending=True, stable=True)
-    expert = choice_t[queue].t().reshape(-1)
-    flat_weight = weight_t[queue].t().reshape(-1)
+    queue = torch.arange(tokens, device=choice.device)
+    if priority is not None:
+        queue = priority.argsort(descending=True, stable=True)
+        choice_t, weight_t = choice_t[queue], weight_t[queue]
+    expert, flat_weight = choice_t.t().reshape(-1), weight_t.t().reshape(-1)
     token = queue.repeat(top_k)
     dropped = torch.zeros(tokens, dtype=torch.long, device=choice.device)
     if capacity_factor is not None:
