@@ -75,6 +75,18 @@ def test_other_kinds():
     assert set(np.bincount(clusters.balanced_means(lopsided, 3, 0))) == {30}
 
 
+def test_clusters_that_other_images_make_again():
+    x, which = blobs(600, 20, 3, 0.1)
+    image = torch.arange(600) // 10
+    assert clusters.stability(x, image, 0.1) == 1.0
+    lost = torch.rand(80, 30, generator=torch.Generator().manual_seed(1))
+    assert clusters.stability(lost, torch.arange(80), 0.3) is None
+    assert clusters.stability(x, 2 * image, 0.1) is None  # no image of the other half
+    loose = torch.rand(400, 2, generator=torch.Generator().manual_seed(0))
+    again = clusters.stability(loose, torch.arange(400), 0.02)
+    assert again is None or again < 0.6
+
+
 # ---------------------------------------------------------------- recording
 
 

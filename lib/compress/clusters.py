@@ -175,6 +175,23 @@ def density_clusters(x: Tensor, min_cluster_size: int, min_samples: int = 5) -> 
     return Clusters(labels, strength, condensed)
 
 
+def stability(x: Tensor, image: Tensor, smallest: float, min_samples: int = 5) -> float | None:
+    """Whether other images make the same clusters: tokens x (n, D) of images with even and with odd numbers (n,) are clustered
+    apart, all tokens join the nearest mean of either, and the two partitions are compared: adjusted Rand index, 1 for equal
+    ones, 0 for chance. smallest: share of the tokens that makes a cluster. None if a half has fewer than
+    two clusters."""
+    from sklearn.metrics import adjusted_rand_score
+    partitions = []
+    for odd in (0, 1):
+        part = x[image % 2 == odd]
+        size = max(2, round(smallest * len(part)))
+        found = density_clusters(part, size, min_samples) if len(part) > max(size, min_samples) else None
+        if found is None or found.count < 2:
+            return None
+        partitions.append(found.nearest(part, x).numpy())
+    return float(adjusted_rand_score(*partitions))
+
+
 def distances(x: Tensor) -> Tensor:
     """(n, D) -> (n, n) float32 Euclidean distances, block by block; symmetric to the bit.
 

@@ -20,7 +20,7 @@ from ..cutspec import ExtractSpec
 from ..models.experts import Experts
 from ..models.extracted import CentroidRouter, OracleRouter, PredictorRouter, RandomRouter, SharedExperts
 from ..models.moe import MoELayer
-from .clusters import Clusters, Recorded, balanced_means, density_clusters, means_clusters, random_clusters
+from .clusters import Clusters, Recorded, balanced_means, density_clusters, means_clusters, random_clusters, stability
 
 LEAST = 8  # neurons that a layer keeps at least, when widths are ranked over the model
 
@@ -37,19 +37,21 @@ class Cut:
 def cut_layer(mlp: Mlp, cut: Cut, rules: ExtractSpec, width: int | None, seed: int) -> tuple[nn.Module, dict[str, Any]]:
     """The layer that takes the place of `mlp`, and a report on it. width: neurons a token passes; None with `percent`.
 
-    Report: width (D), clusters, noise (share of clustered tokens in none), dense (true where fewer than two clusters were found,
-    and the MLP stays as it is), widths (of the experts), stored (neurons in all), active (neurons a token passes, mean), load
-    (share of tokens by expert), error (squared error of the output over its variance), cosine (K, K) of mean inputs, overlap
-    (K, K) of neuron sets, intersection over union.
+    Report: width (D), clusters, noise (share of clustered tokens in none), stability (of HDBSCAN's clusters, else None), dense
+    (true where fewer than two clusters were found, and the MLP stays as it is), widths (of the experts), stored (neurons in all),
+    active (neurons a token passes, mean), load (share of tokens by expert), error (squared error of the output over its
+    variance), union (neurons in any expert), cosine (K, K) of mean inputs, overlap (K, K) of neuron sets (intersection over
+    union).
     """
     if rules.clusters == "weights":
         return _moefied(mlp, cut, rules, seed)
-    found = _clustered(cut.tokens, rules, seed)
+    found, stable = _clustered(cut.tokens, rules, seed)
+    told = {"noise": found.noise, "stability": stable}
     if found.count < 2 and not rules.static:
         whole = mlp.fc1.out_features
-        kept = {"width": mlp.fc1.in_features, "clusters": found.count, "noise": found.noise, "dense": True, "widths": [whole],
-                "stored": whole, "active": float(whole), "load": [1.0], "error": 0.0}
-        return mlp, kept
+        kept = {"width": mlp.fc1.in_features, "clusters": found.count, "dense": True, "widths": [whole], "stored": whole,
+                "active": float(whole), "load": [1.0], "error": 0.0}
+        return mlp, told | kept
     centres, member = _members(cut.tokens, found, rules)
     router = None if rules.static else _router(mlp, cut.tokens, centres, member, rules)
     routed = router.scores(cut.tokens.inputs).argmax(dim=1) if router is not None else torch.zeros_like(member)
@@ -64,17 +66,17 @@ def cut_layer(mlp: Mlp, cut: Cut, rules: ExtractSpec, width: int | None, seed: i
     parts = [_corrected(mlp, cut.tokens.hidden, target, group, pooled, kept, rules, shared is not None)
              for group, kept in zip(groups, sets, strict=True)]
     layer = _assembled(mlp, parts, sets, router, shared, rules)
-    return layer, {"noise": found.noise} | _report(layer, cut, routed, sets, centres, mlp.fc1.out_features - len(free))
+    return layer, told | _report(layer, cut, routed, sets, centres, mlp.fc1.out_features - len(free))
 
 
 # ---------------------------------------------------------------- whose tokens
 
 
-def _clustered(tokens: Recorded, rules: ExtractSpec, seed: int) -> Clusters:
-    """Clusters of some of the tokens; the others are -2, to join the nearest centre."""
-    n = len(tokens.inputs)
+def _clustered(tokens: Recorded, rules: ExtractSpec, seed: int) -> tuple[Clusters, float | None]:
+    """Clusters of some of the tokens, the others being -2, to join the nearest centre; and how stable density's clusters are."""
+    n, stable = len(tokens.inputs), None
     if rules.static:
-        return Clusters(np.zeros(n, np.int64), np.ones(n))
+        return Clusters(np.zeros(n, np.int64), np.ones(n)), None
     drawn = torch.Generator().manual_seed(seed)
     some = torch.randperm(n, generator=drawn)[:rules.clustered].sort().values
     x = (tokens.hidden if rules.space == "hidden" else tokens.inputs)[some]
@@ -83,6 +85,7 @@ def _clustered(tokens: Recorded, rules: ExtractSpec, seed: int) -> Clusters:
         x = torch.from_numpy(PCA(min(rules.components, *x.shape), random_state=seed).fit_transform(x.numpy())).float()
     if rules.clusters == "hdbscan":
         found = density_clusters(x, max(2, round(rules.smallest * len(x))), rules.neighbours)
+        stable = stability(x, tokens.image[some], rules.smallest, rules.neighbours)
     elif rules.clusters == "directions":
         centres = torch.randn(rules.count, tokens.inputs.shape[1], generator=drawn) * tokens.inputs.std()
         labels = CentroidRouter.of(centres).scores(tokens.inputs[some]).argmax(dim=1).numpy()
@@ -93,7 +96,7 @@ def _clustered(tokens: Recorded, rules: ExtractSpec, seed: int) -> Clusters:
             found = random_clusters(np.bincount(found.labels, minlength=rules.count), drawn)
     labels = np.full(n, -2)
     labels[some.numpy()] = found.labels
-    return Clusters(labels, found.strength, found.tree)
+    return Clusters(labels, found.strength, found.tree), stable
 
 
 def _members(tokens: Recorded, found: Clusters, rules: ExtractSpec) -> tuple[Tensor, Tensor]:
