@@ -78,7 +78,8 @@ def scan(panels: dict[str, Sequence[Curve]], baselines: dict[str, Value] | None 
             ax.set(title=fill(title, 80 // len(panels)), xlabel=xlabel, ylabel=ylabel)
             drawn = False
             for c in curves:
-                i, j = hues.index(c.hue) % len(COLOURS), variants.index(c.variant)
+                lap, i = divmod(hues.index(c.hue), len(COLOURS))
+                j = variants.index(c.variant) + lap  # a colour that comes again comes dashed
                 drawn |= _errorbar(ax, c.x, c.y, color=COLOURS[i], marker=MARKERS[i], linestyle=LINES[j % len(LINES)],
                                    markerfacecolor=(COLOURS[i], "white", "#c8c8c8")[min(j, 2)], label=c.label)
             base = (baselines or {}).get(title)
