@@ -128,36 +128,27 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """x: (T, D); returns (T, D): for each token the weighted sum over its assignments, zero if it has none."""
         kind = x.device.type
-        x = x.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         order = torch.argsort(routing.expert, stable=True)
-        token, weight, counts = routing.token[order], routing.weight[order].to(x.dtype), routing.load()
-        step = ALIGN if x.dtype == torch.bfloat16 else 1
-        # Cast whole stacks: autocast inside the loop would cast slice by slice and stack float32 gradients once more.
-        experts = self.each(lambda held: held.to(x.dtype))
-        if not torch.is_grad_enabled():
-            alone = routing.choice.shape[-1] == 1 and len(token) == len(x)
-            return self._at_once(x, experts, token.split(counts.tolist()), weight.split(counts.tolist()), step, alone)
-        slices, place = _aligned(counts, step)
+        token, counts = routing.token[order], routing.load()
+        low = dtype == torch.bfloat16
+        slices, place = _aligned(counts, ALIGN if low else 1)
         source = token.new_zeros(sum(slices)).index_copy(0, place, token)
-        rows = x.index_select(0, source).split(slices)
+        rows = x.to(dtype).index_select(0, source).split(slices)
+        # Cast whole stacks: autocast inside the loop would cast slice by slice and stack float32 gradients once more.
+        weights = self.each(lambda held: held.to(dtype))
+        mlp = self._left if low and not torch.is_grad_enabled() else self._right
         # A zero-row slice still runs: its empty products give the idle expert its zero gradient.
-        done = torch.cat([self._mlp(part, *own) for part, own in zip(rows, experts, strict=True)])
-        return _sum_by_token(done, place, token, weight, x.shape[0])
+        done = torch.cat([mlp(part, *own) for part, own in zip(rows, weights, strict=True)])
+        return _sum_by_token(done, place, token, routing.weight[order].to(dtype), x.shape[0])
 
-    def _at_once(self, x: Tensor, experts: Iterable[tuple[Tensor, ...]], token: Sequence[Tensor], weight: Sequence[Tensor],
-                 step: int, alone: bool) -> Tensor:
-        """The same without a backward pass: each expert fetches its rows and files its results while they are in the cache.
-        alone: every token has one assignment, so that nothing is added up."""
-        out = torch.empty_like(x) if alone else torch.zeros_like(x)
-        file = out.index_copy_ if alone else out.index_add_
-        for own, index, factor in zip(experts, token, weight, strict=True):
-            if n := len(index):
-                source = index if n % step == 0 else torch.cat([index, index[:1].expand(-n % step)])
-                file(0, index, self._mlp(x.index_select(0, source), *own)[:n].mul_(factor.unsqueeze(1)))
-        return out
-
-    def _mlp(self, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    def _right(self, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         return F.linear(self.act(F.linear(x, w1, b1)), w2, b2)
+
+    def _left(self, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        """The same with the weights on the left of each product: the right-hand side is what gets packed in bfloat16, and there
+        are fewer rows than weights. With a backward pass nothing is gained by it."""
+        return torch.addmm(b2.unsqueeze(1), w2, self.act(torch.addmm(b1.unsqueeze(1), w1, x.t()))).t()
 
     def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
         theirs = self.widths_in(state_dict, prefix)
