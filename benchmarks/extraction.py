@@ -1,15 +1,15 @@
 """Experts cut out of MLPs: clustering against the library's own path, the whole extraction, and the speed of what comes out.
 
 The limit of an extracted model is a static one with as many active neurons in each layer: the same products, and no router, no
-sorting, one weight matrix instead of several. The ratio of MACs is the limit of both. Tokens come from a ViT-S with random
-weights, and experts are those of k-means clusters, so that loads are about as uneven as in a trained model.
+sorting, one weight matrix instead of several. The ratio of MACs is the limit of both. Weights and images
+are random and experts are those of k-means clusters, so loads are nearly even: uneven ones are slower.
 """
 
 from __future__ import annotations
 
 import copy
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 import timm
@@ -23,7 +23,7 @@ from lib.cutspec import ExtractSpec
 from lib.measure import cost
 from lib.measure.timing import compare, peak_rss_mib
 
-from .row import Row, seconds
+from .row import Row, forward, seconds
 
 NAME, SIDE, CLASSES = "vit_small_patch14_dinov2", 224, 100
 TOKENS, MANY, HIDDEN, SHARE = 4000, 20_000, 1536, 0.01  # SHARE of the tokens makes a cluster
@@ -89,7 +89,7 @@ def latency(model: nn.Module, repeats: int = 20) -> Iterator[Row]:
     for batch in BATCHES:
         for dtype, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
             images = _images(batch).to(kind)
-            timed = compare({name: _forward(net.to(kind), images) for name, net in ({"model": model} | made).items()}, repeats,
+            timed = compare({name: forward(net.to(kind), images) for name, net in ({"model": model} | made).items()}, repeats,
                             settle=1)
             ms = {name: time.median for name, time in timed.items()}
             what = f"{COUNT} experts, {ACTIVE:.0%} active, batch {batch}"
@@ -131,11 +131,3 @@ def _extracted(model: nn.Module, tokens: dict[str, Recorded], rules: ExtractSpec
         layer, _ = cut_layer(mlp, _cut(mlp, tokens[name]), rules, round(rules.active * mlp.fc1.out_features), 0)
         out.set_submodule(name, layer)
     return out.eval()
-
-
-def _forward(model: nn.Module, images: Tensor) -> Callable[[], None]:
-    def run() -> None:
-        with torch.inference_mode():
-            model(images)
-
-    return run

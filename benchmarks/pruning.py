@@ -9,7 +9,7 @@ its own first-order score on the same batch, its dependency graph included. Each
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import timm
 import torch
@@ -22,7 +22,7 @@ from lib.compress.removal import remove
 from lib.measure import cost
 from lib.measure.timing import compare
 
-from .row import Row
+from .row import Row, forward
 
 NAME, SIDE, BATCH, CLASSES, SHARE = "vit_small_patch14_dinov2", 224, 16, 100, 0.5
 LEAST = {"fp32": 0.95}  # of the ratio of MACs
@@ -42,7 +42,7 @@ def speed(repeats: int = 20) -> Iterator[Row]:
     ideal = cost.count(whole, SIDE).macs / cost.count(cut, SIDE).macs
     for dtype, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         given = images.to(kind)
-        timed = compare({"whole": _forward(whole.to(kind), given), "cut": _forward(cut.to(kind), given)}, repeats)
+        timed = compare({"whole": forward(whole.to(kind), given), "cut": forward(cut.to(kind), given)}, repeats)
         ms = {name: time.median for name, time in timed.items()}
         yield Row(f"MLPs cut by {SHARE:.0%}, forward", dtype, "whole model", ms["whole"], ms["cut"], ideal, LEAST.get(dtype))
 
@@ -65,14 +65,6 @@ def _model() -> nn.Module:
 def _batch() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(BATCH, 3, SIDE, SIDE, generator=generator), torch.randint(CLASSES, (BATCH,), generator=generator)
-
-
-def _forward(model: nn.Module, images: Tensor) -> Callable[[], None]:
-    def run() -> None:
-        with torch.inference_mode():
-            model(images)
-
-    return run
 
 
 def _gradients(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:

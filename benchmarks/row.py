@@ -7,6 +7,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor, nn
+
 
 @dataclass(frozen=True)
 class Row:
@@ -50,3 +53,12 @@ def seconds(candidates: dict[str, Callable[[], object]], turns: int) -> dict[str
             work()
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def forward(model: nn.Module, images: Tensor) -> Callable[[], None]:
+    """One forward pass without gradients, to be timed."""
+    def run() -> None:
+        with torch.inference_mode():
+            model(images)
+
+    return run

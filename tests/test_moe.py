@@ -54,7 +54,7 @@ def test_equals_reference_in_value_and_gradient(case, shape):
         expected = expected + moe.shared(x)
     got = moe(x)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
-    with torch.no_grad():  # another path through the same products
+    with torch.no_grad():
         torch.testing.assert_close(moe(x), expected, rtol=1e-5, atol=1e-6)
     wrt = [x, *moe.parameters()]
     for a, b in zip(torch.autograd.grad((got * probe).sum(), wrt), torch.autograd.grad((expected * probe).sum(), wrt),

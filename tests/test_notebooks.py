@@ -170,9 +170,11 @@ def test_plan_checks_its_notebook(book):
 
 @pytest.mark.parametrize("key", SOURCES)
 def test_real_notebooks(key):
-    """Each source: no outputs; parameters that papermill explains; a plan under each profile that it has."""
+    """Each source: no outputs; no long cell; parameters that papermill explains; a plan under each profile that it has."""
     content = json.loads(notebooks.source(key).read_text())
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in content["cells"])
+    lengths = [len("".join(cell["source"]).splitlines()) for cell in content["cells"] if cell["cell_type"] == "code"]
+    assert max(lengths) <= 30, "logic of more than 30 lines belongs in lib"
     shown = papermill.inspect_notebook(notebooks.source(key))
     assert list(shown) == list(notebooks.parameters(key))
     assert all(entry["help"] and entry["inferred_type_name"] != "None" for entry in shown.values())

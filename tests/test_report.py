@@ -176,6 +176,13 @@ def test_equal_figures_are_equal_bytes():
     assert style.png(FIGURES["ratio"](), 50) == style.png(FIGURES["ratio"](), 50)
 
 
+def test_more_curves_than_colours_still_look_different():
+    fig = figures.scan({"this build": [figures.Curve([1, 2], [80.0 + i, 81.0 + i], f"method {i}") for i in range(8)]})
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle(), line.get_markerfacecolor())
+             for line in fig.axes[0].lines if line.get_label().startswith("method") or len(line.get_xdata()) == 2}
+    assert len(looks) == 8
+
+
 def test_class_order_puts_blocks_on_the_diagonal():
     share = np.array([[0.1, 0.9], [0.6, 0.4], [0.3, 0.7], [0.8, 0.2]])
     assert maps.class_order(share).tolist() == [3, 1, 0, 2]

@@ -130,6 +130,36 @@ def test_trend():
         stats.trend([1, 1], [[0, 1]])
 
 
+def sized(top1, size, seed=0, status="ok"):
+    """A record with a test accuracy and a stored size."""
+    return SimpleNamespace(status=status, spec=SimpleNamespace(seed=seed), test={"top1": top1}, cost={"params_stored": size})
+
+
+def test_retained_by_hand():
+    whole, cut = [sized(80.0, 100)], [sized(value, 50, seed) for seed, value in enumerate((40.0, 60.0, 80.0))]
+    result = stats.retained(cut, whole)
+    assert (result.mean, result.n) == (75.0, 3) and result.low == pytest.approx(75 - 25 * 4.302653 / np.sqrt(3), abs=1e-4)
+    assert stats.retained(cut, [None]) is None and stats.retained([None], whole) is None
+
+
+def test_beyond_the_line_of_a_family_by_hand():
+    """Seed 0: from (40, 50) over (60, 70) to the whole model's (100, 80); seed 1 lies 10 points lower up to there."""
+    family = [[sized(70.0, 60, 0), sized(60.0, 60, 1)], [sized(40.0, 40, 1), sized(50.0, 40, 0)]]
+    whole = [sized(80.0, 100, seed=7)]
+
+    def beyond(*records):
+        return stats.beyond_line(records, family, whole)
+
+    assert beyond(sized(63.0, 50, 0)).mean == pytest.approx(63 - 60)
+    assert beyond(sized(63.0, 50, 1)).mean == pytest.approx(63 - 50)
+    assert beyond(sized(76.0, 80, 0)).mean == pytest.approx(76 - 75)
+    both = beyond(sized(63.0, 50, 0), sized(63.0, 50, 1), sized(99.0, 30, 2))
+    assert (both.mean, both.n) == (pytest.approx(8.0), 2)
+    for left_out in (sized(63.0, 39, 0), sized(63.0, 101, 0), sized(63.0, 50, 2), sized(63.0, 50, 0, "failed"), None):
+        assert beyond(left_out) is None
+    assert stats.beyond_line([sized(63.0, 50, 0)], family, [None]) is None
+
+
 # ---------------------------------------------------------------- verdicts
 
 

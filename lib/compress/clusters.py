@@ -176,10 +176,12 @@ def density_clusters(x: Tensor, min_cluster_size: int, min_samples: int = 5) -> 
 
 
 def stability(x: Tensor, image: Tensor, smallest: float, min_samples: int = 5) -> float | None:
-    """Whether other images make the same clusters: tokens x (n, D) of images with even and with odd numbers (n,) are clustered
-    apart, all tokens join the nearest mean of either, and the two partitions are compared: adjusted Rand index, 1 for equal
-    ones, 0 for chance. smallest: share of the tokens that makes a cluster. None if a half has fewer than
-    two clusters."""
+    """Whether other images make the same clusters: adjusted Rand index, 1 for equal ones, 0 for chance.
+
+    Tokens x (n, D) of images with even and with odd numbers, `image` (n,), are clustered apart, all tokens join the nearest mean
+    of either, and the two partitions are compared. smallest: share of the tokens that makes a cluster. None if a half has fewer
+    than two clusters.
+    """
     from sklearn.metrics import adjusted_rand_score
     partitions = []
     for odd in (0, 1):

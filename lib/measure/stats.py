@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 from scipy import stats as _stats
 
-__all__ = ["Difference", "Interval", "MIN_SEEDS", "accuracy_interval", "finished", "format_interval", "mean_interval",
-           "paired_difference", "trend"]
+__all__ = ["Difference", "Interval", "MIN_SEEDS", "accuracy_interval", "beyond_line", "finished", "format_interval",
+           "mean_interval", "paired_difference", "retained", "trend"]
 
 MIN_SEEDS = 3  # below, a mean gets no interval and no rank
 LEVEL = 0.95
@@ -181,6 +181,33 @@ def paired_difference(records_a: Sequence[Any], records_b: Sequence[Any],
     low, high = 100 * np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     above = float((draws > 0).mean() + 0.5 * (draws == 0).mean())
     return Difference(mean, float(low), float(high), n, "hierarchical bootstrap 95%", above, paired)
+
+
+def retained(records: Sequence[Any], whole: Sequence[Any]) -> Interval | None:
+    """Test top-1 of the records in percent of that of the model they were cut from, the first finished one of `whole`.
+
+    The interval is over seeds of the cut: the model is one. None if a side has no finished record.
+    """
+    done, base = finished(records), finished(whole)[:1]
+    return mean_interval([100 * r.test["top1"] / base[0].test["top1"] for r in done]) if done and base else None
+
+
+def beyond_line(records: Sequence[Any], family: Sequence[Sequence[Any]], whole: Sequence[Any],
+                size: str = "params_stored") -> Interval | None:
+    """Test top-1 of the records less what a family of rivals reaches at the same size, in points, seed by seed.
+
+    family: groups of records, a group a level of the rival; of each the record of the same seed is taken, and the first finished
+    one of `whole` closes the line. Between two of them the rival is a straight line over size, an entry of `cost`. Left out: a
+    record beyond the line's ends, or with a seed that a group lacks. None if nothing is left.
+    """
+    base, apart = finished(whole)[:1], []
+    for r in finished(records):
+        line = [x for group in family for x in finished(group) if x.spec.seed == r.spec.seed] + base
+        line.sort(key=lambda x: x.cost[size])
+        if len(line) == len(family) + 1 and base and line[0].cost[size] <= r.cost[size] <= line[-1].cost[size]:
+            top1 = np.interp(r.cost[size], [x.cost[size] for x in line], [x.test["top1"] for x in line])
+            apart.append(r.test["top1"] - float(top1))
+    return mean_interval(apart) if apart else None
 
 
 def trend(x: Sequence[float], rows: Sequence[Sequence[float]]) -> Interval:
