@@ -11,10 +11,12 @@ import copy
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import timm
 import torch
 from sklearn.metrics import adjusted_rand_score
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 from lib.compress.clusters import Recorded, density_clusters, mlps_of, record
@@ -23,6 +25,7 @@ from lib.cutspec import ExtractSpec
 from lib.measure import cost
 from lib.measure.timing import compare, peak_rss_mib
 
+from .moe import D, N, chunks
 from .row import Row, forward, seconds
 
 NAME, SIDE, CLASSES = "vit_small_patch14_dinov2", 224, 100
@@ -95,6 +98,18 @@ def latency(model: nn.Module, repeats: int = 20) -> Iterator[Row]:
             what = f"{COUNT} experts, {ACTIVE:.0%} active, batch {batch}"
             yield Row(what, dtype, "whole model", ms["model"], ms["ours"], ideal, MODEL_SHARE.get((batch, dtype)))
             yield Row(what, dtype, "static model", ms["static"], ms["ours"], 1.0, STATIC_SHARE.get((batch, dtype)))
+    yield from parts(16, repeats)
+
+
+def parts(batch: int, repeats: int = 20) -> Iterator[Row]:
+    """What several weight matrices cost without any routing: one narrow MLP against `COUNT` of them on equal runs of its rows."""
+    rows = torch.randn(batch, N, D, generator=torch.Generator().manual_seed(0))
+    mlps = nn.ModuleList(Mlp(D, round(ACTIVE * HIDDEN)) for _ in range(COUNT))
+    for dtype, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        x, many = rows.to(kind), mlps.to(kind)
+        timed = compare({"one": forward(many[0], x), "parts": forward(partial(chunks, many), x)}, repeats, settle=1)
+        ms = {name: time.median for name, time in timed.items()}
+        yield Row(f"one layer in {COUNT} parts, batch {batch}", dtype, "one MLP", ms["one"], ms["parts"], 1.0)
 
 
 def _mark(fine: bool) -> str:

@@ -55,7 +55,7 @@ def rows(repeats: int = 20) -> Iterator[Row]:
         for model in (token, image, one, many):
             model.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
         for backward in (False, True):
-            passes = {"one MLP": (one, lambda x: one(x.view(-1, D))), "E chunks": (many, lambda x: _chunks(many, x)),
+            passes = {"one MLP": (one, lambda x: one(x.view(-1, D))), "E chunks": (many, lambda x: chunks(many, x)),
                       "token": (token, token), "image": (image, image)}
             timed = compare({name: _call(fn, module, x, dtype, backward) for name, (module, fn) in passes.items()}, repeats)
             ms = {name: time.median for name, time in timed.items()}
@@ -74,9 +74,10 @@ def _layer(per_image: bool) -> MoELayer:
                     Experts(E, D, H))
 
 
-def _chunks(mlps: nn.ModuleList, x: Tensor) -> Tensor:
-    """Bound (b): equal contiguous chunks, one MLP each."""
-    return torch.cat([mlp(part) for mlp, part in zip(mlps, x.view(-1, D).chunk(E), strict=True)])
+def chunks(mlps: nn.ModuleList, x: Tensor) -> Tensor:
+    """x: (B, N, D) -> (T, D), bound (b): equal contiguous chunks of the rows, one MLP each."""
+    rows = x.view(-1, x.shape[-1])
+    return torch.cat([mlp(part) for mlp, part in zip(mlps, rows.chunk(len(mlps)), strict=True)])
 
 
 def _call(fn: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, dtype: str, backward: bool) -> Callable[[], None]:

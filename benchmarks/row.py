@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def seconds(candidates: dict[str, Callable[[], object]], turns: int) -> dict[str
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def forward(model: nn.Module, images: Tensor) -> Callable[[], None]:
+def forward(model: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], None]:
     """One forward pass without gradients, to be timed."""
     def run() -> None:
         with torch.inference_mode():
