@@ -1,9 +1,9 @@
 """Runs the notebooks of the book: through papermill, each in a process of its own, and only those that are stale.
 
 `jupyter-book build book` loads this module as a Sphinx extension. Before Sphinx reads a page, the hook runs what is stale in
-a bounded pool of processes, writes the executed copies to `book/notebooks` and the status table beside the pages. Sphinx
-itself executes nothing. A failing notebook ends the build with an error; its partial copy stays as `<name>.failed.ipynb`,
-and what the kernel said to its terminal is in `<name>.log`.
+a bounded pool of processes, writes the executed copies to `book/notebooks`, and the status table and all verdicts beside the
+pages. Sphinx itself executes nothing. A failing notebook ends the build with an error; its partial copy stays as
+`<name>.failed.ipynb`, and what the kernel said to its terminal is in `<name>.log`.
 
 `execute` runs one notebook in this process (the kernel is its child); the pool calls it through `python -m lib run`.
 """
@@ -24,10 +24,10 @@ from typing import Any
 
 import yaml
 
-from . import manifest, notebooks, status
+from . import manifest, notebooks, status, verdicts
 from .paths import ROOT, written_whole
 
-STATUS_TABLE = "status_table.md"  # beside status.md, which includes it
+GENERATED = {"status_table.md": status.page, "verdicts_table.md": verdicts.page}  # included by status.md and verdicts.md
 HEARTBEAT = 30.0  # seconds between lines about notebooks that take long
 
 
@@ -270,9 +270,10 @@ def _before_reading(app: Any) -> None:
         run_stale(keys, os.environ.get("PROFILE") or "quick", say=lambda line: print(line, flush=True))
     except (BuildError, notebooks.NotebookError) as error:
         raise ExtensionError(str(error)) from error
-    target, text = Path(app.srcdir) / STATUS_TABLE, status.page(keys)
-    if not target.exists() or target.read_text(encoding="utf-8") != text:  # else Sphinx would read the page again
-        write(target, text)
+    for name, page in GENERATED.items():
+        target, text = Path(app.srcdir) / name, page(keys)
+        if not target.exists() or target.read_text(encoding="utf-8") != text:  # else Sphinx would read the page again
+            write(target, text)
 
 
 def setup(app: Any) -> dict[str, bool]:

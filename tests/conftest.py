@@ -50,14 +50,14 @@ class TinyBook:
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / "lib", root / "lib", ignore=ignored)
         shutil.copy(ROOT / "_config.yml", root)
-        for name in ("status.md", "references.bib"):
+        for name in ("status.md", "verdicts.md", "how_to_read.md", "references.bib"):
             (root / "book").mkdir(exist_ok=True)
             shutil.copy(ROOT / "book" / name, root / "book")
         (root / "lib" / "tiny.py").write_text("FACTOR = 2\n")
         (root / "data" / "papers").mkdir(parents=True)
         (root / "data" / "papers" / "tiny.yaml").write_text("published: 7\n")
         (root / "book" / "intro.md").write_text("# Tiny\n\nA book {cite}`vimoe`.\n\n```{bibliography}\n```\n")
-        files = ["notebooks/a/one", "notebooks/a/two", "status"]
+        files = ["notebooks/a/one", "notebooks/a/two", "status", "verdicts", "how_to_read"]
         toc = {"format": "jb-book", "root": "intro", "chapters": [{"file": f} for f in files]}
         (root / "_toc.yml").write_text(json.dumps(toc))  # JSON is YAML
         (root / "book" / "_toc.yml").symlink_to("../_toc.yml")

@@ -9,6 +9,10 @@ import pytest
 
 from lib import manifest, notebooks, paths, store
 
+ANSWER = """from lib.claims import Verdict
+from lib.report.text import answer
+answer([Verdict("Reproduced: a|b", "holds", "+1.0 [+0.5, +1.5] points, n=3", 3), Verdict("c", "not tested", "no records", 0)])"""
+
 
 @pytest.fixture
 def book(tiny, monkeypatch):
@@ -25,6 +29,7 @@ def why(key: str, profile: str = "quick") -> str | None:
 
 
 def test_build_then_nothing_then_only_what_changed(book):
+    book.notebook("a/one", "from lib.tiny import FACTOR", "print(FACTOR * p.width)", ANSWER)
     book.notebook("a/two", "text = open(lib.notebooks.ROOT / 'data/papers/tiny.yaml').read()",
                   "small = lib.load(grid(lib.profile('a/two', 'small')))\nprint(small)",
                   "import sys\nprint('a progress ' + 'bar', file=sys.stderr)")
@@ -35,10 +40,13 @@ def test_build_then_nothing_then_only_what_changed(book):
     html = book.root / "_build" / "html"
     assert (html / "index.html").is_file() and "6" in (html / "notebooks" / "a" / "one.html").read_text()
     assert "a/one" in (html / "status.html").read_text()
+    assert "<strong>2 claims:</strong> 1 <em>holds</em>, 0" in (html / "verdicts.html").read_text()
+    told = (book.root / "book" / "verdicts_table.md").read_text()
+    assert "## Notebook a/one" in told and "| a\\|b | holds | +1.0 [+0.5, +1.5] points, n=3 |" in told and "a/two" not in told
 
     one = book.executed("a/one")
     assert str(book.root) not in json.dumps(one)
-    assert [cell.get("execution_count") for cell in one["cells"]] == [None, 1, 2, 3, 4, 5]
+    assert [cell.get("execution_count") for cell in one["cells"]] == [None, 1, 2, 3, 4, 5, 6]
     assert not any("lib.manifest" in "".join(cell["source"]) for cell in one["cells"])
     assert set(one["metadata"]["moe"]["modules"]) >= {"lib/tiny.py", "lib/spec.py", "lib/__init__.py"}
     assert "a progress bar" not in json.dumps(book.executed("a/two"))  # chatter goes to the log

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict, replace
 
 import pandas as pd
 from IPython.display import Markdown
@@ -33,11 +34,18 @@ def verdicts(found: Iterable[Verdict], caption: str = "Verdicts by one rule: an 
 
 
 def answer(found: Iterable[Verdict], source: str = "Reproduced") -> Markdown:
-    """The claims of a page by verdict, in one paragraph for its head. source: what the records are; taken off the claims."""
+    """The claims of a page by verdict, in one paragraph for its head. source: what the records are; taken off the claims.
+
+    The claims go with the paragraph as data, which the page of all verdicts reads (`lib.verdicts`).
+    """
     told: dict[str, list[str]] = {"holds": [], "does not hold": [], "undecided": [], "not tested": []}
+    found = [replace(v, claim=v.claim.removeprefix(f"{source}: ")) for v in found]
+    data = {"claims": [asdict(v) for v in found]}
     for v in found:
-        told[v.verdict].append(v.claim.removeprefix(f"{source}: "))
+        told[v.verdict].append(v.claim)
     if not any(claims for verdict, claims in told.items() if verdict != "not tested"):
-        return Markdown(f"**{source}, in short.** None of this page's {len(told['not tested'])} claims has its records yet.")
+        return Markdown(f"**{source}, in short.** None of this page's {len(told['not tested'])} claims has its records yet.",
+                        metadata=data)
     parts = [f"*{verdict.capitalize()}:* {'; '.join(claims)}." for verdict, claims in told.items() if claims]
-    return Markdown(f"**{source}, in short.** " + " ".join(parts) + " The numbers and intervals are under the verdicts below.")
+    return Markdown(f"**{source}, in short.** " + " ".join(parts) + " The numbers and intervals are under the verdicts below.",
+                    metadata=data)
