@@ -1,8 +1,8 @@
 """Experts cut out of MLPs: clustering against the library's own path, the whole extraction, and the speed of what comes out.
 
 The limit of an extracted model is a static one with as many active neurons in each layer: the same products, and no router, no
-sorting, one weight matrix instead of several. The ratio of MACs is the limit of both. Weights and images
-are random and experts are those of k-means clusters, so loads are nearly even: uneven ones are slower.
+sorting, one weight matrix instead of several. The ratio of MACs is the limit of both. Weights and images are
+random and experts are those of k-means clusters, so loads are nearly even: uneven ones are slower.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def rows(repeats: int = 20) -> Iterator[Row | str]:
     model = timm.create_model(NAME, img_size=SIDE, num_classes=CLASSES).eval()
     yield from whole(model)
     yield from latency(model, repeats)
+    yield from parts(16, repeats)
 
 
 def clustering(turns: int = 3) -> Iterator[Row | str]:
@@ -98,7 +99,6 @@ def latency(model: nn.Module, repeats: int = 20) -> Iterator[Row]:
             what = f"{COUNT} experts, {ACTIVE:.0%} active, batch {batch}"
             yield Row(what, dtype, "whole model", ms["model"], ms["ours"], ideal, MODEL_SHARE.get((batch, dtype)))
             yield Row(what, dtype, "static model", ms["static"], ms["ours"], 1.0, STATIC_SHARE.get((batch, dtype)))
-    yield from parts(16, repeats)
 
 
 def parts(batch: int, repeats: int = 20) -> Iterator[Row]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from . import manifest
@@ -18,28 +18,31 @@ COUNTED = ("holds", "does not hold", "undecided", "not tested")
 
 def page(keys: Sequence[str]) -> str:
     """The generated part of the page, Markdown: counts, and a table of claims for each notebook that has an answer."""
-    found = {key: claims for key in keys if (claims := list(claims_of(key)))}
-    counts = Counter(claim["verdict"] for claims in found.values() for claim in claims)
+    found = {key: (title(cells), *told) for key in keys if (told := answered(cells := _cells(key)))}
+    counts = Counter(claim["verdict"] for *_, claims in found.values() for claim in claims)
     lines = [f"**{counts.total()} claims:** " + ", ".join(f"{counts[verdict]} *{verdict}*" for verdict in COUNTED) + ".", ""]
-    for key, claims in found.items():
-        lines += [f"## {title(key)}", "", f"From [{key}](notebooks/{key}.ipynb).", "", "| claim | verdict | in our records |",
-                  "| --- " * 3 + "|"]
+    for key, (heading, source, claims) in found.items():
+        lines += [f"## {heading or key}", "", f"From [{key}](notebooks/{key}.ipynb): {source[0].lower() + source[1:]}.", "",
+                  "| claim | verdict | in our records |", "| --- " * 3 + "|"]
         lines += [f"| {_cell(claim['claim'])} | {claim['verdict']} | {_cell(claim['text'])} |" for claim in claims]
         lines.append("")
     return "\n".join(lines)
 
 
-def claims_of(key: str) -> Iterator[dict[str, Any]]:
-    """The claims that an executed notebook answers; none if it was not run."""
-    for cell in _cells(key):
+def answered(cells: Sequence[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]] | None:
+    """What the claims of an executed notebook were tested on, and the claims; None without an answer that has claims."""
+    for cell in cells:
         for output in cell.get("outputs", ()):
-            yield from output.get("metadata", {}).get("text/markdown", {}).get("claims", ())
+            data = output.get("metadata", {}).get("text/markdown", {})
+            if data.get("claims"):
+                return data["source"], data["claims"]
+    return None
 
 
-def title(key: str) -> str:
-    """The first heading of an executed notebook."""
-    text = "\n".join("".join(cell["source"]) for cell in _cells(key) if cell["cell_type"] == "markdown")
-    return next((line.removeprefix("# ").strip() for line in text.splitlines() if line.startswith("# ")), key)
+def title(cells: Sequence[dict[str, Any]]) -> str | None:
+    """The first heading of a notebook."""
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    return next((line.removeprefix("# ").strip() for line in text.splitlines() if line.startswith("# ")), None)
 
 
 def _cells(key: str) -> list[dict[str, Any]]:

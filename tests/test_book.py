@@ -42,6 +42,7 @@ def test_build_then_nothing_then_only_what_changed(book):
     assert "a/one" in (html / "status.html").read_text()
     assert "<strong>2 claims:</strong> 1 <em>holds</em>, 0" in (html / "verdicts.html").read_text()
     told = (book.root / "book" / "verdicts_table.md").read_text()
+    assert "From [a/one](notebooks/a/one.ipynb): reproduced." in told
     assert "## Notebook a/one" in told and "| a\\|b | holds | +1.0 [+0.5, +1.5] points, n=3 |" in told and "a/two" not in told
 
     one = book.executed("a/one")

@@ -318,5 +318,6 @@ def test_answer_sorts_the_claims_by_verdict():
     found = [Verdict("Reproduced: b", "undecided", "", 1), Verdict("Reproduced: a", "holds", "", 3), Verdict("c", "holds", "", 3)]
     assert "*Holds:* a; c. *Undecided:* b." in text.answer(found).data and "Does not hold" not in text.answer(found).data
     assert text.answer(found).metadata["claims"][0] == {"claim": "b", "verdict": "undecided", "text": "", "n": 1}
+    assert text.answer(found, "In this model").metadata["source"] == "In this model"
     untested = [Verdict("Reproduced: a", "not tested", "", 0)] * 2
     assert text.answer(untested).data == "**Reproduced, in short.** None of this page's 2 claims has its records yet."

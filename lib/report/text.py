@@ -10,6 +10,7 @@ from IPython.display import Markdown
 
 from lib.claims import Verdict
 from lib.report.tables import Table, table
+from lib.verdicts import COUNTED
 
 __all__ = ["answer", "gaps", "say", "verdicts"]
 
@@ -38,9 +39,9 @@ def answer(found: Iterable[Verdict], source: str = "Reproduced") -> Markdown:
 
     The claims go with the paragraph as data, which the page of all verdicts reads (`lib.verdicts`).
     """
-    told: dict[str, list[str]] = {"holds": [], "does not hold": [], "undecided": [], "not tested": []}
+    told: dict[str, list[str]] = {verdict: [] for verdict in COUNTED}
     found = [replace(v, claim=v.claim.removeprefix(f"{source}: ")) for v in found]
-    data = {"claims": [asdict(v) for v in found]}
+    data = {"source": source, "claims": [asdict(v) for v in found]}
     for v in found:
         told[v.verdict].append(v.claim)
     if not any(claims for verdict, claims in told.items() if verdict != "not tested"):
