@@ -32,7 +32,9 @@ def execute(spec: RunSpec, state_folder: str, checkpoint: str | None = None) -> 
     head = {"id": spec.id, "spec": spec.model_dump(mode="json"), "semantics": spec.canonical(), "environment": environment(spec),
             "code": code_hash(), "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
     try:
-        body, arrays = _run(spec, Path(state_folder), Path(checkpoint) if checkpoint else None)
+        from .arithmetic import products
+        with products(spec):
+            body, arrays = _run(spec, Path(state_folder), Path(checkpoint) if checkpoint else None)
         return head | {"status": "ok"} | body, arrays
     except Exception as error:
         from .train import Diverged
@@ -176,10 +178,11 @@ def _tensorboard(folder: Path):
 
 
 def environment(spec: RunSpec) -> dict[str, Any]:
-    """Versions and processor: with spec and threads, all that a bit-for-bit equal record depends on."""
+    """Versions, processor and how it multiplies: with spec and threads, all that a bit-for-bit equal record depends on."""
+    from .arithmetic import in_hardware
     names = ("torch", "timm", "numpy", "datasets")
     return {"python": platform.python_version(), **{name: version(name) for name in names}, "processor": processor(),
-            "threads": spec.threads}
+            "threads": spec.threads, "products": spec.dtype if in_hardware(spec) else f"float32, rounded to {spec.dtype}"}
 
 
 def processor() -> str:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .arithmetic import products
 from .models.balance import batch_variation, sharpness_loss, switch_loss, variation_loss, z_loss
 from .models.compete import competition_loss
 from .models.ensemble import Ensemble
@@ -18,9 +19,11 @@ from .models.strategies import labelled
 from .spec import MoESpec, RunSpec
 
 
+@contextlib.contextmanager
 def autocast(spec: RunSpec):
     """The arithmetic that the spec names: weights stay float32, bfloat16 applies to matrix products and activations."""
-    return torch.autocast(spec.device, dtype=torch.bfloat16) if spec.dtype == "bfloat16" else contextlib.nullcontext()
+    with products(spec), torch.autocast(spec.device, dtype=torch.bfloat16, enabled=spec.dtype == "bfloat16"):
+        yield
 
 
 def losses(model: nn.Module, images: Tensor, labels: Tensor, spec: RunSpec, tape: RoutingTape,

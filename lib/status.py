@@ -10,48 +10,71 @@ import datetime
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from . import manifest, notebooks
 
 PUBLISHED = "small"  # the profile whose records are committed
 
 
-def written(record: str) -> datetime.datetime | None:
-    """When a record was made, as the record itself says: a file's own date is that of the checkout."""
+def told(record: str) -> dict[str, Any]:
+    """The JSON of a record, empty if it cannot be read."""
     from .store import store
 
     path = store().find(record)
     try:
-        return datetime.datetime.fromisoformat(json.loads(path.read_text(encoding="utf-8"))["created"]) if path else None
-    except (OSError, ValueError, KeyError):
+        return json.loads(path.read_text(encoding="utf-8")) if path else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def written(content: dict[str, Any]) -> datetime.datetime | None:
+    """When a record was made, as the record itself says: a file's own date is that of the checkout."""
+    try:
+        return datetime.datetime.fromisoformat(content["created"])
+    except (ValueError, KeyError):
         return None
+
+
+def origin(content: dict[str, Any]) -> str:
+    """Where a record was computed, and in which arithmetic if not in that of its spec."""
+    made = content.get("environment", {})
+    products = made.get("products", "")
+    return made.get("processor", "unknown processor") + (f", products in {products}" if "rounded" in products else "")
 
 
 def page(keys: Sequence[str]) -> str:
     """The generated part of the status page: run time, threads, dates, records of each notebook; machines, versions."""
     rows = ["| notebook | profile | run time | threads | finished | records | oldest record |", "| --- " * 7 + "|"]
     machines: dict[str, None] = {}
+    records: dict[str, dict[str, Any]] = {}
     for key in keys:
         found = manifest.read(key)
         if found is None:
             rows.append(f"| {key} | not run |" + "  |" * 5)
             continue
         present = [record for record, value in found["records"].items() if value]
+        records |= {record: told(record) for record in present if record not in records}
         finished = datetime.datetime.fromisoformat(found["finished"])
         rows.append(f"| [{key}](notebooks/{key}.ipynb) | {found['profile']} | {found['seconds']:.0f} s | "
                     f"{found['machine']['threads']} | {finished:%Y-%m-%d&nbsp;%H:%M&nbsp;UTC} | "
-                    f"{len(present)} of {len(found['records'])} | {_age(present, finished).replace(' ', '&nbsp;')} |")
+                    f"{len(present)} of {len(found['records'])} | {_age(map(records.get, present), finished)} |")
         versions = ", ".join(f"{name} {version}" for name, version in found["machine"]["versions"].items())
         machines[f"- {found['machine']['processor']}, {found['machine']['cores']} cores; {versions}"] = None
-    return "\n".join([*rows, "", "Machines and versions that ran these notebooks:", "", *(machines or ["- none yet"]), ""])
+    origins = [f"- {name}: {count}" for name, count in Counter(map(origin, records.values())).most_common()]
+    rebuilt = sum(bool((content.get("weights") or {}).get("parent_differs")) for content in records.values())
+    return "\n".join([*rows, "", "Machines and versions that ran these notebooks:", "", *(machines or ["- none yet"]), "",
+                      "Records that these pages read, by the processor that computed them:", "", *(origins or ["- none yet"]), "",
+                      f"Of them {rebuilt} start from a parent that was trained again and came out with other weights than those "
+                      "of the parent's own record, as it does on another processor.", ""])
 
 
-def _age(present: Iterable[str], finished: datetime.datetime) -> str:
-    oldest = min((when for record in present if (when := written(record))), default=None)
+def _age(present: Iterable[dict[str, Any]], finished: datetime.datetime) -> str:
+    oldest = min((when for content in present if (when := written(content))), default=None)
     if oldest is None:
         return "none read"
     days = max(0, (finished - oldest).days)
-    return f"{oldest:%Y-%m-%d}, {days} day{'s' * (days != 1)} before the run"
+    return f"{oldest:%Y-%m-%d}, {days} day{'s' * (days != 1)} before the run".replace(" ", "&nbsp;")
 
 
 def state(key: str, profile: str) -> tuple[str, str | None]:

@@ -77,6 +77,7 @@ def _trained(folder: Path, classes: int, channels: int) -> float:
     from safetensors.torch import load_file
 
     from .. import data, train
+    from ..arithmetic import products
     from ..compress import surgery
     from ..models.moe import RoutingTape
     from ..objective import losses
@@ -91,10 +92,11 @@ def _trained(folder: Path, classes: int, channels: int) -> float:
     if spec.train.trainable != "all":
         train.freeze(model, spec.train.trainable)
     optim, tape = train.optimiser(model, spec), RoutingTape(model)
-    for _ in range(STEPS):
-        optim.zero_grad(set_to_none=True)
-        losses(model, images, labels, spec.but(train={"distil": "none"}), tape)["loss"].backward()
-        optim.step()
+    with products(spec):
+        for _ in range(STEPS):
+            optim.zero_grad(set_to_none=True)
+            losses(model, images, labels, spec.but(train={"distil": "none"}), tape)["loss"].backward()
+            optim.step()
     return peak_rss_mib() - before
 
 
