@@ -315,8 +315,11 @@ def test_gaps_name_the_command():
 
 
 def test_answer_sorts_the_claims_by_verdict():
-    found = [Verdict("Reproduced: b", "undecided", "", 1), Verdict("Reproduced: a", "holds", "", 3), Verdict("c", "holds", "", 3)]
-    assert "*Holds:* a; c. *Undecided:* b." in text.answer(found).data and "Does not hold" not in text.answer(found).data
+    found = [Verdict("Reproduced: b", "undecided", "", 1), Verdict("Reproduced: a", "holds", "+1 [0, 2]; all above 0", 3),
+             Verdict("c", "does not hold", "-1", 3), Verdict("d", "not tested", "", 0), Verdict("e", "undecided", "", 1)]
+    told = text.answer(found).data
+    assert told.split("\n")[2:] == ["- *Holds:* a: +1 [0, 2]", "- *Does not hold:* c: -1", "- *Undecided:* b; e.",
+                                    "- *Not tested* for want of records: 1 of 5 claims."]
     assert text.answer(found).metadata["claims"][0] == {"claim": "b", "verdict": "undecided", "text": "", "n": 1}
     assert text.answer(found, "In this model").metadata["source"] == "In this model"
     untested = [Verdict("Reproduced: a", "not tested", "", 0)] * 2

@@ -35,18 +35,24 @@ def verdicts(found: Iterable[Verdict], caption: str = "Verdicts by one rule: an 
 
 
 def answer(found: Iterable[Verdict], source: str = "Reproduced") -> Markdown:
-    """The claims of a page by verdict, in one paragraph for its head. source: what the records are; taken off the claims.
+    """The claims of a page by verdict, as a list for its head. source: what the records are; taken off the claims.
 
-    The claims go with the paragraph as data, which the page of all verdicts reads (`lib.verdicts`).
+    What is decided comes one claim a line with its interval, the rest in one line a verdict. The claims go with the list as
+    data, which the page of all verdicts reads (`lib.verdicts`).
     """
-    told: dict[str, list[str]] = {verdict: [] for verdict in COUNTED}
+    told: dict[str, list[Verdict]] = {verdict: [] for verdict in COUNTED}
     found = [replace(v, claim=v.claim.removeprefix(f"{source}: ")) for v in found]
     data = {"source": source, "claims": [asdict(v) for v in found]}
     for v in found:
-        told[v.verdict].append(v.claim)
+        told[v.verdict].append(v)
     if not any(claims for verdict, claims in told.items() if verdict != "not tested"):
         return Markdown(f"**{source}, in short.** None of this page's {len(told['not tested'])} claims has its records yet.",
                         metadata=data)
-    parts = [f"*{verdict.capitalize()}:* {'; '.join(claims)}." for verdict, claims in told.items() if claims]
-    return Markdown(f"**{source}, in short.** " + " ".join(parts) + " The numbers and intervals are under the verdicts below.",
+    lines = [f"- *{name.capitalize()}:* {v.claim}: {v.text.partition(';')[0]}" for name in ("holds", "does not hold")
+             for v in told[name]]
+    if told["undecided"]:
+        lines.append(f"- *Undecided:* {'; '.join(v.claim for v in told['undecided'])}.")
+    if told["not tested"]:
+        lines.append(f"- *Not tested* for want of records: {len(told['not tested'])} of {len(found)} claims.")
+    return Markdown("\n".join([f"**{source}, in short.** The table of verdicts below has all the numbers.", "", *lines]),
                     metadata=data)
