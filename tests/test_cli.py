@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from lib import status
+
 
 @pytest.fixture
 def away(tmp_path):
@@ -69,3 +71,18 @@ def test_papermill_by_hand_from_any_folder(tiny, away):
     told = tiny.call("-m", "papermill", "--help-notebook", source, cwd=away)
     assert "width: int (default None)" in told.stdout and "hidden width in units, 1-9" in told.stdout
     assert "layers: list[int] (default None)" in told.stdout
+
+
+def test_the_status_page_tells_where_records_were_computed(monkeypatch):
+    told = {"r1": {"created": "2026-01-01T00:00:00+00:00", "environment": {"processor": "P", "products": "bfloat16"}},
+            "r2": {"created": "2026-01-03T00:00:00+00:00", "weights": {"parent_differs": True},
+                   "environment": {"processor": "P", "products": "float32, rounded to bfloat16"}},
+            "r3": {"environment": {"processor": "P"}}}
+    found = {"profile": "quick", "seconds": 3, "finished": "2026-01-04T00:00:00+00:00",
+             "records": dict.fromkeys(told, "x") | {"r4": None},
+             "machine": {"processor": "Q", "cores": 2, "threads": 2, "versions": {}}}
+    monkeypatch.setattr(status.manifest, "read", {"a/one": found, "a/two": found}.get)
+    monkeypatch.setattr(status, "told", told.get)
+    page = status.page(["a/one", "a/two"])
+    assert "- P: 2\n- P, products in float32, rounded to bfloat16: 1\n" in page and "Of them 1 start" in page
+    assert page.count("3 of 4") == 2 and "2026-01-01,&nbsp;3&nbsp;days&nbsp;before" in page
