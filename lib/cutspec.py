@@ -61,8 +61,8 @@ class ExtractSpec(Spec):
     The defaults are the faithful reading of MoEE (2505.15414); everything else is a rival, a control, or ours.
     """
 
-    clusters: Literal["hdbscan", "kmeans", "random", "directions", "one", "weights"] = "hdbscan"  # random: of kmeans' sizes;
-    # directions: centres drawn at random; one: a static layer; weights: balanced k-means of neurons (MoEfication)
+    clusters: Literal["hdbscan", "kmeans", "random", "directions", "one", "weights"] = "hdbscan"  # random: dealt, of
+    # kmeans' sizes; directions: centres are random directions; one: a static layer; weights: balanced k-means of neurons
     space: Literal["hidden", "input"] = "hidden"  # what is clustered: activations, or what the router can see
     count: Annotated[int, Field(ge=2)] = 8  # clusters, or groups of neurons; hdbscan finds its own number
     smallest: Annotated[float, Field(gt=0, lt=1)] = 0.01  # hdbscan: share of the tokens that makes a cluster
@@ -84,8 +84,8 @@ class ExtractSpec(Spec):
     storage: Literal["copies", "shared"] = "copies"  # of experts: contiguous, or sets of neurons of one store
     images: Positive = 1000  # calibration images, class-balanced
     per_image: Positive = 10  # tokens of each that are recorded
-    tokens: Positive = 10_000  # of each layer in all
-    clustered: Positive = 4000  # of these, the ones that are clustered; the others join the nearest centre
+    tokens: Positive = 10_000  # of each layer at most; the report of a layer says how many there were
+    clustered: Positive = 4000  # of these, the ones that are clustered; the others join the nearest centre, with hdbscan none
 
     @model_validator(mode="after")
     def _consistent(self):

@@ -166,6 +166,42 @@ def test_without_clusters_the_layer_stays_dense():
     assert type(made) is Mlp and report["dense"] and report["clusters"] < 2 and report["stored"] == H and report["noise"] > 0.5
 
 
+def belongings(mlp, found, given):
+    """What is clustered of the tokens, and what becomes of all of them: (labels, centres, members)."""
+    clustered, _ = cutting._clustered(found.tokens, given, seed=0)
+    return clustered.labels, *cutting._members(found.tokens, clustered, given, seed=0)
+
+
+def test_tokens_that_were_not_clustered_join_the_nearest_centre_or_none():
+    mlp = layer()
+    found, group = tokens(mlp), torch.arange(600) % 3
+    labels, _, member = belongings(mlp, found, rules(clustered=150))
+    assert (labels == -2).sum() == 450 and all(len(member[group == g].unique()) == 1 for g in range(3))
+    labels, _, member = belongings(mlp, found, rules(clusters="hdbscan", smallest=0.1, clustered=150))
+    assert (member >= 0).sum() == (labels >= 0).sum() <= 150 and (member == -1).sum() >= 450  # they might be noise
+    _, report = cut(mlp, found, rules(clusters="hdbscan", smallest=0.1, clustered=150))
+    assert report["tokens"] == 600 and not report["dense"]
+
+
+def test_random_clusters_are_dealt_to_all_tokens_whatever_share_was_clustered():
+    mlp = layer()
+    found, group = tokens(mlp), torch.arange(600) % 3
+    _, _, member = belongings(mlp, found, rules(clusters="random", clustered=150))
+    assert member.bincount().tolist() == [200] * 3  # the sizes of the three groups
+    shares = torch.stack([torch.stack([(group[member == k] == g).float().mean() for g in range(3)]) for k in range(3)])
+    assert (shares - 1 / 3).abs().max() < 0.15
+
+
+def test_random_directions_are_the_centres_that_route():
+    mlp = layer()
+    found, given = tokens(mlp), rules(clusters="directions", space="input", router="nearest", members="routed", clustered=150)
+    made, report = cut(mlp, found, given)
+    centres = cutting._directions(found.tokens, given, 0)
+    torch.testing.assert_close(made.router.weight, centres)
+    nearest = torch.cdist(found.tokens.inputs, centres).argmin(1).bincount(minlength=len(centres)) / 600
+    assert report["load"] == pytest.approx(nearest.tolist()) and (nearest > 0).all()
+
+
 def test_groups_of_neurons_compute_all_or_some():
     mlp = layer()
     found = tokens(mlp)

@@ -130,16 +130,32 @@ def test_trend():
         stats.trend([1, 1], [[0, 1]])
 
 
-def sized(top1, size, seed=0, status="ok"):
-    """A record with a test accuracy and a stored size."""
-    return SimpleNamespace(status=status, spec=SimpleNamespace(seed=seed), test={"top1": top1}, cost={"params_stored": size})
+def sized(top1, size, seed=0, status="ok", images=1000):
+    """A record with a stored size, right on the first so many percent of its test images."""
+    label = np.zeros(images, int)
+    guess = (np.arange(images) >= round(top1 * images / 100)).astype(int)
+    return SimpleNamespace(status=status, spec=SimpleNamespace(seed=seed), cost={"params_stored": size}, id=f"{top1}",
+                           arrays={"test_label": label, "test_pred": guess})
 
 
 def test_retained_by_hand():
     whole, cut = [sized(80.0, 100)], [sized(value, 50, seed) for seed, value in enumerate((40.0, 60.0, 80.0))]
     result = stats.retained(cut, whole)
-    assert (result.mean, result.n) == (75.0, 3) and result.low == pytest.approx(75 - 25 * 4.302653 / np.sqrt(3), abs=1e-4)
+    assert (result.mean, result.n) == (pytest.approx(75.0), 3)
+    # seeds: t with 2 degrees of freedom over a standard error of 25 / sqrt(3) percent; images add little
+    assert result.high - 75 == pytest.approx(4.302653 * 25 / np.sqrt(3), rel=0.05)
+    assert stats.retained(cut[:2], whole).low is None
     assert stats.retained(cut, [None]) is None and stats.retained([None], whole) is None
+
+
+def test_retained_says_how_much_images_alone_may_move_it():
+    """Equal seeds: the spread is that of a ratio over the same images, y right on 60% and d on these and 20% more."""
+    images = 400
+    whole, cut = [sized(80.0, 100, images=images)], [sized(60.0, 50, seed, images=images) for seed in range(3)]
+    result = stats.retained(cut, whole)
+    spread = np.sqrt(0.6 * 0.25**2 + 0.2 * 0.75**2) / 0.8 / np.sqrt(images)  # of (y - 0.75 d) / 0.8
+    assert result.high - result.low == pytest.approx(100 * 2 * 1.96 * spread, rel=0.05)
+    assert stats.retained(whole, whole).mean == 100.0
 
 
 def test_beyond_the_line_of_a_family_by_hand():
@@ -153,11 +169,16 @@ def test_beyond_the_line_of_a_family_by_hand():
     assert beyond(sized(63.0, 50, 0)).mean == pytest.approx(63 - 60)
     assert beyond(sized(63.0, 50, 1)).mean == pytest.approx(63 - 50)
     assert beyond(sized(76.0, 80, 0)).mean == pytest.approx(76 - 75)
+    assert beyond(sized(76.0, 140, 0)).mean == pytest.approx(76 - 80)  # larger than the whole model: against that
     both = beyond(sized(63.0, 50, 0), sized(63.0, 50, 1), sized(99.0, 30, 2))
     assert (both.mean, both.n) == (pytest.approx(8.0), 2)
-    for left_out in (sized(63.0, 39, 0), sized(63.0, 101, 0), sized(63.0, 50, 2), sized(63.0, 50, 0, "failed"), None):
+    for left_out in (sized(63.0, 39, 0), sized(63.0, 50, 2), sized(63.0, 50, 0, "failed"), None):
         assert beyond(left_out) is None
     assert stats.beyond_line([sized(63.0, 50, 0)], family, [None]) is None
+    three = [[sized(50.0, 40, seed) for seed in range(3)]]
+    result = stats.beyond_line([sized(70.0, 40, seed) for seed in range(3)], three, whole)
+    assert result.mean == pytest.approx(20.0)
+    assert result.high - result.low == pytest.approx(200 * 1.96 * 0.4 / np.sqrt(1000), rel=0.05)
 
 
 # ---------------------------------------------------------------- verdicts

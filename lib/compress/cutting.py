@@ -37,28 +37,28 @@ class Cut:
 def cut_layer(mlp: Mlp, cut: Cut, rules: ExtractSpec, width: int | None, seed: int) -> tuple[nn.Module, dict[str, Any]]:
     """The layer that takes the place of `mlp`, and a report on it. width: neurons a token passes; None with `percent`.
 
-    Report: width (D), clusters, noise (share of clustered tokens in none), stability (of HDBSCAN's clusters, else None), dense
-    (true where fewer than two clusters were found, and the MLP stays as it is), widths (of the experts), stored (neurons in all),
-    active (neurons a token passes, mean), load (share of tokens by expert), error (squared error of the output over its
-    variance), union (neurons in any expert), cosine (K, K) of mean inputs, overlap (K, K) of neuron sets (intersection over
-    union).
+    Report: tokens (n), width (D), clusters, noise (share of clustered tokens in none), stability (of HDBSCAN's clusters, else
+    None), dense (true where fewer than two clusters were found, and the MLP stays as it is), widths (of the experts), stored
+    (neurons in all), active (neurons a token passes, mean), load (share of tokens by expert), error (squared error of the output
+    over its variance), union (neurons in any expert), cosine (K, K) of mean inputs, overlap (K, K) of neuron sets (intersection
+    over union).
     """
     if rules.clusters == "weights":
         return _moefied(mlp, cut, rules, seed)
     found, stable = _clustered(cut.tokens, rules, seed)
-    told = {"noise": found.noise, "stability": stable}
+    told = {"noise": found.noise, "stability": stable, "tokens": len(cut.tokens.inputs)}
     if found.count < 2 and not rules.static:
         whole = mlp.fc1.out_features
         kept = {"width": mlp.fc1.in_features, "clusters": found.count, "dense": True, "widths": [whole], "stored": whole,
                 "active": float(whole), "load": [1.0], "error": 0.0}
         return mlp, told | kept
-    centres, member = _members(cut.tokens, found, rules)
+    centres, member = _members(cut.tokens, found, rules, seed)
     router = None if rules.static else _router(mlp, cut.tokens, centres, member, rules)
     routed = router.scores(cut.tokens.inputs).argmax(dim=1) if router is not None else torch.zeros_like(member)
     if rules.members == "routed" and router is not None:
         member = routed
     shared, target, free = _common(mlp, cut, rules)
-    groups = [(member == k).nonzero()[:, 0] for k in range(1 if rules.static else found.count)]
+    groups = [(member == k).nonzero()[:, 0] for k in range(1 if rules.static else len(centres))]
     pooled = (member >= 0).nonzero()[:, 0]
     groups = [group if len(group) > 1 else pooled for group in groups]
     own = None if width is None else width - (mlp.fc1.out_features - len(free))
@@ -73,7 +73,7 @@ def cut_layer(mlp: Mlp, cut: Cut, rules: ExtractSpec, width: int | None, seed: i
 
 
 def _clustered(tokens: Recorded, rules: ExtractSpec, seed: int) -> tuple[Clusters, float | None]:
-    """Clusters of some of the tokens, the others being -2, to join the nearest centre; and how stable density's clusters are."""
+    """Clusters of some of the tokens, the others being -2; and how stable density's clusters are. Random ones are of all."""
     n, stable = len(tokens.inputs), None
     if rules.static:
         return Clusters(np.zeros(n, np.int64), np.ones(n)), None
@@ -87,28 +87,42 @@ def _clustered(tokens: Recorded, rules: ExtractSpec, seed: int) -> tuple[Cluster
         found = density_clusters(x, max(2, round(rules.smallest * len(x))), rules.neighbours)
         stable = stability(x, tokens.image[some], rules.smallest, rules.neighbours)
     elif rules.clusters == "directions":
-        centres = torch.randn(rules.count, tokens.inputs.shape[1], generator=drawn) * tokens.inputs.std()
-        labels = CentroidRouter.of(centres).scores(tokens.inputs[some]).argmax(dim=1).numpy()
-        found = Clusters(np.unique(labels, return_inverse=True)[1], np.ones(len(some)))
+        centres = _directions(tokens, rules, seed)
+        nearest = CentroidRouter.of(centres, "nearest").scores(tokens.inputs[some]).argmax(dim=1)
+        found = Clusters(nearest.numpy(), np.ones(len(some)))
     else:
         found = means_clusters(x, rules.count, seed)
-        if rules.clusters == "random":
-            found = random_clusters(np.bincount(found.labels, minlength=rules.count), drawn)
     labels = np.full(n, -2)
     labels[some.numpy()] = found.labels
-    return Clusters(labels, found.strength, found.tree), stable
+    found = Clusters(labels, found.strength, found.tree)
+    if rules.clusters == "random":  # of the sizes that the means' clusters have among all tokens
+        space = tokens.hidden if rules.space == "hidden" else tokens.inputs
+        found = random_clusters(found.nearest(space, space).bincount(minlength=found.count).numpy(), drawn)
+    return found, stable
 
 
-def _members(tokens: Recorded, found: Clusters, rules: ExtractSpec) -> tuple[Tensor, Tensor]:
-    """(K, D) mean inputs of the clustered tokens, and (n,) the cluster of each token, -1 for noise."""
+def _directions(tokens: Recorded, rules: ExtractSpec, seed: int) -> Tensor:
+    """(K, D) drawn from a normal distribution as wide as the inputs, those that a token is nearest to; at most `count`."""
+    drawn = torch.randn(rules.count, tokens.inputs.shape[1], generator=torch.Generator().manual_seed(seed + 1))
+    drawn = drawn * tokens.inputs.std()
+    return drawn[CentroidRouter.of(drawn, "nearest").scores(tokens.inputs).argmax(dim=1).unique()]
+
+
+def _members(tokens: Recorded, found: Clusters, rules: ExtractSpec, seed: int) -> tuple[Tensor, Tensor]:
+    """(K, D) mean inputs of the clustered tokens, and (n,) the cluster of each token, -1 for one in none.
+
+    Tokens that were not clustered join the nearest centre; not so with HDBSCAN, where they might be noise. Random directions are
+    centres themselves.
+    """
     member = torch.from_numpy(found.labels)
+    if rules.clusters == "directions":
+        means = _directions(tokens, rules, seed)
+        return means, CentroidRouter.of(means, "nearest").scores(tokens.inputs).argmax(dim=1)
     space = tokens.hidden if rules.space == "hidden" else tokens.inputs
-    count = max(found.count, 1)
-    means = torch.stack([tokens.inputs[member == k].mean(dim=0) for k in range(count)])
-    if (member == -2).any():
-        rest = member == -2
-        member = torch.where(rest, found.nearest(space, space), member)
-    return means, member
+    means = torch.stack([tokens.inputs[member == k].mean(dim=0) for k in range(max(found.count, 1))])
+    if rules.clusters == "hdbscan":
+        return means, member.clamp_min(-1)
+    return means, torch.where(member == -2, found.nearest(space, space), member) if (member == -2).any() else member
 
 
 def _router(mlp: Mlp, tokens: Recorded, means: Tensor, member: Tensor, rules: ExtractSpec) -> nn.Module:

@@ -144,13 +144,7 @@ def accuracy_interval(records: Sequence[Any], rng: np.random.Generator | None = 
     if not records:
         return None
     y, _ = _correct(records)
-    mean = 100 * float(y.mean())
-    if len(records) < MIN_SEEDS:
-        return Interval(mean, None, None, len(records))
-    rng = rng or np.random.default_rng(0)
-    draws = 100 * (_draw_images(y.mean(0), rng, RESAMPLES) + _draw_seeds(y, rng, RESAMPLES))
-    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(mean, float(low), float(high), len(records), "hierarchical bootstrap 95%")
+    return _around(float(y.mean()), y, rng)
 
 
 def paired_difference(records_a: Sequence[Any], records_b: Sequence[Any],
@@ -183,31 +177,50 @@ def paired_difference(records_a: Sequence[Any], records_b: Sequence[Any],
     return Difference(mean, float(low), float(high), n, "hierarchical bootstrap 95%", above, paired)
 
 
-def retained(records: Sequence[Any], whole: Sequence[Any]) -> Interval | None:
+def retained(records: Sequence[Any], whole: Sequence[Any], rng: np.random.Generator | None = None) -> Interval | None:
     """Test top-1 of the records in percent of that of the model they were cut from, the first finished one of `whole`.
 
-    The interval is over seeds of the cut: the model is one. None if a side has no finished record.
+    The interval is the hierarchical bootstrap's, over test images (of both, paired) and over seeds of the cut: the model is one.
+    None if a side has no finished record.
     """
     done, base = finished(records), finished(whole)[:1]
-    return mean_interval([100 * r.test["top1"] / base[0].test["top1"] for r in done]) if done and base else None
+    if not done or not base:
+        return None
+    y, _ = _correct([*done, *base])
+    own, full = y[:-1], y[-1].mean()
+    kept = float(own.mean() / full)
+    return _around(kept, (own - kept * y[-1]) / full, rng)  # how the ratio moves with an image, to first order
 
 
-def beyond_line(records: Sequence[Any], family: Sequence[Sequence[Any]], whole: Sequence[Any],
-                size: str = "params_stored") -> Interval | None:
-    """Test top-1 of the records less what a family of rivals reaches at the same size, in points, seed by seed.
+def beyond_line(records: Sequence[Any], family: Sequence[Sequence[Any]], whole: Sequence[Any], size: str = "params_stored",
+                rng: np.random.Generator | None = None) -> Interval | None:
+    """Test top-1 of the records less what a family of rivals reaches at the same size, in points, paired over test images.
 
     family: groups of records, a group a level of the rival; of each the record of the same seed is taken, and the first finished
-    one of `whole` closes the line. Between two of them the rival is a straight line over size, an entry of `cost`. Left out: a
-    record beyond the line's ends, or with a seed that a group lacks. None if nothing is left.
+    one of `whole` closes the line. Between two of them the rival is a straight line over size, an entry of `cost`; beyond the
+    whole model it is the whole model. Left out: a record smaller than all of the line, or with a seed that a group lacks. The
+    interval is the hierarchical bootstrap's. None if nothing is left.
     """
     base, apart = finished(whole)[:1], []
     for r in finished(records):
         line = [x for group in family for x in finished(group) if x.spec.seed == r.spec.seed] + base
         line.sort(key=lambda x: x.cost[size])
-        if len(line) == len(family) + 1 and base and line[0].cost[size] <= r.cost[size] <= line[-1].cost[size]:
-            top1 = np.interp(r.cost[size], [x.cost[size] for x in line], [x.test["top1"] for x in line])
-            apart.append(r.test["top1"] - float(top1))
-    return mean_interval(apart) if apart else None
+        sizes = [x.cost[size] for x in line]
+        if len(line) == len(family) + 1 and base and sizes[0] <= r.cost[size]:
+            weight = [np.interp(r.cost[size], sizes, unit) for unit in np.eye(len(line))]
+            y, _ = _correct([r, *line])
+            apart.append(y[0] - weight @ y[1:])
+    return _around(float(np.mean(apart)), np.stack(apart), rng) if apart else None
+
+
+def _around(mean: float, y: np.ndarray, rng: np.random.Generator | None) -> Interval:
+    """`mean` in percent with the spread of the mean of y (S, I) over images and seeds; no interval for few seeds."""
+    if len(y) < MIN_SEEDS:
+        return Interval(100 * mean, None, None, len(y))
+    rng = rng or np.random.default_rng(0)
+    draws = _draw_images(y.mean(0) - y.mean(), rng, RESAMPLES) + _draw_seeds(y, rng, RESAMPLES)
+    low, high = mean + np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(100 * mean, 100 * float(low), 100 * float(high), len(y), "hierarchical bootstrap 95%")
 
 
 def trend(x: Sequence[float], rows: Sequence[Sequence[float]]) -> Interval:
