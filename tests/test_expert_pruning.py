@@ -390,7 +390,7 @@ def test_a_masked_expert_gets_no_token_and_the_rest_share_its_probability():
         out = model(images)
     [routing] = tape.routings()
     assert routing.load()[1] == 0 and not routing.probs[:, 1].any() and torch.allclose(routing.probs.sum(1), torch.ones(1))
-    assert torch.equal(drop.finish()(images), out)  # removal changes nothing
+    torch.testing.assert_close(drop.finish()(images), out, rtol=1e-5, atol=1e-6)  # removal changes nothing but shapes
     layer = model.get_submodule(name)
     assert type(layer.router) is TopKRouter and layer.experts.experts == 3 and "alive" not in dict(layer.router.named_buffers())
 

@@ -90,7 +90,8 @@ def test_an_expert_without_tokens_scores_zero_and_its_removal_changes_nothing(im
     whole = model(images)
     for semantics in gone.SEMANTICS:
         cut = gone.drop_experts(copy.deepcopy(model), {"moe": [0, 2]}, semantics)
-        assert torch.equal(cut(images), whole) and cut.moe.experts.experts == 2
+        assert cut.moe.experts.experts == 2
+        torch.testing.assert_close(cut(images), whole, rtol=1e-5, atol=1e-6)
 
 
 def test_keep_by_score():
