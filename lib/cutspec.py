@@ -18,7 +18,7 @@ class PruneSpec(Spec):
     share: Share = 0.5  # that goes, of the neurons of each MLP and expert and of the dimensions of each head
     kind: Literal["taylor", "molchanov", "magnitude", "random"] = "taylor"  # the score; the lowest go first
     parts: tuple[Literal["mlp", "attention", "experts"], ...] | None = None  # None = all that the model has
-    by_class: bool = True  # experts: each by images of its own class group, forced through it; or by what its router sends it
+    by_class: bool = True  # experts: each by images of its own class group, or all by the same ones; forced through it
     images: Positive = 80  # calibration images, of each class group where experts have them
     batches: Positive = 1  # that the images are cut into; scores are averaged over them
     structured: bool = True  # False: single weights become zero and stay so, nothing gets smaller

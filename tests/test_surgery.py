@@ -59,7 +59,16 @@ def test_experts_are_cut_by_class_group_and_then_attention(where):
         left[by_class] = model.blocks[0].mlp.experts
     first = [w1 for w1, *_ in left[True].each()]
     assert not torch.equal(first[0], first[1]), "copies scored on different classes keep different neurons"
-    assert not torch.equal(left[True].fc1.weight, left[False].fc1.weight)
+    alike = [w1 for w1, *_ in left[False].each()]
+    assert all(torch.equal(alike[0], other) for other in alike), "copies scored on the same images keep the same neurons"
+
+
+def test_a_pruned_state_with_the_spec_of_a_whole_model_is_refused(where):
+    spec = BASE.but(init=HEAD, prune=PRUNE)
+    state = load_file(where.state(run(where, spec.but(keep=True)).id))
+    assert surgery.restored(spec, state, 10, 1).blocks[0].mlp.fc1.out_features == H // 2
+    with pytest.raises(ValueError, match="give the spec that it was made with"):
+        surgery.restored(BASE, state, 10, 1)
 
 
 def test_the_unstructured_arm_keeps_its_zeros_and_its_size(where):

@@ -27,8 +27,8 @@ def prune(model: nn.Module, spec: RunSpec, split: Split, classes: int) -> dict[s
     """Prune `model` in place as `spec.prune` says; returns the masks of the unstructured arm, nothing else.
 
     Scores are taken on training images without augmentation, in float32. Experts go first, each scored on images of its own
-    class group, all of whose tokens are forced through it; then the rest, on class-balanced images that the routers send where
-    they like (Leiden thesis, its order). `spec.seed` draws the images. Raises ValueError as the scores do.
+    class group, or all on the same ones, whose tokens are forced through it; then the rest, on class-balanced images that the
+    routers send where they like (Leiden thesis, its order). `spec.seed` draws the images. Raises ValueError as the scores do.
     """
     rules, generator = spec.prune, torch.Generator().manual_seed(spec.seed)
 
@@ -39,18 +39,18 @@ def prune(model: nn.Module, spec: RunSpec, split: Split, classes: int) -> dict[s
     balanced = batches(calibration(split.labels, [range(classes)], rules.images, generator)[0])
     present = parts_of(model, rules)
     groups = None
-    if "experts" in present and rules.by_class:
+    if "experts" in present:
         count = next(module.experts for module in prunable(model, ("experts",)).values())
-        drawn = calibration(split.labels, class_groups(classes, count), rules.images, generator)
-        groups = [batches(index) for index in drawn]
+        groups = [balanced] * count
+        if rules.by_class:
+            drawn = calibration(split.labels, class_groups(classes, count), rules.images, generator)
+            groups = [batches(index) for index in drawn]
     if not rules.structured:
         return mask_weights(model, balanced, rules.share, groups=groups, parts=present, loss=_loss)
     rest = [part for part in present if part != "experts"]
     given = {"kind": rules.kind, "loss": _loss, "generator": generator}
     if groups is not None:
         _cut(model, expert_scores(model, groups, **given), rules.share)
-    elif "experts" in present:
-        _cut(model, neuron_scores(model, balanced, parts=("experts",), **given), rules.share)
     if rest:
         _cut(model, neuron_scores(model, balanced, parts=rest, **given), rules.share)
     return {}
@@ -148,11 +148,19 @@ def _rules(spec: RunSpec) -> ExtractSpec:
 
 
 def restored(spec: RunSpec, state: Mapping[str, Tensor], classes: int, channels: int) -> nn.Module:
-    """The model that the run `spec` left behind, from its final state. classes, channels: of its data set."""
+    """The model that the run `spec` left behind, from its final state. classes, channels: of its data set.
+
+    Widths are read off the state. Raises ValueError for a state that another architecture left, or a pruned one with a spec that
+    does not prune, and the other way round.
+    """
     plain = spec.but(init=None, backbone={"weights": None}, prune=None, extract=None, drop=None, train=None,
                      fresh_routers=False)
     model = fit(build(plain, classes, channels), state, spec)
-    model.load_state_dict(dict(state))
+    try:
+        model.load_state_dict(dict(state))
+    except RuntimeError as error:
+        raise ValueError(f"the state is not what run {spec.id} left: give the spec that it was made with, and its prune, drop "
+                         f"and extract ({str(error).splitlines()[-1].strip()})") from None
     return model
 
 
