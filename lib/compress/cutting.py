@@ -73,13 +73,13 @@ def cut_layer(mlp: Mlp, cut: Cut, rules: ExtractSpec, width: int | None, seed: i
 
 
 def _clustered(tokens: Recorded, rules: ExtractSpec, seed: int) -> tuple[Clusters, float | None]:
-    """Clusters of some of the tokens, the others being -2; and how stable density's clusters are. Random ones are of all."""
+    """Clusters of some of the tokens, the others being -2, random ones of all; and how stable density's clusters are."""
     n, stable = len(tokens.inputs), None
     if rules.static:
         return Clusters(np.zeros(n, np.int64), np.ones(n)), None
     drawn = torch.Generator().manual_seed(seed)
     some = torch.randperm(n, generator=drawn)[:rules.clustered].sort().values
-    x = (tokens.hidden if rules.space == "hidden" else tokens.inputs)[some]
+    x = _space(tokens, rules)[some]
     if rules.components is not None:
         from sklearn.decomposition import PCA
         x = torch.from_numpy(PCA(min(rules.components, *x.shape), random_state=seed).fit_transform(x.numpy())).float()
@@ -87,18 +87,22 @@ def _clustered(tokens: Recorded, rules: ExtractSpec, seed: int) -> tuple[Cluster
         found = density_clusters(x, max(2, round(rules.smallest * len(x))), rules.neighbours)
         stable = stability(x, tokens.image[some], rules.smallest, rules.neighbours)
     elif rules.clusters == "directions":
-        centres = _directions(tokens, rules, seed)
-        nearest = CentroidRouter.of(centres, "nearest").scores(tokens.inputs[some]).argmax(dim=1)
-        found = Clusters(nearest.numpy(), np.ones(len(some)))
+        nearest = CentroidRouter.of(_directions(tokens, rules, seed), "nearest").scores(tokens.inputs).argmax(dim=1)
+        return Clusters(nearest.numpy(), np.ones(n)), None
     else:
         found = means_clusters(x, rules.count, seed)
     labels = np.full(n, -2)
     labels[some.numpy()] = found.labels
     found = Clusters(labels, found.strength, found.tree)
     if rules.clusters == "random":  # of the sizes that the means' clusters have among all tokens
-        space = tokens.hidden if rules.space == "hidden" else tokens.inputs
+        space = _space(tokens, rules)
         found = random_clusters(found.nearest(space, space).bincount(minlength=found.count).numpy(), drawn)
     return found, stable
+
+
+def _space(tokens: Recorded, rules: ExtractSpec) -> Tensor:
+    """(n, H) or (n, D) what is clustered of the tokens."""
+    return tokens.hidden if rules.space == "hidden" else tokens.inputs
 
 
 def _directions(tokens: Recorded, rules: ExtractSpec, seed: int) -> Tensor:
@@ -116,9 +120,8 @@ def _members(tokens: Recorded, found: Clusters, rules: ExtractSpec, seed: int) -
     """
     member = torch.from_numpy(found.labels)
     if rules.clusters == "directions":
-        means = _directions(tokens, rules, seed)
-        return means, CentroidRouter.of(means, "nearest").scores(tokens.inputs).argmax(dim=1)
-    space = tokens.hidden if rules.space == "hidden" else tokens.inputs
+        return _directions(tokens, rules, seed), member
+    space = _space(tokens, rules)
     means = torch.stack([tokens.inputs[member == k].mean(dim=0) for k in range(max(found.count, 1))])
     if rules.clusters == "hdbscan":
         return means, member.clamp_min(-1)
