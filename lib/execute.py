@@ -124,7 +124,8 @@ def _run(spec: RunSpec, states: Path, checkpoint: Path | None) -> tuple[dict, di
     shared = sum(getattr(layer, "shared", None) is not None for layer in RoutingTape(model).layers)
     touched = sum(row["experts_per_image"] for row in body["moe"]) + shared if by_token else None
     loads = [row["load"] for row in body["moe"]] if spec.extracted else None
-    counted = cost.count(getattr(model, "encoder", model), spec.data.image_size, experts_per_image=touched, loads=loads)
+    counted = cost.count(getattr(model, "encoder", model), spec.data.image_size, experts_per_image=touched, loads=loads,
+                         unserved=[row["dropped"] for row in body["moe"]] if spec.reduced else None)
     body["cost"] = {"params_stored": counted.params_stored, "params_active": counted.params_active, "macs": counted.macs}
     return body | {"weights": weights, "timing": timing}, arrays
 

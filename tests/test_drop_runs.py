@@ -54,6 +54,9 @@ def test_an_expert_is_dropped_by_the_growth_of_its_router_norm(where):
         assert torch.equal(left[f"{name}.experts.fc1.weight"], after[f"{name}.experts.fc1.weight"][best])
     whole = where.get(TUNED)
     assert whole.cost["params_stored"] - record.cost["params_stored"] == DEPTH * 2 * (2 * D * H + D + H)
+    lost, tokens = [row["dropped"] for row in record.moe], 1 + (28 // 7) ** 2
+    assert max(lost) > 0 and [row["dropped"] for row in whole.moe] == [0, 0]
+    assert whole.cost["macs"] - record.cost["macs"] == pytest.approx(sum(lost) * tokens * 2 * D * H, abs=DEPTH * 2)  # rounded
     assert all(row["load"][e] == 0 for row in record.moe for e in range(E) if e not in left[f"blocks.{row['block']}.mlp.kept"])
 
 
@@ -67,6 +70,8 @@ def test_a_child_and_a_restored_model_go_on_without_the_dropped(where, missing):
     images, model = splits.test.batch(torch.arange(4), spec.data), surgery.restored(spec, state, 5, 1).eval()
     tuned = surgery.restored(TUNED, load_file(where.state(TUNED.id)), 5, 1).eval()
     scores = surgery.drop(tuned, spec, splits.train, 5)
+    with pytest.raises(ValueError, match="blocks.0.mlp has 3 experts in the state; of 4 the shares of run .* leave 2"):
+        surgery.restored(spec.but(drop={"share": 0.5}), state, 5, 1)
     assert torch.equal(model(images), tuned(images)) and where.get(spec).drop == {"scores": scores}
     assert torch.equal(runs.model_of(spec, where)(images), model(images))
     assert isinstance(model.blocks[0].mlp, experts.PrunedLayer) == (missing == "zero_update")

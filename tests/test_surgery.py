@@ -49,6 +49,10 @@ def test_experts_are_cut_by_class_group_and_then_attention(where):
     spec = BASE.but(init=HEAD, moe=MOE, prune=PRUNE)
     record = run(where, spec)
     assert record.prune == {"before": in_groups(E, H, D // HEADS), "after": in_groups(E, H // 2, D // HEADS // 2)}
+    state = load_file(where.state(spec.id))
+    assert surgery.restored(spec, state, 10, 1).blocks[0].mlp.experts.widths == (H // 2,) * E
+    with pytest.raises(ValueError, match="blocks.0.mlp.experts.0 has 12 groups"):
+        surgery.restored(spec.but(prune={"share": 0.25}), state, 10, 1)
     splits = data.load(spec.data)
     left = {}
     for by_class in (True, False):
@@ -69,6 +73,13 @@ def test_a_pruned_state_with_the_spec_of_a_whole_model_is_refused(where):
     assert surgery.restored(spec, state, 10, 1).blocks[0].mlp.fc1.out_features == H // 2
     with pytest.raises(ValueError, match="give the spec that it was made with"):
         surgery.restored(BASE, state, 10, 1)
+    with pytest.raises(ValueError, match="blocks.0.mlp has 12 groups in the state; of 24 the shares of run .* leave 18"):
+        surgery.restored(spec.but(prune={"share": 0.25}), state, 10, 1)
+    twice = BASE.but(init=spec, prune=PRUNE.but(parts=("mlp",)))
+    state = load_file(where.state(run(where, twice).id))
+    assert surgery.restored(twice, state, 10, 1).blocks[0].mlp.fc1.out_features == H // 4
+    with pytest.raises(ValueError, match="blocks.0.mlp has 6 groups in the state; of 24 .* leave 12"):
+        surgery.restored(twice.but(init=BASE.but(init=HEAD), prune=PRUNE), state, 10, 1)
 
 
 def test_the_unstructured_arm_keeps_its_zeros_and_its_size(where):

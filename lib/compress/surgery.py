@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from ..data import Split
 from ..models.backbone import build
 from ..models.ensemble import GroupRouter
+from ..models.moe import MoELayer
 from ..models.strategies import labelled
 from ..spec import DropSpec, ExtractSpec, PruneSpec, RunSpec, class_groups
 from . import experts, merging
 from .extraction import fit_extracted
 from .neurons import Batches, calibration, cut_size, expert_scores, keep_indices, mask_weights, neuron_scores
-from .removal import fit_shapes, groups_of, parts_in, prunable, remove, shapes_of
+from .removal import fit_shapes, groups_of, parts_in, prunable, remove, shapes_of, supported
 
 
 def prune(model: nn.Module, spec: RunSpec, split: Split, classes: int) -> dict[str, Tensor]:
@@ -150,18 +151,61 @@ def _rules(spec: RunSpec) -> ExtractSpec:
 def restored(spec: RunSpec, state: Mapping[str, Tensor], classes: int, channels: int) -> nn.Module:
     """The model that the run `spec` left behind, from its final state. classes, channels: of its data set.
 
-    Widths are read off the state. Raises ValueError for a state that another architecture left, or a pruned one with a spec that
-    does not prune, and the other way round.
+    Widths are read off the state. Raises ValueError for a state that another architecture left, for a pruned one with a spec that
+    does not prune, and the other way round, and for one that another share was taken from.
     """
     plain = spec.but(init=None, backbone={"weights": None}, prune=None, extract=None, drop=None, train=None,
                      fresh_routers=False)
-    model = fit(build(plain, classes, channels), state, spec)
+    model = build(plain, classes, channels)
+    whole = _sizes(model)
+    fit(model, state, spec)
+    if not spec.extracted:
+        _check_shares(spec, whole, _sizes(model))
     try:
         model.load_state_dict(dict(state))
     except RuntimeError as error:
         raise ValueError(f"the state is not what run {spec.id} left: give the spec that it was made with, and its prune, drop "
                          f"and extract ({str(error).splitlines()[-1].strip()})") from None
     return model
+
+
+def _sizes(model: nn.Module) -> dict[str, int]:
+    """Of each layer that can be cut how many neurons or head dimensions it has, and of each MoE layer how many experts."""
+    return {name: shape[-1] for name, shape in shapes_of(supported(model)).items()} | {
+        name: layer.experts.experts for name, layer in model.named_modules() if isinstance(layer, MoELayer)}
+
+
+def _check_shares(spec: RunSpec, whole: dict[str, int], found: dict[str, int]) -> None:
+    """ValueError if a layer has another size than the shares of the run and of those that it starts from leave of `whole`."""
+    layers = {name for name in whole if f"{name}.experts.0" in whole}
+    for name, size in found.items():
+        left = _left(spec, whole[name], "moe" if name in layers else _part(name))
+        if left not in (None, size):
+            raise ValueError(f"{name} has {size} {'experts' if name in layers else 'groups'} in the state; of {whole[name]} the "
+                             f"shares of run {spec.id} leave {left}: give the spec that the state was made with")
+
+
+def _part(name: str) -> str:
+    if name.endswith((".qk", ".vo")):
+        return "attention"
+    return "experts" if ".experts." in name else "mlp"
+
+
+def _left(spec: RunSpec, size: int, part: str) -> int | None:
+    """What the run and its ancestors leave of `size` experts (part "moe") or groups; None where neurons were cut before a layer
+    became a mixture: then the state alone knows."""
+    if spec.init is not None:
+        if part in ("mlp", "experts") and spec.moe is not None and spec.init.moe is None and spec.init.narrowed:
+            return None
+        size = _left(spec.init, size, part)
+    if size is None:
+        return None
+    if part == "moe":
+        left = size if spec.drop is None else experts.remaining(size, spec.drop.share)
+        return 1 if spec.train is not None and spec.train.single_expert_at else left
+    rules = spec.prune
+    cuts = rules is not None and rules.structured and (rules.parts is None or part in rules.parts)
+    return size - cut_size(size, rules.share) if cuts else size
 
 
 def check(model: nn.Module, rules: PruneSpec) -> None:

@@ -57,9 +57,9 @@ class Row:
 class Cost:
     """The rows of a model and their totals. Own rule for MACs: linear layers, convolutions, patch embedding, attention
     products and routers, one multiply-add each; a MoE layer counts the K experts (and the shared one) that a token
-    passes, as if no capacity refused any. Among experts of unequal width each one passed, or touched by an image, counts as
-    their mean: which ones it is, only data decide. Where all are passed equally often (all experts, expert choice, Soft MoE)
-    that is exact."""
+    passes, as if no capacity refused any; after experts were dropped without rerouting those that it measurably passes.
+    Among experts of unequal width each one passed, or touched by an image, counts as their mean: which ones it is, only data
+    decide. Where all are passed equally often (all experts, expert choice, Soft MoE) that is exact."""
 
     rows: tuple[Row, ...]
     images: int = 1
@@ -107,12 +107,14 @@ def printed_gflops(cost: Cost, convention: str = "small") -> float:
 
 
 def count(model: nn.Module, image_size: int, images: int = 1, *, experts_per_image: float | None = None,
-          loads: Sequence[Sequence[float]] | None = None) -> Cost:
+          loads: Sequence[Sequence[float]] | None = None, unserved: Sequence[float] | None = None) -> Cost:
     """Count a model on `images` square images of `image_size` pixels. The model is left as it is and may lie on any device.
 
     experts_per_image: for token-level routing, how many experts an image touches on average, summed over all MoE layers and
     with shared experts counted (the column of ViMoE's Table 4); spread evenly over the layers. MACs do not depend on it.
     loads: of each MoE layer, shallow to deep, the share of the assignments by expert: experts of unequal width then count by it.
+    unserved: of each MoE layer the share of a token's choices that no expert computes. It lowers the MACs of a `PrunedLayer`
+    alone, whose router still chooses experts that are gone.
     Raises ValueError for modules that hold parameters in a way unknown here and for products that it cannot book, by name.
     """
     twin = _twin(model)
@@ -132,7 +134,8 @@ def count(model: nn.Module, image_size: int, images: int = 1, *, experts_per_ima
         _check_share(experts_per_image, layers)
     for i, (name, layer) in enumerate(layers.items()):
         share = None if experts_per_image is None else experts_per_image / len(layers)
-        rows += _moe_rows(name, layer, stands[name].shape, images, share, None if loads is None else loads[i])
+        served = 1 - unserved[i] if unserved is not None and isinstance(layer, PrunedLayer) else 1
+        rows += _moe_rows(name, layer, stands[name].shape, images, share, None if loads is None else loads[i], served)
     order = {name: at for at, (name, _) in enumerate(model.named_modules())}
     return Cost(tuple(sorted(rows, key=lambda row: order[row.module])), images)
 
@@ -247,8 +250,9 @@ def _elementwise(module: nn.Module) -> bool:
 
 
 def _moe_rows(name: str, layer: RoutedLayer, shape: tuple[int, ...], images: int, touched: float | None,
-              load: Sequence[float] | None = None) -> list[Row]:
-    """Rows of one MoE layer that saw (B, ..., D). `touched`: experts an image touches under token routing, with the shared."""
+              load: Sequence[float] | None = None, served: float = 1) -> list[Row]:
+    """Rows of one MoE layer that saw (B, ..., D). `touched`: experts an image touches under token routing, with the shared;
+    `served`: share of the choices that an expert computes."""
     experts, rows = layer.experts, []
     tokens, shared = math.prod(shape[:-1]), getattr(layer, "shared", None)
     if type(experts) not in (Experts, SharedExperts):
@@ -277,7 +281,7 @@ def _moe_rows(name: str, layer: RoutedLayer, shape: tuple[int, ...], images: int
         stack = getattr(experts, part)
         held = stack.weight.numel() + stack.bias.numel()
         rows.append(Row(f"{name}.experts.{part}", "linear", held, None if active is None else min(held, active * one),
-                        round(passed * mean * width)))
+                        round(passed * served * mean * width)))
     if shared is not None:
         for part in ("fc1", "fc2"):
             linear = getattr(shared, part)
