@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -9,8 +11,10 @@ from safetensors.torch import load_file
 
 from lib import data, runs, train
 from lib.compress import surgery
+from lib.compress.neurons import calibration, expert_scores, keep_indices, neuron_scores
+from lib.compress.removal import remove
 from lib.models.backbone import build
-from lib.spec import BackboneSpec, DataSpec, MaskSpec, MoESpec, PruneSpec, RunSpec, TrainSpec
+from lib.spec import BackboneSpec, DataSpec, MaskSpec, MoESpec, PruneSpec, RunSpec, TrainSpec, class_groups
 from lib.store import Store
 
 D, H, HEADS, DEPTH, E = 16, 24, 2, 2, 4
@@ -23,6 +27,10 @@ MOE = MoESpec(layers=DEPTH, experts=E, top_k=2, router="token")
 
 def run(where, spec):
     return runs.collect({"one": [spec.but(keep=True)]}, where=where)["one"][0]
+
+
+def kept(scores):
+    return {name: keep_indices(score, PRUNE.share) for name, score in scores.items()}
 
 
 def in_groups(mlps: int, hidden: int, dims: int) -> int:
@@ -60,10 +68,21 @@ def test_experts_are_cut_by_class_group_and_then_attention(where):
         model = build(each, 10, 1, load_file(where.state(HEAD.id)))
         torch.manual_seed(1)  # must not matter
         surgery.prune(model, each, splits.train, 10)
-        left[by_class] = model.blocks[0].mlp.experts
-    first = [w1 for w1, *_ in left[True].each()]
+        left[by_class] = model
+    first_cut = left[True]
+    first = [w1 for w1, *_ in first_cut.blocks[0].mlp.experts.each()]
     assert not torch.equal(first[0], first[1]), "copies scored on different classes keep different neurons"
-    alike = [w1 for w1, *_ in left[False].each()]
+    generator = torch.Generator().manual_seed(spec.seed)
+    whole, images = build(spec, 10, 1, load_file(where.state(HEAD.id))), []
+    balanced = calibration(splits.train.labels, [range(10)], 20, generator)
+    for index in balanced + calibration(splits.train.labels, class_groups(10, E), 20, generator):
+        images.append([(splits.train.batch(part, spec.data), splits.train.labels[part]) for part in index.chunk(2)])
+    cut = remove(copy.deepcopy(whole), kept(expert_scores(whole, images[1:])))
+    for model, same in ((cut, True), (whole, False)):  # attention is scored on what is left of the experts
+        other = remove(copy.deepcopy(whole), kept(neuron_scores(model, images[0], parts=["attention"])))
+        pairs = [(a.attn.qkv.weight, b.attn.qkv.weight) for a, b in zip(other.blocks, first_cut.blocks, strict=True)]
+        assert all(torch.equal(*pair) for pair in pairs) == same
+    alike = [w1 for w1, *_ in left[False].blocks[0].mlp.experts.each()]
     assert all(torch.equal(alike[0], other) for other in alike), "copies scored on the same images keep the same neurons"
 
 

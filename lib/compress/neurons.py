@@ -10,6 +10,7 @@ Axis letters: **B** images, **H** hidden width, **E** experts, **A** heads, **C*
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -149,7 +150,8 @@ class _OneExpert(nn.Module):
 def calibration(labels: Tensor, groups: Sequence[Sequence[int]], images: int, generator: torch.Generator) -> list[Tensor]:
     """For each group of classes the indices of at most `images` images of labels (B,), equally many of each class up to one.
 
-    Groups that share a class get different images of it. ValueError if a group finds none.
+    Groups that share a class get different images of it. Warns of classes without an image in a group that has others;
+    ValueError if a group finds none.
     """
     order, found = torch.randperm(len(labels), generator=generator), []
     for e, classes in enumerate(groups):
@@ -160,6 +162,9 @@ def calibration(labels: Tensor, groups: Sequence[Sequence[int]], images: int, ge
         if images < 1 or not any(map(len, dealt)):
             raise ValueError(f"the calibration group of expert {e} is empty: images={images}, and {sum(map(len, dealt))} of the "
                              f"{len(labels)} images are left for its classes {tuple(classes)}")
+        if absent := [c for c, rows in zip(classes, dealt, strict=True) if not len(rows)]:
+            warnings.warn(f"the calibration group of expert {e} has no image of class {', '.join(map(str, absent))}: its score "
+                          "rests on its other classes", stacklevel=2)
         rank = torch.cat([torch.arange(len(rows)) for rows in dealt])
         found.append(torch.cat(dealt)[rank.argsort(stable=True)[:images]])
     return found

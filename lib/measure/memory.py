@@ -54,7 +54,8 @@ def step_mib(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, float]:
 
 
 def resident_mib(model: nn.Module, spec: RunSpec, classes: int, channels: int) -> dict[str, float]:
-    """`resident`: MiB by which a few training steps of the run `spec` raise the peak of the resident set of a fresh process.
+    """`resident`: MiB by which a few training steps of the run `spec` raise the peak of the resident set of a fresh process;
+    with spec.device="cuda" also `cuda`, the largest MiB that torch's allocator held on the device during these steps.
 
     model: as it is trained, pruned where it is pruned; the process gets its weights, and nothing that a score or a search for
     them held. The interpreter, the libraries and the images stand before it and do not count; the allocator's slack does.
@@ -69,10 +70,10 @@ def resident_mib(model: nn.Module, spec: RunSpec, classes: int, channels: int) -
                               cwd=paths.ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the process that measures the resident set of run {spec.id} failed: {done.stderr.strip()[-600:]}")
-    return {"resident": json.loads(done.stdout)}
+    return json.loads(done.stdout)
 
 
-def _trained(folder: Path, classes: int, channels: int) -> float:
+def _trained(folder: Path, classes: int, channels: int) -> dict[str, float]:
     """What `resident_mib` measures, in the process that it is measured in."""
     from safetensors.torch import load_file
 
@@ -85,10 +86,10 @@ def _trained(folder: Path, classes: int, channels: int) -> float:
     torch.set_num_threads(spec.threads)
     split = data.load(spec.data).train
     index = torch.arange(min(spec.train.batch, len(split)))
-    images, labels = split.batch(index, spec.data), split.labels[index]
+    images, labels = split.batch(index, spec.data).to(spec.device), split.labels[index].to(spec.device)
     peak_rss_mib(reset=True)
     before = peak_rss_mib()
-    model = surgery.restored(spec, load_file(folder / "state.safetensors"), classes, channels).train()
+    model = surgery.restored(spec, load_file(folder / "state.safetensors"), classes, channels).to(spec.device).train()
     if spec.train.trainable != "all":
         train.freeze(model, spec.train.trainable)
     optim, tape = train.optimiser(model, spec), RoutingTape(model)
@@ -97,7 +98,8 @@ def _trained(folder: Path, classes: int, channels: int) -> float:
             optim.zero_grad(set_to_none=True)
             losses(model, images, labels, spec.but(train={"distil": "none"}), tape)["loss"].backward()
             optim.step()
-    return peak_rss_mib() - before
+    found = {"resident": peak_rss_mib() - before}
+    return found | {"cuda": torch.cuda.max_memory_allocated() / MIB} if spec.device == "cuda" else found
 
 
 if __name__ == "__main__":
