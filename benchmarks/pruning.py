@@ -84,6 +84,9 @@ def _rival(model: nn.Module, batch: tuple[Tensor, Tensor]) -> nn.Module:
     unwrapped = [(p, p.ndim - 1) for module in model.modules() if not isinstance(module, nn.Linear | nn.LayerNorm | nn.Conv2d)
                  for p in module.parameters(recurse=False)]
     graph = torch_pruning.DependencyGraph().build_dependency(model, batch[0][:1], unwrapped_parameters=unwrapped)
+    scored = {p for block in model.blocks for p in block.mlp.parameters()}
+    for p in model.parameters():  # only now, since the graph is read off the gradients' one
+        p.requires_grad_(p in scored)
     F.cross_entropy(model(batch[0]), batch[1]).backward()
     for block in model.blocks:
         fc1, prune = block.mlp.fc1, torch_pruning.prune_linear_out_channels
