@@ -81,7 +81,8 @@ class ExtractSpec(Spec):
     ridge: Annotated[float, Field(gt=0)] = 1e-3  # penalty, in units of the mean variance of the neurons that stay
     pooled: Share = 0.0  # weight of all tokens' covariance in that of a cluster
     sequential: bool = False  # layer after layer on what the cut layers before it give, against the dense model's residual stream
-    storage: Literal["copies", "shared"] = "copies"  # of experts: contiguous, or sets of neurons of one store
+    storage: Literal["copies", "shared", "inputs"] = "copies"  # of experts: contiguous; sets of neurons of one store; or such
+    # sets of one store of input weights, with output weights of their own
     images: Positive = 1000  # calibration images, class-balanced
     per_image: Positive = 10  # tokens of each that are recorded
     tokens: Positive = 10_000  # of each layer at most; the report of a layer says how many there were
@@ -95,9 +96,12 @@ class ExtractSpec(Spec):
             raise ValueError(f"common={self.common} must be below active={self.active}: the rest is the clusters'")
         if self.percent is not None and (self.common or self.budget == "model" or self.clusters == "weights"):
             raise ValueError("common, budget='model' and clusters='weights' need active, not percent")
-        if self.storage == "shared" and (self.correct == "ridge" or self.clusters in ("one", "weights")):
-            raise ValueError("storage='shared' is for experts that differ by neurons and bias alone: set correct to none or "
-                             "mean, and clusters to a kind of which a token has one")
+        if self.storage == "shared" and self.correct == "ridge":
+            raise ValueError("storage='shared' is for experts that differ by neurons and bias alone, and correct='ridge' gives "
+                             "each its own output weights: set storage='inputs', or correct to none or mean")
+        if self.storage != "copies" and self.clusters in ("one", "weights"):
+            raise ValueError(f"storage={self.storage!r} is for experts that share neurons, and with clusters={self.clusters!r} "
+                             "none do: set storage='copies'")
         if (self.router == "trained") != (self.clusters == "weights" and self.router != "cosine"):
             raise ValueError(f"router={self.router!r} with clusters={self.clusters!r}: groups of neurons take 'trained' or "
                              "'cosine', clusters of tokens any but 'trained'")

@@ -145,6 +145,24 @@ def test_storage_is_a_choice_between_memory_and_speed():
     assert shared.experts.fc1.weight.grad.abs().sum() > 0
 
 
+def test_one_store_of_input_weights_with_output_weights_of_each_expert():
+    mlp = layer()
+    found = tokens(mlp)
+    given = {"correct": "ridge", "space": "input", "router": "nearest"}
+    copies, first = cut(mlp, found, rules(**given))
+    inputs, second = cut(mlp, found, rules(storage="inputs", **given))
+    x = found.tokens.inputs
+    torch.testing.assert_close(run(inputs, x), run(copies, x), atol=1e-6, rtol=0)
+    assert first["stored"] == first["columns"] == second["columns"] == 24 and second["stored"] == first["union"] < 24
+    held = sum(p.numel() for p in inputs.experts.parameters())
+    assert held == second["stored"] * (D + 1) + 24 * D + 3 * D
+    slopes = []
+    for made in (copies, inputs):
+        run(made.train(), x).square().sum().backward()
+        slopes.append(made.experts.fc2.weight.grad)
+    torch.testing.assert_close(torch.cat([w.t() for w in slopes[0]]), slopes[1], rtol=1e-4, atol=1e-4)
+
+
 def test_a_common_part_is_dense_and_the_rest_conditional():
     mlp = layer()
     found = tokens(mlp)
@@ -255,7 +273,7 @@ def test_an_oracle_sees_activations_and_chance_sees_nothing():
 
 @pytest.mark.parametrize("fields", [
     {"space": "input", "router": "nearest"}, {"router": "oracle"}, {"storage": "shared", "correct": "mean"},
-    {"clusters": "weights", "count": 4, "active": 0.5, "router": "trained"}])
+    {"storage": "inputs", "correct": "ridge"}, {"clusters": "weights", "count": 4, "active": 0.5, "router": "trained"}])
 def test_in_bfloat16_tokens_go_where_they_went(fields):
     mlp = layer()
     found = tokens(mlp)
@@ -286,7 +304,8 @@ def extracted(then=None, **fields):
 @pytest.mark.parametrize("fields, kind", [
     ({"correct": "ridge", "members": "routed", "space": "input", "router": "nearest"}, MoELayer),
     ({"clusters": "one", "correct": "mean", "budget": "model"}, Mlp), ({"percent": 90.0}, MoELayer),
-    ({"storage": "shared"}, MoELayer), ({"router": "oracle"}, MoELayer), ({"router": "random"}, MoELayer),
+    ({"storage": "shared"}, MoELayer), ({"storage": "inputs", "correct": "ridge"}, MoELayer),
+    ({"router": "oracle"}, MoELayer), ({"router": "random"}, MoELayer),
     ({"clusters": "weights", "router": "trained"}, MoELayer),
     ({"common": 0.25, "correct": "mean"}, MoELayer), ({"sequential": True, "correct": "ridge"}, MoELayer)])
 def test_a_run_records_saves_and_goes_on(where, fields, kind):
@@ -297,10 +316,11 @@ def test_a_run_records_saves_and_goes_on(where, fields, kind):
     assert type(model.blocks[0].mlp) is kind
     stored = sum(row["stored"] for row in made.extract)
     base = where.get(BASE)
+    columns = sum(row["columns"] for row in made.extract)
     extra = made.cost["params_stored"] - (base.cost["params_stored"] - 2 * (24 * 33 + 16))
     experts = sum(row["clusters"] if kind is MoELayer else 1 for row in made.extract) + (2 if "common" in fields else 0)
     routers = sum(t.numel() for m in model.modules() if isinstance(m, HardRouter) for t in (*m.parameters(), *m.buffers()))
-    assert extra == stored * 33 + experts * 16 + routers
+    assert extra == stored * 17 + columns * 16 + experts * 16 + routers
     child = spec.but(init=spec, extract=None, train=BASE.train.but(distil_logits=0.5))
     after = record(where, child)
     assert after.cost["params_stored"] == made.cost["params_stored"] and "train_distil_loss" in after.history[-1]
@@ -395,6 +415,7 @@ def test_other_families_are_extracted_saved_and_run(name, size, tmp_path):
     (lambda: ExtractSpec(percent=101.0), "percent"),
     (lambda: ExtractSpec(active=0.5, common=0.5), "common=0.5 must be below active=0.5"),
     (lambda: ExtractSpec(active=0.5, correct="ridge", storage="shared"), "storage='shared' is for experts"),
+    (lambda: ExtractSpec(active=0.5, clusters="one", storage="inputs"), "storage='inputs' is for experts that share neurons"),
     (lambda: ExtractSpec(active=0.5, router="trained"), "router='trained' with clusters='hdbscan'"),
     (lambda: ExtractSpec(active=0.5, clusters="weights", correct="mean"), "cuts no neuron away"),
     (lambda: ExtractSpec(percent=50.0, budget="model"), "need active, not percent"),

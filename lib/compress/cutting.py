@@ -39,9 +39,9 @@ def cut_layer(mlp: Mlp, cut: Cut, rules: ExtractSpec, width: int | None, seed: i
 
     Report: tokens (n), width (D), clusters, noise (share of clustered tokens in none), stability (of HDBSCAN's clusters, else
     None), dense (true where fewer than two clusters were found, and the MLP stays as it is), widths (of the experts), stored
-    (neurons in all), active (neurons a token passes, mean), load (share of tokens by expert), error (squared error of the output
-    over its variance), union (neurons in any expert), cosine (K, K) of mean inputs, overlap (K, K) of neuron sets (intersection
-    over union).
+    (neurons in all, by their input weights), columns (the same by output weights, of which a neuron may have several), active
+    (neurons a token passes, mean), load (share of tokens by expert), error (squared error of the output over its variance),
+    union (neurons in any expert), cosine (K, K) of mean inputs, overlap (K, K) of neuron sets (intersection over union).
     """
     if rules.clusters == "weights":
         return _moefied(mlp, cut, rules, seed)
@@ -50,7 +50,7 @@ def cut_layer(mlp: Mlp, cut: Cut, rules: ExtractSpec, width: int | None, seed: i
     if found.count < 2 and not rules.static:
         whole = mlp.fc1.out_features
         kept = {"width": mlp.fc1.in_features, "clusters": found.count, "dense": True, "widths": [whole], "stored": whole,
-                "active": float(whole), "load": [1.0], "error": 0.0}
+                "columns": whole, "active": float(whole), "load": [1.0], "error": 0.0}
         return mlp, told | kept
     centres, member = _members(cut.tokens, found, rules, seed)
     router = None if rules.static else _router(mlp, cut.tokens, centres, member, rules)
@@ -241,9 +241,10 @@ def _assembled(mlp: Mlp, parts: list, sets: list[Tensor], router: nn.Module | No
     if router is None:
         [(w1, b1, w2, b2)] = parts
         return narrow_mlp(mlp, w1, b1, w2, b2)
-    if rules.storage == "shared":
+    if rules.storage != "copies":
         union = torch.cat(sets).unique()
-        held = (mlp.fc1.weight[union], mlp.fc1.bias[union], mlp.fc2.weight[:, union])
+        second = mlp.fc2.weight[:, union] if rules.storage == "shared" else [p[2] for p in parts]
+        held = (mlp.fc1.weight[union], mlp.fc1.bias[union], second)
         experts = SharedExperts(held, [torch.searchsorted(union, s) for s in sets], torch.stack([p[3] for p in parts]), mlp.act)
     else:
         experts = Experts.of(parts, mlp.act)
@@ -268,8 +269,11 @@ def _report(layer: nn.Module, cut: Cut, routed: Tensor, sets: list[Tensor], mean
     both = flags @ flags.t()
     union = flags.sum(1, keepdim=True) + flags.sum(1) - both
     unit = F.normalize(means, dim=1)
-    stored = int(flags.any(dim=0).sum()) if isinstance(getattr(layer, "experts", None), SharedExperts) else sum(widths)
-    return {"clusters": len(sets), "dense": False, "width": means.shape[1], "widths": widths, "stored": stored + common,
+    once, experts = int(flags.any(dim=0).sum()), getattr(layer, "experts", None)
+    rows = once if isinstance(experts, SharedExperts) else sum(widths)
+    columns = once if rows == once and not getattr(experts, "own", False) else sum(widths)
+    return {"clusters": len(sets), "dense": False, "width": means.shape[1], "widths": widths, "stored": rows + common,
+            "columns": columns + common,
             "active": float((load * torch.tensor(widths)).sum()) + common, "load": load.tolist(), "error": _error(layer, cut),
             "union": int(flags.any(dim=0).sum()) + common, "cosine": (unit @ unit.t()).tolist(),
             "overlap": (both / union).tolist()}

@@ -120,8 +120,10 @@ def shaped(mlp: Mlp, state: Mapping[str, Tensor], rules: ExtractSpec) -> nn.Modu
         return narrow_mlp(mlp, *(torch.empty_like(state[key]) for key in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")))
     experts = len(state["experts.fc2.bias"])
     if "experts.index" in state:
-        store = (state["experts.fc1.weight"], state["experts.fc1.bias"], state["experts.fc2.weight"].t())
-        sets = state["experts.index"].split(state["experts.rows"].tolist())
+        widths, second = state["experts.rows"].tolist(), state["experts.fc2.weight"]
+        second = [part.t() for part in second.split(widths)] if rules.storage == "inputs" else second.t()
+        store = (state["experts.fc1.weight"], state["experts.fc1.bias"], second)
+        sets = state["experts.index"].split(widths)
         held = SharedExperts(store, sets, state["experts.fc2.bias"], mlp.act)
     else:
         held = Experts(experts, mlp.fc1.in_features, Experts.widths_in(state, "experts."), mlp.act)
