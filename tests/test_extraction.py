@@ -362,8 +362,20 @@ def _state(where):
     return load_file(where.state(BASE.id))
 
 
-def test_a_broken_off_extraction_goes_on(where, tmp_path, monkeypatch):
+def test_a_whole_model_at_100_percent_is_the_dense_one_through_experts(where):
+    whole = build(BASE.but(init=BASE), 10, 1, _state(where)).eval()
+    splits, cut_model = data.load(BASE.data), copy.deepcopy(whole)
+    reports = extraction.extract(cut_model, extracted(percent=100.0), splits.train, 10)
+    images = splits.test.batch(torch.arange(20), BASE.data)
+    with torch.no_grad(), RoutingTape(cut_model) as tape:
+        torch.testing.assert_close(cut_model(images), whole(images), atol=1e-5, rtol=0)
+    assert len(reports) == 2 and all((routing.load() > 0).sum() >= 2 for routing in tape.routings())
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_broken_off_extraction_goes_on(where, tmp_path, monkeypatch, sequential):
     model, splits, spec = build(BASE.but(init=BASE), 10, 1, _state(where)), data.load(BASE.data), extracted(correct="ridge")
+    spec = spec.but(extract={"sequential": sequential})
     whole = copy.deepcopy(model)
     want = extraction.extract(whole, spec, splits.train, 10)
     file, done = tmp_path / "run.pt", []
