@@ -14,7 +14,7 @@ from matplotlib.text import Text
 
 from lib.claims import Verdict
 from lib.measure.stats import Interval, accuracy_interval
-from lib.report import explorer, figures, maps, relations, routes, schematic, style, tables, text
+from lib.report import explorer, figures, maps, process, relations, routes, schematic, style, tables, text
 
 LONG = [f"sweet_pepper_{c}" for c in range(100)]
 IMAGES = np.random.default_rng(0).random((4, 28, 28))
@@ -77,6 +77,9 @@ FIGURES = {
     "matrices": lambda: relations.matrices({f"block {i}": np.eye(n) for i, n in enumerate((2, 6, 9, 32))}, "cosine", low=-1.0),
     "clouds": lambda: relations.clouds(
         {"no cluster": ([0, 1], [0, 1])} | {f"cluster {i}": ([i], [i]) for i in range(5)}, xlabel="first", ylabel="second"),
+    "process": lambda: process.extraction(
+        np.random.default_rng(0).random((60, 2)), np.arange(60) % 7 - 1, np.random.default_rng(1).random((6, 64)) ** 8,
+        np.random.default_rng(1).random((6, 64)) > 0.5, np.eye(6)),
     "cluster tree": lambda: relations.cluster_tree(TREE, 20),
     "tokens, image level": lambda: maps.token_maps(IMAGES, *tokens(per_image=True, tokens=257, experts=8)),
 }
@@ -324,3 +327,20 @@ def test_answer_sorts_the_claims_by_verdict():
     assert text.answer(found, "In this model").metadata["source"] == "In this model"
     untested = [Verdict("Reproduced: a", "not tested", "", 0)] * 2
     assert text.answer(untested).data == "**Reproduced, in short.** None of this page's 2 claims has its records yet."
+
+
+def test_the_process_of_extraction_draws_the_largest_clusters():
+    rng = np.random.default_rng(0)
+    labels = np.repeat([-1, 0, 1, 2, 3, 4, 5, 6], [9, 2, 8, 7, 6, 5, 4, 3])
+    variance = rng.random((7, 12))
+    fig = process.extraction(rng.random((len(labels), 2)), labels, variance, variance > 0.5, np.eye(7))
+    tokens, spread, kept, sent = fig.axes[:4]
+    assert [text.get_text() for text in tokens.get_legend().get_texts()] == ["1", "2", "3", "4", "5", "6"]  # 0 is the smallest
+    assert len(tokens.lines[0].get_xdata()) == 9 + 2  # in no cluster, or in one that is not drawn
+    drawn = kept.images[0].get_array()
+    assert drawn.shape == (6, 12) and drawn.sum() == (variance[1:] > 0.5).sum()
+    most = spread.images[0].get_array().argmax(axis=0)
+    assert list(most) == sorted(most), "neurons stand by the cluster on which they vary most"
+    assert np.array_equal(sent.images[0].get_array(), 100 * np.eye(6))
+    with pytest.raises(ValueError, match="no cluster: nothing was cut out"):
+        process.extraction(np.zeros((3, 2)), np.full(3, -1), np.zeros((0, 12)), np.zeros((0, 12), bool), np.zeros((0, 0)))
