@@ -271,11 +271,10 @@ def _report(layer: nn.Module, cut: Cut, routed: Tensor, sets: list[Tensor], mean
     unit = F.normalize(means, dim=1)
     once, experts = int(flags.any(dim=0).sum()), getattr(layer, "experts", None)
     rows = once if isinstance(experts, SharedExperts) else sum(widths)
-    columns = once if rows == once and not getattr(experts, "own", False) else sum(widths)
+    columns = sum(widths) if getattr(experts, "own", False) else rows
     return {"clusters": len(sets), "dense": False, "width": means.shape[1], "widths": widths, "stored": rows + common,
-            "columns": columns + common,
-            "active": float((load * torch.tensor(widths)).sum()) + common, "load": load.tolist(), "error": _error(layer, cut),
-            "union": int(flags.any(dim=0).sum()) + common, "cosine": (unit @ unit.t()).tolist(),
+            "columns": columns + common, "active": float((load * torch.tensor(widths)).sum()) + common, "load": load.tolist(),
+            "error": _error(layer, cut), "union": once + common, "cosine": (unit @ unit.t()).tolist(),
             "overlap": (both / union).tolist()}
 
 
