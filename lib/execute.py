@@ -56,6 +56,7 @@ def _run(spec: RunSpec, states: Path, checkpoint: Path | None) -> tuple[dict, di
     from .models.moe import RoutingTape, without_experts
     from .weights import sha256_state
     torch.set_num_threads(spec.threads)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on a graphics card, too: by default convolutions round more
     clock.peak_rss_mib(reset=True)
     splits = data.load(spec.data)
     parent = None if spec.init is None else state_of(spec.init, states)
@@ -182,8 +183,15 @@ def environment(spec: RunSpec) -> dict[str, Any]:
     """Versions, processor and how it multiplies: with spec and threads, all that a bit-for-bit equal record depends on."""
     from .arithmetic import in_hardware
     names = ("torch", "timm", "numpy", "datasets")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}, "processor": processor(),
+    where = {} if spec.device == "cpu" else {"accelerator": _accelerator()}
+    return {"python": platform.python_version(), **{name: version(name) for name in names}, "processor": processor(), **where,
             "threads": spec.threads, "products": spec.dtype if in_hardware(spec) else f"float32, rounded to {spec.dtype}"}
+
+
+def _accelerator() -> str:
+    """The graphics card's model name; "none" where there is none, and the run is about to fail."""
+    import torch
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
 
 
 def processor() -> str:

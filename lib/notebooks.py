@@ -36,7 +36,7 @@ SCALARS: dict[str, type] = {"int": int, "float": float, "bool": bool, "str": str
 # Parameters of these names change the profile's base run; None leaves it as the profile says.
 BASE_FIELDS = {"data": ("data", "name"), "image_size": ("data", "image_size"), "train_images": ("data", "train"),
                "backbone": ("backbone", "name"), "weights": ("backbone", "weights"), "epochs": ("train", "epochs"),
-               "lr": ("train", "lr"), "batch": ("train", "batch")}
+               "lr": ("train", "lr"), "batch": ("train", "batch"), "device": (None, "device")}
 
 asked: dict[tuple[str, str], dict[str, Any]] = {}  # profiles that this process was asked for; part of the manifest
 
@@ -257,7 +257,7 @@ def profile(notebook: str, name: str | Mapping[str, Any], /, **given: Any) -> Pr
             values[field] = parameter.default
         elif field in BASE_FIELDS and base:
             part, entry = BASE_FIELDS[field]
-            values[field] = base.get(part, {}).get(entry)
+            values[field] = (base.get(part, {}) if part else base).get(entry)
         else:
             raise NotebookError(f"{field} of {notebook} is None and {where} does not set it; give {field}, or set it there")
     # A parameter with a default of its own is the notebook's business and only shares the name.
@@ -286,7 +286,7 @@ def _base_fields(base: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str
         part, entry = BASE_FIELDS[name]
         if name == "backbone":
             fields[part] = {}
-        fields.setdefault(part, {})[entry] = value
+        (fields.setdefault(part, {}) if part else fields)[entry] = value
     if parent is not None and not {"backbone", "weights"} & chosen.keys():
         fields["init"] = {name: {**fields[name], **parent.get(name, {})} if isinstance(fields.get(name), dict) else
                           parent.get(name, fields.get(name)) for name in {**fields, **parent}}

@@ -45,6 +45,8 @@ def collect(grid: Grid, executor: Any = None, where: Store | None = None) -> dic
     for spec in _unique(specs):
         check(spec)
     missing = [spec for spec in _unique(specs) if not _done(where, spec)]
+    for spec in missing:
+        _check_device(spec)
     failed: list[str] = []
     bar = tqdm(total=len(missing), unit="run", desc="runs", delay=5, leave=False)
     with bar:
@@ -109,10 +111,16 @@ def check(spec: RunSpec) -> None:
             if spec.drop.missing == "reroute" and left < spec.moe.top_k:
                 raise ValueError(f"drop.share={spec.drop.share} leaves {left} experts to choose among, moe.top_k="
                                  f"{spec.moe.top_k} is more: drop fewer, or set drop.missing='zero_update'")
-    if spec.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device='cuda' was asked for and this machine has none: use a profile made for the CPU")
     if spec.init is not None:
         check(spec.init)
+
+
+def _check_device(spec: RunSpec) -> None:
+    """ValueError if a run has to be computed on a device that is not there; its record, where there is one, needs none."""
+    import torch
+    if spec.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"run {spec.id} is planned for device='cuda' and this machine has none: give device='cpu', which makes "
+                         "runs of their own (on a command line -p device cpu), or take a profile made for the CPU")
 
 
 def _unique(specs: Iterable[RunSpec]) -> list[RunSpec]:

@@ -24,8 +24,8 @@ BLOCK = 2048  # rows of the distance matrix that are made at a time
 
 @dataclass(frozen=True)
 class Recorded:
-    """Tokens of one MLP, float32: inputs (n, D), hidden (n, H) after the activation function, image (n,) they come from, and
-    before (n, D), the residual stream that the MLP's output is added to, None where it was not asked for."""
+    """Tokens of one MLP, float32, where its model lies: inputs (n, D), hidden (n, H) after the activation function, image (n,)
+    they come from, and before (n, D), the residual stream that the MLP's output is added to, None where it was not asked for."""
 
     inputs: Tensor
     hidden: Tensor
@@ -59,7 +59,7 @@ def record(model: nn.Module, batches: Iterable[Tensor], mlps: Mapping[str, Mlp] 
     """
     mlps = mlps_of(model) if mlps is None else mlps
     modes = {module: module.training for module in model.modules()}
-    kept: dict[str, list[Tensor]] = {}
+    kept: dict[str, list[tuple[Tensor, ...]]] = {}  # of each MLP key, image and rows, in pieces: joined only where some must go
     seen = 0
 
     def keep(name: str, *parts: Tensor) -> None:
@@ -69,12 +69,14 @@ def record(model: nn.Module, batches: Iterable[Tensor], mlps: Mapping[str, Mlp] 
         order = torch.rand(b, n, generator=drawn).argsort(dim=1)[:, :per_image].sort(dim=1).values
         image = (seen + torch.arange(b).unsqueeze(1)).expand_as(order).flatten()
         key = torch.rand(len(image), generator=drawn)
-        new = [key, image, *(part[torch.arange(b).unsqueeze(1), order].flatten(0, 1).float().cpu() for part in rows)]
-        if not all(torch.isfinite(part).all() for part in new[2:]):
+        new = [part[torch.arange(b).unsqueeze(1), order].flatten(0, 1).float() for part in rows]
+        if not all(torch.isfinite(part).all() for part in new):
             raise ValueError(f"{name} has activations that are not finite: look at the weights, or run it in float32")
-        both = [torch.cat(pair) for pair in zip(kept[name], new, strict=True)] if name in kept else new
-        stay = both[0].argsort()[:limit].sort().values if len(both[0]) > limit else slice(None)
-        kept[name] = [part[stay] for part in both]
+        kept.setdefault(name, []).append((key.to(new[0].device), image.to(new[0].device), *new))
+        if sum(len(piece[0]) for piece in kept[name]) > limit:
+            whole = _joined(kept[name])
+            stay = whole[0].argsort()[:limit].sort().values
+            kept[name] = [tuple(part[stay] for part in whole)]
 
     watched = _Watched(mlps, keep, norms or {})
     try:
@@ -88,7 +90,15 @@ def record(model: nn.Module, batches: Iterable[Tensor], mlps: Mapping[str, Mlp] 
             module.training = mode
     if not seen:
         raise ValueError("recording needs images: batches is an iterable of tensors (B, C, height, width), and it was empty")
-    return {name: Recorded(x, hidden, image, *rest) for name, (_, image, x, hidden, *rest) in kept.items()}
+    found = {}
+    for name in list(kept):
+        _, image, x, hidden, *rest = _joined(kept.pop(name))  # let go of one after the other: no second copy of all layers
+        found[name] = Recorded(x, hidden, image, *rest)
+    return found
+
+
+def _joined(pieces: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    return tuple(map(torch.cat, zip(*pieces, strict=True)))
 
 
 class _Watched:
@@ -147,7 +157,7 @@ class Clusters:
 
     def nearest(self, x: Tensor, others: Tensor) -> Tensor:
         """(m,) the cluster whose mean is nearest to each of `others` (m, D). x: (n, D) the tokens that `labels` are of."""
-        own = torch.from_numpy(self.labels)
+        own = torch.from_numpy(self.labels).to(x.device)
         means = torch.stack([x[own == k].mean(dim=0) for k in range(self.count)])
         return (others @ means.t() - means.square().sum(dim=1) / 2).argmax(dim=1)
 
@@ -168,10 +178,10 @@ def density_clusters(x: Tensor, min_cluster_size: int, min_samples: int = 5) -> 
     if not torch.isfinite(x).all():
         raise ValueError("tokens to cluster must be finite")
     distance = distances(x)
-    core = torch.cat([part.kthvalue(min_samples + 1, dim=1).values for part in distance.split(BLOCK)]).numpy()
-    edges = spanning_tree(distance.numpy(), core)
+    core = torch.cat([part.kthvalue(min_samples + 1, dim=1).values for part in distance.split(BLOCK)])
+    edges = spanning_tree(distance.cpu().numpy(), core.cpu().numpy())
     tree = label(edges[np.argsort(edges.T[2])])  # the library's own sort: edges of equal weight come in its order, too
-    labels, strength, _, condensed, _ = _tree_to_labels(x.numpy(), tree, min_cluster_size)
+    labels, strength, _, condensed, _ = _tree_to_labels(x.cpu().numpy(), tree, min_cluster_size)
     return Clusters(labels, strength, condensed)
 
 
@@ -190,7 +200,7 @@ def stability(x: Tensor, image: Tensor, smallest: float, min_samples: int = 5) -
         found = density_clusters(part, size, min_samples) if len(part) > max(size, min_samples) else None
         if found is None or found.count < 2:
             return None
-        partitions.append(found.nearest(part, x).numpy())
+        partitions.append(found.nearest(part, x).cpu().numpy())
     return float(adjusted_rand_score(*partitions))
 
 
@@ -202,7 +212,7 @@ def distances(x: Tensor) -> Tensor:
     """
     x = (x - x.mean(dim=0)).float()  # smaller norms, so that less is lost in their difference
     square, n = x.square().sum(dim=1), len(x)
-    out = torch.empty(n, n)
+    out = torch.empty(n, n, device=x.device)
     for i in range(0, n, BLOCK):
         rows = slice(i, i + BLOCK)
         for j in range(i, n, BLOCK):
@@ -237,7 +247,7 @@ def means_clusters(x: Tensor, count: int, seed: int) -> Clusters:
     from sklearn.cluster import KMeans
     if len(x) < count:
         raise ValueError(f"{len(x)} tokens cannot make {count} clusters: record more, or ask for fewer")
-    labels = KMeans(count, n_init=2, max_iter=50, random_state=seed).fit(x.numpy()).labels_
+    labels = KMeans(count, n_init=2, max_iter=50, random_state=seed).fit(x.cpu().numpy()).labels_
     return Clusters(labels.astype(np.int64), np.ones(len(labels)))
 
 
@@ -256,7 +266,7 @@ def balanced_means(x: Tensor, count: int, seed: int, rounds: int = 8) -> np.ndar
     n = len(x)
     if n % count:
         raise ValueError(f"{n} rows do not divide into {count} equal groups")
-    rows = x.double().numpy()
+    rows = x.double().cpu().numpy()
     centres, _ = kmeans_plusplus(rows, count, random_state=seed)
     labels = np.zeros(n, np.int64)
     for _ in range(rounds):

@@ -82,13 +82,13 @@ def _clustered(tokens: Recorded, rules: ExtractSpec, seed: int) -> tuple[Cluster
     x = _space(tokens, rules)[some]
     if rules.components is not None:
         from sklearn.decomposition import PCA
-        x = torch.from_numpy(PCA(min(rules.components, *x.shape), random_state=seed).fit_transform(x.numpy())).float()
+        x = torch.from_numpy(PCA(min(rules.components, *x.shape), random_state=seed).fit_transform(x.cpu().numpy())).float()
     if rules.clusters == "hdbscan":
         found = density_clusters(x, max(2, round(rules.smallest * len(x))), rules.neighbours)
         stable = stability(x, tokens.image[some], rules.smallest, rules.neighbours)
     elif rules.clusters == "directions":
         nearest = CentroidRouter.of(_directions(tokens, rules, seed), "nearest").scores(tokens.inputs).argmax(dim=1)
-        return Clusters(nearest.numpy(), np.ones(n)), None
+        return Clusters(nearest.cpu().numpy(), np.ones(n)), None
     else:
         found = means_clusters(x, rules.count, seed)
     labels = np.full(n, -2)
@@ -96,7 +96,7 @@ def _clustered(tokens: Recorded, rules: ExtractSpec, seed: int) -> tuple[Cluster
     found = Clusters(labels, found.strength, found.tree)
     if rules.clusters == "random":  # of the sizes that the means' clusters have among all tokens
         space = _space(tokens, rules)
-        found = random_clusters(found.nearest(space, space).bincount(minlength=found.count).numpy(), drawn)
+        found = random_clusters(found.nearest(space, space).bincount(minlength=found.count).cpu().numpy(), drawn)
     return found, stable
 
 
@@ -108,7 +108,7 @@ def _space(tokens: Recorded, rules: ExtractSpec) -> Tensor:
 def _directions(tokens: Recorded, rules: ExtractSpec, seed: int) -> Tensor:
     """(K, D) drawn from a normal distribution as wide as the inputs, those that a token is nearest to; at most `count`."""
     drawn = torch.randn(rules.count, tokens.inputs.shape[1], generator=torch.Generator().manual_seed(seed + 1))
-    drawn = drawn * tokens.inputs.std()
+    drawn = drawn.to(tokens.inputs.device) * tokens.inputs.std()
     return drawn[CentroidRouter.of(drawn, "nearest").scores(tokens.inputs).argmax(dim=1).unique()]
 
 
@@ -118,7 +118,7 @@ def _members(tokens: Recorded, found: Clusters, rules: ExtractSpec, seed: int) -
     Tokens that were not clustered join the nearest centre; not so with HDBSCAN, where they might be noise. Random directions are
     centres themselves.
     """
-    member = torch.from_numpy(found.labels)
+    member = torch.from_numpy(found.labels).to(tokens.inputs.device)
     if rules.clusters == "directions":
         return _directions(tokens, rules, seed), member
     space = _space(tokens, rules)
@@ -140,12 +140,13 @@ def _router(mlp: Mlp, tokens: Recorded, means: Tensor, member: Tensor, rules: Ex
 # ---------------------------------------------------------------- which neurons
 
 
-def _scores(mlp: Mlp, hidden: Tensor, rules: ExtractSpec, scale: Tensor | float = 1.0) -> Tensor:
+def _scores(mlp: Mlp, hidden: Tensor, rules: ExtractSpec, scale: Tensor | None = None) -> Tensor:
     """(H,) variance over tokens (n, H), weighted by what a neuron does to the output if asked for. scale: (D,) of the output."""
     variance = hidden.var(dim=0, unbiased=False)
     if rules.score == "variance":
         return variance
-    return variance * (mlp.fc2.weight.detach() * torch.as_tensor(scale).unsqueeze(-1)).square().sum(dim=0)
+    out = mlp.fc2.weight.detach()
+    return variance * (out if scale is None else out * scale.unsqueeze(-1)).square().sum(dim=0)
 
 
 def _chosen(mlp: Mlp, hidden: Tensor, rules: ExtractSpec, own: int | None, free: Tensor) -> Tensor:
@@ -160,7 +161,9 @@ def _chosen(mlp: Mlp, hidden: Tensor, rules: ExtractSpec, own: int | None, free:
 
 def layer_scale(model: nn.Module, name: str) -> Tensor:
     """(D,) or (1,) what a block multiplies the output of its MLP `name` with before it adds it to the residual stream."""
-    return getattr(getattr(model.get_submodule(name.rpartition(".")[0]), "ls2", None), "gamma", torch.ones(1)).detach()
+    block = model.get_submodule(name.rpartition(".")[0])
+    plain = model.get_submodule(name).fc2.weight.new_ones(1)
+    return getattr(getattr(block, "ls2", None), "gamma", plain).detach()
 
 
 def widths_over_model(model: nn.Module, mlps: Mapping[str, Mlp], tokens: Mapping[str, Recorded],
@@ -187,12 +190,12 @@ def widths_over_model(model: nn.Module, mlps: Mapping[str, Mlp], tokens: Mapping
 def _common(mlp: Mlp, cut: Cut, rules: ExtractSpec) -> tuple[tuple[Tensor, ...] | None, Tensor, Tensor]:
     """The part that every token passes (w1, b1, w2, b2) or None, what is left for the experts to give (n, D), and the neurons
     that they may choose from."""
-    whole = torch.arange(mlp.fc1.out_features)
+    whole = torch.arange(mlp.fc1.out_features, device=cut.target.device)
     if not rules.common:
         return None, cut.target, whole
     hidden = cut.tokens.hidden
     kept = _chosen(mlp, hidden, rules.but(percent=None, active=1.0), max(1, round(rules.common * len(whole))), whole)
-    everyone = torch.arange(len(hidden))
+    everyone = torch.arange(len(hidden), device=hidden.device)
     w1, b1, w2, b2 = _corrected(mlp, hidden, cut.target, everyone, everyone, kept, rules.but(pooled=0.0), False)
     left = cut.target - F.linear(hidden[:, kept], w2, b2)
     return (w1, b1, w2, b2), left, whole[~torch.isin(whole, kept)]
@@ -262,8 +265,8 @@ def narrow_mlp(mlp: Mlp, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Mlp:
 
 def _report(layer: nn.Module, cut: Cut, routed: Tensor, sets: list[Tensor], means: Tensor, common: int) -> dict[str, Any]:
     widths = [len(s) for s in sets]
-    load = torch.bincount(routed, minlength=len(sets)).double() / len(routed)
-    flags = torch.zeros(len(sets), int(torch.cat(sets).max()) + 1)
+    load = torch.bincount(routed, minlength=len(sets)).double().cpu() / len(routed)
+    flags = means.new_zeros(len(sets), int(torch.cat(sets).max()) + 1)
     for row, s in zip(flags, sets, strict=True):
         row[s] = 1.0
     both = flags @ flags.t()
@@ -297,7 +300,7 @@ def top_k(rules: ExtractSpec) -> int:
 def _moefied(mlp: Mlp, cut: Cut, rules: ExtractSpec, seed: int) -> tuple[nn.Module, dict[str, Any]]:
     """MoEfication (2110.01786): groups of neurons with similar rows, of which a token passes several; nothing is thrown away."""
     w1, b1, w2, b2 = (held.detach() for held in (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias))
-    group = torch.from_numpy(balanced_means(F.normalize(w1, dim=1), rules.count, seed))
+    group = torch.from_numpy(balanced_means(F.normalize(w1, dim=1), rules.count, seed)).to(w1.device)
     sets = [(group == k).nonzero()[:, 0] for k in range(rules.count)]
     k, means = top_k(rules), torch.stack([w1[s].mean(dim=0) for s in sets])
     router = CentroidRouter.of(means, top_k=k) if rules.router == "cosine" else _predictor(means, sets, cut.tokens, k, seed)
@@ -312,7 +315,7 @@ def _predictor(means: Tensor, sets: list[Tensor], tokens: Recorded, k: int, seed
     """Trained to give each group its sum of positive activations, over the token's largest one; started from the mean rows."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        router = PredictorRouter(means.shape[1], len(sets), k)
+        router = PredictorRouter(means.shape[1], len(sets), k).to(means.device)
         router.fc1.weight.data.copy_(F.normalize(means, dim=1))
         wanted = torch.stack([tokens.hidden[:, s].relu().sum(dim=1) for s in sets], dim=1)
         wanted = wanted / wanted.amax(dim=1, keepdim=True).clamp_min(1e-12)

@@ -64,8 +64,9 @@ def extract(model: nn.Module, spec: RunSpec, split: Split, classes: int, checkpo
             layer.load_state_dict(state)
             report = json.loads(file.with_suffix(".json").read_text())
         else:
-            here = recorded({name: mlps[name]})[name] if rules.sequential and reports else dense[name]
-            layer, report = cut_layer(mlps[name], Cut(here, _target(model, name, mlps[name], dense[name], here)), rules,
+            before = dense.pop(name)  # each layer's tokens go when it is cut
+            here = recorded({name: mlps[name]})[name] if rules.sequential and reports else before
+            layer, report = cut_layer(mlps[name], Cut(here, _target(model, name, mlps[name], before, here)), rules,
                                       widths[name], spec.seed)
             if file is not None:
                 _file(layer, report, file)

@@ -160,10 +160,10 @@ def calibration(labels: Tensor, groups: Sequence[Sequence[int]], images: int, ge
             owners = [i for i, group in enumerate(groups) if c in group]
             dealt.append(order[labels[order] == c][owners.index(e)::len(owners)])
         if images < 1 or not any(map(len, dealt)):
-            raise ValueError(f"the calibration group of expert {e} is empty: images={images}, and {sum(map(len, dealt))} of the "
+            raise ValueError(f"calibration group {e} is empty: images={images}, and {sum(map(len, dealt))} of the "
                              f"{len(labels)} images are left for its classes {tuple(classes)}")
         if absent := [c for c, rows in zip(classes, dealt, strict=True) if not len(rows)]:
-            warnings.warn(f"the calibration group of expert {e} has no image of class {', '.join(map(str, absent))}: its score "
+            warnings.warn(f"calibration group {e} has no image of class {', '.join(map(str, absent))}: its score "
                           "rests on its other classes", stacklevel=2)
         rank = torch.cat([torch.arange(len(rows)) for rows in dealt])
         found.append(torch.cat(dealt)[rank.argsort(stable=True)[:images]])
