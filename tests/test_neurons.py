@@ -227,7 +227,7 @@ def test_calibration_is_balanced_and_disjoint():
     again = calibration(labels, class_groups(5, 2), 12, torch.Generator().manual_seed(0))
     other = calibration(labels, class_groups(5, 2), 12, torch.Generator().manual_seed(1))
     assert torch.equal(drawn[0], again[0]) and not torch.equal(drawn[0], other[0])
-    with pytest.warns(UserWarning, match="expert 1 has no image of class 4"):
+    with pytest.warns(UserWarning, match="group 1 has no image of class 4"):
         calibration(labels[labels < 4], class_groups(5, 2), 12, torch.Generator().manual_seed(0))
     shared = calibration(labels[:80], class_groups(2, 4), 80, torch.Generator())  # fewer than asked for: all there are
     assert [len(index) for index in shared] == [20] * 4 and torch.cat(shared).unique().numel() == 80
@@ -311,8 +311,8 @@ def test_masks_of_unequal_experts_by_their_groups():
     (lambda m: neuron_scores(build(), [], "magnitude", parts=["experts"]), "has no experts to prune"),
     (lambda m: forced(build(moe=moe(router="soft")), 0).__enter__(), r"blocks.1.mlp \(SoftMoELayer\) has no router"),
     (lambda m: class_groups(0, 4), "classes=0 over experts=4"),
-    (lambda m: calibration(torch.tensor([0, 0]), [(0,), (1, 2)], 8, torch.Generator()), r"expert 1 is empty.*classes \(1, 2\)"),
-    (lambda m: calibration(torch.tensor([0]), [(0,), (0,)], 8, torch.Generator()), r"expert 1 is empty"),
+    (lambda m: calibration(torch.tensor([0, 0]), [(0,), (1, 2)], 8, torch.Generator()), r"group 1 is empty.*classes \(1, 2\)"),
+    (lambda m: calibration(torch.tensor([0]), [(0,), (0,)], 8, torch.Generator()), r"group 1 is empty"),
     (lambda m: keep_indices(torch.rand(8), 1.0), "share=1.0 .*valid is 0"),
     (lambda m: keep_indices(torch.rand(8), -0.1), "share=-0.1"),
     (lambda m: keep_indices(torch.rand(2, 8), 0.95), "share=0.95 of 8 leaves nothing .*head without dimensions.* below 0.9375"),
