@@ -41,7 +41,8 @@ def cut_layer(mlp: Mlp, cut: Cut, rules: ExtractSpec, width: int | None, seed: i
     None), dense (true where fewer than two clusters were found, and the MLP stays as it is), widths (of the experts), stored
     (neurons in all, by their input weights), columns (the same by output weights, of which a neuron may have several), active
     (neurons a token passes, mean), load (share of tokens by expert), error (squared error of the output over its variance),
-    union (neurons in any expert), cosine (K, K) of mean inputs, overlap (K, K) of neuron sets (intersection over union).
+    union (neurons in any expert), cosine (K, K) of mean inputs, overlap (K, K) of neuron sets (intersection over union); the
+    last two not for groups of neurons.
     """
     if rules.clusters == "weights":
         return _moefied(mlp, cut, rules, seed)
@@ -277,8 +278,13 @@ def _report(layer: nn.Module, cut: Cut, routed: Tensor, sets: list[Tensor], mean
     columns = sum(widths) if getattr(experts, "own", False) else rows
     return {"clusters": len(sets), "dense": False, "width": means.shape[1], "widths": widths, "stored": rows + common,
             "columns": columns + common, "active": float((load * torch.tensor(widths)).sum()) + common, "load": load.tolist(),
-            "error": _error(layer, cut), "union": once + common, "cosine": (unit @ unit.t()).tolist(),
-            "overlap": (both / union).tolist()}
+            "error": _error(layer, cut), "union": once + common, "cosine": _short(unit @ unit.t()),
+            "overlap": _short(both / union)}
+
+
+def _short(matrix: Tensor) -> list[list[float]]:
+    """Four decimals: a record holds two of these matrices a layer."""
+    return matrix.double().round(decimals=4).tolist()
 
 
 @torch.no_grad()
@@ -307,6 +313,7 @@ def _moefied(mlp: Mlp, cut: Cut, rules: ExtractSpec, seed: int) -> tuple[nn.Modu
     layer = MoELayer(router, Experts.of([(w1[s], b1[s], w2[:, s], b2 / k) for s in sets], mlp.act))
     chosen = router.scores(cut.tokens.inputs).topk(k, dim=1).indices.flatten()
     report = _report(layer, cut, chosen, sets, means, 0)
+    del report["cosine"], report["overlap"]  # of mean inputs and of sets that overlap: groups of neurons have neither
     return layer, report | {"noise": 0.0, "active": k * mlp.fc1.out_features / rules.count}
 
 
