@@ -240,7 +240,7 @@ class RunSpec(Spec):
                  f"`{back.name}`{size} from {start}"]
         if train is not None:
             parts += [f"{train.epochs:g} epochs", f"batch {train.batch}", f"peak learning rate {train.lr:g}"]
-        return ", ".join([*parts, self.dtype])
+        return ", ".join([*parts, self.dtype]) + (" on a graphics card" if self.device == "cuda" else "")
 
     @model_validator(mode="after")
     def _init_fits(self):

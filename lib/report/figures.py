@@ -75,7 +75,8 @@ def scan(panels: dict[str, Sequence[Curve]], baselines: dict[str, Value] | None 
     with style():
         fig, axes = figure(1, len(panels), height=3.5)
         for ax, (title, curves) in zip(axes[0], panels.items(), strict=True):
-            ax.set(title=fill(title, 80 // len(panels)), xlabel=xlabel, ylabel=ylabel)
+            ax.set(title=fill(title, 80 // len(panels)), xlabel=fill(xlabel, max(16, 64 // len(panels))),
+                   ylabel=ylabel if len(panels) < 3 or ax is axes[0][0] else "")  # narrow panels have no room for it
             drawn = False
             for c in curves:
                 lap, i = divmod(hues.index(c.hue), len(COLOURS))
