@@ -8,6 +8,7 @@ from textwrap import fill
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from lib.report.style import COLOURS, LINES, MAP, MARKERS, figure, legend_above, style, text_colour
 
@@ -55,8 +56,12 @@ def surface(panels: dict[str, Sequence[Spot]]) -> Figure:
                 drawn = ax.scatter([s.active for s, _ in own], [s.stored for s, _ in own], c=[s.top1 for s, _ in own],
                                    marker=marker, s=[70 if on else 24 for _, on in own], cmap=MAP, vmin=low, vmax=high,
                                    edgecolor="#333333", linewidth=0.6, zorder=3, label="mixture" if mixture else "static")
-            ends = np.array([min(s.active for s in spots), max(s.active for s in spots)])
+            ends = np.geomspace(min(s.active for s in spots), max(s.active for s in spots), 30)
             ax.plot(ends, ends, color="#888888", linewidth=0.8, linestyle=LINES[1], marker="")
+            ax.set_yscale("log", base=2)  # most models store about what the dense one does, a few many times that
+            ax.yaxis.set_major_locator(FixedLocator([25, 50, 75, 100, 150, 200, 300, 400, 600, 800, 1600]))
+            ax.yaxis.set_major_formatter(ScalarFormatter())
+            ax.yaxis.set_minor_locator(NullLocator())
             ax.axhline(100, color="#888888", linewidth=0.8)
             ax.set(title=title, xlabel="multiply-adds (% of dense)", ylabel="stored parameters (% of dense)")
             fig.colorbar(drawn, ax=ax, label="accuracy (%)", aspect=24)
