@@ -74,7 +74,8 @@ class ExtractSpec(Spec):
     members: Literal["cluster", "routed"] = "cluster"  # whose statistics an expert is cut by: the tokens of its cluster, or those
     # that its router will send it
     common: Share = 0.0  # of all neurons that every token passes, out of `active`
-    score: Literal["variance", "weighted"] = "variance"  # weighted: times the squared norm of the neuron's output weights
+    score: Literal["variance", "weighted", "update"] = "variance"  # weighted: times the squared norm of the neuron's output
+    # weights; update: what going without the neuron costs once the others make up for it (Optimal Brain Surgeon)
     budget: Literal["layer", "model"] = "layer"  # with active: the same share in each layer, or ranked over the whole model
     correct: Literal["none", "mean", "ridge"] = "none"  # for what the removed neurons gave: nothing, their mean as a bias (VBP),
     # or their best linear prediction from the ones that stay, in closed form
@@ -102,6 +103,9 @@ class ExtractSpec(Spec):
         if self.storage != "copies" and self.clusters in ("one", "weights"):
             raise ValueError(f"storage={self.storage!r} is for experts that share neurons, and with clusters={self.clusters!r} "
                              "none do: set storage='copies'")
+        if self.score == "update" and (self.correct != "ridge" or self.active is None or self.budget == "model"):
+            raise ValueError("score='update' is the error that ridge regression leaves, at a fixed width of the layer: set "
+                             "correct='ridge', active and budget='layer'")
         if (self.router == "trained") != (self.clusters == "weights" and self.router != "cosine"):
             raise ValueError(f"router={self.router!r} with clusters={self.clusters!r}: groups of neurons take 'trained' or "
                              "'cosine', clusters of tokens any but 'trained'")

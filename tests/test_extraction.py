@@ -15,6 +15,7 @@ from timm.layers import Mlp
 
 from lib import data, evaluate, runs
 from lib.compress import cutting, extraction, surgery
+from lib.compress.closed_form import moments, survivors
 from lib.compress.clusters import Recorded
 from lib.compress.cutting import Cut, cut_layer
 from lib.cutspec import ExtractSpec
@@ -129,6 +130,35 @@ def test_ridge_is_the_best_linear_prediction():
     assert by_cluster < order[2]
     nearly_static = cut(mlp, found, rules(correct="ridge", space="input", router="nearest", pooled=0.999))[1]["error"]
     assert by_cluster < nearly_static
+
+
+def test_the_neuron_that_goes_is_the_one_whose_loss_the_others_make_up_for():
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(400, 5, generator=generator) @ torch.randn(5, 5, generator=generator)
+    target = hidden @ torch.randn(5, 3, generator=generator) + 0.1 * torch.randn(400, 3, generator=generator)
+    everyone = torch.arange(400)
+
+    def left(kept):
+        design = np.hstack([hidden[:, kept].numpy(), np.ones((400, 1))])
+        best, *_ = np.linalg.lstsq(design, target.numpy(), rcond=None)
+        return ((design @ best - target.numpy()) ** 2).sum()
+
+    without = [left([i for i in range(5) if i != j]) for j in range(5)]
+    kept = survivors(moments(hidden, target, everyone, everyone, 1e-9), 4).tolist()
+    assert kept == [i for i in range(5) if i != int(np.argmin(without))]
+    twins = torch.cat([hidden, 3 * hidden[:, :1] + 1e-3 * torch.randn(400, 1, generator=generator)], dim=1)
+    found = survivors(moments(twins, 5 * twins[:, 5:] + target, everyone, everyone, 1e-9), 5).tolist()
+    assert found in ([0, 1, 2, 3, 4], [1, 2, 3, 4, 5])  # of two that say the same one goes, however large it is
+
+
+def test_choosing_with_the_update_in_mind_leaves_less_error():
+    mlp = layer()
+    found = tokens(mlp)
+    for how in ({"clusters": "one"}, {"space": "input", "router": "nearest", "members": "routed"}, {"common": 0.25}):
+        errors = [cut(mlp, found, rules(correct="ridge", score=score, ridge=1e-6, **how))[1] for score in ("weighted", "update")]
+        assert errors[1]["error"] < errors[0]["error"] and errors[1]["widths"] == errors[0]["widths"]
+    with pytest.raises(ValidationError, match="score='update' is the error that ridge regression leaves"):
+        rules(score="update", correct="mean")
 
 
 def test_storage_is_a_choice_between_memory_and_speed():

@@ -20,6 +20,7 @@ from ..cutspec import ExtractSpec
 from ..models.experts import Experts
 from ..models.extracted import CentroidRouter, OracleRouter, PredictorRouter, RandomRouter, SharedExperts
 from ..models.moe import MoELayer
+from .closed_form import moments, regression, survivors
 from .clusters import Clusters, Recorded, balanced_means, density_clusters, means_clusters, random_clusters, stability
 
 LEAST = 8  # neurons that a layer keeps at least, when widths are ranked over the model
@@ -63,7 +64,7 @@ def cut_layer(mlp: Mlp, cut: Cut, rules: ExtractSpec, width: int | None, seed: i
     pooled = (member >= 0).nonzero()[:, 0]
     groups = [group if len(group) > 1 else pooled for group in groups]
     own = None if width is None else width - (mlp.fc1.out_features - len(free))
-    sets = [_chosen(mlp, cut.tokens.hidden[group], rules, own, free) for group in groups]
+    sets = [_chosen(mlp, cut.tokens.hidden, target, group, pooled, rules, own, free) for group in groups]
     parts = [_corrected(mlp, cut.tokens.hidden, target, group, pooled, kept, rules, shared is not None)
              for group, kept in zip(groups, sets, strict=True)]
     layer = _assembled(mlp, parts, sets, router, shared, rules)
@@ -150,9 +151,13 @@ def _scores(mlp: Mlp, hidden: Tensor, rules: ExtractSpec, scale: Tensor | None =
     return variance * (out if scale is None else out * scale.unsqueeze(-1)).square().sum(dim=0)
 
 
-def _chosen(mlp: Mlp, hidden: Tensor, rules: ExtractSpec, own: int | None, free: Tensor) -> Tensor:
+def _chosen(mlp: Mlp, hidden: Tensor, target: Tensor, group: Tensor, pooled: Tensor, rules: ExtractSpec, own: int | None,
+            free: Tensor) -> Tensor:
     """(S,) rising neurons that stay, out of `free`: `own` of them, or the shortest set that holds the percentage of the sum."""
-    score = _scores(mlp, hidden, rules)[free]
+    if rules.score == "update":
+        found = moments(hidden[:, free], target, group, pooled, rules.ridge, rules.pooled)
+        return free[survivors(found, max(1, min(own, len(free))))]
+    score = _scores(mlp, hidden[group], rules)[free]
     order = score.argsort(descending=True, stable=True)
     if own is None:
         share = score[order].double().cumsum(0) / score.double().sum().clamp_min(1e-30)
@@ -195,8 +200,9 @@ def _common(mlp: Mlp, cut: Cut, rules: ExtractSpec) -> tuple[tuple[Tensor, ...] 
     if not rules.common:
         return None, cut.target, whole
     hidden = cut.tokens.hidden
-    kept = _chosen(mlp, hidden, rules.but(percent=None, active=1.0), max(1, round(rules.common * len(whole))), whole)
     everyone = torch.arange(len(hidden), device=hidden.device)
+    kept = _chosen(mlp, hidden, cut.target, everyone, everyone, rules.but(percent=None, active=1.0, pooled=0.0),
+                   max(1, round(rules.common * len(whole))), whole)
     w1, b1, w2, b2 = _corrected(mlp, hidden, cut.target, everyone, everyone, kept, rules.but(pooled=0.0), False)
     left = cut.target - F.linear(hidden[:, kept], w2, b2)
     return (w1, b1, w2, b2), left, whole[~torch.isin(whole, kept)]
@@ -207,34 +213,13 @@ def _corrected(mlp: Mlp, hidden: Tensor, target: Tensor, group: Tensor, pooled: 
     """w1 (S, D), b1 (S,), w2 (D, S), b2 (D,) of an expert. beside: a common part has the layer's bias already."""
     w1, b1, w2, b2 = (held.detach() for held in (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias))
     if rules.correct == "ridge":
-        own = _ridge(hidden[:, kept], target, group, pooled, rules)
+        own = regression(moments(hidden[:, kept], target, group, pooled, rules.ridge, rules.pooled))
     elif rules.correct == "mean":
         out = w2[:, kept]
         own = out, target[group].mean(dim=0) - out @ hidden[group][:, kept].mean(dim=0)
     else:
         own = w2[:, kept], torch.zeros_like(b2) if beside else b2
     return w1[kept], b1[kept], *own
-
-
-def _ridge(hidden: Tensor, target: Tensor, group: Tensor, pooled: Tensor, rules: ExtractSpec) -> tuple[Tensor, Tensor]:
-    """w2 (D, S), b2 (D,) that predict the target (n, D) from hidden (n, S) on the tokens of a group, best in squares.
-
-    With `rules.pooled` = a, moments about the means are (1 - a) times the group's plus a times everybody's.
-    """
-    def moments(index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        h, t = hidden[index], target[index]
-        mean_h, mean_t = h.mean(dim=0), t.mean(dim=0)
-        h, t = h - mean_h, t - mean_t
-        return mean_h, mean_t, h.t() @ h / len(index), h.t() @ t / len(index)
-
-    mean_h, mean_t, square, cross = moments(group)
-    if rules.pooled:
-        _, _, every, both = moments(pooled)
-        square, cross = ((1 - rules.pooled) * a + rules.pooled * b for a, b in ((square, every), (cross, both)))
-    square = square.double()
-    square.diagonal().add_(rules.ridge * square.diagonal().mean().clamp_min(1e-12))
-    w2 = torch.linalg.solve(square, cross.double()).t().float()
-    return w2, mean_t - w2 @ mean_h
 
 
 # ---------------------------------------------------------------- the layer
