@@ -40,7 +40,8 @@ def origin(content: dict[str, Any]) -> str:
     """Where a record was computed, and in which arithmetic if not in that of its spec."""
     made = content.get("environment", {})
     products = made.get("products", "")
-    return made.get("processor", "unknown processor") + (f", products in {products}" if "rounded" in products else "")
+    where = made.get("accelerator") or made.get("processor", "unknown processor")
+    return where + (f", products in {products}" if "rounded" in products else "")
 
 
 def page(keys: Sequence[str]) -> str:

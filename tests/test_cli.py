@@ -77,12 +77,13 @@ def test_the_status_page_tells_where_records_were_computed(monkeypatch):
     told = {"r1": {"created": "2026-01-01T00:00:00+00:00", "environment": {"processor": "P", "products": "bfloat16"}},
             "r2": {"created": "2026-01-03T00:00:00+00:00", "weights": {"parent_differs": True},
                    "environment": {"processor": "P", "products": "float32, rounded to bfloat16"}},
-            "r3": {"environment": {"processor": "P"}}}
+            "r3": {"environment": {"processor": "P"}},
+            "r4": {"environment": {"processor": "P", "accelerator": "A", "products": "bfloat16"}}}
     found = {"profile": "quick", "seconds": 3, "finished": "2026-01-04T00:00:00+00:00",
-             "records": dict.fromkeys(told, "x") | {"r4": None},
+             "records": dict.fromkeys(told, "x") | {"r5": None},
              "machine": {"processor": "Q", "cores": 2, "threads": 2, "versions": {}}}
     monkeypatch.setattr(status.manifest, "read", {"a/one": found, "a/two": found}.get)
     monkeypatch.setattr(status, "told", told.get)
     page = status.page(["a/one", "a/two"])
-    assert "- P: 2\n- P, products in float32, rounded to bfloat16: 1\n" in page and "Of them 1 start" in page
-    assert page.count("3 of 4") == 2 and "2026-01-01,&nbsp;3&nbsp;days&nbsp;before" in page
+    assert "- P: 2\n- P, products in float32, rounded to bfloat16: 1\n- A: 1\n" in page and "Of them 1 start" in page
+    assert page.count("4 of 5") == 2 and "2026-01-01,&nbsp;3&nbsp;days&nbsp;before" in page
