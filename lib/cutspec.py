@@ -76,7 +76,8 @@ class ExtractSpec(Spec):
     common: Share = 0.0  # of all neurons that every token passes, out of `active`
     score: Literal["variance", "weighted", "update"] = "variance"  # weighted: times the squared norm of the neuron's output
     # weights; update: what going without the neuron costs once the others make up for it (Optimal Brain Surgeon)
-    budget: Literal["layer", "model"] = "layer"  # with active: the same share in each layer, or ranked over the whole model
+    budget: Literal["layer", "cluster", "model"] = "layer"  # with active: the same share in each layer; there also shared out
+    # over its clusters, so that a token passes that many in the mean; or ranked over the whole model
     correct: Literal["none", "mean", "ridge"] = "none"  # for what the removed neurons gave: nothing, their mean as a bias (VBP),
     # or their best linear prediction from the ones that stay, in closed form
     ridge: Annotated[float, Field(gt=0)] = 1e-3  # penalty, in units of the mean variance of the neurons that stay
@@ -97,6 +98,9 @@ class ExtractSpec(Spec):
             raise ValueError(f"common={self.common} must be below active={self.active}: the rest is the clusters'")
         if self.percent is not None and (self.common or self.budget == "model" or self.clusters == "weights"):
             raise ValueError("common, budget='model' and clusters='weights' need active, not percent")
+        if self.budget == "cluster" and (self.active is None or self.clusters in ("one", "weights")):
+            raise ValueError("budget='cluster' shares the neurons of a layer out over clusters of tokens: set active, and let "
+                             f"clusters be some of these, not {self.clusters!r}")
         if self.storage == "shared" and self.correct == "ridge":
             raise ValueError("storage='shared' is for experts that differ by neurons and bias alone, and correct='ridge' gives "
                              "each its own output weights: set storage='inputs', or correct to none or mean")

@@ -15,7 +15,7 @@ from timm.layers import Mlp
 
 from lib import data, evaluate, runs
 from lib.compress import cutting, extraction, surgery
-from lib.compress.closed_form import moments, survivors
+from lib.compress.closed_form import moments, shared_out, survivors
 from lib.compress.clusters import Recorded
 from lib.compress.cutting import Cut, cut_layer
 from lib.cutspec import ExtractSpec
@@ -144,10 +144,11 @@ def test_the_neuron_that_goes_is_the_one_whose_loss_the_others_make_up_for():
         return ((design @ best - target.numpy()) ** 2).sum()
 
     without = [left([i for i in range(5) if i != j]) for j in range(5)]
-    kept = survivors(moments(hidden, target, everyone, everyone, 1e-9), 4).tolist()
+    one = torch.ones(1)
+    kept = survivors([moments(hidden, target, everyone, everyone, 1e-9)], one, 4)[0].tolist()
     assert kept == [i for i in range(5) if i != int(np.argmin(without))]
     twins = torch.cat([hidden, 3 * hidden[:, :1] + 1e-3 * torch.randn(400, 1, generator=generator)], dim=1)
-    found = survivors(moments(twins, 5 * twins[:, 5:] + target, everyone, everyone, 1e-9), 5).tolist()
+    found = survivors([moments(twins, 5 * twins[:, 5:] + target, everyone, everyone, 1e-9)], one, 5)[0].tolist()
     assert found in ([0, 1, 2, 3, 4], [1, 2, 3, 4, 5])  # of two that say the same one goes, however large it is
 
 
@@ -159,6 +160,23 @@ def test_choosing_with_the_update_in_mind_leaves_less_error():
         assert errors[1]["error"] < errors[0]["error"] and errors[1]["widths"] == errors[0]["widths"]
     with pytest.raises(ValidationError, match="score='update' is the error that ridge regression leaves"):
         rules(score="update", correct="mean")
+
+
+def test_a_layer_s_neurons_are_shared_out_over_its_clusters():
+    scores = [torch.tensor([9.0, 4.0, 1.0, 0.5]), torch.tensor([3.0, 2.0, 0.1, 0.2])]
+    found = shared_out(scores, torch.tensor([0.25, 0.75]), 2)  # 0.25 + 0.25 + 0.75 + 0.75 tokens' worth of neurons
+    assert [part.tolist() for part in found] == [[0, 1], [0, 1]]
+    assert [part.tolist() for part in shared_out(scores, torch.tensor([0.9, 0.1]), 1)] == [[0], [0]]  # 0.9 + 0.1
+    assert [part.tolist() for part in shared_out(scores, torch.tensor([0.5, 0.5]), 1)] == [[0, 1], [0]]  # none goes empty
+    mlp = layer()
+    found, given = tokens(mlp), {"space": "input", "router": "nearest", "members": "routed", "correct": "ridge"}
+    for score in ("weighted", "update"):
+        alike, told = cut(mlp, found, rules(score=score, **given))
+        apart, report = cut(mlp, found, rules(score=score, budget="cluster", **given))
+        assert report["active"] == pytest.approx(told["active"], abs=1) and report["active"] <= told["active"] + 1e-6
+        assert len(set(told["widths"])) == 1 and sum(report["widths"]) > 0
+    with pytest.raises(ValidationError, match="budget='cluster' shares the neurons of a layer out"):
+        rules(budget="cluster", clusters="one")
 
 
 def test_storage_is_a_choice_between_memory_and_speed():

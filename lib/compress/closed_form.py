@@ -5,6 +5,7 @@ Axis letters: **n** tokens, **D** width of the output, **S** neurons.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,16 +50,36 @@ def regression(found: Moments) -> tuple[Tensor, Tensor]:
     return w2, found.wanted - w2 @ found.mean
 
 
-def survivors(found: Moments, count: int, rounds: int = ROUNDS) -> Tensor:
-    """(count,) rising indices of the neurons whose loss the others could make up for least.
+def survivors(found: Sequence[Moments], load: Tensor, count: int, rounds: int = ROUNDS) -> list[Tensor]:
+    """Of each of K groups of tokens the rising indices of the neurons whose loss the others could make up for least: `count` in
+    the mean over tokens. load: (K,) shares of the tokens; one group has load 1.
 
     With weights W = C^-1 B for all of a set, going without neuron j adds |W_j|^2 / (C^-1)_jj to the squared error, the others
     being fitted anew (Optimal Brain Surgeon, Hassibi and Stork 1993). In each of the rounds the same proportion goes.
     """
-    kept, whole = torch.arange(len(found.square), device=found.square.device), len(found.square)
+    whole = len(found[0].square)
+    kept = [torch.arange(whole, device=load.device) for _ in found]
     for r in range(1, rounds + 1):
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(found.square[kept][:, kept]))
-        cost = (inverse @ found.cross[kept]).square().sum(dim=1) / inverse.diagonal()
+        costs = [_cost(part, own) for part, own in zip(found, kept, strict=True)]
         size = round(whole * (count / whole) ** (r / rounds))
-        kept = kept[cost.argsort(descending=True, stable=True)[:size].sort().values]
+        kept = [own[best] for own, best in zip(kept, shared_out(costs, load, size), strict=True)]
     return kept
+
+
+def _cost(found: Moments, kept: Tensor) -> Tensor:
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(found.square[kept][:, kept]))
+    return (inverse @ found.cross[kept]).square().sum(dim=1) / inverse.diagonal()
+
+
+def shared_out(scores: Sequence[Tensor], load: Tensor, count: int) -> list[Tensor]:
+    """Of each group the rising indices of its best neurons, by scores that count for a token alike in all groups, so that a token
+    passes `count` in the mean: a neuron costs what its group has of the tokens, load (K,). Each group keeps one at least."""
+    if len(scores) == 1:
+        return [scores[0].argsort(descending=True, stable=True)[:count].sort().values]
+    whole = torch.cat(list(scores))
+    group = torch.repeat_interleave(torch.tensor([len(s) for s in scores], device=whole.device))
+    order = whole.argsort(descending=True, stable=True)
+    inside = torch.zeros(len(whole), dtype=torch.bool, device=whole.device)
+    inside[order] = load.double()[group[order]].cumsum(0) <= count + 1e-9
+    chosen = [part.nonzero()[:, 0] for part in inside.split([len(s) for s in scores])]
+    return [part if len(part) else s.argmax().unsqueeze(0) for part, s in zip(chosen, scores, strict=True)]

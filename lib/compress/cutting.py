@@ -20,7 +20,7 @@ from ..cutspec import ExtractSpec
 from ..models.experts import Experts
 from ..models.extracted import CentroidRouter, OracleRouter, PredictorRouter, RandomRouter, SharedExperts
 from ..models.moe import MoELayer
-from .closed_form import moments, regression, survivors
+from .closed_form import moments, regression, shared_out, survivors
 from .clusters import Clusters, Recorded, balanced_means, density_clusters, means_clusters, random_clusters, stability
 
 LEAST = 8  # neurons that a layer keeps at least, when widths are ranked over the model
@@ -64,7 +64,7 @@ def cut_layer(mlp: Mlp, cut: Cut, rules: ExtractSpec, width: int | None, seed: i
     pooled = (member >= 0).nonzero()[:, 0]
     groups = [group if len(group) > 1 else pooled for group in groups]
     own = None if width is None else width - (mlp.fc1.out_features - len(free))
-    sets = [_chosen(mlp, cut.tokens.hidden, target, group, pooled, rules, own, free) for group in groups]
+    sets = _sets(mlp, cut.tokens.hidden, target, groups, pooled, rules, own, free)
     parts = [_corrected(mlp, cut.tokens.hidden, target, group, pooled, kept, rules, shared is not None)
              for group, kept in zip(groups, sets, strict=True)]
     layer = _assembled(mlp, parts, sets, router, shared, rules)
@@ -151,18 +151,33 @@ def _scores(mlp: Mlp, hidden: Tensor, rules: ExtractSpec, scale: Tensor | None =
     return variance * (out if scale is None else out * scale.unsqueeze(-1)).square().sum(dim=0)
 
 
-def _chosen(mlp: Mlp, hidden: Tensor, target: Tensor, group: Tensor, pooled: Tensor, rules: ExtractSpec, own: int | None,
-            free: Tensor) -> Tensor:
-    """(S,) rising neurons that stay, out of `free`: `own` of them, or the shortest set that holds the percentage of the sum."""
-    if rules.score == "update":
-        found = moments(hidden[:, free], target, group, pooled, rules.ridge, rules.pooled)
-        return free[survivors(found, max(1, min(own, len(free))))]
-    score = _scores(mlp, hidden[group], rules)[free]
+def _sets(mlp: Mlp, hidden: Tensor, target: Tensor, groups: list[Tensor], pooled: Tensor, rules: ExtractSpec, own: int | None,
+          free: Tensor) -> list[Tensor]:
+    """Of each group of tokens the rising neurons that stay, out of `free`: `own` of them, under budget="cluster" in the mean over
+    tokens, or the shortest set that holds the percentage of the sum of scores."""
+    own = None if own is None else max(1, min(own, len(free)))
+    if rules.budget == "cluster":
+        load = torch.tensor([float(len(group)) for group in groups], device=hidden.device)
+        batches = [(groups, load / load.sum())]
+    else:
+        batches = [([group], torch.ones(1, device=hidden.device)) for group in groups]
+    kept: list[Tensor] = []
+    for some, load in batches:
+        if rules.score == "update":
+            found = [moments(hidden[:, free], target, group, pooled, rules.ridge, rules.pooled) for group in some]
+            kept += survivors(found, load, own)
+        else:
+            scores = [_scores(mlp, hidden[group], rules)[free] for group in some]
+            kept += [_shortest(scores[0], rules.percent)] if own is None else shared_out(scores, load, own)
+    return [free[part] for part in kept]
+
+
+def _shortest(score: Tensor, percent: float) -> Tensor:
+    """(S,) rising: the fewest neurons that hold a percentage of the sum of scores."""
     order = score.argsort(descending=True, stable=True)
-    if own is None:
-        share = score[order].double().cumsum(0) / score.double().sum().clamp_min(1e-30)
-        own = len(order) if rules.percent == 100 else int((share < rules.percent / 100 - 1e-12).sum()) + 1
-    return free[order[:max(1, min(own, len(order)))]].sort().values
+    share = score[order].double().cumsum(0) / score.double().sum().clamp_min(1e-30)
+    count = len(order) if percent == 100 else int((share < percent / 100 - 1e-12).sum()) + 1
+    return order[:count].sort().values
 
 
 def layer_scale(model: nn.Module, name: str) -> Tensor:
@@ -180,7 +195,7 @@ def widths_over_model(model: nn.Module, mlps: Mapping[str, Mlp], tokens: Mapping
     """
     if rules.active is None:
         return dict.fromkeys(mlps)
-    if rules.budget == "layer":
+    if rules.budget != "model":
         return {name: max(1, round(rules.active * mlp.fc1.out_features)) for name, mlp in mlps.items()}
     ranked = {}
     for name, mlp in mlps.items():
@@ -201,8 +216,8 @@ def _common(mlp: Mlp, cut: Cut, rules: ExtractSpec) -> tuple[tuple[Tensor, ...] 
         return None, cut.target, whole
     hidden = cut.tokens.hidden
     everyone = torch.arange(len(hidden), device=hidden.device)
-    kept = _chosen(mlp, hidden, cut.target, everyone, everyone, rules.but(percent=None, active=1.0, pooled=0.0),
-                   max(1, round(rules.common * len(whole))), whole)
+    [kept] = _sets(mlp, hidden, cut.target, [everyone], everyone, rules.but(percent=None, active=1.0, pooled=0.0, budget="layer"),
+                   round(rules.common * len(whole)), whole)
     w1, b1, w2, b2 = _corrected(mlp, hidden, cut.target, everyone, everyone, kept, rules.but(pooled=0.0), False)
     left = cut.target - F.linear(hidden[:, kept], w2, b2)
     return (w1, b1, w2, b2), left, whole[~torch.isin(whole, kept)]
