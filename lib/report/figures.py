@@ -73,10 +73,13 @@ def scan(panels: dict[str, Sequence[Curve]], baselines: dict[str, Value] | None 
     hues = list(dict.fromkeys(c.hue for curves in panels.values() for c in curves))
     variants = list(dict.fromkeys(c.variant for curves in panels.values() for c in curves))
     with style():
-        fig, axes = figure(1, len(panels), height=3.5)
-        for ax, (title, curves) in zip(axes[0], panels.items(), strict=True):
-            ax.set(title=fill(title, 80 // len(panels)), xlabel=fill(xlabel, max(16, 64 // len(panels))),
-                   ylabel=ylabel if len(panels) < 3 or ax is axes[0][0] else "")  # narrow panels have no room for it
+        columns = len(panels) if len(panels) <= 3 else 2  # four in a row leave no room for labels
+        rows = -(-len(panels) // columns)
+        fig, axes = figure(rows, columns, height=3.5 if rows == 1 else 2.8 * rows)
+        for ax in axes.flat[len(panels):]:
+            ax.set_visible(False)
+        for ax, (title, curves) in zip(axes.flat, panels.items(), strict=False):
+            ax.set(title=fill(title, 80 // columns), xlabel=xlabel, ylabel=ylabel)
             drawn = False
             for c in curves:
                 lap, i = divmod(hues.index(c.hue), len(COLOURS))
@@ -94,7 +97,7 @@ def scan(panels: dict[str, Sequence[Curve]], baselines: dict[str, Value] | None 
                     ax.set_xticks(ticks)
             else:
                 note(ax, missing)
-        legend_above(fig, axes[0], columns=4 if len(hues) * len(variants) > 3 else 3)
+        legend_above(fig, axes.flat[:len(panels)], columns=4 if len(hues) * len(variants) > 3 else 3)
     return fig
 
 
