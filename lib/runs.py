@@ -80,6 +80,7 @@ def model_of(spec: RunSpec, where: Store | None = None):
     spec = spec.but(keep=True)
     collect({"model": [spec]}, where=where)
     if not where.state(spec.id).is_file():  # the record is there, the weights are not: they stay in the cache of who made them
+        _check_device(spec)
         for wave in _waves([spec], where):
             list(_compute(wave, None, where))
     splits = data.load(spec.data.but(test=None))

@@ -15,7 +15,7 @@ from timm.layers import Mlp
 
 from lib import data, evaluate, runs
 from lib.compress import cutting, extraction, surgery
-from lib.compress.closed_form import moments, shared_out, survivors
+from lib.compress.closed_form import moments, regression, shared_out, survivors
 from lib.compress.clusters import Recorded
 from lib.compress.cutting import Cut, cut_layer
 from lib.cutspec import ExtractSpec
@@ -177,6 +177,17 @@ def test_a_layer_s_neurons_are_shared_out_over_its_clusters():
         assert len(set(told["widths"])) == 1 and sum(report["widths"]) > 0
     with pytest.raises(ValidationError, match="budget='cluster' shares the neurons of a layer out"):
         rules(budget="cluster", clusters="one")
+
+
+def test_what_chooses_and_corrects_stays_where_the_tokens_are():
+    """Without a graphics card: a tensor that was made on the CPU does not meet one of another device."""
+    mlp, hidden, target = layer().to("meta"), torch.empty(50, H, device="meta"), torch.empty(50, D, device="meta")
+    everyone = torch.arange(50, device="meta")
+    assert cutting._scores(mlp, hidden, rules(score="weighted")).is_meta
+    assert cutting._scores(mlp, hidden, rules(score="weighted"), torch.ones(D, device="meta")).is_meta
+    assert cutting.layer_scale(timm.create_model("vit_tiny_patch16_224", depth=1).to("meta"), "blocks.0.mlp").is_meta
+    w2, b2 = regression(moments(hidden, target, everyone, everyone, 1e-3, 0.3))
+    assert w2.is_meta and b2.is_meta and w2.shape == (D, H)
 
 
 def test_storage_is_a_choice_between_memory_and_speed():

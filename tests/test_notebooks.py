@@ -182,16 +182,23 @@ def test_real_notebooks(key):
         assert isinstance(notebooks.plan(key, name), dict)
 
 
-def _on_cpu(spec):
-    return spec.but(device="cpu", init=spec.init and _on_cpu(spec.init))
-
-
 @pytest.mark.parametrize("name", ["small", "paper"])  # the other two are run as a whole
 @pytest.mark.parametrize("key", SOURCES)
 def test_runs_of_the_long_profiles_can_be_built(key, name):
     """A patch that does not divide the image or a layer beyond the depth must not wait for the hour of its run."""
     for group in notebooks.plan(key, name).values():
-        runs.check(_on_cpu(group[0]))
+        runs.check(group[0])
+
+
+@pytest.mark.parametrize("key", SOURCES)
+def test_a_device_moves_all_runs_of_a_page_and_those_they_start_from(key):
+    def devices(spec):
+        return {spec.device} | (devices(spec.init) if spec.init is not None else set())
+
+    if any(notebooks.plan(key, "small").values()):
+        for device in ("cuda", "cpu"):
+            specs = [spec for group in notebooks.plan(key, "small", device=device).values() for spec in group]
+            assert set().union(*map(devices, specs)) == {device}
 
 
 BASE = {"data": {"name": "mnist5k", "image_size": 28}, "backbone": {"patch": 7, "width": 16, "heads": 2},

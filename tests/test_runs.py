@@ -119,6 +119,21 @@ def test_what_does_not_fit_is_refused_before_any_work(where, made, change, messa
     assert made == [] and not where.private.exists()
 
 
+def test_a_device_that_is_not_there_is_refused_where_something_has_to_be_computed(where, made, monkeypatch):
+    here = {"card": False}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: here["card"])
+    [spec] = of(2, device="cuda")
+    with pytest.raises(ValueError, match="planned for device='cuda' and this machine has none: give device='cpu'"):
+        runs.collect({"a": [spec]}, where=where)
+    assert made == []
+    here["card"] = True
+    runs.collect({"a": [spec]}, where=where)
+    here["card"] = False
+    assert runs.collect({"a": [spec]}, where=where)["a"][0].test["top1"] == 2 and made == [2]  # a record needs no card
+    with pytest.raises(ValueError, match="this machine has none"):
+        runs.model_of(spec, where)
+
+
 # ---- who computes what --------------------------------------------------------------------------------------------------
 
 def test_only_what_is_absent_is_computed_and_order_is_kept(where, made):

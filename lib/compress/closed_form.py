@@ -74,8 +74,6 @@ def _cost(found: Moments, kept: Tensor) -> Tensor:
 def shared_out(scores: Sequence[Tensor], load: Tensor, count: int) -> list[Tensor]:
     """Of each group the rising indices of its best neurons, by scores that count for a token alike in all groups, so that a token
     passes `count` in the mean: a neuron costs what its group has of the tokens, load (K,). Each group keeps one at least."""
-    if len(scores) == 1:
-        return [scores[0].argsort(descending=True, stable=True)[:count].sort().values]
     whole = torch.cat(list(scores))
     group = torch.repeat_interleave(torch.tensor([len(s) for s in scores], device=whole.device))
     order = whole.argsort(descending=True, stable=True)
