@@ -137,18 +137,23 @@ class Experts(nn.Module):
         rows = x.to(dtype).index_select(0, source).split(slices)
         # Cast whole stacks: autocast inside the loop would cast slice by slice and stack float32 gradients once more.
         weights = self.each(lambda held: held.to(dtype))
-        mlp = self._left if low and not torch.is_grad_enabled() else self._right
-        # A zero-row slice still runs: its empty products give the idle expert its zero gradient.
-        done = torch.cat([mlp(part, *own) for part, own in zip(rows, weights, strict=True)])
+        if torch.is_grad_enabled():
+            # A zero-row slice still runs: its empty products give the idle expert its zero gradient.
+            done = torch.cat([F.linear(self.act(F.linear(part, w1, b1)), w2, b2)
+                              for part, (w1, b1, w2, b2) in zip(rows, weights, strict=True)])
+        else:
+            done = rows[0].new_empty(sum(slices), x.shape[1])
+            for part, own, out in zip(rows, weights, done.split(slices), strict=True):
+                (self._left if low else self._right)(part, *own, out)
         return _sum_by_token(done, place, token, routing.weight[order].to(dtype), x.shape[0])
 
-    def _right(self, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        return F.linear(self.act(F.linear(x, w1, b1)), w2, b2)
+    def _right(self, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, out: Tensor) -> None:
+        torch.addmm(b2, self.act(F.linear(x, w1, b1)), w2.t(), out=out)
 
-    def _left(self, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    def _left(self, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, out: Tensor) -> None:
         """The same with the weights on the left of each product: the right-hand side is what gets packed in bfloat16, and there
         are fewer rows than weights. With a backward pass nothing is gained by it."""
-        return torch.addmm(b2.unsqueeze(1), w2, self.act(torch.addmm(b1.unsqueeze(1), w1, x.t()))).t()
+        out.copy_(torch.addmm(b2.unsqueeze(1), w2, self.act(torch.addmm(b1.unsqueeze(1), w1, x.t()))).t())
 
     def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
         theirs = self.widths_in(state_dict, prefix)
@@ -193,9 +198,14 @@ def _sum_by_token(rows: Tensor, place: Tensor, token: Tensor, weight: Tensor, to
     weighted sums, zero for a token without rows."""
     by_token = torch.argsort(token, stable=True)
     each, rest = divmod(token.numel(), max(tokens, 1))
-    if not rest and torch.equal(token[by_token], torch.arange(tokens, device=token.device).repeat_interleave(each)):
-        # Nothing dropped: a gather and a short sum, since index_add walks row by row on CPU.
-        rows = rows.index_select(0, place[by_token]) * weight[by_token].unsqueeze(1)
-        return rows if each == 1 else rows.view(tokens, each, rows.shape[1]).sum(dim=1, dtype=rows.dtype)
-    rows = rows.index_select(0, place) * weight.unsqueeze(1)
-    return rows.new_zeros(tokens, rows.shape[1]).index_add(0, token, rows)
+    in_turn = torch.arange(tokens, device=token.device).repeat_interleave(each)
+    complete = not rest and torch.equal(token[by_token], in_turn)  # nothing dropped, everybody has as many
+    if complete:
+        place, weight = place[by_token], weight[by_token]
+    rows = rows.index_select(0, place)
+    if weight.requires_grad or not (weight == 1).all():  # a hard decision saves a pass over all rows
+        rows = rows * weight.unsqueeze(1)
+    if not complete:
+        return rows.new_zeros(tokens, rows.shape[1]).index_add(0, token, rows)
+    # A short sum, since index_add walks row by row on CPU.
+    return rows if each == 1 else rows.view(tokens, each, rows.shape[1]).sum(dim=1, dtype=rows.dtype)
