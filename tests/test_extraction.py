@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from timm.layers import Mlp
 
 from lib import data, evaluate, runs
-from lib.compress import cutting, extraction, surgery
+from lib.compress import clusters, cutting, extraction, surgery
 from lib.compress.closed_form import moments, regression, shared_out, survivors
 from lib.compress.clusters import Recorded
 from lib.compress.cutting import Cut, cut_layer
@@ -132,11 +132,27 @@ def test_ridge_is_the_best_linear_prediction():
     assert by_cluster < nearly_static
 
 
+def test_moments_of_some_neurons_and_mixed_ones_by_hand():
+    generator = torch.Generator().manual_seed(0)
+    hidden, target = torch.randn(60, 4, generator=generator), torch.randn(60, 2, generator=generator)
+    own, everyone = moments(hidden[:20], target[:20]), moments(hidden, target)
+    some = torch.tensor([3, 1])
+    for got, want in zip(own.of(some), moments(hidden[:20][:, some], target[:20]), strict=True):
+        torch.testing.assert_close(got, want)
+    mixed = own.mixed(everyone, 0.25)
+    cov = [np.cov(np.hstack([hidden[:n], target[:n]]).T, bias=True) for n in (20, 60)]
+    want = torch.tensor(0.75 * cov[0] + 0.25 * cov[1], dtype=torch.float32)
+    torch.testing.assert_close(torch.cat([mixed.square, mixed.cross], dim=1), want[:4], atol=1e-5, rtol=0)
+    assert torch.equal(mixed.mean, own.mean) and torch.equal(mixed.wanted, own.wanted)
+    exact = own._replace(square=own.square.double())
+    regression(exact, 0.5)
+    assert torch.equal(exact.square.float(), own.square)  # a penalty is not left in what it was given
+
+
 def test_the_neuron_that_goes_is_the_one_whose_loss_the_others_make_up_for():
     generator = torch.Generator().manual_seed(2)
     hidden = torch.randn(400, 5, generator=generator) @ torch.randn(5, 5, generator=generator)
     target = hidden @ torch.randn(5, 3, generator=generator) + 0.1 * torch.randn(400, 3, generator=generator)
-    everyone = torch.arange(400)
 
     def left(kept):
         design = np.hstack([hidden[:, kept].numpy(), np.ones((400, 1))])
@@ -145,10 +161,10 @@ def test_the_neuron_that_goes_is_the_one_whose_loss_the_others_make_up_for():
 
     without = [left([i for i in range(5) if i != j]) for j in range(5)]
     one = torch.ones(1)
-    kept = survivors([moments(hidden, target, everyone, everyone, 1e-9)], one, 4)[0].tolist()
+    kept = survivors([moments(hidden, target)], one, 4, 1e-9)[0].tolist()
     assert kept == [i for i in range(5) if i != int(np.argmin(without))]
     twins = torch.cat([hidden, 3 * hidden[:, :1] + 1e-3 * torch.randn(400, 1, generator=generator)], dim=1)
-    found = survivors([moments(twins, 5 * twins[:, 5:] + target, everyone, everyone, 1e-9)], one, 5)[0].tolist()
+    found = survivors([moments(twins, 5 * twins[:, 5:] + target)], one, 5, 1e-9)[0].tolist()
     assert found in ([0, 1, 2, 3, 4], [1, 2, 3, 4, 5])  # of two that say the same one goes, however large it is
 
 
@@ -182,11 +198,11 @@ def test_a_layer_s_neurons_are_shared_out_over_its_clusters():
 def test_what_chooses_and_corrects_stays_where_the_tokens_are():
     """Without a graphics card: a tensor that was made on the CPU does not meet one of another device."""
     mlp, hidden, target = layer().to("meta"), torch.empty(50, H, device="meta"), torch.empty(50, D, device="meta")
-    everyone = torch.arange(50, device="meta")
     assert cutting._scores(mlp, hidden, rules(score="weighted")).is_meta
     assert cutting._scores(mlp, hidden, rules(score="weighted"), torch.ones(D, device="meta")).is_meta
     assert cutting.layer_scale(timm.create_model("vit_tiny_patch16_224", depth=1).to("meta"), "blocks.0.mlp").is_meta
-    w2, b2 = regression(moments(hidden, target, everyone, everyone, 1e-3, 0.3))
+    found = moments(hidden, target)
+    w2, b2 = regression(found.mixed(found, 0.3).of(torch.arange(H, device="meta")), 1e-3)
     assert w2.is_meta and b2.is_meta and w2.shape == (D, H)
 
 
@@ -414,6 +430,22 @@ def test_sequential_extraction_makes_up_for_the_layers_before(where):
         with torch.no_grad():
             far[sequential] = (cut_model.forward_features(images) - want).square().mean().item()
     assert far[True] < far[False]
+
+
+def test_a_stream_records_what_a_pass_through_the_whole_model_would(where):
+    model, splits = build(BASE.but(init=BASE, train=None), 10, 1, _state(where)).train(), data.load(BASE.data)
+    batches = [splits.train.batch(part, BASE.data) for part in torch.arange(40).split(16)]
+    drawn = {"per_image": 5, "limit": 120, "seed": 1}
+    dense, changed = extraction._streams(model, batches)
+    for name in extraction.mlps_of(model):
+        for stream, vit in ((dense, dense.vit), (changed, model)):
+            names = {name: vit.get_submodule(name)}
+            there = {name: vit.get_submodule(name.removesuffix("mlp") + "norm2")}
+            want, got = clusters.record(vit, batches, names, norms=there, **drawn)[name], stream.record(name, **drawn)
+            for field in ("inputs", "hidden", "image", "before"):
+                torch.testing.assert_close(getattr(got, field), getattr(want, field))
+        model.get_submodule(name).fc2.bias.data += 0.1  # a cut layer: what follows it is seen by one of the streams
+    assert model.training and not torch.allclose(dense.parts[0], changed.parts[0])
 
 
 def _state(where):

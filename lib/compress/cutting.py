@@ -20,7 +20,7 @@ from ..cutspec import ExtractSpec
 from ..models.experts import Experts
 from ..models.extracted import CentroidRouter, OracleRouter, PredictorRouter, RandomRouter, SharedExperts
 from ..models.moe import MoELayer
-from .closed_form import moments, regression, shared_out, survivors
+from .closed_form import Moments, moments, regression, shared_out, survivors
 from .clusters import Clusters, Recorded, balanced_means, density_clusters, means_clusters, random_clusters, stability
 
 LEAST = 8  # neurons that a layer keeps at least, when widths are ranked over the model
@@ -32,6 +32,30 @@ class Cut:
 
     tokens: Recorded
     target: Tensor
+
+
+class _Group:
+    """The tokens of one expert, by index (n,). every: moments of all tokens, all neurons, that lean into the group's own."""
+
+    def __init__(self, hidden: Tensor, target: Tensor, index: Tensor, rules: ExtractSpec, every: Moments | None = None):
+        self._hidden, self._target, self.index, self.rules, self.every = hidden, target, index, rules, every
+        # which neurons stay is seen in the moments of all: those that correct the weights are a part of these
+        self.whole = moments(hidden[index], target[index]) if rules.score == "update" else None
+
+    @property
+    def hidden(self) -> Tensor:
+        """(n, H)."""
+        return self._hidden[self.index]
+
+    @property
+    def target(self) -> Tensor:
+        """(n, D)."""
+        return self._target[self.index]
+
+    def moments(self, neurons: Tensor) -> Moments:
+        """Of some neurons, (S,)."""
+        own = moments(self.hidden[:, neurons], self.target) if self.whole is None else self.whole.of(neurons)
+        return own if self.every is None else own.mixed(self.every.of(neurons), self.rules.pooled)
 
 
 @torch.no_grad()
@@ -64,9 +88,11 @@ def cut_layer(mlp: Mlp, cut: Cut, rules: ExtractSpec, width: int | None, seed: i
     pooled = (member >= 0).nonzero()[:, 0]
     groups = [group if len(group) > 1 else pooled for group in groups]
     own = None if width is None else width - (mlp.fc1.out_features - len(free))
-    sets = _sets(mlp, cut.tokens.hidden, target, groups, pooled, rules, own, free)
-    parts = [_corrected(mlp, cut.tokens.hidden, target, group, pooled, kept, rules, shared is not None)
-             for group, kept in zip(groups, sets, strict=True)]
+    hidden = cut.tokens.hidden
+    every = moments(hidden[pooled], target[pooled]) if rules.pooled else None
+    apart = [_Group(hidden, target, group, rules, every) for group in groups]
+    sets = _sets(mlp, apart, rules, own, free)
+    parts = [_corrected(mlp, group, kept, rules, shared is not None) for group, kept in zip(apart, sets, strict=True)]
     layer = _assembled(mlp, parts, sets, router, shared, rules)
     return layer, told | _report(layer, cut, routed, sets, centres, mlp.fc1.out_features - len(free))
 
@@ -151,23 +177,21 @@ def _scores(mlp: Mlp, hidden: Tensor, rules: ExtractSpec, scale: Tensor | None =
     return variance * (out if scale is None else out * scale.unsqueeze(-1)).square().sum(dim=0)
 
 
-def _sets(mlp: Mlp, hidden: Tensor, target: Tensor, groups: list[Tensor], pooled: Tensor, rules: ExtractSpec, own: int | None,
-          free: Tensor) -> list[Tensor]:
+def _sets(mlp: Mlp, groups: list[_Group], rules: ExtractSpec, own: int | None, free: Tensor) -> list[Tensor]:
     """Of each group of tokens the rising neurons that stay, out of `free`: `own` of them, under budget="cluster" in the mean over
     tokens, or the shortest set that holds the percentage of the sum of scores."""
     own = None if own is None else max(1, min(own, len(free)))
     if rules.budget == "cluster":
-        load = torch.tensor([float(len(group)) for group in groups], device=hidden.device)
+        load = torch.tensor([float(len(group.index)) for group in groups], device=free.device)
         batches = [(groups, load / load.sum())]
     else:
-        batches = [([group], torch.ones(1, device=hidden.device)) for group in groups]
+        batches = [([group], torch.ones(1, device=free.device)) for group in groups]
     kept: list[Tensor] = []
     for some, load in batches:
         if rules.score == "update":
-            found = [moments(hidden[:, free], target, group, pooled, rules.ridge, rules.pooled) for group in some]
-            kept += survivors(found, load, own)
+            kept += survivors([group.moments(free) for group in some], load, own, rules.ridge)
         else:
-            scores = [_scores(mlp, hidden[group], rules)[free] for group in some]
+            scores = [_scores(mlp, group.hidden, rules)[free] for group in some]
             kept += [_shortest(scores[0], rules.percent)] if own is None else shared_out(scores, load, own)
     return [free[part] for part in kept]
 
@@ -215,23 +239,22 @@ def _common(mlp: Mlp, cut: Cut, rules: ExtractSpec) -> tuple[tuple[Tensor, ...] 
     if not rules.common:
         return None, cut.target, whole
     hidden = cut.tokens.hidden
-    everyone = torch.arange(len(hidden), device=hidden.device)
-    [kept] = _sets(mlp, hidden, cut.target, [everyone], everyone, rules.but(percent=None, active=1.0, pooled=0.0, budget="layer"),
-                   round(rules.common * len(whole)), whole)
-    w1, b1, w2, b2 = _corrected(mlp, hidden, cut.target, everyone, everyone, kept, rules.but(pooled=0.0), False)
+    everyone = _Group(hidden, cut.target, torch.arange(len(hidden), device=hidden.device), rules)
+    [kept] = _sets(mlp, [everyone], rules.but(percent=None, active=1.0, budget="layer"), round(rules.common * len(whole)), whole)
+    w1, b1, w2, b2 = _corrected(mlp, everyone, kept, rules, False)
     left = cut.target - F.linear(hidden[:, kept], w2, b2)
     return (w1, b1, w2, b2), left, whole[~torch.isin(whole, kept)]
 
 
-def _corrected(mlp: Mlp, hidden: Tensor, target: Tensor, group: Tensor, pooled: Tensor, kept: Tensor, rules: ExtractSpec,
+def _corrected(mlp: Mlp, group: _Group, kept: Tensor, rules: ExtractSpec,
                beside: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """w1 (S, D), b1 (S,), w2 (D, S), b2 (D,) of an expert. beside: a common part has the layer's bias already."""
     w1, b1, w2, b2 = (held.detach() for held in (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias))
     if rules.correct == "ridge":
-        own = regression(moments(hidden[:, kept], target, group, pooled, rules.ridge, rules.pooled))
+        own = regression(group.moments(kept), rules.ridge)
     elif rules.correct == "mean":
         out = w2[:, kept]
-        own = out, target[group].mean(dim=0) - out @ hidden[group][:, kept].mean(dim=0)
+        own = out, group.target.mean(dim=0) - out @ group.hidden[:, kept].mean(dim=0)
     else:
         own = w2[:, kept], torch.zeros_like(b2) if beside else b2
     return w1[kept], b1[kept], *own

@@ -10,8 +10,9 @@ Axis letters: **n** recorded tokens, **D** width, **H** hidden width, **S** neur
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ..data import Split
 from ..models.experts import Experts
 from ..models.extracted import CentroidRouter, HardRouter, OracleRouter, PredictorRouter, RandomRouter, SharedExperts
 from ..models.moe import MoELayer
+from ..models.upcycle import before_blocks
 from ..spec import RunSpec
 from .clusters import Recorded, mlps_of, record
 from .cutting import Cut, cut_layer, layer_scale, narrow_mlp, top_k, widths_over_model
@@ -48,13 +50,14 @@ def extract(model: nn.Module, spec: RunSpec, split: Split, classes: int, checkpo
     if len(index) < rules.images:
         raise ValueError(f"images={rules.images} were asked for to calibrate on, the training split has {len(index)}: lower it")
 
-    def recorded(names: Mapping[str, Mlp]) -> dict[str, Recorded]:
-        batches = (split.batch(part, spec.data).to(spec.device) for part in index.split(64))
-        norms = {name: model.get_submodule(name.removesuffix("mlp") + "norm2") for name in names} if rules.sequential else None
-        return record(model, batches, names, per_image=rules.per_image, limit=rules.tokens, seed=spec.seed, norms=norms)
+    def batches() -> Iterator[Tensor]:
+        return (split.batch(part, spec.data).to(spec.device) for part in index.split(64))
 
-    dense = recorded(mlps)
+    drawn = {"per_image": rules.per_image, "limit": rules.tokens, "seed": spec.seed}
+    at_once = not rules.sequential or rules.budget == "model"  # else a layer's tokens are recorded when it is its turn
+    dense = record(model, batches(), mlps, **drawn) if at_once else {}
     widths = widths_over_model(model, mlps, dense, rules)
+    streams = _streams(model, batches()) if rules.sequential else []
     reports = []
     for name in tqdm(mlps, unit="layer", desc=f"extract {spec.id[:6]}", leave=False, delay=5):
         file = checkpoint.with_name(f"{checkpoint.name}.{name}.safetensors") if checkpoint else None
@@ -64,10 +67,10 @@ def extract(model: nn.Module, spec: RunSpec, split: Split, classes: int, checkpo
             layer.load_state_dict(state)
             report = json.loads(file.with_suffix(".json").read_text())
         else:
-            before = dense.pop(name)  # each layer's tokens go when it is cut
-            here = recorded({name: mlps[name]})[name] if rules.sequential and reports else before
-            layer, report = cut_layer(mlps[name], Cut(here, _target(model, name, mlps[name], before, here)), rules,
-                                      widths[name], spec.seed)
+            tokens = [dense.pop(name)] if not streams else [stream.record(name, **drawn) for stream in streams]
+            cut = Cut(tokens[-1], _target(model, name, mlps[name], *tokens))  # each layer's tokens go when it is cut
+            layer, report = cut_layer(mlps[name], cut, rules, widths[name], spec.seed)
+            del tokens, cut
             if file is not None:
                 _file(layer, report, file)
         model.set_submodule(name, layer.to(spec.device).train(model.training))
@@ -83,13 +86,41 @@ def check(model: nn.Module, rules: ExtractSpec) -> dict[str, Mlp]:
     return mlps_of(model)
 
 
-def _target(model: nn.Module, name: str, mlp: Mlp, dense: Recorded, here: Recorded) -> Tensor:
+class _Stream:
+    """The residual stream of a ViT on its calibration images, (B, N, D) a batch, taken from block to block while these are cut:
+    for all layers it is one pass, and one layer's tokens are held."""
+
+    def __init__(self, vit: VisionTransformer, parts: list[Tensor]):
+        self.vit, self.parts, self.block = vit, parts, 0
+
+    def record(self, name: str, **drawn) -> Recorded:
+        """Tokens of the MLP of a block that the stream has not passed; it then stands before that block."""
+        block = self.vit.get_submodule(name.removesuffix(".mlp"))
+        at = list(self.vit.blocks).index(block)
+        reached: list[Tensor] = []
+        handle = block.register_forward_pre_hook(lambda _, args: reached.append(args[0]))
+        onward = self.vit.blocks[self.block : at + 1]
+        try:
+            found = record(onward, self.parts, {name: block.mlp}, norms={name: block.norm2}, **drawn)
+        finally:
+            handle.remove()
+        self.parts, self.block = reached, at
+        return found[name]
+
+
+@torch.no_grad()
+def _streams(vit: VisionTransformer, batches: Iterable[Tensor]) -> list[_Stream]:
+    """That of a copy, which stays dense, and that of `vit`."""
+    dense = copy.deepcopy(vit).eval()
+    start = [before_blocks(dense, images) for images in batches]
+    return [_Stream(dense, start), _Stream(vit, start)]
+
+
+def _target(model: nn.Module, name: str, mlp: Mlp, dense: Recorded, here: Recorded | None = None) -> Tensor:
     """(n, D) what the layer ought to give on the tokens of `here`: the dense layer's output, and what makes up for what the
     residual stream lacks already, in units of the layer's scale."""
     out = F.linear(dense.hidden, mlp.fc2.weight.detach(), mlp.fc2.bias.detach())
-    if here is dense:
-        return out
-    return out + (dense.before - here.before) / layer_scale(model, name)
+    return out if here is None else out + (dense.before - here.before) / layer_scale(model, name)
 
 
 def _file(layer: nn.Module, report: dict, file: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .moe import MoELayer
 from .routing import TopKRouter
+from .upcycle import before_blocks
 
 
 class GroupRouter(TopKRouter):
@@ -62,7 +63,7 @@ class Ensemble(nn.Module):
     def members(self, images: Tensor) -> Tensor:
         """images: (B, channels, height, width) -> (M, B, C) logits, for a loss on each member."""
         vit = self.vit
-        x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+        x = before_blocks(vit, images)
         for i, block in enumerate(vit.blocks):
             x = block(x.repeat(self.size, 1, 1) if i == self.first else x)
         logits = vit.forward_head(vit.norm(x))

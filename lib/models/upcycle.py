@@ -10,7 +10,8 @@ import copy
 
 import torch
 from timm.layers import Mlp
-from torch import nn
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
 from ..spec import MoESpec
 from .compete import CompeteLayer
@@ -23,6 +24,11 @@ REFUSED = {
     "GluMlp": "a gated (GLU) MLP", "SwiGLU": "a gated (GLU) MLP", "SwiGLUPacked": "a gated (GLU) MLP",
     "GatedMlp": "a gated MLP", "ConvMlp": "a convolutional MLP", "GlobalResponseNormMlp": "an MLP with response norm (GRN)",
 }
+
+
+def before_blocks(vit: VisionTransformer, images: Tensor) -> Tensor:
+    """images: (B, channels, height, width) -> (B, N, D), what a timm ViT hands to its first block."""
+    return vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
 
 
 def block_mlps(model: nn.Module) -> list[tuple[str, nn.Module]]:
