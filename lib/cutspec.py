@@ -77,7 +77,7 @@ class ExtractSpec(Spec):
     score: Literal["variance", "weighted", "update"] = "variance"  # weighted: times the squared norm of the neuron's output
     # weights; update: what going without the neuron costs once the others make up for it (Optimal Brain Surgeon)
     budget: Literal["layer", "cluster", "model"] = "layer"  # with active: the same share in each layer; there also shared out
-    # over its clusters, so that a token passes that many in the mean; or ranked over the whole model
+    # over its clusters, so that a token passes that many in the mean; or layers ranked against each other, too
     correct: Literal["none", "mean", "ridge"] = "none"  # for what the removed neurons gave: nothing, their mean as a bias (VBP),
     # or their best linear prediction from the ones that stay, in closed form
     ridge: Annotated[float, Field(gt=0)] = 1e-3  # penalty, in units of the mean variance of the neurons that stay
@@ -107,9 +107,15 @@ class ExtractSpec(Spec):
         if self.storage != "copies" and self.clusters in ("one", "weights"):
             raise ValueError(f"storage={self.storage!r} is for experts that share neurons, and with clusters={self.clusters!r} "
                              "none do: set storage='copies'")
-        if self.score == "update" and (self.correct != "ridge" or self.active is None or self.budget == "model"):
-            raise ValueError("score='update' is the error that ridge regression leaves, at a fixed width of the layer: set "
-                             "correct='ridge', active and budget='layer'")
+        if self.score == "update" and (self.correct != "ridge" or self.active is None):
+            raise ValueError("score='update' is the error that ridge regression leaves, with so many neurons: set "
+                             "correct='ridge' and active")
+        if self.score == "update" and self.budget == "model" and not self.sequential:
+            raise ValueError("score='update' with budget='model' ranks errors in units of the residual stream, which is taken "
+                             "along in sequence only: set sequential=True, or another budget")
+        if self.budget == "model" and self.common:
+            raise ValueError("common is a share of each layer's neurons, and budget='model' gives a layer as many as it needs: "
+                             "set budget='layer' or 'cluster'")
         if (self.router == "trained") != (self.clusters == "weights" and self.router != "cosine"):
             raise ValueError(f"router={self.router!r} with clusters={self.clusters!r}: groups of neurons take 'trained' or "
                              "'cosine', clusters of tokens any but 'trained'")

@@ -382,7 +382,8 @@ def extracted(then=None, **fields):
     ({"storage": "shared"}, MoELayer), ({"storage": "inputs", "correct": "ridge"}, MoELayer),
     ({"router": "oracle"}, MoELayer), ({"router": "random"}, MoELayer),
     ({"clusters": "weights", "router": "trained"}, MoELayer),
-    ({"common": 0.25, "correct": "mean"}, MoELayer), ({"sequential": True, "correct": "ridge"}, MoELayer)])
+    ({"common": 0.25, "correct": "mean"}, MoELayer), ({"sequential": True, "correct": "ridge"}, MoELayer),
+    ({"sequential": True, "correct": "ridge", "score": "update", "budget": "model"}, MoELayer)])
 def test_a_run_records_saves_and_goes_on(where, fields, kind):
     spec = extracted(**fields)
     made = record(where, spec)
@@ -446,6 +447,31 @@ def test_a_stream_records_what_a_pass_through_the_whole_model_would(where):
                 torch.testing.assert_close(getattr(got, field), getattr(want, field))
         model.get_submodule(name).fc2.bias.data += 0.1  # a cut layer: what follows it is seen by one of the streams
     assert model.training and not torch.allclose(dense.parts[0], changed.parts[0])
+
+
+def test_layers_are_ranked_by_what_they_add_to_the_stream(where):
+    model, splits = build(BASE.but(init=BASE, train=None), 10, 1, _state(where)), data.load(BASE.data)
+    spec = extracted(clusters="one", correct="ridge", score="update", budget="model", sequential=True, active=0.5)
+    even = extracted(clusters="one", correct="ridge", score="update", sequential=True, active=0.5)
+    images = splits.train.batch(torch.arange(100), BASE.data)
+
+    def left(whole, given):
+        made = copy.deepcopy(whole)
+        reports = extraction.extract(made, given, splits.train, 10)
+        with torch.no_grad():
+            apart = (made.forward_features(images) - whole.forward_features(images)).square().mean().item()
+        return [row["active"] for row in reports], apart
+
+    for quiet in (0, 1):  # a layer that adds next to nothing to the stream has neurons to spare
+        whole = copy.deepcopy(model).eval()
+        whole.blocks[quiet].mlp.fc2.weight.data *= 1e-4
+        widths, apart = left(whole, spec)
+        assert widths[quiet] == cutting.LEAST and widths[1 - quiet] == 24 and left(whole, even)[0] == [12, 12]
+        assert apart < 0.1 * left(whole, even)[1]
+    loud = copy.deepcopy(model).eval()
+    loud.blocks[0].mlp.fc2.weight.data[:, 12:] = 0  # twelve neurons say all that this layer says
+    widths, _ = left(loud, spec)
+    assert widths[0] <= 12 <= widths[1] and sum(widths) == 24
 
 
 def _state(where):
@@ -522,6 +548,8 @@ def test_other_families_are_extracted_saved_and_run(name, size, tmp_path):
     (lambda: ExtractSpec(active=0.5, router="trained"), "router='trained' with clusters='hdbscan'"),
     (lambda: ExtractSpec(active=0.5, clusters="weights", correct="mean"), "cuts no neuron away"),
     (lambda: ExtractSpec(percent=50.0, budget="model"), "need active, not percent"),
+    (lambda: rules(budget="model", common=0.25), "common is a share of each layer's neurons"),
+    (lambda: rules(budget="model", score="update", correct="ridge"), "residual stream, which is taken along in sequence only"),
     (lambda: BASE.but(extract=ExtractSpec(active=0.5)), "extract cuts experts out of a trained model"),
     (lambda: extracted().but(moe=MoESpec()), "extract cuts experts out of a trained model"),
     (lambda: extracted().but(init=extracted()), "extract cuts experts out of a trained model"),

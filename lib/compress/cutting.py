@@ -178,10 +178,10 @@ def _scores(mlp: Mlp, hidden: Tensor, rules: ExtractSpec, scale: Tensor | None =
 
 
 def _sets(mlp: Mlp, groups: list[_Group], rules: ExtractSpec, own: int | None, free: Tensor) -> list[Tensor]:
-    """Of each group of tokens the rising neurons that stay, out of `free`: `own` of them, under budget="cluster" in the mean over
-    tokens, or the shortest set that holds the percentage of the sum of scores."""
+    """Of each group of tokens the rising neurons that stay, out of `free`: `own` of them, in the mean over tokens unless
+    budget="layer", or the shortest set that holds the percentage of the sum of scores."""
     own = None if own is None else max(1, min(own, len(free)))
-    if rules.budget == "cluster":
+    if rules.budget != "layer":
         load = torch.tensor([float(len(group.index)) for group in groups], device=free.device)
         batches = [(groups, load / load.sum())]
     else:

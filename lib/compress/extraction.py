@@ -32,8 +32,9 @@ from ..models.extracted import CentroidRouter, HardRouter, OracleRouter, Predict
 from ..models.moe import MoELayer
 from ..models.upcycle import before_blocks
 from ..spec import RunSpec
+from .closed_form import moments, survivors
 from .clusters import Recorded, mlps_of, record
-from .cutting import Cut, cut_layer, layer_scale, narrow_mlp, top_k, widths_over_model
+from .cutting import LEAST, Cut, cut_layer, layer_scale, narrow_mlp, top_k, widths_over_model
 from .neurons import calibration
 
 
@@ -54,10 +55,11 @@ def extract(model: nn.Module, spec: RunSpec, split: Split, classes: int, checkpo
         return (split.batch(part, spec.data).to(spec.device) for part in index.split(64))
 
     drawn = {"per_image": rules.per_image, "limit": rules.tokens, "seed": spec.seed}
-    at_once = not rules.sequential or rules.budget == "model"  # else a layer's tokens are recorded when it is its turn
+    by_error = rules.sequential and rules.budget == "model" and rules.score == "update"
+    at_once = not rules.sequential or (rules.budget == "model" and not by_error)  # else each layer is recorded in its turn
     dense = record(model, batches(), mlps, **drawn) if at_once else {}
-    widths = widths_over_model(model, mlps, dense, rules)
     streams = _streams(model, batches()) if rules.sequential else []
+    widths = _widths(streams[0], rules, drawn) if by_error else widths_over_model(model, mlps, dense, rules)
     reports = []
     for name in tqdm(mlps, unit="layer", desc=f"extract {spec.id[:6]}", leave=False, delay=5):
         file = checkpoint.with_name(f"{checkpoint.name}.{name}.safetensors") if checkpoint else None
@@ -114,6 +116,22 @@ def _streams(vit: VisionTransformer, batches: Iterable[Tensor]) -> list[_Stream]
     dense = copy.deepcopy(vit).eval()
     start = [before_blocks(dense, images) for images in batches]
     return [_Stream(dense, start), _Stream(vit, start)]
+
+
+@torch.no_grad()
+def _widths(dense: _Stream, rules: ExtractSpec, drawn: dict[str, int]) -> dict[str, int]:
+    """Neurons that each layer of a static cut keeps if all layers' neurons are ranked by what going without one adds to the
+    error, in units of the residual stream's variance after the block: the next block norms the stream, so it sees no other."""
+    stream, parts = _Stream(dense.vit, dense.parts), {}
+    for name, mlp in mlps_of(dense.vit).items():
+        tokens = stream.record(name, **drawn)
+        given = _target(dense.vit, name, mlp, tokens) * layer_scale(dense.vit, name)
+        spread = (tokens.before + given).var(dim=0, unbiased=False).sum().clamp_min(1e-12)
+        parts[name] = moments(tokens.hidden, given / spread.sqrt())
+    load = spread.new_full((len(parts),), 1 / len(parts))
+    count = round(rules.active * len(parts[name].mean))
+    kept = survivors(list(parts.values()), load, count, rules.ridge)
+    return {name: max(LEAST, len(own)) for name, own in zip(parts, kept, strict=True)}
 
 
 def _target(model: nn.Module, name: str, mlp: Mlp, dense: Recorded, here: Recorded | None = None) -> Tensor:
