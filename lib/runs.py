@@ -15,15 +15,19 @@ import sys
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import BrokenExecutor, Future, as_completed
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from . import locks
 from .execute import execute, state_of
-from .spec import RunSpec
+from .spec import BackboneSpec, MoESpec, RunSpec
 from .store import Record, Store, store
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Grid = dict[str, list[RunSpec]]
 
@@ -93,27 +97,27 @@ def check(spec: RunSpec) -> None:
     Raises ValueError naming the field: L beyond the depth, a patch that does not divide the image, an unknown backbone, MLPs
     that experts cannot be cut out of.
     """
-    import torch
-
     from .compress import extraction, surgery
     from .compress.experts import remaining
-    from .models.backbone import create
-    from .models.upcycle import upcycle
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        model = create(spec.backbone, spec.data.image_size, classes=2, channels=3)
-        if spec.moe is not None:
-            upcycle(model, spec.moe)
-        if spec.prune is not None:
-            surgery.check(model, spec.prune)
-        if spec.extract is not None:
-            extraction.check(model, spec.extract)
-        if spec.drop is not None:
-            left = remaining(spec.moe.experts // spec.moe.members, spec.drop.share)
-            if spec.drop.missing == "reroute" and left < spec.moe.top_k:
-                raise ValueError(f"drop.share={spec.drop.share} leaves {left} experts to choose among, moe.top_k="
-                                 f"{spec.moe.top_k} is more: drop fewer, or set drop.missing='zero_update'")
+    model = _skeleton(spec.backbone, spec.data.image_size, spec.moe)
+    if spec.prune is not None:
+        surgery.check(model, spec.prune)
+    if spec.extract is not None:
+        extraction.check(model, spec.extract)
+    if spec.drop is not None:
+        left = remaining(spec.moe.experts // spec.moe.members, spec.drop.share)
+        if spec.drop.missing == "reroute" and left < spec.moe.top_k:
+            raise ValueError(f"drop.share={spec.drop.share} leaves {left} experts to choose among, moe.top_k={spec.moe.top_k} "
+                             "is more: drop fewer, or set drop.missing='zero_update'")
     if spec.init is not None:
         check(spec.init)
+
+
+@lru_cache(maxsize=16)
+def _skeleton(backbone: BackboneSpec, image_size: int, moe: MoESpec | None) -> nn.Module:
+    """To look at, not to change: the runs of a page are hundreds, their architectures a few."""
+    from .models.backbone import skeleton
+    return skeleton(backbone, image_size, classes=2, moe=moe)
 
 
 def _check_device(spec: RunSpec) -> None:
