@@ -246,8 +246,7 @@ def _common(mlp: Mlp, cut: Cut, rules: ExtractSpec) -> tuple[tuple[Tensor, ...] 
     return (w1, b1, w2, b2), left, whole[~torch.isin(whole, kept)]
 
 
-def _corrected(mlp: Mlp, group: _Group, kept: Tensor, rules: ExtractSpec,
-               beside: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _corrected(mlp: Mlp, group: _Group, kept: Tensor, rules: ExtractSpec, beside: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """w1 (S, D), b1 (S,), w2 (D, S), b2 (D,) of an expert. beside: a common part has the layer's bias already."""
     w1, b1, w2, b2 = (held.detach() for held in (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias))
     if rules.correct == "ridge":

@@ -55,11 +55,13 @@ def extract(model: nn.Module, spec: RunSpec, split: Split, classes: int, checkpo
         return (split.batch(part, spec.data).to(spec.device) for part in index.split(64))
 
     drawn = {"per_image": rules.per_image, "limit": rules.tokens, "seed": spec.seed}
-    by_error = rules.sequential and rules.budget == "model" and rules.score == "update"
-    at_once = not rules.sequential or (rules.budget == "model" and not by_error)  # else each layer is recorded in its turn
-    dense = record(model, batches(), mlps, **drawn) if at_once else {}
     streams = _streams(model, batches()) if rules.sequential else []
+    by_error = rules.budget == "model" and rules.score == "update"
+    whole = not streams or (rules.budget == "model" and not by_error)  # all layers' tokens at once, else each in its turn
+    dense = record(model, batches(), mlps, **drawn) if whole else {}
     widths = _widths(streams[0], rules, drawn) if by_error else widths_over_model(model, mlps, dense, rules)
+    if streams:
+        dense.clear()
     reports = []
     for name in tqdm(mlps, unit="layer", desc=f"extract {spec.id[:6]}", leave=False, delay=5):
         file = checkpoint.with_name(f"{checkpoint.name}.{name}.safetensors") if checkpoint else None
@@ -69,10 +71,10 @@ def extract(model: nn.Module, spec: RunSpec, split: Split, classes: int, checkpo
             layer.load_state_dict(state)
             report = json.loads(file.with_suffix(".json").read_text())
         else:
-            tokens = [dense.pop(name)] if not streams else [stream.record(name, **drawn) for stream in streams]
-            cut = Cut(tokens[-1], _target(model, name, mlps[name], *tokens))  # each layer's tokens go when it is cut
+            tokens = [stream.record(name, **drawn) for stream in streams] or [dense.pop(name)]
+            cut = Cut(tokens[-1], _target(model, name, mlps[name], *tokens))
             layer, report = cut_layer(mlps[name], cut, rules, widths[name], spec.seed)
-            del tokens, cut
+            del tokens, cut  # before the next layer's are recorded
             if file is not None:
                 _file(layer, report, file)
         model.set_submodule(name, layer.to(spec.device).train(model.training))
