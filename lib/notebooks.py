@@ -270,8 +270,9 @@ def profile(notebook: str, name: str | Mapping[str, Any], /, **given: Any) -> Pr
 
 
 def _base_of(notebook: str, table: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The base run of a notebook's study, `base/durham` say, or else the profile's `base`."""
-    return table.get(f"base/{notebook.split('/')[0]}", table.get("base", {}))
+    """The base run of a notebook, `base/moee/static_rival` say, or of its study, `base/durham`, or else the profile's `base`."""
+    study = notebook.split("/")[0]
+    return next((table[key] for key in (f"base/{notebook}", f"base/{study}", "base") if key in table), {})
 
 
 def _base_fields(base: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from timm.layers import Mlp
 
 from lib import data, evaluate, runs
 from lib.compress import clusters, cutting, extraction, surgery
-from lib.compress.closed_form import moments, regression, shared_out, survivors
+from lib.compress.closed_form import moments, pooled, regression, shared_out, survivors
 from lib.compress.clusters import Recorded
 from lib.compress.cutting import Cut, cut_layer
 from lib.cutspec import ExtractSpec
@@ -144,6 +144,8 @@ def test_moments_of_some_neurons_and_mixed_ones_by_hand():
     want = torch.tensor(0.75 * cov[0] + 0.25 * cov[1], dtype=torch.float32)
     torch.testing.assert_close(torch.cat([mixed.square, mixed.cross], dim=1), want[:4], atol=1e-5, rtol=0)
     assert torch.equal(mixed.mean, own.mean) and torch.equal(mixed.wanted, own.wanted)
+    for got, want in zip(pooled([own, moments(hidden[20:], target[20:])], torch.tensor([20, 40])), everyone, strict=True):
+        torch.testing.assert_close(got, want)
     exact = own._replace(square=own.square.double())
     regression(exact, 0.5)
     assert torch.equal(exact.square.float(), own.square)  # a penalty is not left in what it was given

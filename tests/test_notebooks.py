@@ -212,7 +212,8 @@ def based(monkeypatch):
     kinds = {"profile": "str", "epochs": "float", "data": "str", "backbone": "str", "image_size": "int"}
     known = {name: notebooks.Parameter(name, kinds[name], default, "help") for name, default in lines.items()}
     monkeypatch.setattr(notebooks, "parameters", lambda key: known)
-    table = {"base": BASE, "base/own": BASE | {"study": "own"}, "a/one": {}, "own/two": {}, "a/three": {"epochs": 3.0}}
+    table = {"base": BASE, "base/own": BASE | {"study": "own"}, "base/own/four": BASE | {"study": "four"},
+             "a/one": {}, "own/two": {}, "own/four": {}, "a/three": {"epochs": 3.0}}
     monkeypatch.setattr(notebooks, "profile_table", lambda name: table)
 
 
@@ -224,6 +225,7 @@ def test_base_is_the_profiles_run_with_the_parameters_in_it(based):
     assert longer.base.train.epochs == 2.0 and longer.base.init.train.epochs == 5.0 and longer.base.data.image_size == 28
     assert notebooks.profile("a/three", "quick").base.train.epochs == 3.0
     assert notebooks.profile("own/two", "quick").base.study == "own"
+    assert notebooks.profile("own/four", "quick").base.study == "four"
 
 
 def test_another_backbone_forgets_sizes_and_parent_another_data_set_keeps_them(based):

@@ -175,6 +175,8 @@ def test_beyond_the_line_of_a_family_by_hand():
     for left_out in (sized(63.0, 39, 0), sized(63.0, 50, 2), sized(63.0, 50, 0, "failed"), None):
         assert beyond(left_out) is None
     assert stats.beyond_line([sized(63.0, 50, 0)], family, [None]) is None
+    only = [family[0][:1], family[1][1:]]
+    assert stats.beyond_line([sized(63.0, 50, 5)], only, whole).mean == pytest.approx(63 - 60)
     three = [[sized(50.0, 40, seed) for seed in range(3)]]
     result = stats.beyond_line([sized(70.0, 40, seed) for seed in range(3)], three, whole)
     assert result.mean == pytest.approx(20.0)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+ROWS, BLOCK = 2048, 384  # tokens and neurons that moments are made of at a time
 ROUNDS = 4  # in which neurons go: what one is worth depends on which others are there
 
 
@@ -34,10 +35,29 @@ class Moments(NamedTuple):
 
 
 def moments(hidden: Tensor, target: Tensor) -> Moments:
-    """Of hidden (n, S) and target (n, D)."""
+    """Of hidden (n, S) and target (n, D). Rows are centred piece by piece, so that no second copy of them is made, and of the
+    symmetric matrix one half is computed."""
     mean, wanted = hidden.mean(dim=0), target.mean(dim=0)
-    h, t = hidden - mean, target - wanted
-    return Moments(mean, wanted, h.t() @ h / len(h), h.t() @ t / len(h))
+    square, cross = hidden.new_zeros(len(mean), len(mean)), hidden.new_zeros(len(mean), len(wanted))
+    for h, t in zip(hidden.split(ROWS), target.split(ROWS), strict=True):
+        h = h - mean
+        for i in range(0, len(mean), BLOCK):
+            square[i:i + BLOCK, i:].addmm_(h[:, i:i + BLOCK].t(), h[:, i:])
+        cross.addmm_(h.t(), t - wanted)
+    square = square.triu()
+    return Moments(mean, wanted, (square + square.triu(1).t()) / len(hidden), cross / len(hidden))
+
+
+def pooled(parts: Sequence[Moments], sizes: Tensor) -> Moments:
+    """Of all tokens, from the moments of groups that make them up. sizes: (K,) tokens of each group."""
+    load = (sizes / sizes.sum()).tolist()
+    mean, wanted = (sum(w * part[i] for w, part in zip(load, parts, strict=True)) for i in (0, 1))
+    square, cross = torch.zeros_like(parts[0].square), torch.zeros_like(parts[0].cross)
+    for w, part in zip(load, parts, strict=True):
+        h = part.mean - mean
+        square += w * torch.addr(part.square, h, h)
+        cross += w * torch.addr(part.cross, h, part.wanted - wanted)
+    return Moments(mean, wanted, square, cross)
 
 
 def regression(found: Moments, ridge: float) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from ..cutspec import ExtractSpec
 from ..models.experts import Experts
 from ..models.extracted import CentroidRouter, OracleRouter, PredictorRouter, RandomRouter, SharedExperts
 from ..models.moe import MoELayer
-from .closed_form import Moments, moments, regression, shared_out, survivors
+from .closed_form import Moments, moments, pooled, regression, shared_out, survivors
 from .clusters import Clusters, Recorded, balanced_means, density_clusters, means_clusters, random_clusters, stability
 
 LEAST = 8  # neurons that a layer keeps at least, when widths are ranked over the model
@@ -37,8 +37,10 @@ class Cut:
 class _Group:
     """The tokens of one expert, by index (n,). every: moments of all tokens, all neurons, that lean into the group's own."""
 
-    def __init__(self, hidden: Tensor, target: Tensor, index: Tensor, rules: ExtractSpec, every: Moments | None = None):
-        self._hidden, self._target, self.index, self.rules, self.every = hidden, target, index, rules, every
+    every: Moments | None = None
+
+    def __init__(self, hidden: Tensor, target: Tensor, index: Tensor, rules: ExtractSpec):
+        self._hidden, self._target, self.index, self.rules = hidden, target, index, rules
         # which neurons stay is seen in the moments of all: those that correct the weights are a part of these
         self.whole = moments(hidden[index], target[index]) if rules.score == "update" else None
 
@@ -56,6 +58,18 @@ class _Group:
         """Of some neurons, (S,)."""
         own = moments(self.hidden[:, neurons], self.target) if self.whole is None else self.whole.of(neurons)
         return own if self.every is None else own.mixed(self.every.of(neurons), self.rules.pooled)
+
+
+def _lean(groups: list[_Group], hidden: Tensor, target: Tensor, everyone: Tensor) -> None:
+    """Let the moments of all tokens, by index, into those of each group; where groups know their own, all tokens' are made of
+    these."""
+    sizes = torch.tensor([len(group.index) for group in groups])
+    if all(group.whole is not None for group in groups) and sizes.sum() == len(everyone):
+        every = pooled([group.whole for group in groups], sizes)
+    else:
+        every = moments(hidden[everyone], target[everyone])
+    for group in groups:
+        group.every = every
 
 
 @torch.no_grad()
@@ -85,12 +99,12 @@ def cut_layer(mlp: Mlp, cut: Cut, rules: ExtractSpec, width: int | None, seed: i
         member = routed
     shared, target, free = _common(mlp, cut, rules)
     groups = [(member == k).nonzero()[:, 0] for k in range(1 if rules.static else len(centres))]
-    pooled = (member >= 0).nonzero()[:, 0]
-    groups = [group if len(group) > 1 else pooled for group in groups]
+    everyone = (member >= 0).nonzero()[:, 0]
+    groups = [group if len(group) > 1 else everyone for group in groups]
     own = None if width is None else width - (mlp.fc1.out_features - len(free))
-    hidden = cut.tokens.hidden
-    every = moments(hidden[pooled], target[pooled]) if rules.pooled else None
-    apart = [_Group(hidden, target, group, rules, every) for group in groups]
+    apart = [_Group(cut.tokens.hidden, target, group, rules) for group in groups]
+    if rules.pooled:
+        _lean(apart, cut.tokens.hidden, target, everyone)
     sets = _sets(mlp, apart, rules, own, free)
     parts = [_corrected(mlp, group, kept, rules, shared is not None) for group, kept in zip(apart, sets, strict=True)]
     layer = _assembled(mlp, parts, sets, router, shared, rules)

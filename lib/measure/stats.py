@@ -196,14 +196,14 @@ def beyond_line(records: Sequence[Any], family: Sequence[Sequence[Any]], whole: 
                 rng: np.random.Generator | None = None) -> Interval | None:
     """Test top-1 of the records less what a family of rivals reaches at the same size, in points, paired over test images.
 
-    family: groups of records, a group a level of the rival; of each the record of the same seed is taken, and the first finished
-    one of `whole` closes the line. Between two of them the rival is a straight line over size, an entry of `cost`; beyond the
-    whole model it is the whole model. Left out: a record smaller than all of the line, or with a seed that a group lacks. The
-    interval is the hierarchical bootstrap's. None if nothing is left.
+    family: groups of records, a group a level of the rival; of each the record of the same seed is taken, or its only one, and
+    the first finished one of `whole` closes the line. Between two of them the rival is a straight line over size, an entry of
+    `cost`; beyond the whole model it is the whole model. Left out: a record smaller than all of the line, or with a seed that a
+    group of several lacks. The interval is the hierarchical bootstrap's. None if nothing is left.
     """
-    base, apart = finished(whole)[:1], []
+    base, levels, apart = finished(whole)[:1], [finished(group) for group in family], []
     for r in finished(records):
-        line = [x for group in family for x in finished(group) if x.spec.seed == r.spec.seed] + base
+        line = [x for group in levels for x in group if len(group) == 1 or x.spec.seed == r.spec.seed] + base
         line.sort(key=lambda x: x.cost[size])
         sizes = [x.cost[size] for x in line]
         if len(line) == len(family) + 1 and base and sizes[0] <= r.cost[size]:
