@@ -200,8 +200,8 @@ def test_a_layer_s_neurons_are_shared_out_over_its_clusters():
 def test_what_chooses_and_corrects_stays_where_the_tokens_are():
     """Without a graphics card: a tensor that was made on the CPU does not meet one of another device."""
     mlp, hidden, target = layer().to("meta"), torch.empty(50, H, device="meta"), torch.empty(50, D, device="meta")
-    assert cutting._scores(mlp, hidden, rules(score="weighted")).is_meta
-    assert cutting._scores(mlp, hidden, rules(score="weighted"), torch.ones(D, device="meta")).is_meta
+    assert cutting.scores_of(mlp, hidden, rules(score="weighted")).is_meta
+    assert cutting.scores_of(mlp, hidden, rules(score="weighted"), torch.ones(D, device="meta")).is_meta
     assert cutting.layer_scale(timm.create_model("vit_tiny_patch16_224", depth=1).to("meta"), "blocks.0.mlp").is_meta
     found = moments(hidden, target)
     w2, b2 = regression(found.mixed(found, 0.3).of(torch.arange(H, device="meta")), 1e-3)

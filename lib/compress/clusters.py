@@ -69,8 +69,8 @@ def record(model: nn.Module, batches: Iterable[Tensor], mlps: Mapping[str, Mlp] 
         order = torch.rand(b, n, generator=drawn).argsort(dim=1)[:, :per_image].sort(dim=1).values
         image = (seen + torch.arange(b).unsqueeze(1)).expand_as(order).flatten()
         key = torch.rand(len(image), generator=drawn)
-        new = [part[torch.arange(b).unsqueeze(1), order].flatten(0, 1).float() for part in rows]
-        if not all(torch.isfinite(part).all() for part in new):
+        new = [(part if per_image >= n else part[torch.arange(b).unsqueeze(1), order]).flatten(0, 1).float() for part in rows]
+        if not all(part.sum().isfinite() for part in new):
             raise ValueError(f"{name} has activations that are not finite: look at the weights, or run it in float32")
         kept.setdefault(name, []).append((key.to(new[0].device), image.to(new[0].device), *new))
         if sum(len(piece[0]) for piece in kept[name]) > limit:

@@ -182,7 +182,7 @@ def _router(mlp: Mlp, tokens: Recorded, means: Tensor, member: Tensor, rules: Ex
 # ---------------------------------------------------------------- which neurons
 
 
-def _scores(mlp: Mlp, hidden: Tensor, rules: ExtractSpec, scale: Tensor | None = None) -> Tensor:
+def scores_of(mlp: Mlp, hidden: Tensor, rules: ExtractSpec, scale: Tensor | None = None) -> Tensor:
     """(H,) variance over tokens (n, H), weighted by what a neuron does to the output if asked for. scale: (D,) of the output."""
     variance = hidden.var(dim=0, unbiased=False)
     if rules.score == "variance":
@@ -205,7 +205,7 @@ def _sets(mlp: Mlp, groups: list[_Group], rules: ExtractSpec, own: int | None, f
         if rules.score == "update":
             kept += survivors([group.moments(free) for group in some], load, own, rules.ridge)
         else:
-            scores = [_scores(mlp, group.hidden, rules)[free] for group in some]
+            scores = [scores_of(mlp, group.hidden, rules)[free] for group in some]
             kept += [_shortest(scores[0], rules.percent)] if own is None else shared_out(scores, load, own)
     return [free[part] for part in kept]
 
@@ -225,22 +225,19 @@ def layer_scale(model: nn.Module, name: str) -> Tensor:
     return getattr(getattr(block, "ls2", None), "gamma", plain).detach()
 
 
-def widths_over_model(model: nn.Module, mlps: Mapping[str, Mlp], tokens: Mapping[str, Recorded],
-                      rules: ExtractSpec) -> dict[str, int | None]:
+def widths_over_model(mlps: Mapping[str, Mlp], scores: Mapping[str, Tensor], rules: ExtractSpec) -> dict[str, int | None]:
     """Neurons that a token passes in each layer: the same share of all, or the best of all layers by pooled score.
 
-    Over the model, a weighted score is taken in units of the residual stream, that is times the layer's scale, squared.
+    scores: (H,) of each layer; over the model a weighted score is taken in units of the residual stream, that is with the layer's
+    scale. Only budget="model" looks at them.
     """
     if rules.active is None:
         return dict.fromkeys(mlps)
     if rules.budget != "model":
         return {name: max(1, round(rules.active * mlp.fc1.out_features)) for name, mlp in mlps.items()}
-    ranked = {}
-    for name, mlp in mlps.items():
-        ranked[name] = _scores(mlp, tokens[name].hidden, rules, layer_scale(model, name))
-    whole = torch.cat(list(ranked.values()))
+    whole = torch.cat(list(scores.values()))
     least = whole.sort(descending=True).values[max(1, round(rules.active * len(whole))) - 1]
-    return {name: max(LEAST, int((score >= least).sum())) for name, score in ranked.items()}
+    return {name: max(LEAST, int((score >= least).sum())) for name, score in scores.items()}
 
 
 # ---------------------------------------------------------------- what makes up for the others

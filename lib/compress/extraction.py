@@ -32,9 +32,9 @@ from ..models.extracted import CentroidRouter, HardRouter, OracleRouter, Predict
 from ..models.moe import MoELayer
 from ..models.upcycle import before_blocks
 from ..spec import RunSpec
-from .closed_form import moments, survivors
+from .closed_form import Moments, moments, survivors
 from .clusters import Recorded, mlps_of, record
-from .cutting import LEAST, Cut, cut_layer, layer_scale, narrow_mlp, top_k, widths_over_model
+from .cutting import LEAST, Cut, cut_layer, layer_scale, narrow_mlp, scores_of, top_k, widths_over_model
 from .neurons import calibration
 
 
@@ -55,13 +55,14 @@ def extract(model: nn.Module, spec: RunSpec, split: Split, classes: int, checkpo
         return (split.batch(part, spec.data).to(spec.device) for part in index.split(64))
 
     drawn = {"per_image": rules.per_image, "limit": rules.tokens, "seed": spec.seed}
-    streams = _streams(model, batches()) if rules.sequential else []
-    by_error = rules.budget == "model" and rules.score == "update"
-    whole = not streams or (rules.budget == "model" and not by_error)  # all layers' tokens at once, else each in its turn
-    dense = record(model, batches(), mlps, **drawn) if whole else {}
-    widths = _widths(streams[0], rules, drawn) if by_error else widths_over_model(model, mlps, dense, rules)
-    if streams:
-        dense.clear()
+    if rules.sequential:
+        dense, stream = _streams(model, batches())
+        wanted, widths = _looked_through(dense, rules, drawn)
+    else:
+        tokens = record(model, batches(), mlps, **drawn)
+        ranked = {name: scores_of(mlp, tokens[name].hidden, rules, layer_scale(model, name)) for name, mlp in mlps.items()
+                  if rules.budget == "model"}
+        widths = widths_over_model(mlps, ranked, rules)
     reports = []
     for name in tqdm(mlps, unit="layer", desc=f"extract {spec.id[:6]}", leave=False, delay=5):
         file = checkpoint.with_name(f"{checkpoint.name}.{name}.safetensors") if checkpoint else None
@@ -71,10 +72,10 @@ def extract(model: nn.Module, spec: RunSpec, split: Split, classes: int, checkpo
             layer.load_state_dict(state)
             report = json.loads(file.with_suffix(".json").read_text())
         else:
-            tokens = [stream.record(name, **drawn) for stream in streams] or [dense.pop(name)]
-            cut = Cut(tokens[-1], _target(model, name, mlps[name], *tokens))
-            layer, report = cut_layer(mlps[name], cut, rules, widths[name], spec.seed)
-            del tokens, cut  # before the next layer's are recorded
+            here = stream.record(name, **drawn) if rules.sequential else tokens.pop(name)
+            target = (wanted[name] - here.before) / layer_scale(model, name) if rules.sequential else _output(mlps[name], here)
+            layer, report = cut_layer(mlps[name], Cut(here, target), rules, widths[name], spec.seed)
+            del here, target  # before the next layer's are recorded
             if file is not None:
                 _file(layer, report, file)
         model.set_submodule(name, layer.to(spec.device).train(model.training))
@@ -121,26 +122,34 @@ def _streams(vit: VisionTransformer, batches: Iterable[Tensor]) -> list[_Stream]
 
 
 @torch.no_grad()
-def _widths(dense: _Stream, rules: ExtractSpec, drawn: dict[str, int]) -> dict[str, int]:
+def _looked_through(dense: _Stream, rules: ExtractSpec, drawn: dict[str, int]) -> tuple[dict[str, Tensor], dict[str, int | None]]:
+    """The residual stream (n, D) that each block's cut layer ought to lead to, and the neurons that a token passes in each."""
+    wanted, parts, ranked = {}, {}, {}
+    by_error = rules.score == "update" and rules.budget == "model"
+    for name, mlp in mlps_of(dense.vit).items():
+        tokens, scale = dense.record(name, **drawn), layer_scale(dense.vit, name)
+        given = _output(mlp, tokens) * scale
+        wanted[name] = tokens.before + given
+        if by_error:
+            spread = wanted[name].var(dim=0, unbiased=False).sum().clamp_min(1e-12)
+            parts[name] = moments(tokens.hidden, given / spread.sqrt())
+        elif rules.budget == "model":
+            ranked[name] = scores_of(mlp, tokens.hidden, rules, scale)
+    return wanted, _widths(parts, rules) if by_error else widths_over_model(mlps_of(dense.vit), ranked, rules)
+
+
+def _widths(parts: Mapping[str, Moments], rules: ExtractSpec) -> dict[str, int]:
     """Neurons that each layer of a static cut keeps if all layers' neurons are ranked by what going without one adds to the
     error, in units of the residual stream's variance after the block: the next block norms the stream, so it sees no other."""
-    stream, parts = _Stream(dense.vit, dense.parts), {}
-    for name, mlp in mlps_of(dense.vit).items():
-        tokens = stream.record(name, **drawn)
-        given = _target(dense.vit, name, mlp, tokens) * layer_scale(dense.vit, name)
-        spread = (tokens.before + given).var(dim=0, unbiased=False).sum().clamp_min(1e-12)
-        parts[name] = moments(tokens.hidden, given / spread.sqrt())
-    load = spread.new_full((len(parts),), 1 / len(parts))
-    count = round(rules.active * len(parts[name].mean))
-    kept = survivors(list(parts.values()), load, count, rules.ridge)
+    mean = next(iter(parts.values())).mean
+    load = mean.new_full((len(parts),), 1 / len(parts))
+    kept = survivors(list(parts.values()), load, round(rules.active * len(mean)), rules.ridge)
     return {name: max(LEAST, len(own)) for name, own in zip(parts, kept, strict=True)}
 
 
-def _target(model: nn.Module, name: str, mlp: Mlp, dense: Recorded, here: Recorded | None = None) -> Tensor:
-    """(n, D) what the layer ought to give on the tokens of `here`: the dense layer's output, and what makes up for what the
-    residual stream lacks already, in units of the layer's scale."""
-    out = F.linear(dense.hidden, mlp.fc2.weight.detach(), mlp.fc2.bias.detach())
-    return out if here is None else out + (dense.before - here.before) / layer_scale(model, name)
+def _output(mlp: Mlp, tokens: Recorded) -> Tensor:
+    """(n, D) what an MLP gives on its tokens."""
+    return F.linear(tokens.hidden, mlp.fc2.weight.detach(), mlp.fc2.bias.detach())
 
 
 def _file(layer: nn.Module, report: dict, file: Path) -> None:
