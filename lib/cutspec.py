@@ -83,6 +83,8 @@ class ExtractSpec(Spec):
     ridge: Annotated[float, Field(gt=0)] = 1e-3  # penalty, in units of the mean variance of the neurons that stay
     pooled: Share = 0.0  # weight of all tokens' covariance in that of a cluster
     sequential: bool = False  # layer after layer on what the cut layers before it give, against the dense model's residual stream
+    catch_up: Annotated[float, Field(ge=0, le=1)] = 1.0  # sequential: how much of what the residual stream lacks by then a layer
+    # is asked to make up for; most of it is noise to the layer, and a regression on few tokens fits noise
     storage: Literal["copies", "shared", "inputs"] = "copies"  # of experts: contiguous; sets of neurons of one store; or such
     # sets of one store of input weights, with output weights of their own
     images: Positive = 1000  # calibration images, class-balanced
@@ -113,6 +115,8 @@ class ExtractSpec(Spec):
         if self.score == "update" and self.budget == "model" and not self.sequential:
             raise ValueError("score='update' with budget='model' ranks errors in units of the residual stream, which is taken "
                              "along in sequence only: set sequential=True, or another budget")
+        if self.catch_up != 1 and not self.sequential:
+            raise ValueError(f"catch_up={self.catch_up} is a share of what cut layers have left behind: set sequential=True")
         if self.budget == "model" and self.common:
             raise ValueError("common is a share of each layer's neurons, and budget='model' gives a layer as many as it needs: "
                              "set budget='layer' or 'cluster'")

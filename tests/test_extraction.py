@@ -425,14 +425,14 @@ def test_sequential_extraction_makes_up_for_the_layers_before(where):
     images = splits.train.batch(torch.arange(100), BASE.data)
     with torch.no_grad():
         want = model.forward_features(images)
-    far = {}
-    for sequential in (False, True):
-        spec = extracted(clusters="one", correct="ridge", active=0.2, sequential=sequential)
+    far = []
+    for how in ({}, {"sequential": True, "catch_up": 0.5}, {"sequential": True}):
+        spec = extracted(clusters="one", correct="ridge", active=0.2, **how)
         cut_model = copy.deepcopy(model)
         extraction.extract(cut_model, spec, splits.train, 10)
         with torch.no_grad():
-            far[sequential] = (cut_model.forward_features(images) - want).square().mean().item()
-    assert far[True] < far[False]
+            far.append((cut_model.forward_features(images) - want).square().mean().item())
+    assert far == sorted(far, reverse=True)
 
 
 def test_a_stream_records_what_a_pass_through_the_whole_model_would(where):
@@ -552,6 +552,7 @@ def test_other_families_are_extracted_saved_and_run(name, size, tmp_path):
     (lambda: ExtractSpec(percent=50.0, budget="model"), "need active, not percent"),
     (lambda: rules(budget="model", common=0.25), "common is a share of each layer's neurons"),
     (lambda: rules(budget="model", score="update", correct="ridge"), "residual stream, which is taken along in sequence only"),
+    (lambda: rules(catch_up=0.5), "a share of what cut layers have left behind: set sequential=True"),
     (lambda: BASE.but(extract=ExtractSpec(active=0.5)), "extract cuts experts out of a trained model"),
     (lambda: extracted().but(moe=MoESpec()), "extract cuts experts out of a trained model"),
     (lambda: extracted().but(init=extracted()), "extract cuts experts out of a trained model"),

@@ -73,7 +73,9 @@ def extract(model: nn.Module, spec: RunSpec, split: Split, classes: int, checkpo
             report = json.loads(file.with_suffix(".json").read_text())
         else:
             here = stream.record(name, **drawn) if rules.sequential else tokens.pop(name)
-            target = (wanted[name] - here.before) / layer_scale(model, name) if rules.sequential else _output(mlps[name], here)
+            target = _output(mlps[name], here)
+            if rules.sequential:
+                target += rules.catch_up * ((wanted[name] - here.before) / layer_scale(model, name) - target)
             layer, report = cut_layer(mlps[name], Cut(here, target), rules, widths[name], spec.seed)
             del here, target  # before the next layer's are recorded
             if file is not None:
