@@ -133,7 +133,7 @@ def legend_above(fig: Figure, axes: Iterable[Axes], columns: int = 4) -> None:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     if found:
-        columns = max(1, min(columns, 80 // (max(map(len, found)) + 6)))  # about 80 letters and handles to a book's width
+        columns = max(1, min(columns, 125 // (max(map(len, found)) + 10)))  # letters to a book's width, and to a handle
         # Row order: matplotlib fills columns first.
         labels = _row_order(list(found), columns)
         fig.legend([found[label] for label in labels], labels, loc="outside upper left", ncols=min(columns, len(labels)))
