@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from timm.layers import Mlp
 
 from lib import data, evaluate, runs
-from lib.compress import clusters, cutting, extraction, surgery
+from lib.compress import closed_form, clusters, cutting, extraction, surgery
 from lib.compress.closed_form import moments, pooled, regression, shared_out, survivors
 from lib.compress.clusters import Recorded
 from lib.compress.cutting import Cut, cut_layer
@@ -178,6 +178,28 @@ def test_choosing_with_the_update_in_mind_leaves_less_error():
         assert errors[1]["error"] < errors[0]["error"] and errors[1]["widths"] == errors[0]["widths"]
     with pytest.raises(ValidationError, match="score='update' is the error that ridge regression leaves"):
         rules(score="update", correct="mean")
+
+
+def test_moments_made_in_pieces_are_those_of_the_whole():
+    n, s = 2 * closed_form.ROWS + 7, closed_form.BLOCK + 5  # several pieces of tokens and of neurons, the last ones short
+    generator = torch.Generator().manual_seed(0)
+    hidden, target = 3 + torch.randn(n, s, generator=generator), torch.randn(n, 2, generator=generator)
+    found, want = moments(hidden, target), np.cov(torch.cat([hidden, target], dim=1).double().numpy().T, bias=True)
+    np.testing.assert_allclose(found.square, want[:s, :s], atol=2e-6)
+    np.testing.assert_allclose(found.cross, want[:s, s:], atol=2e-6)
+    assert torch.equal(found.square, found.square.t())
+
+
+def test_groups_lean_on_the_same_moments_whether_made_of_theirs_or_anew():
+    found, halves = tokens(layer()), torch.arange(60).chunk(2)
+    everyone = torch.arange(60)
+    for score in ("update", "weighted"):
+        given = rules(correct="ridge", score=score, pooled=0.3)
+        groups = [cutting._Group(found.tokens.hidden, found.target, half, given) for half in halves]
+        cutting._lean(groups, found.tokens.hidden, found.target, everyone)
+        want = moments(found.tokens.hidden[:60], found.target[:60])
+        for part in (part for group in groups for part in zip(group.every, want, strict=True)):
+            torch.testing.assert_close(*part)
 
 
 def test_a_layer_s_neurons_are_shared_out_over_its_clusters():
