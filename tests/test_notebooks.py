@@ -190,6 +190,15 @@ def test_runs_of_the_long_profiles_can_be_built(key, name):
         runs.check(group[0])
 
 
+@pytest.mark.parametrize("name", ["smoke", "quick", "small", "paper"])
+@pytest.mark.parametrize("key, other", [("durham/decomposition", "durham/strategies"), ("leiden/entropy", "leiden/tables"),
+                                        ("leiden/masks", "leiden/tables"), ("moee/experts", "moee/extraction"),
+                                        ("moee/routing", "moee/static_rival")])
+def test_pages_without_runs_of_their_own_read_those_of_another(key, other, name):
+    mine, theirs = ({run.id for group in notebooks.plan(k, name).values() for run in group} for k in (key, other))
+    assert mine and mine <= theirs
+
+
 @pytest.mark.parametrize("key", SOURCES)
 def test_a_device_moves_all_runs_of_a_page_and_those_they_start_from(key):
     def devices(spec):
