@@ -1,4 +1,5 @@
-"""A training step of a dense ViT-S/14 in bfloat16 autocast, with torch's fused attention and with attention written out."""
+"""A training step of a dense ViT-S/14 in bfloat16 autocast, with torch's fused attention and with
+attention written out."""
 
 from __future__ import annotations
 

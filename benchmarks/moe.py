@@ -1,12 +1,14 @@
 """The MoE layer against the dense bound, at ViT-S size.
 
-Dense bound: the faster of (a) one MLP on all K*T rows and (b) the same rows cut into E equal contiguous chunks with E
-different MLPs; same dtype and threads, warmed, measured in turn with the layer. At a ratio of 1 routing costs nothing.
+Dense bound: the faster of (a) one MLP on all K*T rows and (b) the same rows cut into E equal
+contiguous chunks with E different MLPs; same dtype and threads, warmed, measured in turn with the
+layer. At a ratio of 1 routing costs nothing.
 
-bf16 comes in two forms. "bf16": weights and activations are bfloat16, as a model is deployed. "autocast": weights stay
-float32 and are cast in each pass, as the trainer runs.
+bf16 comes in two forms. "bf16": weights and activations are bfloat16, as a model is deployed.
+"autocast": weights stay float32 and are cast in each pass, as the trainer runs.
 
-Axis letters: **B** images, **N** tokens of an image, **T** = B*N, **D** width, **H** expert hidden width, **E** experts.
+Axis letters: **B** images, **N** tokens of an image, **T** = B*N, **D** width, **H** expert hidden
+width, **E** experts.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from lib.measure.timing import compare
 from lib.models.experts import Experts
 from lib.models.moe import MoELayer
-from lib.models.routing import TopKRouter
+from lib.routers.top_k import TopKRouter
 
 B, N, D, H, E = 16, 257, 384, 1536, 8
 TARGETS = {("fp32", False): 0.95, ("bf16", False): 0.85, ("fp32", True): 0.90, ("bf16", True): 0.80}
@@ -30,7 +32,8 @@ TARGETS = {("fp32", False): 0.95, ("bf16", False): 0.85, ("fp32", True): 0.90, (
 
 @dataclass(frozen=True)
 class Row:
-    """One line: dense bound and layer in ms (medians), and what keeps them apart. target None: shown, not promised."""
+    """One line: dense bound and layer in ms (medians), and what keeps them apart. target None:
+    shown, not promised."""
 
     what: str
     routing: str
@@ -47,7 +50,8 @@ class Row:
 
 
 def rows(repeats: int = 20) -> Iterator[Row]:
-    """Measure every combination of dtype, pass and routing level; a row comes as soon as it is measured."""
+    """Measure every combination of dtype, pass and routing level; a row comes as soon as it is
+    measured."""
     x = torch.randn(B, N, D, generator=torch.Generator().manual_seed(0))
     token, image = (_layer(per_image) for per_image in (False, True))
     one, many = Mlp(D, H), nn.ModuleList(Mlp(D, H) for _ in range(E))
@@ -55,23 +59,46 @@ def rows(repeats: int = 20) -> Iterator[Row]:
         for model in (token, image, one, many):
             model.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
         for backward in (False, True):
-            passes = {"one MLP": (one, lambda x: one(x.view(-1, D))), "E chunks": (many, lambda x: chunks(many, x)),
-                      "token": (token, token), "image": (image, image)}
-            timed = compare({name: _call(fn, module, x, dtype, backward) for name, (module, fn) in passes.items()}, repeats)
+            passes = {
+                "one MLP": (one, lambda x: one(x.view(-1, D))),
+                "E chunks": (many, lambda x: chunks(many, x)),
+                "token": (token, token),
+                "image": (image, image),
+            }
+            timed = compare(
+                {
+                    name: _call(fn, module, x, dtype, backward)
+                    for name, (module, fn) in passes.items()
+                },
+                repeats,
+            )
             ms = {name: time.median for name, time in timed.items()}
             bound = min(("one MLP", "E chunks"), key=ms.__getitem__)
             for routing in ("token", "image"):
                 ratio, target = ms[bound] / ms[routing], TARGETS.get((dtype, backward))
                 short = ratio < (0.8 if target is None else target)
                 cause = _cause(ms, routing, dtype, backward) if short else ""
-                yield Row("forward+backward" if backward else "forward", routing, dtype, ms[bound], bound, ms[routing],
-                          target, cause)
+                yield Row(
+                    "forward+backward" if backward else "forward",
+                    routing,
+                    dtype,
+                    ms[bound],
+                    bound,
+                    ms[routing],
+                    target,
+                    cause,
+                )
 
 
 def _layer(per_image: bool) -> MoELayer:
-    """Distinct experts, and a router that spreads: at random inputs each expert gets about its share."""
-    return MoELayer(TopKRouter(D, E, 1, per_image=per_image, std=1.0, generator=torch.Generator().manual_seed(1)),
-                    Experts(E, D, H))
+    """Distinct experts, and a router that spreads: at random inputs each expert gets about its
+    share."""
+    return MoELayer(
+        TopKRouter(
+            D, E, 1, per_image=per_image, std=1.0, generator=torch.Generator().manual_seed(1)
+        ),
+        Experts(E, D, H),
+    )
 
 
 def chunks(mlps: nn.ModuleList, x: Tensor) -> Tensor:
@@ -80,14 +107,22 @@ def chunks(mlps: nn.ModuleList, x: Tensor) -> Tensor:
     return torch.cat([mlp(part) for mlp, part in zip(mlps, rows.chunk(len(mlps)), strict=True)])
 
 
-def _call(fn: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, dtype: str, backward: bool) -> Callable[[], None]:
-    """One pass, and one back with gradients for input and weights; gradients are dropped after, as a trainer's step does."""
+def _call(
+    fn: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, dtype: str, backward: bool
+) -> Callable[[], None]:
+    """One pass, and one back with gradients for input and weights; gradients are dropped after, as
+    a trainer's step does."""
     x = x.to(torch.bfloat16) if dtype == "bf16" else x
     grad = torch.ones(x.numel() // D, D)
 
     def run() -> None:
-        # Autocast is entered in each call, since it remembers casts of whole weights until it is left.
-        cast = torch.autocast("cpu", torch.bfloat16) if dtype == "autocast" else contextlib.nullcontext()
+        # Autocast is entered in each call, since it remembers casts of whole weights until it is
+        # left.
+        cast = (
+            torch.autocast("cpu", torch.bfloat16)
+            if dtype == "autocast"
+            else contextlib.nullcontext()
+        )
         with cast, torch.set_grad_enabled(backward):
             y = fn(x.detach().requires_grad_(backward))
         if backward:
@@ -98,8 +133,11 @@ def _call(fn: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, dtype: s
 
 
 def _cause(ms: dict[str, float], routing: str, dtype: str, backward: bool) -> str:
-    """Split a shortfall into what E weights cost without any routing and what the layer adds to that."""
+    """Split a shortfall into what E weights cost without any routing and what the layer adds to
+    that."""
     weights, layer = ms["E chunks"] - ms["one MLP"], ms[routing] - ms["E chunks"]
     kinds = "cast and packed" if dtype == "autocast" else "packed"
-    moves = "router, sort, gather, un-sort, unequal slices" + (", stacked gradients" if backward else "")
+    moves = "router, sort, gather, un-sort, unequal slices" + (
+        ", stacked gradients" if backward else ""
+    )
     return f"{E} weights ({kinds} each) instead of one: {weights:+.1f} ms without routing; {moves}: {layer:+.1f} ms"

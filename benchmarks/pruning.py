@@ -1,9 +1,11 @@
-"""Static pruning against its limits: the time that half of each MLP saves, and the time that finding and removing it takes.
+"""Static pruning against its limits: the time that half of each MLP saves, and the time that
+finding and removing it takes.
 
-Removed MACs are the limit of the first: at a share of 1 the pruned model is faster by as much as it multiplies less. Norms,
-activations and attention products stay, and narrower products are less efficient, so it is below 1 in practice.
-Scoring cannot be faster than the gradients that it reads, which is the limit of the second. torch-pruning stands beside it, with
-its own first-order score on the same batch, its dependency graph included. Each starts from a copy of the same model.
+Removed MACs are the limit of the first: at a share of 1 the pruned model is faster by as much as it
+multiplies less. Norms, activations and attention products stay, and narrower products are less
+efficient, so it is below 1 in practice. Scoring cannot be faster than the gradients that it reads,
+which is the limit of the second. torch-pruning stands beside it, with its own first-order score on
+the same batch, its dependency graph included. Each starts from a copy of the same model.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ import torch.nn.functional as F
 import torch_pruning
 from torch import Tensor, nn
 
-from lib.compress.neurons import keep_indices, neuron_scores
-from lib.compress.removal import remove
 from lib.measure import cost
 from lib.measure.timing import compare
+from lib.pruning.neurons.removal import remove
+from lib.pruning.neurons.scores import keep_indices, neuron_scores
 
 from .row import Row, forward
 
@@ -35,23 +37,47 @@ def rows(repeats: int = 20) -> Iterator[Row]:
 
 
 def speed(repeats: int = 20) -> Iterator[Row]:
-    """Inference with half of the neurons of each MLP, against the whole model and against the ratio of MACs."""
+    """Inference with half of the neurons of each MLP, against the whole model and against the ratio
+    of MACs."""
     whole, (images, _) = _model(), _batch()
     cut = copy.deepcopy(whole)
-    remove(cut, {name: keep_indices(score, SHARE) for name, score in neuron_scores(cut, [], "magnitude", parts=["mlp"]).items()})
+    remove(
+        cut,
+        {
+            name: keep_indices(score, SHARE)
+            for name, score in neuron_scores(cut, [], "magnitude", parts=["mlp"]).items()
+        },
+    )
     ideal = cost.count(whole, SIDE).macs / cost.count(cut, SIDE).macs
     for dtype, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         given = images.to(kind)
-        timed = compare({"whole": forward(whole.to(kind), given), "cut": forward(cut.to(kind), given)}, repeats)
+        timed = compare(
+            {"whole": forward(whole.to(kind), given), "cut": forward(cut.to(kind), given)}, repeats
+        )
         ms = {name: time.median for name, time in timed.items()}
-        yield Row(f"MLPs cut by {SHARE:.0%}, forward", dtype, "whole model", ms["whole"], ms["cut"], ideal, LEAST.get(dtype))
+        yield Row(
+            f"MLPs cut by {SHARE:.0%}, forward",
+            dtype,
+            "whole model",
+            ms["whole"],
+            ms["cut"],
+            ideal,
+            LEAST.get(dtype),
+        )
 
 
 def pruning(repeats: int = 20) -> Iterator[Row]:
-    """Taylor scores of hidden neurons on one batch and removal of the lowest half, against the gradients alone and a rival."""
+    """Taylor scores of hidden neurons on one batch and removal of the lowest half, against the
+    gradients alone and a rival."""
     model, batch = _model(), _batch()
-    timed = compare({"ours": lambda: _ours(copy.deepcopy(model), batch), "rival": lambda: _rival(copy.deepcopy(model), batch),
-                     "gradients": lambda: _gradients(copy.deepcopy(model), batch)}, repeats)
+    timed = compare(
+        {
+            "ours": lambda: _ours(copy.deepcopy(model), batch),
+            "rival": lambda: _rival(copy.deepcopy(model), batch),
+            "gradients": lambda: _gradients(copy.deepcopy(model), batch),
+        },
+        repeats,
+    )
     ms = {name: time.median for name, time in timed.items()}
     what = f"Taylor, MLPs cut by {SHARE:.0%}"
     yield Row(what, "fp32", "gradients alone", ms["gradients"], ms["ours"], 1.0)
@@ -64,7 +90,9 @@ def _model() -> nn.Module:
 
 def _batch() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(BATCH, 3, SIDE, SIDE, generator=generator), torch.randint(CLASSES, (BATCH,), generator=generator)
+    return torch.randn(BATCH, 3, SIDE, SIDE, generator=generator), torch.randint(
+        CLASSES, (BATCH,), generator=generator
+    )
 
 
 def _gradients(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
@@ -79,11 +107,20 @@ def _ours(model: nn.Module, batch: tuple[Tensor, Tensor]) -> nn.Module:
 
 
 def _rival(model: nn.Module, batch: tuple[Tensor, Tensor]) -> nn.Module:
-    importance = torch_pruning.importance.GroupTaylorImportance(group_reduction="sum", normalizer=None, bias=True)
-    # Position table, class token and layer scales: it would warn about each that it has no rule for.
-    unwrapped = [(p, p.ndim - 1) for module in model.modules() if not isinstance(module, nn.Linear | nn.LayerNorm | nn.Conv2d)
-                 for p in module.parameters(recurse=False)]
-    graph = torch_pruning.DependencyGraph().build_dependency(model, batch[0][:1], unwrapped_parameters=unwrapped)
+    importance = torch_pruning.importance.GroupTaylorImportance(
+        group_reduction="sum", normalizer=None, bias=True
+    )
+    # Position table, class token and layer scales: it would warn about each that it has no rule
+    # for.
+    unwrapped = [
+        (p, p.ndim - 1)
+        for module in model.modules()
+        if not isinstance(module, nn.Linear | nn.LayerNorm | nn.Conv2d)
+        for p in module.parameters(recurse=False)
+    ]
+    graph = torch_pruning.DependencyGraph().build_dependency(
+        model, batch[0][:1], unwrapped_parameters=unwrapped
+    )
     scored = {p for block in model.blocks for p in block.mlp.parameters()}
     for p in model.parameters():  # only now, since the graph is read off the gradients' one
         p.requires_grad_(p in scored)
@@ -91,6 +128,6 @@ def _rival(model: nn.Module, batch: tuple[Tensor, Tensor]) -> nn.Module:
     for block in model.blocks:
         fc1, prune = block.mlp.fc1, torch_pruning.prune_linear_out_channels
         scores = importance(graph.get_pruning_group(fc1, prune, list(range(fc1.out_features))))
-        lowest = scores.argsort()[:round(SHARE * fc1.out_features)].tolist()
+        lowest = scores.argsort()[: round(SHARE * fc1.out_features)].tolist()
         graph.get_pruning_group(fc1, prune, lowest).prune()
     return model

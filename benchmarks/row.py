@@ -1,4 +1,5 @@
-"""A line of the benchmark: ours beside something else, and the ratio that would be ideal or is asked for."""
+"""A line of the benchmark: ours beside something else, and the ratio that would be ideal or is
+asked for."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from torch import Tensor
 class Row:
     """Medians in ms of what ours is compared with and of ours.
 
-    ideal: the ratio of the two at the limit; None: there is none. target: least share of the ideal, or least ratio where there
-    is no ideal; None: shown, not promised.
+    ideal: the ratio of the two at the limit; None: there is none. target: least share of the ideal,
+    or least ratio where there is no ideal; None: shown, not promised.
     """
 
     what: str
@@ -39,13 +40,20 @@ class Row:
 
     def __str__(self) -> str:
         share = "" if self.ideal is None else f"of {self.ideal:>5.3f}: {self.reached:>6.1%}"
-        mark = "" if self.target is None else f">={self.target:.2f} {'pass' if self.reached >= self.target else 'SHORT'}"
-        return (f"{self.what:<34} {self.dtype:<5} {self.against:<17} {self.against_ms:>9.1f} ms  ours {self.ours_ms:>9.1f} ms  "
-                f"ratio {self.ratio:>6.3f} {share:<18} {mark}").rstrip()
+        mark = (
+            ""
+            if self.target is None
+            else f">={self.target:.2f} {'pass' if self.reached >= self.target else 'SHORT'}"
+        )
+        return (
+            f"{self.what:<34} {self.dtype:<5} {self.against:<17} {self.against_ms:>9.1f} ms  ours {self.ours_ms:>9.1f} ms  "
+            f"ratio {self.ratio:>6.3f} {share:<18} {mark}"
+        ).rstrip()
 
 
 def seconds(candidates: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:
-    """Median wall time of each in s, run in turn: for work of many seconds, which no warm-up changes."""
+    """Median wall time of each in s, run in turn: for work of many seconds, which no warm-up
+    changes."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(turns):
         for name, work in candidates.items():
@@ -57,6 +65,7 @@ def seconds(candidates: dict[str, Callable[[], object]], turns: int) -> dict[str
 
 def forward(model: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], None]:
     """One forward pass without gradients, to be timed."""
+
     def run() -> None:
         with torch.inference_mode():
             model(images)

@@ -1,4 +1,5 @@
-"""The trainer against a bare timm loop: same model, batches, optimiser settings, clipping and loss, and nothing else."""
+"""The trainer against a bare timm loop: same model, batches, optimiser settings, clipping and loss,
+and nothing else."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
 from lib.spec import BackboneSpec, DataSpec, RunSpec, TrainSpec
-from lib.train import fit
+from lib.training.loop import fit
 
 TARGET = 0.05  # largest share of extra time
 NAME, SIDE, CLASSES, BATCH = "vit_small_patch14_dinov2", 56, 100, 32
@@ -35,7 +36,8 @@ class Overhead:
 
 
 class _Ready:
-    """Images that are there already, in the shape of `lib.data.Split`: what is measured is the loop, not decoding."""
+    """Images that are there already, in the shape of `lib.inputs.splits.Split`: what is measured is
+    the loop, not decoding."""
 
     def __init__(self, count: int):
         generator = torch.Generator().manual_seed(0)
@@ -45,18 +47,28 @@ class _Ready:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, index: Tensor, spec: DataSpec, generator: torch.Generator | None = None) -> Tensor:
+    def batch(
+        self, index: Tensor, spec: DataSpec, generator: torch.Generator | None = None
+    ) -> Tensor:
         return self.images[index]
 
 
 def overhead(steps: int = 4, rounds: int = 20) -> Overhead:
-    """Train a dense ViT-S/14 at 56 px for `steps` steps with each loop in turn, `rounds` times after one to warm up."""
+    """Train a dense ViT-S/14 at 56 px for `steps` steps with each loop in turn, `rounds` times
+    after one to warm up."""
     data = _Ready(steps * BATCH)
-    spec = RunSpec(data=DataSpec(image_size=SIDE), backbone=BackboneSpec(name=NAME), threads=torch.get_num_threads(),
-                   train=TrainSpec(epochs=1.0, batch=BATCH, layer_decay=0.65))
+    spec = RunSpec(
+        data=DataSpec(image_size=SIDE),
+        backbone=BackboneSpec(name=NAME),
+        threads=torch.get_num_threads(),
+        train=TrainSpec(epochs=1.0, batch=BATCH, layer_decay=0.65),
+    )
     model = timm.create_model(NAME, img_size=SIDE, num_classes=CLASSES)
     times: dict[str, list[float]] = {"bare": [], "trainer": []}
-    loops = {"bare": lambda: _bare(model, data, spec, steps), "trainer": lambda: fit(model, data, None, spec)}
+    loops = {
+        "bare": lambda: _bare(model, data, spec, steps),
+        "trainer": lambda: fit(model, data, None, spec),
+    }
     for turn in range(rounds + 1):
         for name, loop in loops.items():
             start = time.perf_counter()
@@ -68,9 +80,17 @@ def overhead(steps: int = 4, rounds: int = 20) -> Overhead:
 
 def _bare(model: nn.Module, data: _Ready, spec: RunSpec, steps: int) -> None:
     train = spec.train
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=train.lr, weight_decay=train.weight_decay,
-                                    layer_decay=train.layer_decay, fused=True)
-    schedule = CosineLRScheduler(optimizer, t_initial=steps, warmup_t=round(train.warmup * steps), t_in_epochs=False)
+    optimizer = create_optimizer_v2(
+        model,
+        opt="adamw",
+        lr=train.lr,
+        weight_decay=train.weight_decay,
+        layer_decay=train.layer_decay,
+        fused=True,
+    )
+    schedule = CosineLRScheduler(
+        optimizer, t_initial=steps, warmup_t=round(train.warmup * steps), t_in_epochs=False
+    )
     model.train()
     for step, index in enumerate(torch.randperm(len(data)).split(train.batch)):
         schedule.step_update(step)

@@ -15,19 +15,21 @@ from pathlib import Path
 
 import pytest
 
-_CACHE = tempfile.mkdtemp(prefix="cache-")  # one for the session: a backbone that two tests need is trained once
+_CACHE = tempfile.mkdtemp(
+    prefix="cache-"
+)  # one for the session: a backbone that two tests need is trained once
 os.environ["MOE_CACHE"] = _CACHE
 os.environ["OMP_NUM_THREADS"] = "2"
 os.environ.pop("PROFILE", None)  # tests say which profile they mean
 
 ROOT = Path(__file__).resolve().parents[1]
 
-PARAMETERS = '''profile: str = "quick"  # smoke, quick, small or paper
+PARAMETERS = """profile: str = "quick"  # smoke, quick, small or paper
 width: int = None  # hidden width in units, 1-9
 scale: float = 1.0  # factor on the result, 0.5-2
 layers: list[int] = None  # blocks to look at
-'''
-SPECS = '''import lib
+"""
+SPECS = """import lib
 from lib.spec import RunSpec, TrainSpec
 
 p = lib.profile("{key}", profile, width=width, scale=scale, layers=layers)
@@ -35,7 +37,7 @@ p = lib.profile("{key}", profile, width=width, scale=scale, layers=layers)
 
 def grid(p):
     return {{"runs": [RunSpec(seed=s, train=TrainSpec(epochs=p.scale)) for s in p.layers]}}
-'''
+"""
 
 
 def pytest_sessionfinish(session, exitstatus):
@@ -56,13 +58,15 @@ class TinyBook:
         (root / "lib" / "tiny.py").write_text("FACTOR = 2\n")
         (root / "data" / "papers").mkdir(parents=True)
         (root / "data" / "papers" / "tiny.yaml").write_text("published: 7\n")
-        (root / "book" / "intro.md").write_text("# Tiny\n\nA book {cite}`vimoe`.\n\n```{bibliography}\n```\n")
+        (root / "book" / "intro.md").write_text(
+            "# Tiny\n\nA book {cite}`vimoe`.\n\n```{bibliography}\n```\n"
+        )
         files = ["notebooks/a/one", "notebooks/a/two", "status", "verdicts", "how_to_read"]
         toc = {"format": "jb-book", "root": "intro", "chapters": [{"file": f} for f in files]}
         (root / "_toc.yml").write_text(json.dumps(toc))  # JSON is YAML
         (root / "book" / "_toc.yml").symlink_to("../_toc.yml")
         self.notebook("a/one", "from lib.tiny import FACTOR", "print(FACTOR * p.width)")
-        self.notebook("a/two", "print(open(lib.notebooks.ROOT / 'data/papers/tiny.yaml').read())")
+        self.notebook("a/two", "print(open(lib.paths.ROOT / 'data/papers/tiny.yaml').read())")
         values = "width: 3, layers: [0, 1]"
         for name in ("smoke", "quick", "small"):
             text = f"a/one: {{{values}}}\na/two: {{{values}}}\n"
@@ -71,28 +75,67 @@ class TinyBook:
 
     def notebook(self, key: str, *cells: str, parameters: str = PARAMETERS) -> Path:
         """Write a source notebook with the two tagged cells, a title and more code cells."""
-        tagged = [(parameters, ["parameters"]), (SPECS.format(key=key), ["specs"]), *((c, []) for c in cells)]
-        made = [{"cell_type": "markdown", "id": "title", "metadata": {}, "source": f"# Notebook {key}\n"}]
-        made += [{"cell_type": "code", "id": f"c{i}", "metadata": {"tags": tags}, "source": text, "outputs": [],
-                  "execution_count": None} for i, (text, tags) in enumerate(tagged)]
-        kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+        tagged = [
+            (parameters, ["parameters"]),
+            (SPECS.format(key=key), ["specs"]),
+            *((c, []) for c in cells),
+        ]
+        made = [
+            {
+                "cell_type": "markdown",
+                "id": "title",
+                "metadata": {},
+                "source": f"# Notebook {key}\n",
+            }
+        ]
+        made += [
+            {
+                "cell_type": "code",
+                "id": f"c{i}",
+                "metadata": {"tags": tags},
+                "source": text,
+                "outputs": [],
+                "execution_count": None,
+            }
+            for i, (text, tags) in enumerate(tagged)
+        ]
+        kernel = {
+            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}
+        }
         path = self.root / "notebooks" / f"{key}.ipynb"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"cells": made, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}))
+        path.write_text(
+            json.dumps({"cells": made, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5})
+        )
         return path
 
     def executed(self, key: str) -> dict:
         """The executed copy of a notebook."""
         return json.loads((self.root / "book" / "notebooks" / f"{key}.ipynb").read_text())
 
-    def call(self, *command: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
+    def call(
+        self, *command: str, cwd: Path | None = None, **env: str
+    ) -> subprocess.CompletedProcess:
         """Run a python command line against this project's own `lib`."""
-        known = {**os.environ, "PYTHONPATH": str(self.root), "MOE_CACHE": str(self.root / "cache"), **env}
-        return subprocess.run([sys.executable, *command], cwd=cwd or self.root, env=known, text=True, capture_output=True)
+        known = {
+            **os.environ,
+            "PYTHONPATH": str(self.root),
+            "MOE_CACHE": str(self.root / "cache"),
+            **env,
+        }
+        return subprocess.run(
+            [sys.executable, *command],
+            cwd=cwd or self.root,
+            env=known,
+            text=True,
+            capture_output=True,
+        )
 
     def build(self, *options: str, **env: str) -> subprocess.CompletedProcess:
         """`jupyter-book build book`."""
-        return self.call("-c", "from jupyter_book.cli.main import main; main()", "build", *options, "book", **env)
+        return self.call(
+            "-c", "from jupyter_book.cli.main import main; main()", "build", *options, "book", **env
+        )
 
 
 @pytest.fixture
@@ -104,5 +147,6 @@ def tiny(tmp_path) -> TinyBook:
 @pytest.fixture
 def where(tmp_path):
     """A store of the test's own."""
-    from lib.store import Store  # after the cache is set, above
+    from lib.runs.store import Store  # after the cache is set, above
+
     return Store(tmp_path / "published", tmp_path / "private")

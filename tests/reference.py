@@ -1,6 +1,8 @@
-"""A mixture of experts as its formulas say, for tests: all experts on all tokens, one einsum each, one loop for capacity.
+"""A mixture of experts as its formulas say, for tests: all experts on all tokens, one einsum each,
+one loop for capacity.
 
-Axis letters: **B** images, **N** tokens, **T** = B*N, **D** width, **H** expert width, **E** experts, **K** choices.
+Axis letters: **B** images, **N** tokens, **T** = B*N, **D** width, **H** expert width, **E**
+experts, **K** choices.
 """
 
 import math
@@ -9,8 +11,15 @@ import torch
 from torch import Tensor
 
 
-def gates(x: Tensor, router: Tensor, top_k: int, *, per_image: bool = False, gate: str = "printed",
-          capacity_factor: float | None = None) -> Tensor:
+def gates(
+    x: Tensor,
+    router: Tensor,
+    top_k: int,
+    *,
+    per_image: bool = False,
+    gate: str = "printed",
+    capacity_factor: float | None = None,
+) -> Tensor:
     """x: (B, N, D), router: (E, D) -> (T, E) weights, zero where a token does not go."""
     b, n, _ = x.shape
     probs = torch.softmax(torch.einsum("bnd,ed->bne", x, router), dim=-1)

@@ -1,6 +1,7 @@
 """Small ViTs with weights large enough to tell apart, for the tests of compression.
 
-Axis letters: **D** width, **H** hidden width, **A** heads, **C** dimensions of a head, **N** tokens.
+Axis letters: **D** width, **H** hidden width, **A** heads, **C** dimensions of a head, **N**
+tokens.
 """
 
 import copy
@@ -10,14 +11,21 @@ import timm
 import torch
 from timm.layers import Mlp
 
-from lib.compress.neurons import keep_indices, neuron_scores
-from lib.compress.removal import remove
 from lib.models.moe import MoELayer
 from lib.models.upcycle import upcycle
+from lib.pruning.neurons.removal import remove
+from lib.pruning.neurons.scores import keep_indices, neuron_scores
 from lib.spec import MoESpec
 
 D, H, A, C, N = 24, 96, 2, 12, 17
-VIT = {"img_size": 28, "patch_size": 7, "embed_dim": D, "depth": 2, "num_heads": A, "num_classes": 5}
+VIT = {
+    "img_size": 28,
+    "patch_size": 7,
+    "embed_dim": D,
+    "depth": 2,
+    "num_heads": A,
+    "num_classes": 5,
+}
 
 
 def build(name="vit_tiny_patch16_224", moe=None, **changes):
@@ -26,18 +34,24 @@ def build(name="vit_tiny_patch16_224", moe=None, **changes):
     if moe is not None:
         upcycle(model, moe, torch.Generator().manual_seed(3))
     with torch.no_grad():
-        for parameter in model.parameters():  # timm starts biases at zero and weights small, which would hide differences
+        for parameter in (
+            model.parameters()
+        ):  # timm starts biases at zero and weights small, which would hide differences
             parameter.add_(0.15 * torch.randn_like(parameter))
     return model.eval()
 
 
 def moe(experts=3, **changes):
-    return MoESpec(**{"layers": 1, "experts": experts, "router": "token", "fresh_experts": True, **changes})
+    return MoESpec(
+        **{"layers": 1, "experts": experts, "router": "token", "fresh_experts": True, **changes}
+    )
 
 
 def batch(count=6, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, 3, 28, 28, generator=generator), torch.randint(5, (count,), generator=generator)
+    return torch.randn(count, 3, 28, 28, generator=generator), torch.randint(
+        5, (count,), generator=generator
+    )
 
 
 def as_dense(model, expert):
@@ -58,11 +72,17 @@ def prune(model, share, *parts):
 
 
 def refused_unchanged(call, message):
-    """`call` raises ValueError with this message on a model with a MoE layer, and leaves weights, router and modes alone."""
+    """`call` raises ValueError with this message on a model with a MoE layer, and leaves weights,
+    router and modes alone."""
     model = build(moe=moe())
-    before, router = {name: held.clone() for name, held in model.state_dict().items()}, model.blocks[1].mlp.router
+    before, router = (
+        {name: held.clone() for name, held in model.state_dict().items()},
+        model.blocks[1].mlp.router,
+    )
     with pytest.raises(ValueError, match=message):
         call(model)
     after = model.state_dict()
-    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+    assert list(after) == list(before) and all(
+        torch.equal(after[name], before[name]) for name in before
+    )
     assert model.blocks[1].mlp.router is router and not any(m.training for m in model.modules())

@@ -1,11 +1,12 @@
 """What a model costs: parameters and multiply-adds (MACs), stored and active, by module.
 
-`count` runs the model's own forward on the meta device, on a twin without data, and books each product as it is called, so
-fused attention counts like the written-out one. MoE layers are booked from their configuration, since what they do depends
-on data. Torch's own counter runs along: a product that was not booked is an error, never a gap.
+`count` runs the model's own forward on the meta device, on a twin without data, and books each
+product as it is called, so fused attention counts like the written-out one. MoE layers are booked
+from their configuration, since what they do depends on data. Torch's own counter runs along: a
+product that was not booked is an error, never a gap.
 
-Axis letters: **B** images, **N** tokens of an image, **D** width, **H** expert hidden width, **E** experts, **K** experts a
-token.
+Axis letters: **B** images, **N** tokens of an image, **D** width, **H** expert hidden width, **E**
+experts, **K** experts a token.
 """
 
 from __future__ import annotations
@@ -22,27 +23,42 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..compress.experts import PrunedLayer
 from ..models.experts import Experts
-from ..models.extracted import HardRouter, SharedExperts
 from ..models.moe import MoELayer, RoutedLayer
-from ..models.routing import AllExperts, LinearRouter, TopKRouter, capacity
-from ..models.strategies import ExpertChoiceRouter, ManualRouter, PriorityRouter, SoftMoELayer
+from ..models.shared_experts import SharedExperts
+from ..models.soft import SoftMoELayer
+from ..pruning.experts.dropping import PrunedLayer
+from ..routers.all import AllExperts
+from ..routers.base import LinearRouter, capacity
+from ..routers.expert_choice import ExpertChoiceRouter
+from ..routers.hard import HardRouter
+from ..routers.manual import ManualRouter
+from ..routers.priority import PriorityRouter
+from ..routers.top_k import TopKRouter
 
 PRODUCTS = {"linear", "conv", "patch", "attention", "router"}  # kinds whose MACs count
-# Modules that hold parameters which are only added or multiplied elementwise: stored and active, but no MACs.
+# Modules that hold parameters which are only added or multiplied elementwise: stored and active,
+# but no MACs.
 ELEMENTWISE = {
-    "VisionTransformer", "Beit", "LayerScale", "ConvNeXtBlock", "WindowAttention",
-    "timm.models.beit.Attention", "timm.models.beit.Block",  # full names where the bare name is used for other things too
+    "VisionTransformer",
+    "Beit",
+    "LayerScale",
+    "ConvNeXtBlock",
+    "WindowAttention",
+    "timm.models.beit.Attention",
+    "timm.models.beit.Block",  # full names where the bare name is used for other things too
 }
-NORM_OPERATIONS = 5  # per element of a LayerNorm: the rule of the counter behind ViMoE's tables (fvcore's)
+# per element of a LayerNorm: the rule of the counter behind ViMoE's tables (fvcore's)
+NORM_OPERATIONS = 5
 
 
 @dataclass(frozen=True)
 class Row:
-    """One module. `active`: parameters that one image touches; None if that depends on data and was not given.
+    """One module. `active`: parameters that one image touches; None if that depends on data and was
+    not given.
 
-    `macs`: multiply-adds for the counted images. `elements`: of the input, for norms only, for the same images.
+    `macs`: multiply-adds for the counted images. `elements`: of the input, for norms only, for the
+    same images.
     """
 
     module: str
@@ -55,11 +71,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Cost:
-    """The rows of a model and their totals. Own rule for MACs: linear layers, convolutions, patch embedding, attention
-    products and routers, one multiply-add each; a MoE layer counts the K experts (and the shared one) that a token
-    passes, as if no capacity refused any; after experts were dropped without rerouting those that it measurably passes.
-    Among experts of unequal width each one passed, or touched by an image, counts as their mean: which ones it is, only data
-    decide. Where all are passed equally often (all experts, expert choice, Soft MoE) that is exact."""
+    """The rows of a model and their totals. Own rule for MACs: linear layers, convolutions, patch
+    embedding, attention products and routers, one multiply-add each; a MoE layer counts the K
+    experts (and the shared one) that a token passes, as if no capacity refused any; after experts
+    were dropped without rerouting those that it measurably passes. Among experts of unequal width
+    each one passed, or touched by an image, counts as their mean: which ones it is, only data
+    decide. Where all are passed equally often (all experts, expert choice, Soft MoE) that is exact.
+    """
 
     rows: tuple[Row, ...]
     images: int = 1
@@ -73,8 +91,10 @@ class Cost:
     def params_active(self) -> float:
         """Parameters that one image touches. ValueError if token-level routing leaves that open."""
         if open_rows := [row.module for row in self.rows if row.active is None]:
-            raise ValueError(f"under token-level routing an image touches a number of experts that only data decide "
-                             f"({', '.join(open_rows)}): measure it and pass count(..., experts_per_image=...)")
+            raise ValueError(
+                f"under token-level routing an image touches a number of experts that only data decide "
+                f"({', '.join(open_rows)}): measure it and pass count(..., experts_per_image=...)"
+            )
         return sum(row.active for row in self.rows)
 
     @property
@@ -95,37 +115,58 @@ class Cost:
 
 
 def printed_gflops(cost: Cost, convention: str = "small") -> float:
-    """The "FLOPs" column of ViMoE's Tables 1 to 3 in G per image: multiply-adds, plus 5 operations per LayerNorm element.
+    """The "FLOPs" column of ViMoE's Tables 1 to 3 in G per image: multiply-adds, plus 5 operations
+    per LayerNorm element.
 
-    convention="small" leaves the attention products out, as the table's ViT-S rows do; "base" has them in, as its ViT-B
-    rows do. The two are not comparable; show both.
+    convention="small" leaves the attention products out, as the table's ViT-S rows do; "base" has
+    them in, as its ViT-B rows do. The two are not comparable; show both.
     """
     if convention not in ("small", "base"):
-        raise ValueError(f"convention={convention!r} is unknown: 'small' (without attention products) or 'base' (with them)")
+        raise ValueError(
+            f"convention={convention!r} is unknown: 'small' (without attention products) or 'base' (with them)"
+        )
     macs = sum(row.macs for row in cost.rows if convention == "base" or row.kind != "attention")
     return (macs + NORM_OPERATIONS * sum(row.elements for row in cost.rows)) / cost.images / 1e9
 
 
-def count(model: nn.Module, image_size: int, images: int = 1, *, experts_per_image: float | None = None,
-          loads: Sequence[Sequence[float]] | None = None, unserved: Sequence[float] | None = None) -> Cost:
-    """Count a model on `images` square images of `image_size` pixels. The model is left as it is and may lie on any device.
+def count(
+    model: nn.Module,
+    image_size: int,
+    images: int = 1,
+    *,
+    experts_per_image: float | None = None,
+    loads: Sequence[Sequence[float]] | None = None,
+    unserved: Sequence[float] | None = None,
+) -> Cost:
+    """Count a model on `images` square images of `image_size` pixels. The model is left as it is
+    and may lie on any device.
 
-    experts_per_image: for token-level routing, how many experts an image touches on average, summed over all MoE layers and
-    with shared experts counted (the column of ViMoE's Table 4); spread evenly over the layers. MACs do not depend on it.
-    loads: of each MoE layer, shallow to deep, the share of the assignments by expert: experts of unequal width then count by it.
-    unserved: of each MoE layer the share of a token's choices that no expert computes. It lowers the MACs of a `PrunedLayer`
-    alone, whose router still chooses experts that are gone.
-    Raises ValueError for modules that hold parameters in a way unknown here and for products that it cannot book, by name.
+    experts_per_image: for token-level routing, how many experts an image touches on average, summed
+    over all MoE layers and with shared experts counted (the column of ViMoE's Table 4); spread
+    evenly over the layers. MACs do not depend on it. loads: of each MoE layer, shallow to deep, the
+    share of the assignments by expert: experts of unequal width then count by it. unserved: of each
+    MoE layer the share of a token's choices that no expert computes. It lowers the MACs of a
+    `PrunedLayer` alone, whose router still chooses experts that are gone. Raises ValueError for
+    modules that hold parameters in a way unknown here and for products that it cannot book, by
+    name.
     """
     twin = _twin(model)
-    stands = {name: _Stand() for name, module in twin.named_modules() if isinstance(module, RoutedLayer)}
+    stands = {
+        name: _Stand() for name, module in twin.named_modules() if isinstance(module, RoutedLayer)
+    }
     layers = {name: twin.get_submodule(name) for name in stands}
     for name, stand in stands.items():
         twin.set_submodule(name, stand)
     ledger = _Ledger(twin)
     channels = next((m.in_channels for m in twin.modules() if isinstance(m, nn.Conv2d)), 3)
-    # The math path writes attention as two plain products, the only form that torch's counter sees on every device.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as torch_count, ledger:
+    # The math path writes attention as two plain products, the only form that torch's counter sees
+    # on every device.
+    with (
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as torch_count,
+        ledger,
+    ):
         twin(torch.empty(images, channels, image_size, image_size, device="meta"))
     _agree(ledger, torch_count)
 
@@ -135,12 +176,20 @@ def count(model: nn.Module, image_size: int, images: int = 1, *, experts_per_ima
     for i, (name, layer) in enumerate(layers.items()):
         share = None if experts_per_image is None else experts_per_image / len(layers)
         served = 1 - unserved[i] if unserved is not None and isinstance(layer, PrunedLayer) else 1
-        rows += _moe_rows(name, layer, stands[name].shape, images, share, None if loads is None else loads[i], served)
+        rows += _moe_rows(
+            name,
+            layer,
+            stands[name].shape,
+            images,
+            share,
+            None if loads is None else loads[i],
+            served,
+        )
     order = {name: at for at, (name, _) in enumerate(model.named_modules())}
     return Cost(tuple(sorted(rows, key=lambda row: order[row.module])), images)
 
 
-# ---------------------------------------------------------------------------------------------------- counting
+# ---- counting
 
 
 class _Stand(nn.Module):
@@ -152,15 +201,23 @@ class _Stand(nn.Module):
 
 
 def _twin(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode whose tensors lie on the meta device: all the structure and none of the memory."""
-    memo = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
+    """A copy in evaluation mode whose tensors lie on the meta device: all the structure and none of
+    the memory."""
+    memo = {
+        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()
+    }
     memo |= {id(b): b.detach().to("meta") for b in model.buffers()}
-    memo |= {id(m.tape): None for m in model.modules() if isinstance(m, RoutedLayer) and m.tape is not None}
+    memo |= {
+        id(m.tape): None
+        for m in model.modules()
+        if isinstance(m, RoutedLayer) and m.tape is not None
+    }
     return copy.deepcopy(model, memo).eval()
 
 
 class _Ledger(TorchFunctionMode):
-    """Books each product under the module that owns the weight, or that runs it if no weight is a parameter."""
+    """Books each product under the module that owns the weight, or that runs it if no weight is a
+    parameter."""
 
     def __init__(self, twin: nn.Module):
         super().__init__()
@@ -168,7 +225,11 @@ class _Ledger(TorchFunctionMode):
         self.attention: dict[str, int] = {}
         self.elements: dict[str, int] = {}
         self.root = type(twin).__name__
-        self._owner = {id(p): name for name, module in twin.named_modules() for p in module.parameters(recurse=False)}
+        self._owner = {
+            id(p): name
+            for name, module in twin.named_modules()
+            for p in module.parameters(recurse=False)
+        }
         self._running: list[str] = [""]
         for name, module in twin.named_modules():
             module.register_forward_pre_hook(lambda *_, name=name: self._running.append(name))
@@ -189,7 +250,9 @@ class _Ledger(TorchFunctionMode):
             self._book(None, math.prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1]))
         elif kind == "layer_norm":
             weight = (kwargs or {}).get("weight", args[2] if len(args) > 2 else None)
-            self._add(self.elements, self._owner.get(id(weight), self._running[-1]), given[0].numel())
+            self._add(
+                self.elements, self._owner.get(id(weight), self._running[-1]), given[0].numel()
+            )
         return out
 
     def _book(self, weight, macs: int) -> None:
@@ -205,19 +268,28 @@ class _Ledger(TorchFunctionMode):
 
 
 def _agree(ledger: _Ledger, torch_count: FlopCounterMode) -> None:
-    """Torch's counter sees every product of the meta forward: a difference is a product that the ledger does not know."""
+    """Torch's counter sees every product of the meta forward: a difference is a product that the
+    ledger does not know."""
     booked = sum(ledger.macs.values()) + sum(ledger.attention.values())
     if 2 * booked == torch_count.get_total_flops():
         return
     suspects = []
     for path, ops in torch_count.get_flop_counts().items():
         name = path.removeprefix(ledger.root).removeprefix(".")
-        inside = sum(macs for book in (ledger.macs, ledger.attention) for owner, macs in book.items()
-                     if owner == name or owner.startswith(f"{name}.") or not name)
+        inside = sum(
+            macs
+            for book in (ledger.macs, ledger.attention)
+            for owner, macs in book.items()
+            if owner == name or owner.startswith(f"{name}.") or not name
+        )
         if path != "Global" and 2 * inside != sum(ops.values()):
-            suspects.append(f"{name or ledger.root} ({', '.join(str(op).removeprefix('aten.') for op in ops)})")
-    raise ValueError(f"products that cost.count cannot book, innermost last: {'; '.join(suspects)}. "
-                     "Add the function to _Ledger in lib/measure/cost.py, with a test against its formula")
+            suspects.append(
+                f"{name or ledger.root} ({', '.join(str(op).removeprefix('aten.') for op in ops)})"
+            )
+    raise ValueError(
+        f"products that cost.count cannot book, innermost last: {'; '.join(suspects)}. "
+        "Add the function to _Ledger in lib/measure/cost.py, with a test against its formula"
+    )
 
 
 def _dense_rows(twin: nn.Module, ledger: _Ledger) -> list[Row]:
@@ -238,71 +310,135 @@ def _dense_rows(twin: nn.Module, ledger: _Ledger) -> list[Row]:
         if name in ledger.attention:
             rows.append(Row(name, "attention", 0, 0, ledger.attention[name]))
         if held or name in ledger.elements:
-            rows.append(Row(name, kind, held, held, ledger.macs.get(name, 0), ledger.elements.get(name, 0)))
+            rows.append(
+                Row(name, kind, held, held, ledger.macs.get(name, 0), ledger.elements.get(name, 0))
+            )
     if unknown:
-        raise ValueError(f"modules with parameters that cost.count does not know: {'; '.join(unknown)}. Known are Linear, "
-                         f"Conv2d, LayerNorm, MoELayer and {', '.join(sorted(ELEMENTWISE))} of timm")
+        raise ValueError(
+            f"modules with parameters that cost.count does not know: {'; '.join(unknown)}. Known are Linear, "
+            f"Conv2d, LayerNorm, MoELayer and {', '.join(sorted(ELEMENTWISE))} of timm"
+        )
     return rows
 
 
 def _elementwise(module: nn.Module) -> bool:
-    return any(c.__name__ in ELEMENTWISE or f"{c.__module__}.{c.__qualname__}" in ELEMENTWISE for c in type(module).__mro__)
+    return any(
+        c.__name__ in ELEMENTWISE or f"{c.__module__}.{c.__qualname__}" in ELEMENTWISE
+        for c in type(module).__mro__
+    )
 
 
-def _moe_rows(name: str, layer: RoutedLayer, shape: tuple[int, ...], images: int, touched: float | None,
-              load: Sequence[float] | None = None, served: float = 1) -> list[Row]:
-    """Rows of one MoE layer that saw (B, ..., D). `touched`: experts an image touches under token routing, with the shared;
-    `served`: share of the choices that an expert computes."""
+def _moe_rows(
+    name: str,
+    layer: RoutedLayer,
+    shape: tuple[int, ...],
+    images: int,
+    touched: float | None,
+    load: Sequence[float] | None = None,
+    served: float = 1,
+) -> list[Row]:
+    """Rows of one MoE layer that saw (B, ..., D). `touched`: experts an image touches under token
+    routing, with the shared; `served`: share of the choices that an expert computes."""
     experts, rows = layer.experts, []
     tokens, shared = math.prod(shape[:-1]), getattr(layer, "shared", None)
     if type(experts) not in (Experts, SharedExperts):
         raise ValueError(f"{name}: cost.count does not know the experts {type(experts).__name__}")
     if isinstance(layer, SoftMoELayer):
         slots = experts.experts * layer.slots
-        # Logits from tokens and slot vectors, the slots' inputs, and the way back: three products of N x S x D an image.
-        rows.append(Row(name, "router", layer.phi.numel() + 1, layer.phi.numel() + 1, 3 * tokens * slots * experts.width))
+        # Logits from tokens and slot vectors, the slots' inputs, and the way back: three products
+        # of N x S x D an image.
+        rows.append(
+            Row(
+                name,
+                "router",
+                layer.phi.numel() + 1,
+                layer.phi.numel() + 1,
+                3 * tokens * slots * experts.width,
+            )
+        )
         passed, active = images * slots, float(experts.experts)
     else:
         router = layer.router
         passed, active = _passed(name, router, tokens, images)
         if isinstance(router, LinearRouter):
             decisions = images if getattr(router, "per_image", False) else tokens
-            rows.append(Row(f"{name}.router", "router", router.weight.numel(), router.weight.numel(),
-                            decisions * router.weight.numel()))
+            rows.append(
+                Row(
+                    f"{name}.router",
+                    "router",
+                    router.weight.numel(),
+                    router.weight.numel(),
+                    decisions * router.weight.numel(),
+                )
+            )
         if isinstance(router, HardRouter):
             held = _held(router)
-            rows.append(Row(f"{name}.router", "router", held, held, tokens * sum(t.numel() for t in _matrices(router))))
+            rows.append(
+                Row(
+                    f"{name}.router",
+                    "router",
+                    held,
+                    held,
+                    tokens * sum(t.numel() for t in _matrices(router)),
+                )
+            )
     if active is None and touched is not None:
         active = touched - (shared is not None)
     width, share = experts.width, load or [1 / experts.experts] * experts.experts
     even = sum(experts.widths) % experts.experts == 0 and load is None
-    mean = sum(experts.widths) // experts.experts if even else sum(s * h for s, h in zip(share, experts.widths, strict=True))
+    mean = (
+        sum(experts.widths) // experts.experts
+        if even
+        else sum(s * h for s, h in zip(share, experts.widths, strict=True))
+    )
     for part, one in (("fc1", mean * (width + 1)), ("fc2", mean * width + width)):
         stack = getattr(experts, part)
         held = stack.weight.numel() + stack.bias.numel()
-        rows.append(Row(f"{name}.experts.{part}", "linear", held, None if active is None else min(held, active * one),
-                        round(passed * served * mean * width)))
+        rows.append(
+            Row(
+                f"{name}.experts.{part}",
+                "linear",
+                held,
+                None if active is None else min(held, active * one),
+                round(passed * served * mean * width),
+            )
+        )
     if shared is not None:
         for part in ("fc1", "fc2"):
             linear = getattr(shared, part)
             held = sum(p.numel() for p in linear.parameters())
-            rows.append(Row(f"{name}.shared.{part}", "linear", held, held, tokens * linear.weight.numel()))
-    beside = _held(layer.router) - sum(p.numel() for p in layer.router.parameters()) if hasattr(layer, "router") else 0
+            rows.append(
+                Row(f"{name}.shared.{part}", "linear", held, held, tokens * linear.weight.numel())
+            )
+    beside = (
+        _held(layer.router) - sum(p.numel() for p in layer.router.parameters())
+        if hasattr(layer, "router")
+        else 0
+    )
     if sum(row.stored for row in rows) != beside + sum(p.numel() for p in layer.parameters()):
-        raise ValueError(f"{name}: parameters beside router, fc1 and fc2 (an activation with parameters?) have no row in "
-                         "cost.count")
+        raise ValueError(
+            f"{name}: parameters beside router, fc1 and fc2 (an activation with parameters?) have no row in "
+            "cost.count"
+        )
     return rows
 
 
 def _passed(name: str, router: nn.Module, tokens: int, images: int) -> tuple[int, float | None]:
-    """Rows that a layer's experts compute for `tokens` tokens, and the experts that one image touches (None: data decide)."""
+    """Rows that a layer's experts compute for `tokens` tokens, and the experts that one image
+    touches (None: data decide)."""
     if isinstance(router, TopKRouter | AllExperts):
-        free = isinstance(router, TopKRouter) and not router.per_image and router.top_k < router.experts
+        free = (
+            isinstance(router, TopKRouter)
+            and not router.per_image
+            and router.top_k < router.experts
+        )
         return tokens * router.top_k, None if free else router.top_k
     if isinstance(router, ExpertChoiceRouter):
         groups = images if router.group == "image" else 1
         slots = min(tokens // groups, capacity(router.choices, 1, tokens // groups, router.experts))
-        return groups * slots * router.experts, float(router.experts) if router.group == "image" else None
+        return groups * slots * router.experts, float(
+            router.experts
+        ) if router.group == "image" else None
     if isinstance(router, HardRouter):
         return tokens * router.top_k, None if router.top_k < router.experts else float(router.top_k)
     if isinstance(router, PriorityRouter):
@@ -313,7 +449,8 @@ def _passed(name: str, router: nn.Module, tokens: int, images: int) -> tuple[int
 
 
 def _held(router: nn.Module) -> int:
-    """Numbers that a router stores: its parameters, and centres that are buffers because nothing trains them."""
+    """Numbers that a router stores: its parameters, and centres that are buffers because nothing
+    trains them."""
     fixed = router.buffers() if isinstance(router, HardRouter) else ()
     return sum(t.numel() for t in (*router.parameters(), *fixed))
 
@@ -324,10 +461,16 @@ def _matrices(router: nn.Module) -> list[Tensor]:
 
 def _check_share(experts_per_image: float, layers: dict[str, RoutedLayer]) -> None:
     routed = [layer for layer in layers.values() if isinstance(layer, MoELayer)]
-    # Expert choice over a batch may leave an image without any expert, and so may experts that were dropped.
-    least = sum((0 if isinstance(layer, PrunedLayer) else getattr(layer.router, "top_k", 0)) + (layer.shared is not None)
-                for layer in routed)
+    # Expert choice over a batch may leave an image without any expert, and so may experts that were
+    # dropped.
+    least = sum(
+        (0 if isinstance(layer, PrunedLayer) else getattr(layer.router, "top_k", 0))
+        + (layer.shared is not None)
+        for layer in routed
+    )
     most = sum(layer.experts.experts + (layer.shared is not None) for layer in routed)
     if not least <= experts_per_image <= most:
-        raise ValueError(f"experts_per_image={experts_per_image} is summed over all {len(layers)} MoE layers, shared "
-                         f"experts included: valid is {least} to {most}")
+        raise ValueError(
+            f"experts_per_image={experts_per_image} is summed over all {len(layers)} MoE layers, shared "
+            f"experts included: valid is {least} to {most}"
+        )

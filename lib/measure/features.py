@@ -1,7 +1,8 @@
-"""What a backbone knows, by depth: nearest neighbours and a linear probe on the features after each block.
+"""What a backbone knows, by depth: nearest neighbours and a linear probe on the features after each
+block.
 
-Axis letters: **B** images, **D** width. Features are the class token where the model has one, the mean token otherwise, as the
-head would read them (after the model's last norm).
+Axis letters: **B** images, **D** width. Features are the class token where the model has one, the
+mean token otherwise, as the head would read them (after the model's last norm).
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from ..data import Split, Splits
-from ..objective import autocast
+from ..inputs.splits import Split, Splits
 from ..spec import RunSpec
+from ..training.losses import autocast
 
 NEIGHBOURS = 20  # k of DINO's protocol (Caron et al. 2021), with cosine distance
 RIDGE = (1.0, 10.0, 100.0, 1000.0)  # penalties; the best on validation images is used
@@ -24,24 +25,42 @@ RIDGE = (1.0, 10.0, 100.0, 1000.0)  # penalties; the best on validation images i
 def by_depth(model: nn.Module, splits: Splits, spec: RunSpec) -> list[dict[str, float]]:
     """Test accuracy in percent of both probes after each block, the input embedding left out.
 
-    Both fit on the training images as they are (no augmentation). The ridge penalty is chosen on validation images; test
-    images are read once a probe. Returns rows {"block" (from 1), "knn_top1", "linear_top1", "penalty"}.
-    Raises ValueError if the model cannot return its intermediate features.
+    Both fit on the training images as they are (no augmentation). The ridge penalty is chosen on
+    validation images; test images are read once a probe. Returns rows {"block" (from 1),
+    "knn_top1", "linear_top1", "penalty"}. Raises ValueError if the model cannot return its
+    intermediate features.
     """
     if not hasattr(model, "forward_intermediates"):
-        raise ValueError(f"{type(model).__name__} cannot return intermediate features: timm's forward_intermediates is absent")
-    parts = {name: features(model, getattr(splits, name), spec) for name in ("train", "val", "test")}
+        raise ValueError(
+            f"{type(model).__name__} cannot return intermediate features: timm's forward_intermediates is absent"
+        )
+    parts = {
+        name: features(model, getattr(splits, name), spec) for name in ("train", "val", "test")
+    }
     labels = {name: getattr(splits, name).labels.numpy() for name in parts}
     rows = []
     for block in range(len(parts["train"])):
         train, val, test = (parts[name][block] for name in ("train", "val", "test"))
-        neighbours = KNeighborsClassifier(min(NEIGHBOURS, len(train)), metric="cosine").fit(train, labels["train"])
+        neighbours = KNeighborsClassifier(min(NEIGHBOURS, len(train)), metric="cosine").fit(
+            train, labels["train"]
+        )
         scale = StandardScaler().fit(train)
         target = np.eye(len(splits.class_names))[labels["train"]]
-        fits = {penalty: Ridge(alpha=penalty).fit(scale.transform(train), target) for penalty in RIDGE}
-        best = max(RIDGE, key=lambda penalty: _top1(fits[penalty].predict(scale.transform(val)), labels["val"]))
-        rows.append({"block": block + 1, "knn_top1": 100 * float(neighbours.score(test, labels["test"])),
-                     "linear_top1": _top1(fits[best].predict(scale.transform(test)), labels["test"]), "penalty": best})
+        fits = {
+            penalty: Ridge(alpha=penalty).fit(scale.transform(train), target) for penalty in RIDGE
+        }
+        best = max(
+            RIDGE,
+            key=lambda penalty: _top1(fits[penalty].predict(scale.transform(val)), labels["val"]),
+        )
+        rows.append(
+            {
+                "block": block + 1,
+                "knn_top1": 100 * float(neighbours.score(test, labels["test"])),
+                "linear_top1": _top1(fits[best].predict(scale.transform(test)), labels["test"]),
+                "penalty": best,
+            }
+        )
     return rows
 
 
@@ -55,8 +74,13 @@ def features(model: nn.Module, split: Split, spec: RunSpec, batch: int = 250) ->
         images = split.batch(index, spec.data).to(spec.device)
         with autocast(spec):
             # norm=True applies the last norm at every depth; NLC keeps tokens in one axis
-            layers = model.forward_intermediates(images, norm=True, output_fmt="NLC", intermediates_only=True,
-                                                 return_prefix_tokens=prefix > 0)
+            layers = model.forward_intermediates(
+                images,
+                norm=True,
+                output_fmt="NLC",
+                intermediates_only=True,
+                return_prefix_tokens=prefix > 0,
+            )
         rows = [(layer[1][:, 0] if prefix else layer.mean(dim=1)).float().cpu() for layer in layers]
         found = found or [[] for _ in rows]
         for kept, row in zip(found, rows, strict=True):

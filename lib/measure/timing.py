@@ -11,9 +11,11 @@ import torch
 
 
 def peak_rss_mib(reset: bool = False) -> float:
-    """Largest resident set of this process so far, in MiB, since the last reset where the OS permits one (Linux).
+    """Largest resident set of this process so far, in MiB, since the last reset where the OS
+    permits one (Linux).
 
-    reset=True starts a new measurement after reading; where that is not permitted the peak goes on from process start.
+    reset=True starts a new measurement after reading; where that is not permitted the peak goes on
+    from process start.
     """
     try:
         with open("/proc/self/status") as status:
@@ -28,13 +30,15 @@ def peak_rss_mib(reset: bool = False) -> float:
     except (OSError, StopIteration):
         import resource
         import sys
+
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Wall time of one call in ms: median, and the 5 %, 25 %, 75 % and 95 % quantiles over `repeats` calls."""
+    """Wall time of one call in ms: median, and the 5 %, 25 %, 75 % and 95 % quantiles over
+    `repeats` calls."""
 
     median: float
     q05: float
@@ -49,12 +53,14 @@ def latency(fn: Callable[[], object], repeats: int = 20, warmup: int = 3) -> Lat
     return compare({"": fn}, repeats, warmup)[""]
 
 
-def compare(candidates: dict[str, Callable[[], object]], repeats: int = 20, warmup: int = 3,
-            settle: int = 0) -> dict[str, Latency]:
-    """Time several functions in turn (a b c a b c ...), so that a drift of the machine meets all of them alike.
+def compare(
+    candidates: dict[str, Callable[[], object]], repeats: int = 20, warmup: int = 3, settle: int = 0
+) -> dict[str, Latency]:
+    """Time several functions in turn (a b c a b c ...), so that a drift of the machine meets all of
+    them alike.
 
-    settle: untimed calls before each timed one. In service a model follows itself, and finds its weights in the cache as far as
-    they fit there; without settling it follows its rival.
+    settle: untimed calls before each timed one. In service a model follows itself, and finds its
+    weights in the cache as far as they fit there; without settling it follows its rival.
     """
     if repeats < 20:
         raise ValueError(f"repeats={repeats} is too few for a median with quantiles: at least 20")

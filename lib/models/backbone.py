@@ -9,32 +9,45 @@ import torch
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from .. import weights
+from ..inputs import weights
+from ..routers.base import LinearRouter
 from ..spec import BackboneSpec, MoESpec, RunSpec
 from .ensemble import ensemble
 from .mae import MaskedAutoencoder
-from .routing import LinearRouter
 from .upcycle import upcycle
 
 
-def build(spec: RunSpec, classes: int, channels: int, parent: dict[str, Tensor] | None = None,
-          fit: Callable[[nn.Module, dict[str, Tensor]], nn.Module] | None = None) -> nn.Module:
-    """The model of a run before training: backbone, its weights (or the parent's), then the surgery.
+def build(
+    spec: RunSpec,
+    classes: int,
+    channels: int,
+    parent: dict[str, Tensor] | None = None,
+    fit: Callable[[nn.Module, dict[str, Tensor]], nn.Module] | None = None,
+) -> nn.Module:
+    """The model of a run before training: backbone, its weights (or the parent's), then the
+    surgery.
 
-    parent: final state of `spec.init`. A parent with MoE layers is loaded after the surgery, a dense one before it; of a masked
-    autoencoder the encoder is taken. With another router the parent's router weights stay if they fit; a head for other classes
-    is not taken over. fit: gives the model the shapes of a parent that was cut, before its weights are loaded.
-    Random parts (head, router, weights that are not pretrained) depend on `spec.seed` alone; the global generator is left
-    as it was. Raises ValueError as `create`, `upcycle` and `load_weights` do.
+    parent: final state of `spec.init`. A parent with MoE layers is loaded after the surgery, a
+    dense one before it; of a masked autoencoder the encoder is taken. With another router the
+    parent's router weights stay if they fit; a head for other classes is not taken over. fit: gives
+    the model the shapes of a parent that was cut, before its weights are loaded. Random parts
+    (head, router, weights that are not pretrained) depend on `spec.seed` alone; the global
+    generator is left as it was. Raises ValueError as `create`, `upcycle` and `load_weights` do.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         generator = torch.Generator().manual_seed(spec.seed)
         model = create(spec.backbone, spec.data.image_size, classes, channels)
-        parent = None if parent is None else _handed_on(parent, spec, model.pretrained_cfg["classifier"])
+        parent = (
+            None if parent is None else _handed_on(parent, spec, model.pretrained_cfg["classifier"])
+        )
         grown = spec.init is not None and spec.init.moe is not None
         if spec.init is None and spec.backbone.weights:
-            load_weights(model, weights.fetch(spec.backbone.weights, spec.backbone.name), spec.backbone.weights)
+            load_weights(
+                model,
+                weights.fetch(spec.backbone.weights, spec.backbone.name),
+                spec.backbone.weights,
+            )
         if parent is not None and not grown:
             model = model if fit is None else fit(model, parent)
             load_weights(model, parent, f"run {spec.init.id}")
@@ -57,10 +70,12 @@ def build(spec: RunSpec, classes: int, channels: int, parent: dict[str, Tensor] 
 
 
 def write_out_attention(model: nn.Module) -> None:
-    """Let timm's attention layers multiply and normalise step by step instead of calling torch's fused kernel.
+    """Let timm's attention layers multiply and normalise step by step instead of calling torch's
+    fused kernel.
 
-    On CPU the backward pass of the fused kernel is slow in bfloat16: it took half of a training step with heads of 16 channels,
-    and a third with heads of 64 (`make bench` shows the ratio). The result differs by rounding only.
+    On CPU the backward pass of the fused kernel is slow in bfloat16: it took half of a training
+    step with heads of 16 channels, and a third with heads of 64 (`make bench` shows the ratio). The
+    result differs by rounding only.
     """
     for module in model.modules():
         if hasattr(module, "fused_attn"):
@@ -68,19 +83,31 @@ def write_out_attention(model: nn.Module) -> None:
 
 
 def _handed_on(state: dict[str, Tensor], spec: RunSpec, head: str) -> dict[str, Tensor]:
-    """Of a masked autoencoder the encoder, of an ensemble its model; without the head if it tells other classes apart."""
+    """Of a masked autoencoder the encoder, of an ensemble its model; without the head if it tells
+    other classes apart."""
     for prefix in ("encoder.", "vit."):
-        inner = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        inner = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in state.items()
+            if name.startswith(prefix)
+        }
         state = inner or state
-    if any(getattr(spec.data, name) != getattr(spec.init.data, name) for name in ("name", "label", "classes")):
+    if any(
+        getattr(spec.data, name) != getattr(spec.init.data, name)
+        for name in ("name", "label", "classes")
+    ):
         return {name: tensor for name, tensor in state.items() if not name.startswith(f"{head}.")}
     return state
 
 
 def _routers_of(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The parent's state with the entries that this model's routers have: another strategy keeps other buffers."""
+    """The parent's state with the entries that this model's routers have: another strategy keeps
+    other buffers."""
+
     def decides(name: str) -> bool:
-        return ".router." in name or name.endswith((".mlp.phi", ".mlp.scale"))  # the latter two are Soft MoE's
+        return ".router." in name or name.endswith(
+            (".mlp.phi", ".mlp.scale")
+        )  # the latter two are Soft MoE's
 
     mine = {name: tensor for name, tensor in model.state_dict().items() if decides(name)}
     theirs = {name: tensor for name, tensor in state.items() if decides(name) and name in mine}
@@ -88,28 +115,51 @@ def _routers_of(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]
 
 
 def create(spec: BackboneSpec, image_size: int, classes: int, channels: int) -> nn.Module:
-    """The timm model with random weights. Raises ValueError if timm lacks it or the sizes do not fit."""
+    """The timm model with random weights. Raises ValueError if timm lacks it or the sizes do not
+    fit."""
     if not timm.is_model(spec.name):
         near = timm.list_models(f"*{spec.name.split('_')[0]}*")[:5]
-        raise ValueError(f"backbone name={spec.name!r} is not a timm model; near it: {', '.join(near) or 'none'}")
-    sizes = {"patch_size": spec.patch, "embed_dim": spec.width, "depth": spec.depth, "num_heads": spec.heads}
+        raise ValueError(
+            f"backbone name={spec.name!r} is not a timm model; near it: {', '.join(near) or 'none'}"
+        )
+    sizes = {
+        "patch_size": spec.patch,
+        "embed_dim": spec.width,
+        "depth": spec.depth,
+        "num_heads": spec.heads,
+    }
     given = {name: value for name, value in sizes.items() if value is not None}
     if spec.hidden is not None:
-        given["mlp_ratio"] = (spec.hidden + 0.5) / spec.width  # timm cuts the product to a whole number
+        given["mlp_ratio"] = (
+            spec.hidden + 0.5
+        ) / spec.width  # timm cuts the product to a whole number
     if _sized(spec.name):
         given["img_size"] = image_size
     try:
-        model = timm.create_model(spec.name, num_classes=classes, in_chans=channels, drop_path_rate=spec.drop_path, **given)
+        model = timm.create_model(
+            spec.name,
+            num_classes=classes,
+            in_chans=channels,
+            drop_path_rate=spec.drop_path,
+            **given,
+        )
     except TypeError as error:
-        raise ValueError(f"backbone {spec.name} does not take {', '.join(given)}: {error}") from error
+        raise ValueError(
+            f"backbone {spec.name} does not take {', '.join(given)}: {error}"
+        ) from error
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if patch and image_size % patch[0]:
-        raise ValueError(f"image_size={image_size} is not a multiple of the patch size {patch[0]} of {spec.name}")
+        raise ValueError(
+            f"image_size={image_size} is not a multiple of the patch size {patch[0]} of {spec.name}"
+        )
     return model
 
 
-def skeleton(spec: BackboneSpec | str, image_size: int = 224, classes: int = 1000, moe: MoESpec | None = None) -> nn.Module:
-    """An architecture, or the timm model of that name, on the meta device: shapes without memory, for counting and checking."""
+def skeleton(
+    spec: BackboneSpec | str, image_size: int = 224, classes: int = 1000, moe: MoESpec | None = None
+) -> nn.Module:
+    """An architecture, or the timm model of that name, on the meta device: shapes without memory,
+    for counting and checking."""
     spec = BackboneSpec(name=spec) if isinstance(spec, str) else spec
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model = create(spec, image_size, classes, channels=3)
@@ -119,18 +169,29 @@ def skeleton(spec: BackboneSpec | str, image_size: int = 224, classes: int = 100
 def load_weights(model: nn.Module, state: dict[str, Tensor], origin: str) -> None:
     """Copy `state` into `model`; position embeddings of another resolution are resampled by timm.
 
-    The classifier head may differ or be absent: then the fresh one stays. Any other difference raises ValueError.
+    The classifier head may differ or be absent: then the fresh one stays. Any other difference
+    raises ValueError.
     """
-    state = checkpoint_filter_fn(dict(state), model) if isinstance(model, VisionTransformer) else dict(state)
+    state = (
+        checkpoint_filter_fn(dict(state), model)
+        if isinstance(model, VisionTransformer)
+        else dict(state)
+    )
     mine = model.state_dict()
     head = model.pretrained_cfg["classifier"]
-    for name in [n for n in state if n.startswith(f"{head}.") and (n not in mine or mine[n].shape != state[n].shape)]:
+    for name in [
+        n
+        for n in state
+        if n.startswith(f"{head}.") and (n not in mine or mine[n].shape != state[n].shape)
+    ]:
         del state[name]
     wrong = [n for n in state if n not in mine or mine[n].shape != state[n].shape]
     absent = [n for n in mine if n not in state and not n.startswith(f"{head}.")]
     if wrong or absent:
-        raise ValueError(f"weights of {origin} do not fit {type(model).__name__}: "
-                         f"{len(wrong)} do not match (first {wrong[:3]}), {len(absent)} are absent (first {absent[:3]})")
+        raise ValueError(
+            f"weights of {origin} do not fit {type(model).__name__}: "
+            f"{len(wrong)} do not match (first {wrong[:3]}), {len(absent)} are absent (first {absent[:3]})"
+        )
     model.load_state_dict(state, strict=False)
 
 

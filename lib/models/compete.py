@@ -1,6 +1,8 @@
-"""Routing by competition (CompeteSMoE; Pham et al. 2024, 2402.02526): experts with the largest response win, a router learns who.
+"""Routing by competition (CompeteSMoE; Pham et al. 2024, 2402.02526): experts with the largest
+response win, a router learns who.
 
-Axis letters: **B** images, **N** tokens of an image, **T** = B*N, **D** width, **E** experts, **K** experts per token.
+Axis letters: **B** images, **N** tokens of an image, **T** = B*N, **D** width, **E** experts, **K**
+experts per token.
 """
 
 from __future__ import annotations
@@ -8,42 +10,63 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..routers.base import Routing, assign
+from ..routers.top_k import TopKRouter
 from .experts import Experts
 from .moe import MoELayer
-from .routing import Routing, TopKRouter, assign
 
 
 class CompeteLayer(MoELayer):
-    """A MoE layer that routes by ||E_i(x)|| in a share `rate` of the training steps, and by its linear router in all others.
+    """A MoE layer that routes by ||E_i(x)|| in a share `rate` of the training steps, and by its
+    linear router in all others.
 
-    In a step of competition every expert runs on every token; the affinities are the softmax of the response norms, and the K
-    largest win, weighted as the router's `gate` says. The router takes no part in that step, and `competition_loss` pulls it
-    towards the outcome. At evaluation, and in the other steps, the router decides alone. What wins is computed once more, so a
-    competition costs E + K experts a token instead of K.
+    In a step of competition every expert runs on every token; the affinities are the softmax of the
+    response norms, and the K largest win, weighted as the router's `gate` says. The router takes no
+    part in that step, and `competition_loss` pulls it towards the outcome. At evaluation, and in
+    the other steps, the router decides alone. What wins is computed once more, so a competition
+    costs E + K experts a token instead of K.
     """
 
-    def __init__(self, router: TopKRouter, experts: Experts, shared: nn.Module | None = None, dropout: float = 0.0, *,
-                 rate: float):
+    def __init__(
+        self,
+        router: TopKRouter,
+        experts: Experts,
+        shared: nn.Module | None = None,
+        dropout: float = 0.0,
+        *,
+        rate: float,
+    ):
         super().__init__(router, experts, shared, dropout)
         if not 0 < rate <= 1:
-            raise ValueError(f"rate={rate} is the chance that a training step competes: valid is above 0 and at most 1")
+            raise ValueError(
+                f"rate={rate} is the chance that a training step competes: valid is above 0 and at most 1"
+            )
         if router.per_image:
-            raise ValueError("competition compares responses to single tokens: give it a router with per_image=False")
+            raise ValueError(
+                "competition compares responses to single tokens: give it a router with per_image=False"
+            )
         if router.noise:
-            raise ValueError(f"noise={router.noise} would count as an error of the router's prediction: set noise=0")
+            raise ValueError(
+                f"noise={router.noise} would count as an error of the router's prediction: set noise=0"
+            )
         self.rate = rate
 
     def decide(self, tokens: Tensor) -> Routing:
-        """tokens: (B, N, D) -> a Routing; its logits are the router's, its probabilities those that decided."""
+        """tokens: (B, N, D) -> a Routing; its logits are the router's, its probabilities those that
+        decided."""
         routing = self.router(tokens)
         if not self.training or torch.rand(()) >= self.rate:
             return routing
         b, n, d = tokens.shape
-        probs = responses(self.experts, tokens.reshape(b * n, d)).float().norm(dim=-1).softmax(dim=-1)
+        probs = (
+            responses(self.experts, tokens.reshape(b * n, d)).float().norm(dim=-1).softmax(dim=-1)
+        )
         choice = self.router.choose(probs)
         weight = self.router.weigh(probs.gather(1, choice))
         first = probs.detach().amax(dim=-1) if self.router.batch_priority else None
-        return assign(choice, weight, probs, routing.logits, (b, n), self.router.capacity_factor, first)
+        return assign(
+            choice, weight, probs, routing.logits, (b, n), self.router.capacity_factor, first
+        )
 
 
 def responses(experts: Experts, rows: Tensor) -> Tensor:
@@ -56,8 +79,10 @@ def responses(experts: Experts, rows: Tensor) -> Tensor:
 
 
 def competition_loss(routing: Routing) -> Tensor:
-    """Mean squared difference between the router's softmax and the affinities that decided (2402.02526, router loss).
+    """Mean squared difference between the router's softmax and the affinities that decided
+    (2402.02526, router loss).
 
-    The affinities are a target without gradient. Zero in a step without competition, where both are the same.
+    The affinities are a target without gradient. Zero in a step without competition, where both are
+    the same.
     """
     return (routing.logits.softmax(dim=-1) - routing.probs.detach()).square().mean()

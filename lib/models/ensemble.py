@@ -1,64 +1,44 @@
-"""An efficient ensemble of sparse mixtures (E3; Allingham et al. 2022, 2110.03360): one network, M predictions.
+"""An efficient ensemble of sparse mixtures (E3; Allingham et al. 2022, 2110.03360): one network, M
+predictions.
 
-The experts of each MoE layer are split into M groups of E / M. The batch is tiled M times before the first MoE layer, member m
-is routed among the experts of group m alone, and the members' class probabilities are averaged. Patches, attention and all
-blocks before the first MoE layer are shared, so the stored size is that of one model.
+The experts of each MoE layer are split into M groups of E / M. The batch is tiled M times before
+the first MoE layer, member m is routed among the experts of group m alone, and the members' class
+probabilities are averaged. Patches, attention and all blocks before the first MoE layer are shared,
+so the stored size is that of one model.
 
-Axis letters: **M** members, **B** images, **N** tokens of an image, **C** classes, **E** experts, **D** width, **K** experts a
-token; **R** rows that a router decides on, M*B*N or M*B.
+Axis letters: **M** members, **B** images, **N** tokens of an image, **C** classes, **E** experts,
+**D** width, **K** experts a token; **R** rows that a router decides on, M*B*N or M*B.
 """
 
 from __future__ import annotations
 
 import math
 
-import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ..routers.group import GroupRouter
+from ..routers.top_k import TopKRouter
 from .moe import MoELayer
-from .routing import TopKRouter
 from .upcycle import before_blocks
 
 
-class GroupRouter(TopKRouter):
-    """A top-k router whose rows come from M members, one after another, each restricted to the experts of its group.
-
-    `group`: (E,) member that each expert belongs to. A member's probabilities are the softmax over its group and zero
-    elsewhere, as M routers of E / M rows each would give (the paper's form).
-    """
-
-    def __init__(self, width: int, experts: int, top_k: int, members: int, **options):
-        super().__init__(width, experts, top_k, **options)
-        self.members = members
-        self.register_buffer("group", torch.arange(members).repeat_interleave(experts // members))
-
-    @classmethod
-    def of(cls, router: TopKRouter, members: int) -> GroupRouter:
-        """The same router, its parameter included, with the experts split into `members` runs of equal length."""
-        out = cls.like(router, members)
-        out.group = torch.arange(members, device=router.weight.device).repeat_interleave(router.experts // members)
-        return out
-
-    def reachable(self, rows: int) -> Tensor:
-        """(R, E) which experts each row may reach. ValueError if R is no multiple of M."""
-        if rows % self.members:
-            raise ValueError(f"{rows} rows do not split among {self.members} members: run the model inside its Ensemble, which "
-                             "tiles the batch")
-        members = torch.arange(self.members, device=self.group.device)
-        return (members.unsqueeze(1) == self.group).repeat_interleave(rows // self.members, dim=0)
-
-
 class Ensemble(nn.Module):
-    """A timm ViT with MoE layers as M members; made by `ensemble`. The model is `vit`, and its layers stay its own.
+    """A timm ViT with MoE layers as M members; made by `ensemble`. The model is `vit`, and its
+    layers stay its own.
 
-    Under a RoutingTape each routing is of M*B images, member by member: labels and probes need M copies of the batch.
+    Under a RoutingTape each routing is of M*B images, member by member: labels and probes need M
+    copies of the batch.
     """
 
     def __init__(self, vit: VisionTransformer, members: int):
         super().__init__()
         self.vit, self.size = vit, members
-        self.first = next(i for i, block in enumerate(vit.blocks) if isinstance(getattr(block, "mlp", None), MoELayer))
+        self.first = next(
+            i
+            for i, block in enumerate(vit.blocks)
+            if isinstance(getattr(block, "mlp", None), MoELayer)
+        )
 
     def members(self, images: Tensor) -> Tensor:
         """images: (B, channels, height, width) -> (M, B, C) logits, for a loss on each member."""
@@ -70,7 +50,8 @@ class Ensemble(nn.Module):
         return logits.view(self.size, len(images), -1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: (B, channels, height, width) -> (B, C) logarithms of the members' mean probabilities, valid as logits."""
+        """images: (B, channels, height, width) -> (B, C) logarithms of the members' mean
+        probabilities, valid as logits."""
         each = self.members(images).float().log_softmax(dim=-1)
         return each.logsumexp(dim=0) - math.log(self.size)
 
@@ -78,17 +59,26 @@ class Ensemble(nn.Module):
 def ensemble(model: nn.Module, members: int) -> Ensemble:
     """`model` as an ensemble of M members, its routers replaced in place.
 
-    Raises ValueError if it is no timm ViT, checkpoints its blocks, has no MoE layer, or has one whose router is not top-k, whose
-    experts M does not divide, or whose K is more than the E / M experts of a group. Nothing is changed when it raises.
+    Raises ValueError if it is no timm ViT, checkpoints its blocks, has no MoE layer, or has one
+    whose router is not top-k, whose experts M does not divide, or whose K is more than the E / M
+    experts of a group. Nothing is changed when it raises.
     """
     if not isinstance(model, VisionTransformer):
-        raise ValueError(f"{type(model).__name__} cannot be an ensemble: the batch is tiled between the blocks of a timm "
-                         "VisionTransformer")
+        raise ValueError(
+            f"{type(model).__name__} cannot be an ensemble: the batch is tiled between the blocks of a timm "
+            "VisionTransformer"
+        )
     if model.grad_checkpointing:
-        raise ValueError("an ensemble runs the blocks one by one, without checkpointing: set_grad_checkpointing(False) first")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
+        raise ValueError(
+            "an ensemble runs the blocks one by one, without checkpointing: set_grad_checkpointing(False) first"
+        )
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, MoELayer)
+    }
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no MoE layer to split into groups: upcycle it first")
+        raise ValueError(
+            f"{type(model).__name__} has no MoE layer to split into groups: upcycle it first"
+        )
     for name, layer in layers.items():
         _check(name, layer.router, members)
     for layer in layers.values():
@@ -98,11 +88,17 @@ def ensemble(model: nn.Module, members: int) -> Ensemble:
 
 def _check(name: str, router: nn.Module, members: int) -> None:
     if type(router) is not TopKRouter:
-        raise ValueError(f"{name} has a {type(router).__name__}: members are told apart by a mask on the logits of a TopKRouter")
+        raise ValueError(
+            f"{name} has a {type(router).__name__}: members are told apart by a mask on the logits of a TopKRouter"
+        )
     if members < 1 or router.experts % members:
         valid = [m for m in range(1, router.experts + 1) if router.experts % m == 0]
-        raise ValueError(f"members={members} does not divide the {router.experts} experts of {name}: valid is "
-                         f"{', '.join(map(str, valid))}")
+        raise ValueError(
+            f"members={members} does not divide the {router.experts} experts of {name}: valid is "
+            f"{', '.join(map(str, valid))}"
+        )
     if router.top_k > router.experts // members:
-        raise ValueError(f"{name} sends a token to top_k={router.top_k} experts, a group has {router.experts // members} "
-                         f"({router.experts} experts, members={members}): lower one of the two")
+        raise ValueError(
+            f"{name} sends a token to top_k={router.top_k} experts, a group has {router.experts // members} "
+            f"({router.experts} experts, members={members}): lower one of the two"
+        )

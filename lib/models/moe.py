@@ -1,6 +1,7 @@
 """The MoE layer and the tape that carries its decisions to whoever asked for them.
 
-Axis letters: **B** images, **N** tokens of an image, **T** = B*N, **D** width, **E** experts, **K** experts per token.
+Axis letters: **B** images, **N** tokens of an image, **T** = B*N, **D** width, **E** experts, **K**
+experts per token.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from ..routers.base import Routing
 from .experts import Experts
-from .routing import Routing
 
 
 class RoutingTape:
@@ -24,20 +25,28 @@ class RoutingTape:
             logits = model(images)
         for name, routing in tape: ...
 
-    Entries are keyed by module and hold live tensors. A second pass of one layer inside the same tape (gradient
-    checkpointing runs the forward again in backward) is ignored if the tape is closed by then, else it replaces the entry.
-    Without an open tape a layer keeps nothing. A tape can be opened again: it starts empty.
+    Entries are keyed by module and hold live tensors. A second pass of one layer inside the same
+    tape (gradient checkpointing runs the forward again in backward) is ignored if the tape is
+    closed by then, else it replaces the entry. Without an open tape a layer keeps nothing. A tape
+    can be opened again: it starts empty.
     """
 
     def __init__(self, model: nn.Module):
-        # Order of definition in the model, so entries come out from the shallowest layer to the deepest.
-        self.layers = {module: name for name, module in model.named_modules() if isinstance(module, RoutedLayer)}
+        # Order of definition in the model, so entries come out from the shallowest layer to the
+        # deepest.
+        self.layers = {
+            module: name
+            for name, module in model.named_modules()
+            if isinstance(module, RoutedLayer)
+        }
         self._entries: dict[RoutedLayer, Routing] = {}
 
     def __enter__(self) -> RoutingTape:
         busy = [name for layer, name in self.layers.items() if layer.tape is not None]
         if busy:  # looked for before any layer is touched: a refused tape leaves nothing behind
-            raise RuntimeError(f"{', '.join(busy)} already writes to an open RoutingTape: close it first")
+            raise RuntimeError(
+                f"{', '.join(busy)} already writes to an open RoutingTape: close it first"
+            )
         for layer in self.layers:
             layer.tape = self
         self._entries.clear()
@@ -57,7 +66,11 @@ class RoutingTape:
 
     def __iter__(self):
         """(name, Routing) of each MoE layer that ran, from the input to the output of the model."""
-        return ((name, self._entries[layer]) for layer, name in self.layers.items() if layer in self._entries)
+        return (
+            (name, self._entries[layer])
+            for layer, name in self.layers.items()
+            if layer in self._entries
+        )
 
     def routings(self) -> list[Routing]:
         """The routings alone, from the input to the output of the model."""
@@ -75,12 +88,19 @@ class RoutedLayer(nn.Module):
 class MoELayer(RoutedLayer):
     """Router, experts and an optional shared expert in the place of an MLP.
 
-    Without shared expert y = sum_k w_k E_k(x); with it y = E_s(x) + sum_k w_k E_k(x) (ViMoE, eqs 4 and 5).
-    dropout: chance that an image passes the layer without its routed experts, in training.
-    Input and output: (B, ..., D); the axes between are tokens (one axis in a ViT, two in Swin and ConvNeXt).
+    Without shared expert y = sum_k w_k E_k(x); with it y = E_s(x) + sum_k w_k E_k(x) (ViMoE, eqs 4
+    and 5). dropout: chance that an image passes the layer without its routed experts, in training.
+    Input and output: (B, ..., D); the axes between are tokens (one axis in a ViT, two in Swin and
+    ConvNeXt).
     """
 
-    def __init__(self, router: nn.Module, experts: Experts, shared: nn.Module | None = None, dropout: float = 0.0):
+    def __init__(
+        self,
+        router: nn.Module,
+        experts: Experts,
+        shared: nn.Module | None = None,
+        dropout: float = 0.0,
+    ):
         super().__init__()
         self.router, self.experts, self.shared, self.dropout = router, experts, shared, dropout
         self.off = False
@@ -95,8 +115,12 @@ class MoELayer(RoutedLayer):
         if self.off:
             return torch.zeros_like(x) if self.shared is None else self.shared(x)
         if self.training and self.dropout:
-            kept = torch.rand(b, device=x.device) >= self.dropout  # whole images, so that attention must do without
-            routing = replace(routing, weight=routing.weight * kept[routing.token // tokens.shape[1]])
+            kept = (
+                torch.rand(b, device=x.device) >= self.dropout
+            )  # whole images, so that attention must do without
+            routing = replace(
+                routing, weight=routing.weight * kept[routing.token // tokens.shape[1]]
+            )
         out = self.serve(tokens.reshape(-1, d), routing).view(x.shape)
         return out if self.shared is None else out + self.shared(x)
 
@@ -111,7 +135,8 @@ class MoELayer(RoutedLayer):
 
 @contextmanager
 def without_experts(model: nn.Module) -> Iterator[None]:
-    """Inside, the routed experts of every MoE layer are off: what is left is attention and shared experts."""
+    """Inside, the routed experts of every MoE layer are off: what is left is attention and shared
+    experts."""
     layers = [module for module in model.modules() if isinstance(module, MoELayer)]
     for layer in layers:
         layer.off = True

@@ -1,7 +1,9 @@
-"""Curves and points: records, or values with intervals, in; a matplotlib Figure out. Heatmaps and token maps are in `maps`.
+"""Curves and points: records, or values with intervals, in; a matplotlib Figure out. Heatmaps and
+token maps are in `maps`.
 
-Published values and ours are never drawn into one panel: data, resolution and training differ, so only shapes compare.
-Every function takes absent records (None) and says in the panel what is missing.
+Published values and ours are never drawn into one panel: data, resolution and training differ, so
+only shapes compare. Every function takes absent records (None) and says in the panel what is
+missing.
 """
 
 from __future__ import annotations
@@ -15,12 +17,20 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lib.measure.routing import information
-from lib.measure.stats import Interval, finished
-from lib.report.style import COLOURS, LINES, MARKERS, figure, legend_above, note, style
+from ..verdicts.routing import information
+from ..verdicts.stats import Interval, finished
+from .style import COLOURS, LINES, MARKERS, figure, legend_above, note, style
 
-__all__ = ["Curve", "Point", "cost_ratio", "depth_information", "frontier", "information_by_depth", "scan",
-           "training_curves"]
+__all__ = [
+    "Curve",
+    "Point",
+    "cost_ratio",
+    "depth_information",
+    "frontier",
+    "information_by_depth",
+    "scan",
+    "training_curves",
+]
 
 Value = float | Interval | None
 
@@ -28,7 +38,11 @@ Value = float | Interval | None
 def _parts(values: Sequence[Value]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Means, and the distances down and up to the interval's ends (nan: no interval)."""
     rows = [(v.mean, v.low, v.high) if isinstance(v, Interval) else (v, None, None) for v in values]
-    mean, low, high = np.array([[np.nan if x is None else x for x in row] for row in rows], float).reshape(-1, 3).T
+    mean, low, high = (
+        np.array([[np.nan if x is None else x for x in row] for row in rows], float)
+        .reshape(-1, 3)
+        .T
+    )
     return mean, mean - low, high - mean
 
 
@@ -39,8 +53,14 @@ def _errorbar(ax, x, values: Sequence[Value], **kwargs) -> bool:
     if not here.any():
         return False
     bars = np.nan_to_num(np.stack([down, up])[:, here], nan=0.0)
-    ax.errorbar(np.asarray(x, float)[here], mean[here], yerr=bars if bars.any() else None, capsize=2.5, elinewidth=1,
-                **kwargs)
+    ax.errorbar(
+        np.asarray(x, float)[here],
+        mean[here],
+        yerr=bars if bars.any() else None,
+        capsize=2.5,
+        elinewidth=1,
+        **kwargs,
+    )
     return True
 
 
@@ -49,7 +69,8 @@ def _errorbar(ax, x, values: Sequence[Value], **kwargs) -> bool:
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a scan. hue chooses colour and marker (such as E), variant the line style (such as shared or not)."""
+    """One line of a scan. hue chooses colour and marker (such as E), variant the line style (such
+    as shared or not)."""
 
     x: Sequence[float]
     y: Sequence[Value]  # accuracy in percent; None = no record
@@ -61,14 +82,21 @@ class Curve:
         return f"{self.hue}, {self.variant}" if self.variant else str(self.hue)
 
 
-def scan(panels: dict[str, Sequence[Curve]], baselines: dict[str, Value] | None = None, *,
-         xlabel: str = "number of MoE layers L", ylabel: str = "top-1 accuracy (%)",
-         baseline_label: str = "no MoE layer", missing: str = "no record yet") -> Figure:
-    """Accuracy against L, one panel a source (published, reproduced, this build), each with its own scale.
+def scan(
+    panels: dict[str, Sequence[Curve]],
+    baselines: dict[str, Value] | None = None,
+    *,
+    xlabel: str = "number of MoE layers L",
+    ylabel: str = "top-1 accuracy (%)",
+    baseline_label: str = "no MoE layer",
+    missing: str = "no record yet",
+) -> Figure:
+    """Accuracy against L, one panel a source (published, reproduced, this build), each with its own
+    scale.
 
-    A label has one look in all panels; markers are filled, hollow and grey for the first, second and later variants.
-    baselines: {panel: value}, drawn as a horizontal line.
-    missing: text for a panel without a value, best the command that fills it.
+    A label has one look in all panels; markers are filled, hollow and grey for the first, second
+    and later variants. baselines: {panel: value}, drawn as a horizontal line. missing: text for a
+    panel without a value, best the command that fills it.
     """
     hues = list(dict.fromkeys(c.hue for curves in panels.values() for c in curves))
     variants = list(dict.fromkeys(c.variant for curves in panels.values() for c in curves))
@@ -76,7 +104,7 @@ def scan(panels: dict[str, Sequence[Curve]], baselines: dict[str, Value] | None 
         columns = len(panels) if len(panels) <= 3 else 2  # four in a row leave no room for labels
         rows = -(-len(panels) // columns)
         fig, axes = figure(rows, columns, height=3.5 if rows == 1 else 2.8 * rows)
-        for ax in axes.flat[len(panels):]:
+        for ax in axes.flat[len(panels) :]:
             ax.set_visible(False)
         for ax, (title, curves) in zip(axes.flat, panels.items(), strict=False):
             ax.set(title=fill(title, 80 // columns), xlabel=xlabel, ylabel=ylabel)
@@ -84,8 +112,16 @@ def scan(panels: dict[str, Sequence[Curve]], baselines: dict[str, Value] | None 
             for c in curves:
                 lap, i = divmod(hues.index(c.hue), len(COLOURS))
                 j = variants.index(c.variant) + lap  # a colour that comes again comes dashed
-                drawn |= _errorbar(ax, c.x, c.y, color=COLOURS[i], marker=MARKERS[i], linestyle=LINES[j % len(LINES)],
-                                   markerfacecolor=(COLOURS[i], "white", "#c8c8c8")[min(j, 2)], label=c.label)
+                drawn |= _errorbar(
+                    ax,
+                    c.x,
+                    c.y,
+                    color=COLOURS[i],
+                    marker=MARKERS[i],
+                    linestyle=LINES[j % len(LINES)],
+                    markerfacecolor=(COLOURS[i], "white", "#c8c8c8")[min(j, 2)],
+                    label=c.label,
+                )
             base = (baselines or {}).get(title)
             if base is not None:
                 drawn = True
@@ -93,31 +129,48 @@ def scan(panels: dict[str, Sequence[Curve]], baselines: dict[str, Value] | None 
                 ax.axhline(level, color="#555555", linewidth=1, label=baseline_label)
             if drawn:
                 ticks = sorted({x for c in curves for x in c.x})
-                if all(float(x).is_integer() for x in ticks) and len(ticks) <= 16:  # others would run into each other
+                if (
+                    all(float(x).is_integer() for x in ticks) and len(ticks) <= 16
+                ):  # others would run into each other
                     ax.set_xticks(ticks)
             else:
                 note(ax, missing)
-        legend_above(fig, axes.flat[:len(panels)], columns=4 if len(hues) * len(variants) > 3 else 3)
+        legend_above(
+            fig, axes.flat[: len(panels)], columns=4 if len(hues) * len(variants) > 3 else 3
+        )
     return fig
 
 
 # ---------------------------------------------------------------- training
 
 
-_HISTORY = {"val_top1": "validation top-1 (%)", "val_loss": "validation loss", "train_loss": "training loss",
-            "train_task_loss": "training loss of the task", "train_balance_loss": "balance loss (1 = even)",
-            "train_batch_variation": "batch-wise variation (tokens)", "lr": "learning rate"}
+_HISTORY = {
+    "val_top1": "validation top-1 (%)",
+    "val_loss": "validation loss",
+    "train_loss": "training loss",
+    "train_task_loss": "training loss of the task",
+    "train_balance_loss": "balance loss (1 = even)",
+    "train_batch_variation": "batch-wise variation (tokens)",
+    "lr": "learning rate",
+}
 
 
-def training_curves(groups: dict[str, Sequence[Any]], values: Sequence[str] = ("val_top1", "train_loss"),
-                    missing: str = "no record yet") -> Figure:
-    """History over epochs, one panel a value: the mean over seeds as a line with markers, each seed as a thin line.
+def training_curves(
+    groups: dict[str, Sequence[Any]],
+    values: Sequence[str] = ("val_top1", "train_loss"),
+    missing: str = "no record yet",
+) -> Figure:
+    """History over epochs, one panel a value: the mean over seeds as a line with markers, each seed
+    as a thin line.
 
-    groups: {label: records, one per seed}. values: keys of the history; the mean stops where the first seed stops.
+    groups: {label: records, one per seed}. values: keys of the history; the mean stops where the
+    first seed stops.
     """
     unknown = [v for v in values if v not in _HISTORY]
     if unknown:
-        raise ValueError(f"values={unknown} are not in the history: use some of {', '.join(_HISTORY)}")
+        raise ValueError(
+            f"values={unknown} are not in the history: use some of {', '.join(_HISTORY)}"
+        )
     with style():
         fig, axes = figure(1, len(values), height=3.4)
         for ax, key in zip(axes[0], values, strict=True):
@@ -125,17 +178,32 @@ def training_curves(groups: dict[str, Sequence[Any]], values: Sequence[str] = ("
             ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
             for i, (label, records) in enumerate(groups.items()):
                 look = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]}
-                rows = [[(h["epoch"], h[key]) for h in r.history if h.get(key) is not None] for r in finished(records)]
+                rows = [
+                    [(h["epoch"], h[key]) for h in r.history if h.get(key) is not None]
+                    for r in finished(records)
+                ]
                 rows = [np.array(row) for row in rows if row]
                 if not rows:
                     continue
                 if len(rows) > 1:
                     for row in rows:
-                        ax.plot(*row.T, color=look["color"], linewidth=0.6, alpha=0.6, marker="", linestyle="-")
+                        ax.plot(
+                            *row.T,
+                            color=look["color"],
+                            linewidth=0.6,
+                            alpha=0.6,
+                            marker="",
+                            linestyle="-",
+                        )
                 length = min(map(len, rows))
                 mean = np.mean([row[:length] for row in rows], axis=0)
-                ax.plot(*mean.T, marker=MARKERS[i % len(MARKERS)], markevery=max(1, length // 10), **look,
-                        label=f"{label} (n={len(rows)})")
+                ax.plot(
+                    *mean.T,
+                    marker=MARKERS[i % len(MARKERS)],
+                    markevery=max(1, length // 10),
+                    **look,
+                    label=f"{label} (n={len(rows)})",
+                )
             if not ax.lines:
                 note(ax, missing)
         legend_above(fig, axes[0], columns=3)
@@ -145,10 +213,14 @@ def training_curves(groups: dict[str, Sequence[Any]], values: Sequence[str] = ("
 # ---------------------------------------------------------------- information by depth
 
 
-def depth_information(record: Any, about: str = "class", corrected: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """(M,) 1-based blocks and (M,) normalised information of class (or position) and expert, shallow to deep.
+def depth_information(
+    record: Any, about: str = "class", corrected: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """(M,) 1-based blocks and (M,) normalised information of class (or position) and expert,
+    shallow to deep.
 
-    The class table counts one sample per test image, since the tokens of an image are not independent draws.
+    The class table counts one sample per test image, since the tokens of an image are not
+    independent draws.
     """
     if about not in ("class", "position"):
         raise ValueError(f"about={about!r} is unknown: use 'class' or 'position'")
@@ -158,17 +230,24 @@ def depth_information(record: Any, about: str = "class", corrected: bool = True)
     return np.array([m["block"] + 1 for m in record.moe]), values
 
 
-def information_by_depth(groups: dict[str, Sequence[Any]], threshold: float | None = None,
-                         missing: str = "no record yet") -> Figure:
-    """Normalised mutual information of expert with class and with position against depth, mean over seeds, seeds thin.
+def information_by_depth(
+    groups: dict[str, Sequence[Any]], threshold: float | None = None, missing: str = "no record yet"
+) -> Figure:
+    """Normalised mutual information of expert with class and with position against depth, mean over
+    seeds, seeds thin.
 
-    groups: {label: records, one per seed}. threshold: dotted line in the class panel, as for `suggested_layers`.
+    groups: {label: records, one per seed}. threshold: dotted line in the class panel, as for
+    `suggested_layers`.
     """
     with style():
         fig, axes = figure(1, 2, height=3.4, sharey=True)
         for ax, about in zip(axes[0], ("class", "position"), strict=True):
-            ax.set(xlabel="block (1 = first)", ylabel="information I / H(expert), 0 to 1", title=f"{about} and expert",
-                   ylim=(-0.03, 1.03))
+            ax.set(
+                xlabel="block (1 = first)",
+                ylabel="information I / H(expert), 0 to 1",
+                title=f"{about} and expert",
+                ylim=(-0.03, 1.03),
+            )
             ax.yaxis.set_tick_params(labelleft=True)
             blocks: set[int] = set()
             for i, (label, records) in enumerate(groups.items()):
@@ -179,15 +258,29 @@ def information_by_depth(groups: dict[str, Sequence[Any]], threshold: float | No
                 blocks |= set(x.tolist())
                 if len(rows) > 1:
                     for _, y in rows:
-                        ax.plot(x, y, color=colour, linewidth=0.6, alpha=0.6, marker="", linestyle="-")
-                ax.plot(x, np.mean([y for _, y in rows], axis=0), color=colour, marker=MARKERS[i % len(MARKERS)],
-                        linestyle=LINES[i % len(LINES)], label=f"{label} (n={len(rows)})")
+                        ax.plot(
+                            x, y, color=colour, linewidth=0.6, alpha=0.6, marker="", linestyle="-"
+                        )
+                ax.plot(
+                    x,
+                    np.mean([y for _, y in rows], axis=0),
+                    color=colour,
+                    marker=MARKERS[i % len(MARKERS)],
+                    linestyle=LINES[i % len(LINES)],
+                    label=f"{label} (n={len(rows)})",
+                )
             if blocks:
                 ax.set_xticks(range(min(blocks), max(blocks) + 1))
             else:
                 note(ax, missing)
             if threshold is not None and about == "class":
-                ax.axhline(threshold, color="#555555", linewidth=1, linestyle=":", label=f"threshold {threshold:g}")
+                ax.axhline(
+                    threshold,
+                    color="#555555",
+                    linewidth=1,
+                    linestyle=":",
+                    label=f"threshold {threshold:g}",
+                )
         legend_above(fig, axes[0], columns=3)
     return fig
 
@@ -197,8 +290,8 @@ def information_by_depth(groups: dict[str, Sequence[Any]], threshold: float | No
 
 @dataclass(frozen=True)
 class Point:
-    """A model of the frontier: params_m active parameters in millions, macs_g multiply-adds in 10^9 per image, top1 in
-    percent.
+    """A model of the frontier: params_m active parameters in millions, macs_g multiply-adds in 10^9
+    per image, top1 in percent.
 
     highlight: drawn larger and filled, as the method that the page is about.
     """
@@ -214,7 +307,8 @@ _COSTS = {"params_m": "active parameters (million)", "macs_g": "multiply-adds (1
 
 
 def frontier(panels: dict[str, Sequence[Point]], missing: str = "no record yet") -> Figure:
-    """Accuracy against active parameters and multiply-adds, one row of panels a source. A label has one look in all rows."""
+    """Accuracy against active parameters and multiply-adds, one row of panels a source. A label has
+    one look in all rows."""
     labels = list(dict.fromkeys(p.label for points in panels.values() for p in points))
     markers = "osD^v<>PX*hp"
     with style():
@@ -227,13 +321,24 @@ def frontier(panels: dict[str, Sequence[Point]], missing: str = "no record yet")
                 for p in points:
                     i = labels.index(p.label)
                     colour = COLOURS[i % len(COLOURS)]
-                    drawn |= _errorbar(ax, [getattr(p, key)], [p.top1], color=colour, marker=markers[i % len(markers)],
-                                       markersize=9 if p.highlight else 6, markeredgecolor=colour, linestyle="",
-                                       markerfacecolor=colour if p.highlight else "white", zorder=4 if p.highlight else 3,
-                                       label=None if p.label in seen else p.label)
+                    drawn |= _errorbar(
+                        ax,
+                        [getattr(p, key)],
+                        [p.top1],
+                        color=colour,
+                        marker=markers[i % len(markers)],
+                        markersize=9 if p.highlight else 6,
+                        markeredgecolor=colour,
+                        linestyle="",
+                        markerfacecolor=colour if p.highlight else "white",
+                        zorder=4 if p.highlight else 3,
+                        label=None if p.label in seen else p.label,
+                    )
                     seen.add(p.label)
                 ax.margins(0.12)
-                ax.xaxis.set_major_locator(MaxNLocator(nbins=4))  # small models have long numbers, which must not touch
+                ax.xaxis.set_major_locator(
+                    MaxNLocator(nbins=4)
+                )  # small models have long numbers, which must not touch
                 ax.ticklabel_format(axis="x", useOffset=False)
                 values = [getattr(p, key) for p in points if p.top1 is not None]
                 if values and max(values) - min(values) < 0.04 * max(values):
@@ -247,8 +352,11 @@ def frontier(panels: dict[str, Sequence[Point]], missing: str = "no record yet")
     return fig
 
 
-def cost_ratio(ratios: dict[str, float], tolerance: float = 0.005, xlabel: str = "ours / paper") -> Figure:
-    """Ratio of our count to the printed one, a dot a cell of a table; filled where it lies within `tolerance` of 1."""
+def cost_ratio(
+    ratios: dict[str, float], tolerance: float = 0.005, xlabel: str = "ours / paper"
+) -> Figure:
+    """Ratio of our count to the printed one, a dot a cell of a table; filled where it lies within
+    `tolerance` of 1."""
     if not ratios:
         raise ValueError("ratios is empty: give {cell: ours / paper}")
     names, values = list(ratios), np.array(list(ratios.values()), float)
@@ -257,10 +365,26 @@ def cost_ratio(ratios: dict[str, float], tolerance: float = 0.005, xlabel: str =
     with style():
         fig, axes = figure(height=1.0 + 0.2 * len(names))
         ax = axes[0, 0]
-        ax.axvspan(1 - tolerance, 1 + tolerance, color="#dfe6ee", label=f"within {100 * tolerance:g}%")
+        ax.axvspan(
+            1 - tolerance, 1 + tolerance, color="#dfe6ee", label=f"within {100 * tolerance:g}%"
+        )
         ax.axvline(1, color="#555555", linewidth=1)
         ax.plot(values[close], rows[close], "o", color=COLOURS[0], linestyle="", label="agrees")
-        ax.plot(values[~close], rows[~close], "s", color=COLOURS[2], markerfacecolor="white", linestyle="", label="differs")
-        ax.set(xlabel=xlabel, ylabel="cell of the table", yticks=rows, yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+        ax.plot(
+            values[~close],
+            rows[~close],
+            "s",
+            color=COLOURS[2],
+            markerfacecolor="white",
+            linestyle="",
+            label="differs",
+        )
+        ax.set(
+            xlabel=xlabel,
+            ylabel="cell of the table",
+            yticks=rows,
+            yticklabels=names,
+            ylim=(len(names) - 0.5, -0.5),
+        )
         legend_above(fig, [ax], columns=3)
     return fig

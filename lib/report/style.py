@@ -1,7 +1,8 @@
 """The one look of all figures, and the way a figure gets onto a page.
 
-Colours come with a marker and a line style each, differ in lightness (greyscale print) and avoid red against green alone.
-Figures are made without pyplot: no global state, nothing left open, no second display at the end of a cell.
+Colours come with a marker and a line style each, differ in lightness (greyscale print) and avoid
+red against green alone. Figures are made without pyplot: no global state, nothing left open, no
+second display at the end of a cell.
 """
 
 from __future__ import annotations
@@ -19,10 +20,24 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lib.report import CAPTION_STYLE
+from . import CAPTION_STYLE
 
-__all__ = ["COLOURS", "LINES", "MAP", "MARKERS", "WIDTH", "Shown", "expert_colours", "figure", "luma", "note", "png", "show",
-           "style", "text_colour"]
+__all__ = [
+    "COLOURS",
+    "LINES",
+    "MAP",
+    "MARKERS",
+    "WIDTH",
+    "Shown",
+    "expert_colours",
+    "figure",
+    "luma",
+    "note",
+    "png",
+    "show",
+    "style",
+    "text_colour",
+]
 
 WIDTH = 7.2  # inches; 691 CSS pixels, the text width of the book
 DPI = 180  # about twice the CSS resolution, sharp on phones and when zoomed
@@ -31,29 +46,56 @@ MAP = "cividis"  # for shares and counts: made for colour-blind readers, lightne
 # Dark to light; neighbours differ by at least 0.08 in luma (tests/test_report.py).
 COLOURS = ("#1f2f56", "#8c2a6b", "#c2542c", "#35b395", "#62b1e3", "#e3c14a")
 MARKERS = ("o", "s", "^", "D", "v", "P")
-LINES = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
+LINES = (
+    "-",
+    (0, (5, 1.5)),
+    (0, (1, 1.2)),
+    (0, (5, 1.5, 1, 1.5)),
+    (0, (8, 2)),
+    (0, (3, 1, 1, 1, 1, 1)),
+)
 
 _RC = {
-    "font.size": 9.5, "axes.titlesize": 9.5, "axes.labelsize": 9.5, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
-    "legend.fontsize": 8.5, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "grid.color": "#dddddd", "grid.linewidth": 0.6, "axes.axisbelow": True, "lines.linewidth": 1.6, "lines.markersize": 5,
-    "axes.prop_cycle": mpl.cycler(color=COLOURS, marker=MARKERS, linestyle=LINES), "image.cmap": MAP,
-    "image.interpolation": "nearest", "figure.facecolor": "white", "savefig.facecolor": "white", "figure.dpi": 96,
+    "font.size": 9.5,
+    "axes.titlesize": 9.5,
+    "axes.labelsize": 9.5,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5,
+    "axes.prop_cycle": mpl.cycler(color=COLOURS, marker=MARKERS, linestyle=LINES),
+    "image.cmap": MAP,
+    "image.interpolation": "nearest",
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "figure.dpi": 96,
 }
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """matplotlib settings for the time of a with block. Ticks are made while drawing, so drawing needs it too (`png`)."""
+    """matplotlib settings for the time of a with block. Ticks are made while drawing, so drawing
+    needs it too (`png`)."""
     with mpl.rc_context({**mpl.rcParamsDefault, "backend": mpl.rcParams["backend"], **_RC}):
         yield
 
 
-def figure(rows: int = 1, columns: int = 1, height: float = 3.0, width: float = WIDTH,
-           **subplots) -> tuple[Figure, np.ndarray]:
-    """A figure of `width` x `height` inches with a (rows, columns) array of axes; call it inside `style()`.
+def figure(
+    rows: int = 1, columns: int = 1, height: float = 3.0, width: float = WIDTH, **subplots
+) -> tuple[Figure, np.ndarray]:
+    """A figure of `width` x `height` inches with a (rows, columns) array of axes; call it inside
+    `style()`.
 
-    subplots: further arguments of `Figure.subplots` (sharey, width_ratios, ...). The constrained layout keeps labels inside.
+    subplots: further arguments of `Figure.subplots` (sharey, width_ratios, ...). The constrained
+    layout keeps labels inside.
     """
     fig = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(fig)
@@ -63,7 +105,16 @@ def figure(rows: int = 1, columns: int = 1, height: float = 3.0, width: float = 
 def note(ax: Axes, text: str) -> None:
     """Says in an empty panel why it is empty; ticks would suggest values."""
     ax.set(xticks=[], yticks=[])
-    ax.text(0.5, 0.5, text, ha="center", va="center", transform=ax.transAxes, color="#444444", fontsize=8.5)
+    ax.text(
+        0.5,
+        0.5,
+        text,
+        ha="center",
+        va="center",
+        transform=ax.transAxes,
+        color="#444444",
+        fontsize=8.5,
+    )
 
 
 def luma(colour) -> float:
@@ -78,8 +129,12 @@ def text_colour(background) -> str:
 
 
 def expert_colours(experts: int) -> list[tuple[float, float, float]]:
-    """One colour for each of E experts, evenly spaced in lightness; pictures print the expert's number as well."""
-    return [tuple(mpl.colormaps[MAP](v)[:3]) for v in (np.linspace(0, 1, experts) if experts > 1 else [0.5])]
+    """One colour for each of E experts, evenly spaced in lightness; pictures print the expert's
+    number as well."""
+    return [
+        tuple(mpl.colormaps[MAP](v)[:3])
+        for v in (np.linspace(0, 1, experts) if experts > 1 else [0.5])
+    ]
 
 
 # ---------------------------------------------------------------- onto the page
@@ -108,35 +163,50 @@ class Shown:
 
 
 def show(fig: Figure, caption: str, alt: str) -> Shown:
-    """A figure as the value of a cell: inline PNG with alternative text and caption, never wider than the screen.
+    """A figure as the value of a cell: inline PNG with alternative text and caption, never wider
+    than the screen.
 
         show(figures.scan(...), "Top-1 against L.", "Line plot: without a shared expert accuracy falls from L = 4 on, ...")
 
-    caption: what is drawn, with n; plain text. alt: what it shows, for those who do not see it. Both are required.
-    Written as HTML and not through cell metadata, because that is kept by papermill, by nbclient and by Sphinx alike.
+    caption: what is drawn, with n; plain text. alt: what it shows, for those who do not see it.
+    Both are required. Written as HTML and not through cell metadata, because that is kept by
+    papermill, by nbclient and by Sphinx alike.
     """
     if not caption.strip() or not alt.strip():
-        raise ValueError(f"a figure needs a caption and an alternative text, got caption={caption!r} and alt={alt!r}")
+        raise ValueError(
+            f"a figure needs a caption and an alternative text, got caption={caption!r} and alt={alt!r}"
+        )
     data = base64.b64encode(png(fig)).decode()
     width = round(fig.get_size_inches()[0] * 96)
     # "dark-light" keeps the book theme from dimming a picture that brings its own white background.
-    return Shown(f'<figure style="margin:1em 0;max-width:100%"><img class="dark-light" alt="{html.escape(alt, quote=True)}" '
-                 f'src="data:image/png;base64,{data}" style="width:{width}px;max-width:100%;height:auto;background:#fff">'
-                 f'<figcaption style="{CAPTION_STYLE}">{html.escape(caption)}</figcaption>'
-                 f'</figure>', alt)
+    return Shown(
+        f'<figure style="margin:1em 0;max-width:100%"><img class="dark-light" alt="{html.escape(alt, quote=True)}" '
+        f'src="data:image/png;base64,{data}" style="width:{width}px;max-width:100%;height:auto;background:#fff">'
+        f'<figcaption style="{CAPTION_STYLE}">{html.escape(caption)}</figcaption>'
+        f"</figure>",
+        alt,
+    )
 
 
 def legend_above(fig: Figure, axes: Iterable[Axes], columns: int = 4) -> None:
-    """One legend for all panels, above them; each label once, in fewer columns where long labels would leave the figure."""
+    """One legend for all panels, above them; each label once, in fewer columns where long labels
+    would leave the figure."""
     found: dict[str, object] = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     if found:
-        columns = max(1, min(columns, 125 // (max(map(len, found)) + 10)))  # letters to a book's width, and to a handle
+        columns = max(
+            1, min(columns, 125 // (max(map(len, found)) + 10))
+        )  # letters to a book's width, and to a handle
         # Row order: matplotlib fills columns first.
         labels = _row_order(list(found), columns)
-        fig.legend([found[label] for label in labels], labels, loc="outside upper left", ncols=min(columns, len(labels)))
+        fig.legend(
+            [found[label] for label in labels],
+            labels,
+            loc="outside upper left",
+            ncols=min(columns, len(labels)),
+        )
 
 
 def _row_order(items: Sequence[str], columns: int) -> list[str]:

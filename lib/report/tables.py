@@ -1,7 +1,9 @@
-"""Tables that keep their sources apart: published, reproduced, this build. HTML that scrolls sideways on a phone.
+"""Tables that keep their sources apart: published, reproduced, this build. HTML that scrolls
+sideways on a phone.
 
-A cell is a number, an Interval (printed with interval and n), a text, None (no value) or `secondary(...)`. The cell of a
-missing record stays empty but for a mark; the note below the table says which command fills it.
+A cell is a number, an Interval (printed with interval and n), a text, None (no value) or
+`secondary(...)`. The cell of a missing record stays empty but for a mark; the note below the table
+says which command fills it.
 """
 
 from __future__ import annotations
@@ -16,16 +18,25 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lib.measure.stats import Interval, format_interval
-from lib.report import CAPTION_STYLE
+from ..verdicts.stats import Interval, format_interval
+from . import CAPTION_STYLE
 
 __all__ = ["COST_DECIMALS", "GROUPS", "Secondary", "Table", "secondary", "table", "three_groups"]
 
 GROUPS = ("published", "reproduced", "this build")
 MISSING = "–"  # followed by the number of the note with the command
-# Decimals of the columns that speed and size tables share: rates are noisy in their first digits, small models are small.
-COST_DECIMALS = {"training (images/s)": 0, "limit (images/s)": 0, "evaluation (images/s)": 0, "features (images/s)": 0,
-                 "stored (M)": 3, "active (M)": 3, "parameters (M)": 3, "MACs (G)": 4}
+# Decimals of the columns that speed and size tables share: rates are noisy in their first digits,
+# small models are small.
+COST_DECIMALS = {
+    "training (images/s)": 0,
+    "limit (images/s)": 0,
+    "evaluation (images/s)": 0,
+    "features (images/s)": 0,
+    "stored (M)": 3,
+    "active (M)": 3,
+    "parameters (M)": 3,
+    "MACs (G)": 4,
+}
 _NUMERALS = "¹²³⁴⁵⁶⁷⁸⁹"
 
 
@@ -38,13 +49,15 @@ class Secondary:
 
 
 def secondary(value: Any, source: str) -> Secondary:
-    """Marks a published value as retold: printed with a dagger and a note naming the source that retells it."""
+    """Marks a published value as retold: printed with a dagger and a note naming the source that
+    retells it."""
     return Secondary(value, source)
 
 
 @dataclass(frozen=True)
 class Table:
-    """The formatted cells, ready to be displayed. frame: strings only; notes: lines below the table."""
+    """The formatted cells, ready to be displayed. frame: strings only; notes: lines below the
+    table."""
 
     frame: pd.DataFrame
     caption: str
@@ -53,33 +66,51 @@ class Table:
 
     @property
     def html(self) -> str:
-        """Scrollable table with caption and notes. Times of the build stay out, so equal tables are equal text."""
-        styler = self.frame.style.format(escape="html").format_index(escape="html", axis=1).hide(axis="index")
+        """Scrollable table with caption and notes. Times of the build stay out, so equal tables are
+        equal text."""
+        styler = (
+            self.frame.style.format(escape="html")
+            .format_index(escape="html", axis=1)
+            .hide(axis="index")
+        )
         styler.set_uuid(self._uuid)
-        styler.set_table_attributes('class="dataframe" style="border-collapse:collapse'
-                                    f'{"" if self.wrap else ";white-space:nowrap"}"')
+        styler.set_table_attributes(
+            'class="dataframe" style="border-collapse:collapse'
+            f'{"" if self.wrap else ";white-space:nowrap"}"'
+        )
         styler.map(_look)
         many = self.frame.shape[1] > 8  # as many as a page of text is wide at the larger size
-        rules = [{"selector": "td, th", "props": f"padding:0.15em {0.35 if many else 0.5}em"},
-                 {"selector": "", "props": f"font-size:{0.78 if many else 0.9}em"},
-                 # long column names break, so that a table of numbers is as wide as its numbers
-                 {"selector": "thead th", "props": "white-space:normal;vertical-align:bottom"}]
+        rules = [
+            {"selector": "td, th", "props": f"padding:0.15em {0.35 if many else 0.5}em"},
+            {"selector": "", "props": f"font-size:{0.78 if many else 0.9}em"},
+            # long column names break, so that a table of numbers is as wide as its numbers
+            {"selector": "thead th", "props": "white-space:normal;vertical-align:bottom"},
+        ]
         if self.frame.columns.nlevels == 2:
             # A rule between the groups: the eye must not run from one source into the next.
-            starts = [i for i in range(1, self.frame.shape[1]) if self.frame.columns[i][0] != self.frame.columns[i - 1][0]]
-            rules += [{"selector": f".col{i}", "props": "border-left:2px solid #888"} for i in starts]
+            starts = [
+                i
+                for i in range(1, self.frame.shape[1])
+                if self.frame.columns[i][0] != self.frame.columns[i - 1][0]
+            ]
+            rules += [
+                {"selector": f".col{i}", "props": "border-left:2px solid #888"} for i in starts
+            ]
         styler.set_table_styles(rules)
         # pandas leaves out the scope, by which screen readers tie a cell to its column
         body = styler.to_html().replace("<th ", '<th scope="col" ')
         notes = "".join(f"<div>{html.escape(note)}</div>" for note in self.notes)
-        return (f'<figure style="margin:1em 0"><figcaption style="{CAPTION_STYLE}">'
-                f'{html.escape(self.caption)}</figcaption>'
-                f'<div style="overflow-x:auto;max-width:100%" tabindex="0">{body}</div>'
-                f'<div style="font-size:0.85em;line-height:1.5">{notes}</div></figure>')
+        return (
+            f'<figure style="margin:1em 0"><figcaption style="{CAPTION_STYLE}">'
+            f"{html.escape(self.caption)}</figcaption>"
+            f'<div style="overflow-x:auto;max-width:100%" tabindex="0">{body}</div>'
+            f'<div style="font-size:0.85em;line-height:1.5">{notes}</div></figure>'
+        )
 
     @property
     def _uuid(self) -> str:
-        # From the content: tables on one page must not share their style rules, and equal tables must be equal text.
+        # From the content: tables on one page must not share their style rules, and equal tables
+        # must be equal text.
         return hashlib.sha256(repr(self).encode()).hexdigest()[:10]
 
     def _repr_html_(self) -> str:
@@ -92,9 +123,11 @@ class Table:
 def _look(cell: str) -> str:
     """CSS of a cell: numbers to the right, long texts wrapped, missing and retold values paler."""
     numeric = cell[:1] in "+-–0123456789" and len(cell) <= 40
-    return (("text-align:right;" if numeric else "text-align:left;")
-            + ("white-space:normal;min-width:18em;" if len(cell) > 40 else "")
-            + ("color:#6a6a6a;" if cell.startswith(MISSING) or cell.endswith("†") else ""))
+    return (
+        ("text-align:right;" if numeric else "text-align:left;")
+        + ("white-space:normal;min-width:18em;" if len(cell) > 40 else "")
+        + ("color:#6a6a6a;" if cell.startswith(MISSING) or cell.endswith("†") else "")
+    )
 
 
 def _absent(value: Any) -> bool:
@@ -115,8 +148,13 @@ def _number(value: Any, decimals: int) -> str:
 
 
 def _setting(value: Any) -> str:
-    """A setting as text: pandas turns whole numbers into floats where a column has a gap, so 8.0 is printed as 8."""
-    return f"{value:g}" if isinstance(value, float | np.floating) and not _absent(value) else _number(value, 1)
+    """A setting as text: pandas turns whole numbers into floats where a column has a gap, so 8.0 is
+    printed as 8."""
+    return (
+        f"{value:g}"
+        if isinstance(value, float | np.floating) and not _absent(value)
+        else _number(value, 1)
+    )
 
 
 class _Notes:
@@ -138,21 +176,35 @@ class _Notes:
         return "†" * (self.sources.index(source) + 1)
 
     def lines(self) -> list[str]:
-        out = [f"{self.missing(command)} no record yet; filled by: {command}" for command in self.commands]
-        return out + [f"{self.retold(source)} secondary: as retold in {source}" for source in self.sources]
+        out = [
+            f"{self.missing(command)} no record yet; filled by: {command}"
+            for command in self.commands
+        ]
+        return out + [
+            f"{self.retold(source)} secondary: as retold in {source}" for source in self.sources
+        ]
 
 
-def table(frame: pd.DataFrame, caption: str, decimals: int | Mapping[str, int] = 1, notes: Sequence[str] = (),
-          wrap: bool = False) -> Table:
-    """A plain table of numbers, intervals and texts with a caption; units belong into the column names.
+def table(
+    frame: pd.DataFrame,
+    caption: str,
+    decimals: int | Mapping[str, int] = 1,
+    notes: Sequence[str] = (),
+    wrap: bool = False,
+) -> Table:
+    """A plain table of numbers, intervals and texts with a caption; units belong into the column
+    names.
 
-    decimals: for all columns, or {column: decimals} (1 where a column is not named). wrap: break long cells over lines.
+    decimals: for all columns, or {column: decimals} (1 where a column is not named). wrap: break
+    long cells over lines.
     """
     if not caption.strip():
         raise ValueError("a table needs a caption: what is shown, on which data, with which n")
     found = _Notes()
     places = decimals if isinstance(decimals, Mapping) else dict.fromkeys(frame, decimals)
-    cells = {column: [_cell(v, places.get(column, 1), found) for v in frame[column]] for column in frame}
+    cells = {
+        column: [_cell(v, places.get(column, 1), found) for v in frame[column]] for column in frame
+    }
     out = pd.DataFrame(cells, dtype=object)
     out.columns = frame.columns
     empty = () if len(out) else ("No record yet.",)
@@ -168,16 +220,25 @@ def _cell(value: Any, decimals: int, notes: _Notes) -> str:
 Columns = Mapping[str, Sequence[Any]]
 
 
-def three_groups(index_frame: pd.DataFrame, published: Columns, reproduced: Columns, build: Columns,
-                 fill_command: str | Mapping[str, str] | Callable[[int, str], str | None], *, caption: str = "",
-                 decimals: int = 1, notes: Sequence[str] = ()) -> Table:
+def three_groups(
+    index_frame: pd.DataFrame,
+    published: Columns,
+    reproduced: Columns,
+    build: Columns,
+    fill_command: str | Mapping[str, str] | Callable[[int, str], str | None],
+    *,
+    caption: str = "",
+    decimals: int = 1,
+    notes: Sequence[str] = (),
+) -> Table:
     """Published · reproduced · this build beside each other, never mixed.
 
-    index_frame: the settings, one row each (E, L, shared, ...). published, reproduced, build: {column: one cell a row}; an
-    empty mapping leaves the group out of sight for published and gives one empty column for the others.
-    fill_command: what fills an empty cell of the last two groups: one command; {group: command}; or a function of row number
-    and group that returns one, or None where no run is planned (the cell then stays blank).
-    The interval is named in a note wherever one is printed.
+    index_frame: the settings, one row each (E, L, shared, ...). published, reproduced, build:
+    {column: one cell a row}; an empty mapping leaves the group out of sight for published and gives
+    one empty column for the others. fill_command: what fills an empty cell of the last two groups:
+    one command; {group: command}; or a function of row number and group that returns one, or None
+    where no run is planned (the cell then stays blank). The interval is named in a note wherever
+    one is printed.
 
         three_groups(pd.DataFrame({"E": [8], "L": [2]}), {"top-1 (%)": [91.3]}, {"top-1 (%)": [accuracy_interval(records)]},
                      {"top-1 (%)": [None]}, "PROFILE=quick make book", caption="CIFAR-100 top-1.")
@@ -191,22 +252,36 @@ def three_groups(index_frame: pd.DataFrame, published: Columns, reproduced: Colu
             columns = {next(iter(published), "value"): [None] * rows}
         for name, values in columns.items():
             if len(values) != rows:
-                raise ValueError(f"column {name!r} of group {group!r} has {len(values)} cells for {rows} rows: "
-                                 "give one cell a row, None where there is no value")
+                raise ValueError(
+                    f"column {name!r} of group {group!r} has {len(values)} cells for {rows} rows: "
+                    "give one cell a row, None where there is no value"
+                )
             column = []
             for row, value in enumerate(values):
                 text = _cell(value, decimals, found)
                 if _absent(value) and group != "published":
                     command = _command(fill_command, row, group)
                     text = found.missing(command) if command else ""
-                if isinstance(value, Interval) and value.low is not None and value.method not in methods:
+                if (
+                    isinstance(value, Interval)
+                    and value.low is not None
+                    and value.method not in methods
+                ):
                     methods.append(value.method)
                 column.append(text)
             cells[group, name] = column
     frame = pd.DataFrame(cells, dtype=object)
     frame.columns = pd.MultiIndex.from_tuples(list(cells))
-    intervals = [f"Intervals: {', '.join(methods)} over n seeds; none where n is below 3."] if methods else []
-    return Table(frame, caption or "Published, reproduced and this build.", (*notes, *intervals, *found.lines()))
+    intervals = (
+        [f"Intervals: {', '.join(methods)} over n seeds; none where n is below 3."]
+        if methods
+        else []
+    )
+    return Table(
+        frame,
+        caption or "Published, reproduced and this build.",
+        (*notes, *intervals, *found.lines()),
+    )
 
 
 def _command(fill_command: Any, row: int, group: str) -> str | None:
@@ -215,5 +290,7 @@ def _command(fill_command: Any, row: int, group: str) -> str | None:
     if isinstance(fill_command, str):
         return fill_command
     if group not in fill_command:
-        raise ValueError(f"fill_command names no command for group {group!r}: it has {', '.join(fill_command) or 'none'}")
+        raise ValueError(
+            f"fill_command names no command for group {group!r}: it has {', '.join(fill_command) or 'none'}"
+        )
     return fill_command[group]

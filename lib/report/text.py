@@ -8,15 +8,19 @@ from dataclasses import asdict, replace
 import pandas as pd
 from IPython.display import Markdown
 
-from lib.claims import Verdict
-from lib.report.tables import Table, table
-from lib.verdicts import COUNTED
+from ..verdicts import COUNTED
+from ..verdicts.claims import Verdict
+from .tables import Table, table
 
-__all__ = ["answer", "gaps", "say", "verdicts"]
+# the caption of every table of verdicts
+RULE = "Verdicts by one rule: an order needs three seeds, and an interval that lies on one side."
+
+__all__ = ["RULE", "answer", "gaps", "say", "verdicts"]
 
 
 def gaps(records: dict[str, list], command: str) -> str:
-    """A sentence for a caption: which command fills the records that are absent; nothing if all are there."""
+    """A sentence for a caption: which command fills the records that are absent; nothing if all are
+    there."""
     absent = sum(record is None for group in records.values() for record in group)
     total = sum(len(group) for group in records.values())
     return f" {absent} of {total} records are not there yet; filled by: {command}" if absent else ""
@@ -27,18 +31,23 @@ def say(*sentences: str) -> Markdown:
     return Markdown(" ".join(sentences))
 
 
-def verdicts(found: Iterable[Verdict], caption: str = "Verdicts by one rule: an order needs three seeds, and an interval "
-             "that lies on one side.") -> Table:
+def verdicts(
+    found: Iterable[Verdict],
+    caption: str = RULE,
+) -> Table:
     """A table of claims: what was claimed, the verdict, the numbers behind it."""
     rows = [(v.claim, v.verdict, v.text) for v in found]
-    return table(pd.DataFrame(rows, columns=["claim", "verdict", "in our records"]), caption, wrap=True)
+    return table(
+        pd.DataFrame(rows, columns=["claim", "verdict", "in our records"]), caption, wrap=True
+    )
 
 
 def answer(found: Iterable[Verdict], source: str = "Reproduced") -> Markdown:
-    """The claims of a page by verdict, as a list for its head. source: what the records are; taken off the claims.
+    """The claims of a page by verdict, as a list for its head. source: what the records are; taken
+    off the claims.
 
-    What is decided comes one claim a line with its interval, the rest in one line a verdict. The claims go with the list as
-    data, which the page of all verdicts reads (`lib.verdicts`).
+    What is decided comes one claim a line with its interval, the rest in one line a verdict. The
+    claims go with the list as data, which the page of all verdicts reads (`lib.pages.ledger`).
     """
     told: dict[str, list[Verdict]] = {verdict: [] for verdict in COUNTED}
     found = [replace(v, claim=v.claim.removeprefix(f"{source}: ")) for v in found]
@@ -46,13 +55,28 @@ def answer(found: Iterable[Verdict], source: str = "Reproduced") -> Markdown:
     for v in found:
         told[v.verdict].append(v)
     if not any(claims for verdict, claims in told.items() if verdict != "not tested"):
-        return Markdown(f"**{source}, in short.** None of this page's {len(told['not tested'])} claims has its records yet.",
-                        metadata=data)
-    lines = [f"- *{name.capitalize()}:* {v.claim}: {v.text.partition(';')[0]}" for name in ("holds", "does not hold")
-             for v in told[name]]
+        return Markdown(
+            f"**{source}, in short.** None of this page's {len(told['not tested'])} claims has its records yet.",
+            metadata=data,
+        )
+    lines = [
+        f"- *{name.capitalize()}:* {v.claim}: {v.text.partition(';')[0]}"
+        for name in ("holds", "does not hold")
+        for v in told[name]
+    ]
     if told["undecided"]:
         lines.append(f"- *Undecided:* {'; '.join(v.claim for v in told['undecided'])}.")
     if told["not tested"]:
-        lines.append(f"- *Not tested* for want of records: {len(told['not tested'])} of {len(found)} claims.")
-    return Markdown("\n".join([f"**{source}, in short.** The table of verdicts below has all the numbers.", "", *lines]),
-                    metadata=data)
+        lines.append(
+            f"- *Not tested* for want of records: {len(told['not tested'])} of {len(found)} claims."
+        )
+    return Markdown(
+        "\n".join(
+            [
+                f"**{source}, in short.** The table of verdicts below has all the numbers.",
+                "",
+                *lines,
+            ]
+        ),
+        metadata=data,
+    )

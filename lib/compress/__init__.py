@@ -1,1 +1,0 @@
-"""Making trained models smaller: which neurons, experts or patches matter, and their removal."""

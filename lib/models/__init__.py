@@ -1,0 +1,1 @@
+"""The MoE layer and the models that it sits in."""

@@ -1,0 +1,190 @@
+"""A page of the book: its two sides, and what every page says in the same way.
+
+    p = lib.profile("vimoe/convergence", globals())
+    page = lib.page(grid, p)
+    page.intro()
+    page.answer(claims)
+
+A page has two sides with the same names of runs: what was **reproduced** (the committed records of
+the `small` profile, only read) and **this build** (whatever the profile of the build asks for,
+computed where it is missing). A function of a notebook takes one side and is called with both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from IPython.display import Markdown, display
+
+from ..report import tables, text
+from ..report.style import Shown, show
+from ..runs.collect import Grid, collect, load
+from ..verdicts.claims import Verdict
+from ..verdicts.costs import cost_rows
+from ..verdicts.stats import Interval, accuracy_interval, finished
+from .profiles import Profile, profile
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ..runs.store import Record
+
+PUBLISHED = "small"  # the profile whose records are committed
+
+Claims = Callable[["Side"], Iterable[Verdict]]
+
+
+class Side(Mapping):
+    """One side of a page: parameters `p`, and {name of the runs: records}, None for an absent one.
+
+    name: "Reproduced" or "This build", as sentences and captions begin. fill: the command that
+    computes what is absent.
+    """
+
+    def __init__(self, name: str, p: Profile, records: dict[str, list[Record | None]], fill: str):
+        self.name, self.p, self.records, self.fill = name, p, records, fill
+
+    def __getitem__(self, key: str) -> list[Record | None]:
+        try:
+            return self.records[key]
+        except KeyError:
+            raise KeyError(
+                f"{self.p.notebook} plans no runs called {key!r} in its {self.p.profile} profile; "
+                f"it plans {', '.join(map(repr, self.records)) or 'none'}"
+            ) from None
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.records
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def label(self) -> str:
+        """The name inside of a sentence: "reproduced" or "this build"."""
+        return self.name[0].lower() + self.name[1:]
+
+    def done(self, key: str) -> list[Record]:
+        """Returns the finished records of some runs, one a seed; none where no run is planned."""
+        return finished(self.get(key, []))
+
+    def accuracy(self, key: str) -> Interval | None:
+        """Returns the test top-1 in percent over the seeds of some runs; None without a record."""
+        return accuracy_interval(self.get(key, []))
+
+    def gaps(self, keys: Iterable[str] | Callable[[str], bool] | None = None) -> str:
+        """Says in a caption which records are absent and what fills them; nothing if all are there.
+
+        keys: names of the runs that are shown, or a condition on them; None = all.
+        """
+        shown = keys if callable(keys) else set(self if keys is None else keys).__contains__
+        return text.gaps({name: group for name, group in self.items() if shown(name)}, self.fill)
+
+    def show(self, figure: Figure, caption: str, alt: str, keys: Any = None) -> Shown:
+        """Puts a figure on the page; its caption ends with the gaps of the runs that it shows."""
+        return show(figure, caption + self.gaps(keys), alt)
+
+
+class Page:
+    """The plumbing of a notebook: both sides, the command that fills them, and the common parts.
+
+    grid: the notebook's function from parameters to runs. p: the parameters of this build.
+    reads: key of the notebook whose records the page shows, where it plans none of its own.
+    """
+
+    def __init__(self, grid: Callable[[Profile], Grid], p: Profile, reads: str | None = None):
+        self.p, self.small = p, profile(p.notebook, PUBLISHED)
+        packaged = self.small.base_fields.get("data", {}).get("name") == "mnist5k"
+        self.fill = "" if packaged else "MOE_DATA=... "  # only a data set in a folder needs one
+        self.fill += f"python -m lib run {reads or p.notebook} --profile {PUBLISHED} --records"
+        self.build = Side("This build", p, collect(grid(p)), self.fill)
+        self.reproduced = Side("Reproduced", self.small, load(grid(self.small)), self.fill)
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        """What was reproduced, then this build."""
+        return self.reproduced, self.build
+
+    def intro(self, *more: str, describe: Callable[[Profile], str] | None = None) -> Markdown:
+        """Says what either side was computed on, then `more`. describe: by default the base run."""
+        describe = describe or (lambda p: p.base.describe())
+        sides = (f"**{side.name}:** {describe(side.p)}." for side in self.sides)
+        return text.say(*sides, *more)
+
+    def answer(self, claims: Claims) -> Markdown:
+        """Lists the claims by verdict, on the reproduced records: the head of a page."""
+        return text.answer(claims(self.reproduced), self.reproduced.name)
+
+    def verdicts(self, claims: Claims, caption: str = text.RULE) -> tables.Table:
+        """Tabulates the claims of both sides with the numbers behind them."""
+        judged = [v.said_of(side.name) for side in self.sides for v in claims(side)]
+        return text.verdicts(judged, caption)
+
+    def table(
+        self,
+        settings: pd.DataFrame,
+        published: tables.Columns,
+        ours: Callable[[Side], tables.Columns],
+        keys: Sequence[str] | None = None,
+        **options: Any,
+    ) -> tables.Table:
+        """Sets published values, reproduced ones and those of this build beside each other.
+
+        ours: the columns of one side, a cell for each row of `settings`. keys: the runs of each
+        row; an empty reproduced cell then names the fill command only where such runs are planned.
+        options: of `report.tables.three_groups`.
+        """
+
+        def fill(row: int, group: str) -> str | None:
+            planned = keys is None or keys[row] in self.reproduced
+            return self.fill if group == self.reproduced.label and planned else None
+
+        columns = [ours(side) for side in self.sides]
+        return tables.three_groups(settings, published, *columns, fill, **options)
+
+    def rows(self, of: Callable[[Side], Iterable[Mapping[str, Any]]]) -> pd.DataFrame:
+        """Puts the rows that a function gives of either side under each other, by source."""
+        return pd.DataFrame([{"source": s.label} | dict(row) for s in self.sides for row in of(s)])
+
+    def costs(self, limit: str | None = None, keys: Sequence[str] | None = None) -> tables.Table:
+        """Tabulates size, multiply-adds and measured speed, one run of each name.
+
+        limit: name of the dense runs whose speed, scaled by multiply-adds, is the bound. keys: the
+        runs that are shown; None = all.
+        """
+        frame = self.rows(lambda side: cost_rows(side, limit, keys))
+        bound = f" Limit: the speed of {limit!r} scaled by multiply-adds." if limit else ""
+        return tables.table(
+            frame,
+            "Size, multiply-adds and measured speed, one run an arm. Other work on the same "
+            f"machine disturbed the speed, so it is a bound from below.{bound}{self.gaps(keys)}",
+            decimals=tables.COST_DECIMALS,
+        )
+
+    def each(self, draw: Callable[[Side], Any]) -> None:
+        """Displays what a function makes of either side, the reproduced one first.
+
+        None is skipped.
+        """
+        for side in self.sides:
+            drawn = draw(side)
+            if drawn is not None:
+                display(drawn)
+
+    def gaps(self, keys: Any = None) -> str:
+        """Says which reproduced records are absent; see `Side.gaps`."""
+        return self.reproduced.gaps(keys)
+
+    def show(self, figure: Figure, caption: str, alt: str, keys: Any = None) -> Shown:
+        """Puts a figure of both sides on the page; see `Side.show`."""
+        return self.reproduced.show(figure, caption, alt, keys)
+
+
+def page(grid: Callable[[Profile], Grid], p: Profile, reads: str | None = None) -> Page:
+    """Collects the runs of a notebook and returns its `Page`; see there."""
+    return Page(grid, p, reads)

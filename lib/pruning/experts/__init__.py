@@ -1,0 +1,1 @@
+"""Whole experts: their scores, and dropping or merging them."""

@@ -1,0 +1,195 @@
+"""The model behind the guarantee for pruning by router norms, simulated (Chowdhury et al. 2024,
+2405.16646, section 4).
+
+An image is a set of n patches out of an orthonormal set of patterns. Pattern 0 stands in each image
+of class +1, pattern 1 in each image of class -1, exactly once; the others are irrelevant to the
+label. A patch is written as the index of its pattern: turning all patterns by one rotation, and
+router and hidden rows with them, changes no inner product and no norm.
+
+Each expert s takes the l patches J_s(x) with the largest router values and weighs them by a softmax
+over these l:
+
+    f(x) = sum_s f_s(x),   f_s(x) = a_s sum_{j in J_s(x)} G_sj sum_r relu(<w_sr, x_j>),   G_s = softmax of <w_s, x_j> over J_s
+
+with fixed signs a_s, half of them +1. The loss is max(0, 1 - y f(x)); SGD with one rate for hidden
+and one for router rows.
+
+Axis letters: **B** images, **N** patches of an image (n), **L** patches an expert takes (l), **P**
+patterns, **H** neurons of an expert, **E** experts, **S** logged steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from ...spec import Positive, Spec
+
+Rate = Annotated[float, Field(gt=0)]
+
+
+class PatchSpec(Spec):
+    """Sizes, rates and starting scales of a simulation."""
+
+    patterns: Annotated[int, Field(ge=3)] = 64  # P, the two that bear the label counted
+    patches: Positive = 16  # n, patches of an image
+    taken: Positive = 4  # l, patches that an expert takes
+    experts: Annotated[int, Field(ge=2)] = 16  # E; even, so that each class has as many
+    neurons: Positive = 8  # H of an expert
+    batch: Positive = 64  # images a step
+    steps: Positive = 400
+    lr_expert: Rate = 0.1  # of the hidden rows
+    lr_router: Rate = 2.0  # of the router rows
+    # of the hidden rows at the start; small, so that the label is learnt and not drawn
+    hidden_std: Rate = 0.01
+    router_std: Rate = 0.3  # of the router rows at the start, before they are scaled by expert
+    # routers start scaled by 1 to 1 + spread: pretrained ones differ in norm
+    spread: Annotated[float, Field(ge=0)] = 0.5
+    # experts of each class that pretraining has turned to its pattern
+    specialists: Annotated[int, Field(ge=0)] = 2
+    # of their router value for it, in standard deviations of their row
+    head_start: Annotated[float, Field(ge=0)] = 3.0
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.experts % 2:
+            raise ValueError(
+                f"experts={self.experts} must be even: half of them vote for each class"
+            )
+        if self.specialists > self.experts // 2:
+            raise ValueError(
+                f"specialists={self.specialists} of each class is more than the {self.experts // 2} experts that "
+                "vote for it"
+            )
+        if self.patches > self.patterns - 1:
+            raise ValueError(
+                f"patches={self.patches} is too many: an image has one of the two patterns with a label and "
+                f"different ones of the {self.patterns - 2} others, so at most {self.patterns - 1}"
+            )
+        if self.taken > self.patches:
+            raise ValueError(
+                f"taken={self.taken} is more than the patches={self.patches} of an image"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class PatchModel:
+    """router: (E, P); hidden: (E, H, P); sign: (E,) +1 or -1."""
+
+    router: Tensor
+    hidden: Tensor
+    sign: Tensor
+
+    def votes(self, patches: Tensor, taken: int) -> Tensor:
+        """patches: (B, N) patterns -> (E, B) what each expert adds to the output; pruning an expert
+        takes its row away."""
+        gate, chosen = self.gates(patches, taken)
+        rows = self.hidden.transpose(1, 2)  # (E, P, H)
+        active = (
+            rows[torch.arange(len(rows)).view(-1, 1, 1), chosen].relu().sum(dim=-1)
+        )  # (E, B, L)
+        return self.sign.unsqueeze(1) * (gate * active).sum(dim=-1)
+
+    def gates(self, patches: Tensor, taken: int) -> tuple[Tensor, Tensor]:
+        """patches: (B, N) -> (E, B, L) gates over the patches that each expert takes, and (E, B, L)
+        their patterns."""
+        value, place = self.router[:, patches].topk(taken, dim=-1)
+        return value.softmax(dim=-1), patches.expand(len(self.router), -1, -1).gather(2, place)
+
+
+@dataclass(frozen=True)
+class PatchRun:
+    """One simulation. step: (S,); norm: (S, E) router norms; loss: (S,) means over a batch;
+    proficiency: (E,) at the start, for the label that the expert votes for; before and after: the
+    model."""
+
+    step: list[int]
+    norm: Tensor
+    loss: list[float]
+    proficiency: Tensor
+    before: PatchModel
+    after: PatchModel
+
+    def scores(self) -> dict[str, Tensor]:
+        """{name: (E,)}, high = keep, as in `experts.scores`; load cannot rank: every expert takes l
+        patches of each image."""
+        before, after = self.before, self.after
+        change = after.router.norm(dim=1) - before.router.norm(dim=1)
+        return {
+            "router_norm_change": change,
+            "router_norm_change_abs": change.abs(),
+            "router_change": (after.router - before.router).norm(dim=1),
+            "router_norm": after.router.norm(dim=1),
+            "weight_change": (after.hidden - before.hidden).flatten(1).norm(dim=1),
+        }
+
+
+def draw(spec: PatchSpec, images: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(B, N) patterns and (B,) labels +1 or -1. Irrelevant patterns differ within an image, so that
+    no choice is a tie; the order of patches means nothing and is not shuffled."""
+    second = torch.randint(2, (images, 1), generator=generator)
+    order = torch.rand(images, spec.patterns - 2, generator=generator).argsort(dim=1)
+    return torch.cat([second, 2 + order[:, : spec.patches - 1]], dim=1), 1.0 - 2.0 * second[:, 0]
+
+
+def start(spec: PatchSpec, generator: torch.Generator) -> PatchModel:
+    """The pretrained model: normal rows, each router scaled by a factor of its own, the first
+    experts of each class with a head start. The theorem supposes that some experts are proficient
+    from the start; a plain normal draw leaves that to luck."""
+    scale = spec.router_std * (1 + spec.spread * torch.rand(spec.experts, 1, generator=generator))
+    sign = torch.ones(spec.experts)
+    sign[spec.experts // 2 :] = -1.0
+    router = torch.randn(spec.experts, spec.patterns, generator=generator)
+    for pattern, first in enumerate((0, spec.experts // 2)):
+        router[first : first + spec.specialists, pattern] += spec.head_start
+    hidden = torch.randn(spec.experts, spec.neurons, spec.patterns, generator=generator)
+    return PatchModel(scale * router, spec.hidden_std * hidden, sign)
+
+
+def proficiency(
+    model: PatchModel, spec: PatchSpec, generator: torch.Generator, images: int = 2000
+) -> Tensor:
+    """(E,) chance that the pattern of the class that an expert votes for is among its l patches
+    with a gate of at least 1/l."""
+    patches, label = draw(spec, images, generator)
+    gate, chosen = model.gates(patches, spec.taken)
+    mine = model.sign.unsqueeze(1) == label  # (E, B) images of the class that the expert votes for
+    seen = ((chosen == patches[:, 0].view(1, -1, 1)) & (gate >= 1 / spec.taken)).any(dim=-1)
+    return (seen & mine).sum(dim=1) / mine.sum(dim=1).clamp_min(1)
+
+
+def sgd_step(
+    model: PatchModel, patches: Tensor, label: Tensor, spec: PatchSpec
+) -> tuple[PatchModel, float]:
+    """One step on (B, N) patches and (B,) labels: the new model, and the mean hinge loss before it."""
+    router, hidden = model.router.detach().requires_grad_(), model.hidden.detach().requires_grad_()
+    output = replace(model, router=router, hidden=hidden).votes(patches, spec.taken).sum(dim=0)
+    loss = (1 - label * output).relu().mean()
+    by_router, by_hidden = torch.autograd.grad(loss, (router, hidden))
+    return replace(
+        model,
+        router=(router - spec.lr_router * by_router).detach(),
+        hidden=(hidden - spec.lr_expert * by_hidden).detach(),
+    ), loss.item()
+
+
+def simulate(spec: PatchSpec, generator: torch.Generator, every: int = 20) -> PatchRun:
+    """Train from `start` on fresh images in each step; norms are logged every `every` steps and at
+    the end."""
+    model = before = start(spec, generator)
+    skill = proficiency(before, spec, generator)
+    steps, norms, losses = [], [], []
+    for step in range(spec.steps + 1):
+        patches, label = draw(spec, spec.batch, generator)
+        updated, loss = sgd_step(model, patches, label, spec)
+        if step % every == 0 or step == spec.steps:
+            steps.append(step)
+            norms.append(model.router.norm(dim=1))
+            losses.append(loss)
+        model = updated if step < spec.steps else model
+    return PatchRun(steps, torch.stack(norms), losses, skill, before, model)

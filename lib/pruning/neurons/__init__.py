@@ -1,0 +1,1 @@
+"""Hidden neurons and attention dimensions: their scores and their physical removal."""

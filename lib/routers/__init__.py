@@ -1,0 +1,2 @@
+"""Routers: which tokens go to which experts. One file a router; `base` is the contract that each
+fulfils."""

@@ -1,0 +1,47 @@
+"""Routes a token to the expert whose cluster centre is nearest (MoEE, 2505.15414).
+
+Axis letters: **T** tokens, **D** width, **E** experts, **K** experts per token.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .hard import HardRouter
+
+
+class CentroidRouter(HardRouter):
+    """The expert whose centre is nearest: weight (E, D) and bias (E,) are buffers, so no finetuning
+    moves them.
+
+    All three measures order experts by a linear function of the token, since its own norm does not
+    change the order.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, top_k: int = 1):
+        super().__init__(len(weight), top_k)
+        self.register_buffer("weight", weight.detach().float().clone())
+        self.register_buffer("bias", bias.detach().float().clone())
+
+    @classmethod
+    def of(
+        cls, means: Tensor, measure: str = "cosine", centre: Tensor | None = None, top_k: int = 1
+    ) -> CentroidRouter:
+        """means: (E, D) mean inputs of the clusters. measure: "cosine", as in MoEE; "centred", the
+        cosine after `centre` (D,), the mean of all tokens, was taken from both; "nearest",
+        Euclidean. ValueError for another one."""
+        if measure == "nearest":
+            return cls(means, -means.square().sum(dim=1) / 2, top_k)
+        if measure not in ("cosine", "centred"):
+            raise ValueError(
+                f"measure={measure!r} is unknown: valid are cosine, centred and nearest"
+            )
+        centre = torch.zeros_like(means[0]) if measure == "cosine" else centre
+        unit = F.normalize(means - centre, dim=1)
+        return cls(unit, -unit @ centre, top_k)
+
+    def scores(self, rows: Tensor) -> Tensor:
+        """rows: (T, D) -> (T, E)."""
+        return F.linear(rows, self.weight.float(), self.bias.float())

@@ -1,0 +1,41 @@
+"""Two controls of extraction: a router that chooses without looking, and one that looks at what it
+saves.
+
+Axis letters: **T** tokens, **D** width, **H** hidden width, **E** experts.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .hard import HardRouter
+
+
+class RandomRouter(HardRouter):
+    """Experts drawn without looking, the control. The draw depends on the place in the batch alone,
+    so that it repeats."""
+
+    def scores(self, rows: Tensor) -> Tensor:
+        """rows: (T, D) -> (T, E)."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.rand(len(rows), self.experts, generator=generator).to(rows.device)
+
+
+class OracleRouter(HardRouter):
+    """The control at the other end: the cluster that the token's hidden activations are nearest to.
+    It computes the whole dense layer to find out, so it saves nothing. centres: (E, H); weight (H,
+    D), bias (H,): of the dense first layer."""
+
+    def __init__(self, centres: Tensor, weight: Tensor, bias: Tensor, act: nn.Module):
+        super().__init__(len(centres))
+        for name, held in (("centres", centres), ("weight", weight), ("bias", bias)):
+            self.register_buffer(name, held.detach().float().clone())
+        self.act = act
+
+    def scores(self, rows: Tensor) -> Tensor:
+        """rows: (T, D) -> (T, E)."""
+        centres = self.centres.float()
+        hidden = self.act(F.linear(rows, self.weight.float(), self.bias.float()))
+        return F.linear(hidden, centres, -centres.square().sum(dim=1) / 2)

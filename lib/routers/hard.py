@@ -1,0 +1,46 @@
+"""Routers and storage of experts that were cut out of a trained MLP (MoEE, 2505.15414; MoEfication,
+2110.01786).
+
+Decisions are hard and no gate weighs an output: experts were parts of a whole that was not weighed
+either.
+
+Axis letters: **B** images, **N** tokens of an image, **T** = B*N, **D** width, **H** hidden width
+(of each expert its own), **U** neurons in any expert, **E** experts, **K** experts per token.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from .base import Routing, assign
+
+
+class HardRouter(nn.Module, ABC):
+    """The K experts with the largest scores, with weight 1. Subclasses give `scores`."""
+
+    def __init__(self, experts: int, top_k: int = 1):
+        super().__init__()
+        if not 1 <= top_k <= experts:
+            raise ValueError(f"top_k={top_k} of {experts} experts: valid is 1 to {experts}")
+        self.experts, self.top_k = experts, top_k
+
+    @abstractmethod
+    def scores(self, rows: Tensor) -> Tensor:
+        """rows: (T, D), float32 -> (T, E), float32, whatever the number type of the weights: close
+        decisions would flip."""
+
+    def forward(self, x: Tensor) -> Routing:
+        """x: (B, N, D) -> a Routing whose probabilities are 1/K for the chosen experts and 0 for
+        the others."""
+        b, n, d = x.shape
+        with torch.autocast(x.device.type, enabled=False):
+            logits = self.scores(x.reshape(b * n, d).float())
+        choice = logits.topk(self.top_k, dim=-1).indices
+        probs = torch.zeros_like(logits).scatter(1, choice, 1 / self.top_k)
+        return assign(choice, torch.ones_like(choice, dtype=logits.dtype), probs, logits, (b, n))
+
+    def extra_repr(self) -> str:
+        return f"experts={self.experts}, top_k={self.top_k}"

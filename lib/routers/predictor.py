@@ -1,0 +1,25 @@
+"""A small trained network that predicts which experts respond (MoEfication, 2110.01786).
+
+Axis letters: **T** tokens, **D** width, **E** experts, **K** experts per token.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .hard import HardRouter
+
+
+class PredictorRouter(HardRouter):
+    """Two linear maps with tanh between, trained to predict which groups of neurons respond
+    (MoEfication)."""
+
+    def __init__(self, width: int, experts: int, top_k: int):
+        super().__init__(experts, top_k)
+        self.fc1, self.fc2 = nn.Linear(width, experts), nn.Linear(experts, experts)
+
+    def scores(self, rows: Tensor) -> Tensor:
+        """rows: (T, D) -> (T, E)."""
+        hidden = F.linear(rows, self.fc1.weight.float(), self.fc1.bias.float()).tanh()
+        return F.linear(hidden, self.fc2.weight.float(), self.fc2.bias.float())

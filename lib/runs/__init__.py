@@ -1,0 +1,1 @@
+"""From a RunSpec to its record: collecting, executing, storing and locking."""

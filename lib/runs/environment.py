@@ -1,0 +1,59 @@
+"""One RunSpec carried out: data, model, what is cut, training, evaluation and probes; a record as a
+dict with its arrays.
+
+Nothing here knows the store or its locks: `runs` calls `execute`, in this process or in a worker.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..spec import RunSpec
+
+
+def environment(spec: RunSpec) -> dict[str, Any]:
+    """Versions, processor and how it multiplies: with spec and threads, all that a bit-for-bit
+    equal record depends on."""
+    from ..training.bfloat16 import in_hardware
+
+    names = ("torch", "timm", "numpy", "datasets")
+    where = {} if spec.device == "cpu" else {"accelerator": _accelerator()}
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+        "processor": processor(),
+        **where,
+        "threads": spec.threads,
+        "products": spec.dtype if in_hardware(spec) else f"float32, rounded to {spec.dtype}",
+    }
+
+
+def _accelerator() -> str:
+    """The graphics card's model name; "none" where there is none, and the run is about to fail."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+
+
+def processor() -> str:
+    """The processor's model name, as the system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def code_hash() -> str:
+    """16 digits over the modules of `lib` that decide a result; shown as "computed by an older lib"
+    when it differs."""
+    rooms = ("inputs", "models", "routers", "pruning", "extraction", "training")
+    here = Path(__file__).parent.parent
+    files = sorted(file for room in rooms for file in (here / room).rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]

@@ -1,0 +1,32 @@
+"""A timm model and its starting weights."""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+
+from .base import Positive, Share, Spec
+
+
+class BackboneSpec(Spec):
+    """A timm model and its starting weights."""
+
+    name: str = "vit_tiny_patch16_224"  # timm architecture
+    weights: str | None = (
+        # None = random | dinov2-s14-saliency | timm | file:NAME or pth:NAME@SHA256 in MOE_WEIGHTS
+        None
+    )
+    patch: Positive | None = None  # pixels; None = the architecture's own (as are the next three)
+    width: Positive | None = None  # D
+    depth: Positive | None = None  # blocks
+    heads: Positive | None = None  # attention heads; must divide the width
+    hidden: Positive | None = None  # H of the MLPs
+    # largest stochastic-depth rate; timm lets it grow linearly over the blocks
+    drop_path: Share = 0.0
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self):
+        if self.width and self.heads and self.width % self.heads:
+            raise ValueError(f"heads={self.heads} must divide width={self.width}")
+        if self.hidden and not self.width:
+            raise ValueError(f"hidden={self.hidden} is set as a ratio to the width: set width, too")
+        return self

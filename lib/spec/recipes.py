@@ -1,0 +1,65 @@
+"""Published methods whose training has stages, as runs that start from runs. What is varied, and
+how far, is the notebook's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .run import RunSpec
+from .training import MaskSpec
+
+
+def pretrained(run: RunSpec, mask: MaskSpec, **train: object) -> RunSpec:
+    """Masked pretraining of the model of `run`, from random weights; train: fields of its TrainSpec
+    (2111.06377)."""
+    return run.but(init=None, train={"mask": mask} | train)
+
+
+def made_sparse(
+    dense: RunSpec,
+    gate_epochs: float,
+    free_epochs: float,
+    *,
+    target: str = "choice",
+    random_gate: bool = False,
+) -> RunSpec:
+    """From a mixture with all experts active to top-1 (Durham report, section 3): a new gate is
+    trained alone towards the dense one, then everything. Returns the last run; the dense one stands
+    at its root.
+
+    target: what the gate is trained towards, besides the task: the dense gate's "choice", its
+    "probabilities", or "none". random_gate: the dense gate is drawn anew before it teaches, and the
+    experts are kept (our control).
+    """
+    teacher = dense.but(init=dense, fresh_routers=True, train=None) if random_gate else dense
+    gate = dense.but(
+        moe={"top_k": 1},
+        init=teacher,
+        fresh_routers=True,
+        train={"epochs": gate_epochs, "trainable": "routers", "distil": target},
+    )
+    return gate.but(
+        init=gate,
+        fresh_routers=False,
+        train={"epochs": free_epochs, "trainable": "all", "distil": "none"},
+    )
+
+
+def warmed_up(run: RunSpec, groups: Sequence[Sequence[int]], share: float) -> RunSpec:
+    """`run` after a warm-up, in which each expert trains on the classes of its group alone (Leiden
+    thesis, section 4).
+
+    share: of the run's passes that the warm-up takes. What `run` prunes is cut before the warm-up.
+    """
+    epochs = run.train.epochs
+    by_class = {
+        "router": "manual",
+        "top_k": 1,
+        "groups": tuple(map(tuple, groups)),
+        "balance": "none",
+        "balance_weights": None,
+        "capacity_factor": None,
+        "batch_priority": False,
+    }
+    first = run.but(moe=by_class, train={"epochs": epochs * share})
+    return run.but(init=first, prune=None, train={"epochs": epochs * (1 - share)})

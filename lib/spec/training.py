@@ -1,0 +1,55 @@
+"""How a model is trained: masked pretraining, and one stage of optimisation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from .base import Positive, Share, Spec
+
+
+class MaskSpec(Spec):
+    """Masked-autoencoder pretraining (MAE, 2111.06377): what is hidden, and the decoder that fills
+    it in."""
+
+    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75  # share of the patches that is hidden
+    width: Positive = 192  # of the decoder
+    depth: Positive = 4  # decoder blocks
+    heads: Positive = 6  # decoder attention heads; must divide the decoder width
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(
+                f"decoder width={self.width} must be a multiple of heads={self.heads} and of 4 (its fixed "
+                "two-dimensional position table)"
+            )
+        return self
+
+
+class TrainSpec(Spec):
+    """One stage of training. AdamW, warm-up and cosine per step, layer-wise learning-rate decay
+    (timm)."""
+
+    # passes over the training images; may be fractional
+    epochs: Annotated[float, Field(gt=0)] = 3.0
+    batch: Positive = 64  # images a step
+    lr: Annotated[float, Field(gt=0)] = 3e-4  # peak learning rate of the head
+    # not on biases, norms and position embeddings
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    # lr factor a block, from the head down (ViMoE: 0.65)
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    warmup: Share = 0.1  # share of all steps
+    label_smoothing: Share = 0.0
+    clip: Annotated[float, Field(gt=0)] | None = 1.0  # largest gradient norm
+    ema: Share | None = None  # decay of the weight average that is evaluated; None = no average
+    mask: MaskSpec | None = None  # pretraining by reconstruction instead of classification
+    # routers, head: everything else is frozen
+    trainable: Literal["all", "routers", "head", "no_attention"] = "all"
+    # the parent's gates as target: their argmax or softmax
+    distil: Literal["none", "choice", "probabilities"] = "none"
+    # weight of the parent's logits as target, the rest is the labels'
+    distil_logits: Annotated[float, Field(ge=0, le=1)] = 0.0
+    # share of the steps in which experts are dropped one
+    single_expert_at: Annotated[float, Field(gt=0, le=1)] | None = None

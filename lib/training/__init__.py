@@ -1,0 +1,1 @@
+"""One training loop, its losses, evaluation, and bfloat16 arithmetic."""

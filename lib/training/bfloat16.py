@@ -1,0 +1,70 @@
+"""bfloat16 on processors that cannot multiply it: the same numbers, at the speed of float32.
+
+Where a processor has no vectors of 512 bits, torch multiplies bfloat16 in scalar code: a training
+step of ViT-S took forty times as long as in float32. Hardware multiplies bfloat16 operands exactly,
+sums in float32 and rounds once. So does the mode below, with float32 products of the same operands:
+results differ from the hardware's in the order of sums only, and what is saved for the backward
+pass is bfloat16 as it would be there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from ..spec import RunSpec
+
+_ATEN = torch.ops.aten
+PRODUCTS = frozenset(
+    op.default
+    for op in (
+        _ATEN.mm,
+        _ATEN.addmm,
+        _ATEN.bmm,
+        _ATEN.baddbmm,
+        _ATEN.convolution,
+        _ATEN.convolution_backward,
+        _ATEN.linear,
+        _ATEN.matmul,
+        _ATEN.conv2d,
+    )
+)  # the last three come whole under inference_mode
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 in vectors: x86 with AVX-512, Arm with SVE."""
+    return torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "SVE"))
+
+
+class RoundedProducts(TorchDispatchMode):
+    """While active, products of bfloat16 tensors are computed in float32 and rounded to bfloat16;
+    all else is as it was.
+
+    A backward pass needs it too: it multiplies. Attention must be written out
+    (`backbone.write_out_attention`): a fused kernel keeps its products to itself.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        low = func in PRODUCTS and any(
+            isinstance(each, Tensor) and each.dtype is torch.bfloat16 for each in args
+        )
+        if not low:
+            return func(*args, **(kwargs or {}))
+        wide = tree_map_only(Tensor, Tensor.float, (args, kwargs or {}))
+        return tree_map_only(Tensor, Tensor.bfloat16, func(*wide[0], **wide[1]))
+
+
+def in_hardware(spec: RunSpec) -> bool:
+    """Whether the run's products are computed in the type that the spec names; else they are
+    rounded to it."""
+    return spec.dtype != "bfloat16" or spec.device != "cpu" or multiplies_bfloat16()
+
+
+def products(spec: RunSpec) -> contextlib.AbstractContextManager:
+    """The mode for a run in bfloat16 on a processor that cannot multiply it; for all others
+    nothing."""
+    return contextlib.nullcontext() if in_hardware(spec) else RoundedProducts()

@@ -1,0 +1,350 @@
+"""Kill, full disk, rivals, lost workers: after each of them the store is whole and the next start
+goes on."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lib import paths
+from lib.runs import collect as runs
+from lib.runs import locks
+from lib.runs.store import Store
+from lib.spec import BackboneSpec, DataSpec, MoESpec, RunSpec, TrainSpec
+from lib.training import loop
+
+SPEC = RunSpec(
+    data=DataSpec(train=64, val=20, test=30, augment="shift"),
+    backbone=BackboneSpec(patch=7, width=16, depth=2, heads=2),
+    moe=MoESpec(layers=1, experts=2, noise=1.0),
+    train=TrainSpec(epochs=2.0, batch=16, ema=0.9),
+    threads=1,
+)  # 8 steps
+
+
+def python(code: str, *arguments: str, **environment: str) -> subprocess.Popen:
+    """A python process with `lib` on its path."""
+    env = {**os.environ, "PYTHONPATH": str(paths.ROOT), **environment}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Runs are made up; returns the seeds computed so far."""
+    log: list[int] = []
+
+    def execute(spec, states, checkpoint=None):
+        log.append(spec.seed)
+        return {
+            "id": spec.id,
+            "spec": spec.model_dump(mode="json"),
+            "status": "ok",
+            "weights": {"final": "f"},
+            "test": {"top1": 50.0},
+        }, {"test_pred": np.arange(1000) % 7}
+
+    monkeypatch.setattr(runs, "execute", execute)
+    return log
+
+
+# ---- kill
+# ---------------------------------------------------------------------------------------------------------------
+
+KILLED_RUN = """
+import os, signal, sys
+from pathlib import Path
+from types import SimpleNamespace
+from lib.runs import collect as runs
+from lib.runs.store import Store
+from lib.spec import RunSpec
+from lib.training import loop
+
+steps, real = [0], loop._losses
+def losses(*args):
+    steps[0] += 1
+    if steps[0] == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+
+loop._losses = losses
+loop.CHECKPOINT_SECONDS = 0  # and a clock that ticks once a step: a checkpoint after each
+loop.time = SimpleNamespace(monotonic=lambda: steps[0], perf_counter=loop.time.perf_counter)
+where = Store(Path(sys.argv[1]) / "published", Path(sys.argv[1]) / "private")
+runs.collect({"a": [RunSpec.model_validate_json(sys.argv[2])]}, where=where)
+"""
+
+
+def test_kill_in_the_middle_of_a_run(where, tmp_path, monkeypatch):
+    child = python(KILLED_RUN, str(tmp_path), SPEC.model_dump_json())
+    _, error = child.communicate(timeout=120)
+    assert child.returncode == -signal.SIGKILL, error
+    assert where.checkpoint(SPEC.id).is_file() and where.find(SPEC.id) is None
+    assert runs.status_of(SPEC, where) == "missing"  # its lock died with it
+
+    steps, real = [0], loop._losses
+    monkeypatch.setattr(
+        loop, "_losses", lambda *args: steps.__setitem__(0, steps[0] + 1) or real(*args)
+    )
+    record = runs.collect({"a": [SPEC]}, where=where)["a"][0]
+    assert steps[0] == 2  # six of the eight steps were done by the killed process
+    whole = runs.collect({"a": [SPEC]}, where=Store(tmp_path / "p", tmp_path / "q"))["a"][0]
+    assert record.result() == whole.result() and steps[0] == 10
+    assert not list(where.checkpoint("").parent.iterdir())
+
+
+KILLED_WRITE = """
+import os, signal, sys
+from pathlib import Path
+from lib import paths
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if sys.argv[2] == "before the rename":
+    os.replace = die
+with paths.written_whole(Path(sys.argv[1])) as part:
+    part.write_text("new" if sys.argv[2] == "before the rename" else "ne")
+    if sys.argv[2] == "half-way":
+        die()
+"""
+
+
+@pytest.mark.parametrize("moment", ["half-way", "before the rename"])
+@pytest.mark.parametrize("old", [None, "old"])
+def test_kill_in_the_middle_of_a_write(tmp_path, moment, old):
+    file = tmp_path / "record.json"
+    if old:
+        file.write_text(old)
+    child = python(KILLED_WRITE, str(file), moment)
+    _, error = child.communicate(timeout=60)
+    assert child.returncode == -signal.SIGKILL, error
+    assert (file.read_text() if file.exists() else None) == old
+    [left] = [each for each in tmp_path.iterdir() if each != file]
+    assert left.name.startswith(".record.json.") and left.suffix == ".part"
+
+
+def test_leftovers_of_killed_writes_are_never_read(where, quick):
+    folder = where.private / "records" / "foundations"
+    folder.mkdir(parents=True)
+    for name in (f".{SPEC.id}.json.77.part", f".{SPEC.id}.npz.77.part"):
+        (folder / name).write_text("half")
+    (folder / f"{SPEC.id}.npz").write_text("arrays whose JSON was never written")
+    assert runs.load({"a": [SPEC]}, where) == {"a": [None]}
+    record = runs.collect({"a": [SPEC]}, where=where)["a"][0]
+    assert quick == [0] and record.arrays["test_pred"].shape == (1000,)
+    assert runs.load({"a": [SPEC]}, where)["a"][0].result() == record.result()
+
+
+# ---- full disk
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "works_for", [0, 2], ids=["arrays", "json"]
+)  # two syncs a file: itself and its folder
+def test_full_disk(where, quick, monkeypatch, works_for):
+    left, real = [works_for], os.fsync
+
+    def fsync(handle):
+        if left[0] == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        left[0] -= 1
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space left on device"):
+        runs.collect({"a": [SPEC]}, where=where)
+    assert where.find(SPEC.id) is None and not list(where.private.rglob("*.part"))
+    monkeypatch.setattr(os, "fsync", real)
+    record = runs.collect({"a": [SPEC]}, where=where)["a"][0]
+    assert record.status == "ok" and quick == [0, 0]
+    assert runs.load({"a": [SPEC]}, where)["a"][0].result() == record.result()
+
+
+def test_write_that_fails_leaves_the_old_file_and_no_part(tmp_path):
+    file = tmp_path / "deep" / "file"
+    with paths.written_whole(file) as part:
+        part.write_text("old")
+    with pytest.raises(ZeroDivisionError), paths.written_whole(file) as part:
+        part.write_text("half")
+        1 / 0  # noqa: B018
+    assert file.read_text() == "old" and list(file.parent.iterdir()) == [file]
+
+
+# ---- rivals
+# -------------------------------------------------------------------------------------------------------------
+
+RIVAL = """
+import os, sys, time
+from pathlib import Path
+from lib.runs import collect as runs
+from lib.runs import locks
+from lib.runs.store import Store
+from lib.spec import RunSpec
+
+locks.POLL_SECONDS = 0.05
+folder = Path(sys.argv[1])
+
+def execute(spec, states, checkpoint=None):
+    with open(folder / "computed", "a") as log:
+        log.write(f"{os.getpid()}\\n")
+    time.sleep(1.0)
+    return {"id": spec.id, "spec": spec.model_dump(mode="json"), "status": "ok", "weights": {"final": "f"},
+            "test": {"top1": os.getpid()}}, {}
+
+runs.execute, runs.check = execute, lambda spec: None  # without torch: both are at the lock within the same second
+(folder / str(os.getpid())).touch()
+while len(list(folder.glob("[0-9]*"))) < 2:  # start together
+    time.sleep(0.01)
+where = Store(folder / "published", folder / "private")
+print(runs.collect({"a": [RunSpec.model_validate_json(sys.argv[2])]}, where=where)["a"][0].test["top1"])
+"""
+
+
+@pytest.mark.parametrize("kind", ["flock", "lease"])
+def test_two_processes_want_one_run(tmp_path, kind):
+    rivals = [python(RIVAL, str(tmp_path), SPEC.model_dump_json(), MOE_LOCK=kind) for _ in range(2)]
+    said = [rival.communicate(timeout=60) for rival in rivals]
+    assert [rival.returncode for rival in rivals] == [0, 0], said
+    computed = (tmp_path / "computed").read_text().split()
+    assert (
+        len(computed) == 1 and [out.split()[-1] for out, _ in said] == computed * 2
+    )  # both hold the one result
+    waited = "is being computed by another process: waiting for it"
+    assert sum(waited in out + error for out, error in said) == 1
+
+
+def test_lock_of_a_killed_process_is_free(tmp_path):
+    file = tmp_path / "lock"
+    code = (
+        "import os, signal, sys; from pathlib import Path; from lib.runs import locks\n"
+        "with locks.held(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(file)],
+        env={**os.environ, "PYTHONPATH": str(paths.ROOT)},
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert child.stdout.readline() == "held\n" and locks.is_held(file)
+    child.kill()
+    child.communicate(timeout=60)
+    assert not locks.is_held(file)
+    with locks.held(file, waiting=lambda: pytest.fail("waited for a dead process")):
+        assert locks.is_held(file)
+    assert not locks.is_held(file)
+
+
+def test_unknown_kind_of_lock(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOE_LOCK", "nfs")
+    with pytest.raises(
+        ValueError,
+        match="MOE_LOCK='nfs': valid are 'flock' .local disk. and 'lease' .shared storage.",
+    ):
+        with locks.held(tmp_path / "lock"):
+            pass
+
+
+@pytest.fixture
+def lease(tmp_path, monkeypatch) -> Path:
+    """Lease locks that count as abandoned after 0.6 s; returns a lock file."""
+    monkeypatch.setenv("MOE_LOCK", "lease")
+    monkeypatch.setattr(locks, "LEASE_SECONDS", 0.6)
+    monkeypatch.setattr(locks, "POLL_SECONDS", 0.02)
+    return tmp_path / "lock"
+
+
+def test_abandoned_lease_is_taken_over(lease):
+    lease.write_text("a machine that lost power")
+    old = time.time() - 2
+    os.utime(lease, (old, old))
+    assert not locks.is_held(lease)
+    with locks.held(lease, waiting=lambda: pytest.fail("waited for an abandoned lease")):
+        assert "lost power" not in lease.read_text() and locks.is_held(lease)
+    assert not list(lease.parent.iterdir())
+
+
+def test_fresh_lease_of_a_dead_holder_is_waited_for_once(lease):
+    lease.write_text("died a moment ago")
+    told, began = [], time.monotonic()
+    with locks.held(lease, waiting=lambda: told.append(1)):
+        assert 0.4 < time.monotonic() - began < 5 and told == [1]
+
+
+def test_live_lease_is_renewed_and_waited_for(lease):
+    events, inside = [], threading.Event()
+
+    def holder():
+        with locks.held(lease):
+            inside.set()
+            time.sleep(1.8)  # three times the age at which it would count as abandoned
+            events.append("released")
+
+    thread = threading.Thread(target=holder)
+    thread.start()
+    inside.wait()
+    with locks.held(lease, waiting=lambda: events.append("waiting")):
+        events.append("taken")
+    thread.join()
+    assert events == ["waiting", "released", "taken"] and not lease.exists()
+
+
+def test_holder_that_slept_through_its_lease_leaves_the_new_one_alone(lease):
+    with locks.held(lease):
+        lease.write_text("another process took over")
+        past = time.time() - 100
+        os.utime(lease, (past, past))
+        time.sleep(0.3)  # several renewals
+        assert time.time() - lease.stat().st_mtime > 50  # not renewed on the other's behalf
+    assert lease.read_text() == "another process took over"
+
+
+def test_late_takeover_gives_a_live_lease_back(lease, monkeypatch):
+    # Two waiters see an abandoned lease; the first takes it over before the second moves the file:
+    # the second must not win.
+    lease.write_text("the first waiter")
+    real, answers = locks._abandoned, [True]
+    monkeypatch.setattr(locks, "_abandoned", lambda file: answers.pop() if answers else real(file))
+    assert not locks._take(lease, "the second waiter")
+    assert lease.read_text() == "the first waiter" and list(lease.parent.iterdir()) == [lease]
+
+
+# ---- a lost worker
+# ------------------------------------------------------------------------------------------------------
+
+
+class Killing:
+    """A pool whose workers die at the first job, as under the out-of-memory killer."""
+
+    def __init__(self, pool):
+        self.pool = pool
+
+    def submit(self, call, *args):
+        return self.pool.submit(os._exit, 9)
+
+
+def test_lost_worker(where, quick):
+    specs = [SPEC.but(seed=seed) for seed in (1, 2)]
+    with runs.pool(1) as pool, pytest.warns(UserWarning, match="the worker of run .* was lost"):
+        records = runs.collect({"a": specs}, Killing(pool), where)["a"]
+    assert sorted(quick) == [1, 2]  # nothing twice
+    assert [record.spec.seed for record in records] == [1, 2]  # nothing lost
+    assert len(list((where.private / "records" / "foundations").glob("*.json"))) == 2
+    assert json.loads(records[0].file.read_text())["status"] == "ok"

@@ -1,0 +1,171 @@
+"""The build: what runs, what does not, and what a failure leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from lib import paths
+from lib.pages import build, manifest, parameters, profiles
+from lib.runs import store
+
+ANSWER = """from lib.verdicts.claims import Verdict
+from lib.report.text import answer
+answer([Verdict("Reproduced: a|b", "holds", "+1.0 [+0.5, +1.5] points, n=3", 3), Verdict("c", "not tested", "no records", 0)])"""
+
+
+@pytest.fixture
+def book(tiny, monkeypatch):
+    """The tiny book, seen by this process and its cache, too."""
+    for module in (manifest, parameters, profiles, build, paths):
+        monkeypatch.setattr(module, "ROOT", tiny.root)
+    monkeypatch.setattr(paths, "RESULTS", tiny.root / "data" / "results")
+    monkeypatch.setenv("MOE_CACHE", str(tiny.root / "cache"))
+    return tiny
+
+
+def why(key: str, profile: str = "quick") -> str | None:
+    return manifest.reason_to_run(key, profile)
+
+
+def test_build_then_nothing_then_only_what_changed(book):
+    book.notebook("a/one", "from lib.tiny import FACTOR", "print(FACTOR * p.width)", ANSWER)
+    book.notebook(
+        "a/two",
+        "text = open(lib.paths.ROOT / 'data/papers/tiny.yaml').read()",
+        "small = lib.load(grid(lib.profile('a/two', 'small')))\nprint(small)",
+        "import sys\nprint('a progress ' + 'bar', file=sys.stderr)",
+    )
+    assert why("a/one") == "never run"
+    built = book.build("-W")
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert "2 in the book, 2 to run (profile quick" in built.stdout
+    html = book.root / "_build" / "html"
+    assert (html / "index.html").is_file() and "6" in (
+        html / "notebooks" / "a" / "one.html"
+    ).read_text()
+    assert "a/one" in (html / "status.html").read_text()
+    assert "<strong>2 claims:</strong> 1 <em>holds</em>, 0" in (html / "verdicts.html").read_text()
+    told = (book.root / "book" / "verdicts_table.md").read_text()
+    assert "From [a/one](notebooks/a/one.ipynb): reproduced." in told
+    assert (
+        "## Notebook a/one" in told
+        and "| a\\|b | holds | +1.0 [+0.5, +1.5] points, n=3 |" in told
+        and "a/two" not in told
+    )
+
+    one = book.executed("a/one")
+    assert str(book.root) not in json.dumps(one)
+    assert [cell.get("execution_count") for cell in one["cells"]] == [None, 1, 2, 3, 4, 5, 6]
+    assert not any("lib.pages.manifest" in "".join(cell["source"]) for cell in one["cells"])
+    assert set(one["metadata"]["moe"]["modules"]) >= {
+        "lib/tiny.py",
+        "lib/spec/run.py",
+        "lib/__init__.py",
+    }
+    assert "a progress bar" not in json.dumps(book.executed("a/two"))  # chatter goes to the log
+    assert "a progress bar" in (book.root / "book" / "notebooks" / "a" / "two.log").read_text()
+    two = book.executed("a/two")["metadata"]["moe"]
+    assert list(two["papers"]) == ["data/papers/tiny.yaml"] and "lib/tiny.py" not in two["modules"]
+    assert len(two["records"]) == 2 and set(two["records"].values()) == {None}
+
+    stamps = [manifest.executed(key).stat().st_mtime_ns for key in ("a/one", "a/two")]
+    again = book.build()
+    assert again.returncode == 0 and "2 in the book, 0 to run" in again.stdout
+    assert stamps == [manifest.executed(key).stat().st_mtime_ns for key in ("a/one", "a/two")]
+
+    assert why("a/one", "smoke") == "was run with profile quick"
+    _changed(book.root / "lib" / "tiny.py", "lib/tiny.py changed", None)
+    _changed(book.root / "data" / "papers" / "tiny.yaml", None, "data/papers/tiny.yaml changed")
+    record = book.root / "data" / "results" / "foundations" / f"{next(iter(two['records']))}.json"
+    record.parent.mkdir(parents=True)
+    record.write_text("{}")
+    assert why("a/one") is None and why("a/two").startswith("1 of the records it read changed")
+    record.unlink()
+    table = book.root / "notebooks" / "profiles" / "small.yaml"
+    table.write_text(table.read_text().replace("layers: [0, 1]", "layers: [0, 2]"))
+    assert why("a/one") is None and why("a/two") == "its parameters changed (profile small)"
+    book.notebook("a/one", "print(1)")
+    assert why("a/one") == "the notebook changed"
+
+
+def _changed(path, one: str | None, two: str | None) -> None:
+    """Change a file, see who notices, and put it back."""
+    old = path.read_bytes()
+    path.write_bytes(old + b"# touched\n")
+    assert (why("a/one"), why("a/two")) == (one, two)
+    path.write_bytes(old)
+    assert (why("a/one"), why("a/two")) == (None, None)
+
+
+def test_failure_ends_the_build_and_keeps_the_part(book):
+    book.notebook("a/one", "print('so far')", "1 / 0", "print('never')")
+    built = book.build()
+    assert built.returncode != 0
+    said = built.stdout + built.stderr
+    assert (
+        "a/one: ZeroDivisionError: division by zero" in said
+        and "book/notebooks/a/one.failed.ipynb" in said
+    )
+    assert "done   a/two" in said  # the others are not lost
+    part = manifest.failed("a/one").read_text()
+    assert "so far" in part and "ZeroDivisionError" in part and "lib.pages.manifest" not in part
+    assert not manifest.executed("a/one").exists()
+    assert not list(manifest.failed("a/one").parent.glob(".*"))
+
+    book.notebook("a/one", "print('well')")
+    assert "2 in the book, 1 to run" in (fixed := book.build("-W")).stdout
+    assert fixed.returncode == 0 and not manifest.failed("a/one").exists()
+
+
+def test_a_killed_runner_is_a_failure_with_its_part(book):
+    book.notebook(
+        "a/one",
+        "print('so far')",
+        "import os\nos.kill(os.getppid(), 9)\nimport time\ntime.sleep(60)",
+    )
+    built = book.build()
+    assert (
+        built.returncode != 0
+        and "a/one: ended by signal 9 (SIGKILL)" in built.stdout + built.stderr
+    )
+    assert "so far" in manifest.failed("a/one").read_text()
+
+
+def test_bad_input_is_refused_before_anything_runs(book):
+    def refused(says: str, **env: str) -> None:
+        built = book.build(**env)
+        assert built.returncode != 0 and says in built.stdout + built.stderr
+        assert not (book.root / "book" / "notebooks").exists()
+
+    refused("unknown profile 'fast'; valid: smoke, quick, small, paper", PROFILE="fast")
+    quick = book.root / "notebooks" / "profiles" / "quick.yaml"
+    good = quick.read_text()
+    quick.write_text(good.replace("width: 3", "width: wide", 1))
+    refused("width='wide' for a/one is not int")
+    quick.write_text(good)
+    (book.root / "notebooks" / "a" / "two.ipynb").unlink()
+    refused("_toc.yml lists notebooks/a/two")
+
+
+def test_an_unreadable_executed_copy_runs_again(book):
+    manifest.executed("a/one").parent.mkdir(parents=True)
+    manifest.executed("a/one").write_text('{"cells": [')
+    assert why("a/one") == "executed copy without a valid manifest"
+
+
+def test_records_are_hashed_where_the_store_finds_them(book):
+    cached = book.root / "cache" / "records" / "s" / "0123456789abcdef.json"
+    assert manifest.records_now([cached.stem]) == {cached.stem: None}
+    cached.parent.mkdir(parents=True)
+    cached.write_text("{}")
+    assert store.store().find(cached.stem) == cached
+    assert manifest.records_now([cached.stem])[cached.stem] == manifest.digest(cached)
+
+
+def test_threads_and_files_of_this_machine():
+    assert 1 <= manifest.cores() <= (os.cpu_count() or 1)
+    assert manifest.machine()["processor"]
+    assert manifest.machine()["versions"]["papermill"] != "not installed"

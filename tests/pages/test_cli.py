@@ -1,0 +1,142 @@
+"""The command line: `python -m lib run | status`, and papermill by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lib.pages import status
+
+
+@pytest.fixture
+def away(tmp_path):
+    """A folder with an empty `lib` in it, which must not hide the package."""
+    (tmp_path / "away" / "lib").mkdir(parents=True)
+    return tmp_path / "away"
+
+
+def test_run_with_overrides_from_any_folder(tiny, away):
+    tiny.notebook("a/one", "print(p.width, p.scale, p.layers)")
+    done = tiny.call(
+        "-m",
+        "lib",
+        "run",
+        "a/one",
+        "--profile",
+        "smoke",
+        "-p",
+        "width",
+        "4",
+        "-p",
+        "scale",
+        "2",
+        "-p",
+        "layers",
+        "5,6",
+        "-o",
+        "out.ipynb",
+        cwd=away,
+    )
+    assert done.returncode == 0, done.stderr
+    out = json.loads((away / "out.ipynb").read_text())
+    assert out["cells"][-1]["outputs"][0]["text"] == ["4 2.0 (5, 6)\n"]
+    assert out["metadata"]["moe"]["given"] == {"width": 4, "scale": 2.0, "layers": [5, 6]}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            ["-p", "expert", "8"],
+            "unknown parameter 'expert' for a/one; it has profile: str; width: int",
+        ),
+        (["-p", "width", "wide"], "width='wide' for a/one is not int: hidden width in units, 1-9"),
+        (["-p", "layers", "1,b"], "layers='1,b' for a/one is not list[int]"),
+        (["-p", "profile", "smoke"], "give the profile with --profile"),
+        (["--profile", "fast"], "unknown profile 'fast'"),
+    ],
+)
+def test_bad_input_is_refused(tiny, options, says):
+    done = tiny.call("-m", "lib", "run", "a/one", *options)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and says in done.stderr
+    assert not (tiny.root / "_build").exists()
+
+
+def test_a_failing_notebook_exits_1(tiny):
+    tiny.notebook("a/one", "undefined_name")
+    done = tiny.call("-m", "lib", "run", "a/one")
+    assert done.returncode == 1 and "error: a/one: NameError" in done.stderr
+    assert (tiny.root / "_build" / "runs" / "quick" / "a" / "one.failed.ipynb").is_file()
+
+
+def test_dry_run_lists_runs(tiny):
+    done = tiny.call("-m", "lib", "run", "a/one", "--dry", "-p", "layers", "3,4,5")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("runs: 3 runs\n") and done.stdout.count("missing") == 3
+
+
+def test_status_names_state_and_command(tiny):
+    done = tiny.call("-m", "lib", "status")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert ["a/one", "missing", "0/2", "0/2", "-"] in rows
+    assert "a/one, small: python -m lib run a/one --profile small --records" in done.stdout
+    assert "a/two, page: make book (never run)" in done.stdout
+
+
+def test_papermill_by_hand_from_any_folder(tiny, away):
+    source = str(tiny.root / "notebooks" / "a" / "one.ipynb")
+    done = tiny.call(
+        "-m",
+        "papermill",
+        source,
+        "out.ipynb",
+        "-p",
+        "profile",
+        "smoke",
+        "-p",
+        "width",
+        "8",
+        cwd=away,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "16\n" in json.loads((away / "out.ipynb").read_text())["cells"][-1]["outputs"][0]["text"]
+    wrong = tiny.call("-m", "papermill", source, "out.ipynb", "-p", "width", "wide", cwd=away)
+    assert wrong.returncode != 0 and "width='wide' for a/one is not int" in wrong.stderr
+    told = tiny.call("-m", "papermill", "--help-notebook", source, cwd=away)
+    assert (
+        "width: int (default None)" in told.stdout and "hidden width in units, 1-9" in told.stdout
+    )
+    assert "layers: list[int] (default None)" in told.stdout
+
+
+def test_the_status_page_tells_where_records_were_computed(monkeypatch):
+    told = {
+        "r1": {
+            "created": "2026-01-01T00:00:00+00:00",
+            "environment": {"processor": "P", "products": "bfloat16"},
+        },
+        "r2": {
+            "created": "2026-01-03T00:00:00+00:00",
+            "weights": {"parent_differs": True},
+            "environment": {"processor": "P", "products": "float32, rounded to bfloat16"},
+        },
+        "r3": {"environment": {"processor": "P"}},
+        "r4": {"environment": {"processor": "P", "accelerator": "A", "products": "bfloat16"}},
+    }
+    found = {
+        "profile": "quick",
+        "seconds": 3,
+        "finished": "2026-01-04T00:00:00+00:00",
+        "records": dict.fromkeys(told, "x") | {"r5": None},
+        "machine": {"processor": "Q", "cores": 2, "threads": 2, "versions": {}},
+    }
+    monkeypatch.setattr(status.manifest, "read", {"a/one": found, "a/two": found}.get)
+    monkeypatch.setattr(status, "told", told.get)
+    page = status.page(["a/one", "a/two"])
+    assert (
+        "- P: 2\n- P, products in float32, rounded to bfloat16: 1\n- A: 1\n" in page
+        and "Of them 1 start" in page
+    )
+    assert page.count("4 of 5") == 2 and "2026-01-01,&nbsp;3&nbsp;days&nbsp;before" in page

@@ -1,0 +1,358 @@
+"""What a notebook says about itself: parameters, profiles, plans."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import papermill
+import pytest
+
+from lib.pages import parameters, profiles
+from lib.pages.parameters import NotebookError
+from lib.runs import collect as runs
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted(
+    p.relative_to(ROOT / "notebooks").as_posix().removesuffix(".ipynb")
+    for p in (ROOT / "notebooks").glob("*/*.ipynb")
+)
+
+
+@pytest.fixture
+def book(tiny, monkeypatch):
+    """The tiny book, seen by this process."""
+    for module in (parameters, profiles):
+        monkeypatch.setattr(module, "ROOT", tiny.root)
+    monkeypatch.setattr(profiles, "asked", {})
+    return tiny
+
+
+def yaml_of(book, text: str, name: str = "quick") -> None:
+    (book.root / "notebooks" / "profiles" / f"{name}.yaml").write_text(text)
+
+
+def test_import_is_light_and_silent():
+    code = (
+        "import lib, lib.pages.profiles, lib.pages.manifest, lib.pages.build, lib.__main__, sys; "
+        "print({'torch', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT
+    )
+    assert (done.stdout, done.stderr) == ("set()\n", "")
+
+
+def test_parameters_read_as_papermill_reads_them(book):
+    ours = parameters.parameters("a/one")
+    theirs = papermill.inspect_notebook(book.root / "notebooks" / "a" / "one.ipynb")
+    assert list(ours) == list(theirs) == ["profile", "width", "scale", "layers"]
+    for name, parameter in ours.items():
+        assert theirs[name]["inferred_type_name"] == parameter.annotation
+        assert theirs[name]["help"] == parameter.help
+    assert (ours["width"].default, ours["scale"].default) == (None, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("seed: int = 0", "needs a trailing comment"),
+        ("seed: int = 0  # usual: seed = 0", "more than one '='"),
+        ("seed = 0  # a seed", "only lines like"),
+        ("seed: int | None = None  # a seed", "is annotated 'int | None'"),
+        ("seed: int = 'a'  # a seed", "seed='a' for a/one is not int"),
+        ("notebook: str = 'a'  # a name", "'notebook' is taken"),
+    ],
+)
+def test_bad_parameter_lines_are_refused(book, line, says):
+    book.notebook("a/one", parameters=f'profile: str = "quick"  # which\n{line}\n')
+    with pytest.raises(NotebookError) as error:
+        parameters.parameters("a/one")
+    assert says in str(error.value)
+
+
+def test_profile_must_come_first(book):
+    book.notebook("a/one", parameters="seed: int = 0  # a seed\n")
+    with pytest.raises(NotebookError, match="first line must be"):
+        parameters.parameters("a/one")
+
+
+def test_profile_fills_and_given_wins(book):
+    p = profiles.profile("a/one", "quick", width=None, scale=2)
+    assert (p.profile, p.notebook, p.width, p.scale, p.layers) == ("quick", "a/one", 3, 2.0, (0, 1))
+    assert isinstance(p.scale, float)
+    assert profiles.profile("a/one", "quick", width=5).width == 5
+
+
+def test_a_notebook_hands_over_its_own_namespace(book):
+    space = {
+        "profile": "small",
+        "width": 5,
+        "layers": None,
+        "scale": 1.0,
+        "other": object(),
+        "p": None,
+    }
+    p = profiles.profile("a/one", space)
+    assert (p.profile, p.width, p.layers, p.scale) == ("small", 5, (0, 1), 1.0)
+    with pytest.raises(NotebookError, match="width='wide' for a/one is not int"):
+        profiles.profile("a/one", space | {"width": "wide"})
+    assert profiles.profile("a/one", space, width=7).width == 7
+
+
+def test_specs_may_be_several_cells(book):
+    path = book.notebook("a/one")
+    content = json.loads(path.read_text())
+    [at] = [
+        i for i, cell in enumerate(content["cells"]) if "specs" in cell["metadata"].get("tags", ())
+    ]
+    first = content["cells"][at] | {
+        "source": "from lib.spec import RunSpec\nSEEDS = (1, 2)",
+        "id": "first",
+    }
+    content["cells"][at]["source"] = (
+        "import lib\n\n\ndef grid(p):\n    return {'all': [RunSpec(seed=s) for s in SEEDS]}\n\n\n"
+        "p = lib.profile('a/one', globals())"
+    )
+    content["cells"].insert(at, first)
+    path.write_text(json.dumps(content))
+    assert [run.seed for run in profiles.plan("a/one", "quick")["all"]] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("value", "want"), [(8, (8,)), ("2,4", (2, 4)), ([2, 4], (2, 4)), ("8", (8,))]
+)
+def test_lists_may_be_given_as_text(book, value, want):
+    assert profiles.profile("a/one", "quick", layers=value).layers == want
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"width": "wide"},
+        {"width": 1.5},
+        {"width": True},
+        {"scale": "2"},
+        {"scale": float("nan")},
+        {"layers": "2,x"},
+        {"layers": [1.5]},
+    ],
+)
+def test_ill_typed_values_are_refused(book, given):
+    name, value = next(iter(given.items()))
+    with pytest.raises(NotebookError) as error:
+        profiles.profile("a/one", "quick", **given)
+    assert f"{name}={value!r}" in str(error.value) and "is not" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a/two: {}", "has no entry for 'a/one'; it has a/two"),
+        (
+            "a/one: {width: 3}",
+            "layers of a/one is None and notebooks/profiles/quick.yaml does not set it",
+        ),
+        ("a/one: {width: x, layers: [1]}", "width='x' for a/one is not int"),
+        ("a/one: {height: 3, layers: [1]}", "sets the unknown parameter 'height'"),
+        ("a/one: {scale: 2.0}", "whose default is 1.0"),
+        ("[1, 2]", "must map notebooks"),
+    ],
+)
+def test_bad_profiles_are_refused(book, text, says):
+    yaml_of(book, text)
+    with pytest.raises(NotebookError) as error:
+        profiles.profile("a/one", "quick")
+    assert says in str(error.value)
+
+
+def test_null_and_defaults_in_profiles(book):
+    yaml_of(book, "defaults: {width: 4, scale: 9.0, other: 1}\na/one: {layers: null}")
+    p = profiles.profile("a/one", "quick")
+    assert (p.width, p.layers, p.scale) == (4, None, 1.0)  # defaults fill only what is None
+
+
+def test_names_are_checked(book):
+    with pytest.raises(
+        NotebookError, match="unknown parameter 'expert' for a/one; it has profile: str; width: int"
+    ):
+        profiles.profile("a/one", "quick", expert=8)
+    with pytest.raises(
+        NotebookError, match="unknown profile 'fast'; valid: smoke, quick, small, paper"
+    ):
+        profiles.profile("a/one", "fast")
+    with pytest.raises(NotebookError, match="no notebook 'a/three'"):
+        profiles.profile("a/three", "quick")
+    with pytest.raises(NotebookError, match="no notebook 'three'; there are: a/one, a/two"):
+        parameters.key_of("three")
+    p = profiles.profile("a/one", "quick")
+    with pytest.raises(AttributeError, match="no parameter 'witdh'; it has"):
+        _ = p.witdh
+    with pytest.raises(AttributeError, match="read-only"):
+        p.width = 4
+
+
+def test_keys_by_name_and_path(book, monkeypatch):
+    monkeypatch.chdir(book.root / "notebooks" / "a")
+    for name in (
+        "a/one",
+        "notebooks/a/one.ipynb",
+        "one.ipynb",
+        book.root / "notebooks" / "a" / "one.ipynb",
+    ):
+        assert parameters.key_of(name) == "a/one"
+
+
+def test_plan_runs_two_cells_only(book):
+    book.notebook("a/one", "raise SystemExit('a plan must not come here')")
+    plan = profiles.plan("a/one", "quick", layers=[5, 6, 7], scale=0.5)
+    assert [spec.seed for spec in plan["runs"]] == [5, 6, 7]
+    assert plan["runs"][0].train.epochs == 0.5
+
+
+def test_plan_checks_its_notebook(book):
+    book.notebook("a/two").write_text((book.root / "notebooks" / "a" / "one.ipynb").read_text())
+    with pytest.raises(NotebookError, match="asks lib.profile for 'a/one'; write 'a/two'"):
+        profiles.plan("a/two", "quick")
+
+
+@pytest.mark.parametrize("key", SOURCES)
+def test_real_notebooks(key):
+    """Each source: no outputs; no long cell; parameters that papermill explains; a plan under each
+    profile that it has."""
+    content = json.loads(parameters.source(key).read_text())
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in content["cells"])
+    lengths = [
+        len("".join(cell["source"]).splitlines())
+        for cell in content["cells"]
+        if cell["cell_type"] == "code"
+    ]
+    assert max(lengths) <= 30, "logic of more than 30 lines belongs in lib"
+    shown = papermill.inspect_notebook(parameters.source(key))
+    assert list(shown) == list(parameters.parameters(key))
+    assert all(entry["help"] and entry["inferred_type_name"] != "None" for entry in shown.values())
+    for name in ("smoke", "quick", "small", "paper"):
+        assert isinstance(profiles.plan(key, name), dict)
+
+
+@pytest.mark.parametrize("name", ["small", "paper"])  # the other two are run as a whole
+@pytest.mark.parametrize("key", SOURCES)
+def test_runs_of_the_long_profiles_can_be_built(key, name):
+    """A patch that does not divide the image or a layer beyond the depth must not wait for the hour
+    of its run."""
+    for group in profiles.plan(key, name).values():
+        runs.check(group[0])
+
+
+@pytest.mark.parametrize("name", ["smoke", "quick", "small", "paper"])
+@pytest.mark.parametrize(
+    "key, other",
+    [
+        ("durham/decomposition", "durham/strategies"),
+        ("leiden/entropy", "leiden/tables"),
+        ("leiden/masks", "leiden/tables"),
+        ("moee/experts", "moee/extraction"),
+        ("moee/routing", "moee/static_rival"),
+    ],
+)
+def test_pages_without_runs_of_their_own_read_those_of_another(key, other, name):
+    mine, theirs = (
+        {run.id for group in profiles.plan(k, name).values() for run in group} for k in (key, other)
+    )
+    assert mine and mine <= theirs
+
+
+@pytest.mark.parametrize("key", SOURCES)
+def test_a_device_moves_all_runs_of_a_page_and_those_they_start_from(key):
+    def devices(spec):
+        return {spec.device} | (devices(spec.init) if spec.init is not None else set())
+
+    if any(profiles.plan(key, "small").values()):
+        for device in ("cuda", "cpu"):
+            specs = [
+                spec
+                for group in profiles.plan(key, "small", device=device).values()
+                for spec in group
+            ]
+            assert set().union(*map(devices, specs)) == {device}
+
+
+BASE = {
+    "data": {"name": "mnist5k", "image_size": 28},
+    "backbone": {"patch": 7, "width": 16, "heads": 2},
+    "train": {"epochs": 1.0, "lr": 0.001},
+    "init": {"train": {"epochs": 5.0}},
+}
+
+
+@pytest.fixture
+def based(monkeypatch):
+    """A notebook with parameters that change the base run, and one that only shares such a name."""
+    lines = {"profile": "quick", "epochs": None, "data": None, "backbone": None, "image_size": 224}
+    kinds = {
+        "profile": "str",
+        "epochs": "float",
+        "data": "str",
+        "backbone": "str",
+        "image_size": "int",
+    }
+    known = {
+        name: parameters.Parameter(name, kinds[name], default, "help")
+        for name, default in lines.items()
+    }
+    monkeypatch.setattr(profiles, "parameters", lambda key: known)
+    table = {
+        "base": BASE,
+        "base/own": BASE | {"study": "own"},
+        "base/own/four": BASE | {"study": "four"},
+        "a/one": {},
+        "own/two": {},
+        "own/four": {},
+        "a/three": {"epochs": 3.0},
+    }
+    monkeypatch.setattr(profiles, "profile_table", lambda name: table)
+
+
+def test_base_is_the_profiles_run_with_the_parameters_in_it(based):
+    p = profiles.profile("a/one", "quick")
+    assert (
+        p.base.train.epochs == 1.0
+        and p.epochs == 1.0
+        and p.base.data.image_size == 28
+        and p.image_size == 224
+    )
+    assert (
+        p.base.init.train.epochs == 5.0
+        and p.base.init.train.lr == 0.001
+        and p.base.init.backbone == p.base.backbone
+    )
+    longer = profiles.profile("a/one", "quick", epochs=2.0, image_size=224)
+    assert (
+        longer.base.train.epochs == 2.0
+        and longer.base.init.train.epochs == 5.0
+        and longer.base.data.image_size == 28
+    )
+    assert profiles.profile("a/three", "quick").base.train.epochs == 3.0
+    assert profiles.profile("own/two", "quick").base.study == "own"
+    assert profiles.profile("own/four", "quick").base.study == "four"
+
+
+def test_another_backbone_forgets_sizes_and_parent_another_data_set_keeps_them(based):
+    other = profiles.profile("a/one", "quick", backbone="vit_small_patch16_224").base
+    assert (
+        other.init is None
+        and other.backbone.width is None
+        and other.backbone.name == "vit_small_patch16_224"
+    )
+    moved = profiles.profile("a/one", "quick", data="eurosat").base
+    assert moved.data.name == moved.init.data.name == "eurosat" and moved.init.backbone.width == 16
+
+
+def test_defaults_given_by_the_notebook_leave_the_manifest_alone(based):
+    profiles.asked.clear()
+    profiles.profile("a/one", "quick", image_size=224)
+    by_hand = profiles.asked["a/one", "quick"]
+    profiles.profile("a/one", "quick")
+    assert profiles.asked["a/one", "quick"] == by_hand

@@ -1,0 +1,566 @@
+"""Dropping and merging experts beyond the plain cases: numbers written out, capacities, images,
+ensembles, and every refusal.
+
+`test_experts_gone.py` has the scores and the two semantics against a plain sum.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from vits import batch, build, moe, refused_unchanged
+
+from lib.measure.cost import count
+from lib.models.compete import CompeteLayer, competition_loss
+from lib.models.ensemble import ensemble
+from lib.models.experts import Experts
+from lib.models.moe import MoELayer, RoutingTape
+from lib.pruning import surgery
+from lib.pruning.experts import dropping, merging, scores
+from lib.pruning.experts.progressive import ProgressiveDrop
+from lib.routers.all import AllExperts
+from lib.routers.expert_choice import ExpertChoiceRouter
+from lib.routers.group import GroupRouter
+from lib.routers.priority import PriorityRouter
+from lib.routers.top_k import TopKRouter
+
+# Two images of three tokens; the router's weight is the identity, so the probabilities of a token
+# are these.
+PROBS = torch.tensor(
+    [
+        [[0.5, 0.3, 0.2], [0.2, 0.5, 0.3], [0.3, 0.2, 0.5]],
+        [[0.1, 0.6, 0.3], [0.6, 0.3, 0.1], [0.2, 0.7, 0.1]],
+    ]
+)
+
+
+class Layer(nn.Module):
+    """One MoE layer on tokens (B, N, D)."""
+
+    def __init__(self, router, experts, **options):
+        super().__init__()
+        self.moe = MoELayer(router, experts, **options)
+
+    def forward(self, x):
+        return self.moe(x)
+
+
+def constant(top_k=2, values=(1.0, 10.0, 100.0), **router):
+    """Expert e gives values[e] whatever it sees."""
+    experts = Experts(len(values), 3, 2)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.zero_()
+        experts.fc2.bias.copy_(torch.tensor(values).unsqueeze(1).expand(-1, 3))
+    made = TopKRouter(3, 3, top_k, **router)
+    made.weight.data = torch.eye(3)
+    return Layer(made, experts).eval()
+
+
+def run(model, x):
+    """(T,) outputs of constant experts, and the routing."""
+    with RoutingTape(model) as tape:
+        out = model(x)
+    return out.reshape(-1, out.shape[-1])[:, 0], tape[model.get_submodule("moe")]
+
+
+def refused(says):
+    return pytest.raises(ValueError, match=says)
+
+
+# ---------------------------------------------------------------- removal, written out
+
+
+def test_zero_updates_and_rerouting_by_hand():
+    zero, routing = run(
+        dropping.drop_experts(constant(), {"moe": torch.tensor([2, 0])}, "zero_update"), PROBS.log()
+    )
+    # Choices 01, 12, 20, 12, 01, 10; expert 1 is gone and gives nothing, the gates of the others
+    # stay as they were.
+    assert zero.tolist() == pytest.approx([0.5, 30.0, 50.3, 30.0, 0.6, 0.2])
+    torch.testing.assert_close(routing.probs, PROBS.view(6, 3))
+    assert routing.dropped.tolist() == [1, 1, 0, 1, 1, 1] and routing.load().tolist() == [4, 0, 3]
+    assert routing.choice.tolist() == [
+        [0, 1],
+        [1, 2],
+        [2, 0],
+        [1, 2],
+        [0, 1],
+        [1, 0],
+    ]  # what the router wanted
+    zero, routing = run(
+        dropping.drop_experts(constant(), {"moe": [1, 2]}, "zero_update"), PROBS.log()
+    )  # every number moves down
+    assert zero.tolist() == pytest.approx(
+        [3.0, 35.0, 50.0, 36.0, 3.0, 7.0]
+    ) and routing.load().tolist() == [0, 5, 3]
+    moved, routing = run(dropping.drop_experts(constant(), {"moe": [0, 2]}, "reroute"), PROBS.log())
+    want = [
+        (a + 100 * c) / (a + c) for a, _, c in PROBS.view(6, 3).tolist()
+    ]  # both survivors, gates over the two
+    assert (
+        moved.tolist() == pytest.approx(want, rel=1e-5)
+        and routing.probs.shape == (6, 2)
+        and not routing.dropped.any()
+    )
+
+
+def test_rerouting_under_a_printed_gate_scales_tokens_that_never_chose_the_dropped():
+    whole, _ = run(constant(top_k=1), PROBS.log())
+    cut, _ = run(dropping.drop_experts(constant(top_k=1), {"moe": [0, 1]}, "reroute"), PROBS.log())
+    assert whole[0].item() == pytest.approx(0.5) and cut[0].item() == pytest.approx(0.5 / (1 - 0.2))
+    x = PROBS.log()
+    x[..., 2] = -200.0  # a probability of nothing in float32: then nobody's gate moves
+    whole, _ = run(constant(top_k=1), x)
+    assert torch.equal(
+        run(dropping.drop_experts(constant(top_k=1), {"moe": [0, 1]}, "reroute"), x)[0], whole
+    )
+
+
+def test_all_tokens_may_lose_their_experts():
+    x = PROBS.log()
+    x[..., 1] = 5.0
+    model = dropping.drop_experts(constant(top_k=1), {"moe": [0, 2]}, "zero_update")
+    out, routing = run(model, x)
+    assert not out.any() and routing.token.numel() == 0 and routing.dropped.tolist() == [1] * 6
+    shared = nn.Linear(3, 3)
+    model.moe.shared = shared
+    assert torch.equal(model(x), shared(x))  # what is left of the layer
+
+
+def test_capacity_counts_all_experts_under_zero_updates_and_the_survivors_when_rerouting():
+    x = PROBS.log()
+    x[..., 0] = 5.0  # all six tokens want expert 0
+    slots = {
+        semantics: dropping.drop_experts(
+            constant(top_k=1, capacity_factor=1.0), {"moe": [0, 1]}, semantics
+        )
+        for semantics in dropping.SEMANTICS
+    }
+    assert run(slots["zero_update"], x)[1].load().tolist() == [2, 0, 0]  # 6 / 3
+    assert run(slots["reroute"], x)[1].load().tolist() == [3, 0]  # 6 / 2
+    assert run(slots["zero_update"], x)[1].dropped.sum() == 4
+
+
+def test_one_decision_an_image():
+    model = dropping.drop_experts(constant(top_k=1, per_image=True), {"moe": [0]}, "zero_update")
+    out, routing = run(model, PROBS.log())
+    assert (
+        out.tolist() == pytest.approx([0.5] * 3 + [0.0] * 3) and routing.per_image
+    )  # expert 1 of the second image is gone
+    assert routing.dropped.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: ExpertChoiceRouter(3, 3, choices=2.0), lambda: PriorityRouter(3, 3)]
+)
+def test_other_linear_routers(make):
+    model = constant()
+    model.moe.router = make()
+    model.moe.router.weight.data = torch.eye(3)
+    before = run(model, PROBS.log())[1]
+    _, zero = run(
+        dropping.drop_experts(copy.deepcopy(model), {"moe": [0, 2]}, "zero_update"), PROBS.log()
+    )
+    assert zero.load().tolist() == [before.load()[0], 0, before.load()[2]]
+    _, moved = run(dropping.drop_experts(model, {"moe": [0, 2]}, "reroute"), PROBS.log())
+    assert moved.experts == 2 and moved.load()[0] == moved.load()[1] > 0
+    if isinstance(model.moe.router, ExpertChoiceRouter):
+        with refused("gives a token 2 experts, but 1 would be left"):
+            dropping.drop_experts(model, {"moe": [0]}, "reroute")
+
+
+@pytest.mark.parametrize("semantics", dropping.SEMANTICS)
+def test_in_a_vit_with_gradients_flags_costs_and_reload(semantics):
+    model = build(moe=moe(experts=4, layers=2, shared=True))
+    images, labels = batch()
+    model.blocks[0].mlp.experts.requires_grad_(False)
+    model.blocks[1].train()
+    keep = {"blocks.0.mlp": [3, 1], "blocks.1.mlp": [0, 2]}
+    cut = dropping.drop_experts(copy.deepcopy(model), keep, semantics)
+    assert (
+        not cut.blocks[0].mlp.training
+        and cut.blocks[1].mlp.training
+        and cut.blocks[1].mlp.experts.training
+    )
+    first = cut.blocks[0].mlp.experts
+    assert (
+        torch.equal(first.fc1.weight, model.blocks[0].mlp.experts.fc1.weight[[1, 3]])
+        and not first.fc1.weight.requires_grad
+    )
+    nn.functional.cross_entropy(cut(images), labels).backward()
+    assert (
+        cut.blocks[1].mlp.router.weight.grad.abs().sum() > 0
+        and cut.blocks[1].mlp.experts.fc1.weight.grad is not None
+    )
+    mlp = sum(p.numel() for p in model.blocks[0].mlp.shared.parameters())
+    rows = 0 if semantics == "zero_update" else 2 * 2 * 24
+    assert count(model, 28).params_stored - count(cut, 28).params_stored == 4 * mlp + rows
+    again = surgery.load_pruned(model, cut.state_dict())
+    assert (
+        torch.equal(again.eval()(images), cut.eval()(images))
+        and model.blocks[0].mlp.experts.experts == 4
+    )
+
+
+def test_a_state_that_does_not_fit_leaves_the_model_alone():
+    model = build(moe=moe(experts=4))
+    before = copy.deepcopy(model.state_dict())
+    state = dropping.drop_experts(
+        copy.deepcopy(model), {"blocks.1.mlp": [0, 1]}, "zero_update"
+    ).state_dict()
+    wrong = state | {"blocks.1.mlp.kept": torch.tensor([0, 7])}
+    absent = {name: tensor for name, tensor in state.items() if name != "norm.weight"}
+    other = dropping.drop_experts(
+        build(moe=moe(experts=6)), {"blocks.1.mlp": [0, 1]}, "zero_update"
+    ).state_dict()
+    for bad, says in (
+        (wrong, "out of 0..3"),
+        (absent, "norm.weight: absent in the state"),
+        (other, "router.weight"),
+        (state | {"extra": torch.zeros(1)}, "extra: .* absent in the model"),
+    ):
+        with refused(says):
+            surgery.load_pruned(model, bad)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert (
+        surgery.load_pruned(model, before).blocks[1].mlp.experts.experts == 4
+    )  # an unpruned state is one, too
+
+
+# ---------------------------------------------------------------- scores
+
+
+def test_calibration_leaves_modes_and_hooks_as_they_were():
+    model = constant(top_k=1, capacity_factor=0.5).train()
+    model.moe.experts.eval()
+    found = scores.calibrate(model, [PROBS.log()])["moe"]
+    assert model.training and model.moe.router.training and not model.moe.experts.training
+    assert not model.moe._forward_hooks and model.moe.tape is None
+    # One slot an expert, ceil(0.5 * 6 / 3): token 0, 1 and 2 are served; the norm of a constant
+    # output is value * sqrt(3).
+    assert found.sums[0, 0].tolist() == [1, 1, 1] and found.score(
+        0, 1, 0
+    ).tolist() == pytest.approx([0.5, 0.5, 0.5])
+    assert found.score(1, 0, 2).tolist() == pytest.approx([3.0, 300.0, 30000.0])
+    with refused("needs images"):
+        scores.calibrate(model, [])
+    assert not model.moe._forward_hooks and model.training  # after the error, too
+
+
+def test_random_scores_are_the_generators():
+    model = build(moe=moe(experts=4, layers=2))
+    first, again = (
+        scores.scores(model, "random", generator=torch.Generator().manual_seed(5)) for _ in range(2)
+    )
+    assert all(torch.equal(first[name], again[name]) for name in first) and list(first) == [
+        "blocks.0.mlp",
+        "blocks.1.mlp",
+    ]
+    assert not torch.equal(first["blocks.0.mlp"], first["blocks.1.mlp"])
+
+
+def test_what_cannot_be_scored_is_refused():
+    model = constant()
+    with refused("no MoELayer"):
+        scores.scores(nn.Linear(2, 2), "router_norm")
+    with refused("moe has a AllExperts: expert pruning needs a linear router"):
+        scores.scores(Layer(AllExperts(3), Experts(3, 3, 2)), "router_norm")
+    with refused("unequal hidden width"):
+        scores.scores(Layer(TopKRouter(3, 2, 1), Experts(2, 3, [2, 4])), "router_norm")
+    with refused(r"has shape \(2, 3\) instead of \(3, 3\) for moe.router.weight"):
+        scores.scores(model, "router_change", before={"moe.router.weight": torch.zeros(2, 3)})
+    with refused("has no moe.experts.fc1.weight"):
+        scores.scores(model, "weight_change", before={"moe.router.weight": torch.zeros(3, 3)})
+    with refused("not of this model: moe"):
+        scores.scores(model, "load", calibration={"mlp": scores.calibrate(model, [PROBS])["moe"]})
+    with refused(r"layers have \[3, 4\] experts"):
+        scores.keep_by_score({"a": torch.zeros(3), "b": torch.zeros(4)}, 0.0)
+    with refused("must name different experts"):
+        dropping.drop_experts(model, {"moe": [1, 1]}, "zero_update")
+    for share in (1.0, 1.5, -0.25):
+        with refused("at most 3/4"):
+            scores.remaining(4, share)
+    assert [scores.remaining(4, share) for share in (0.0, 0.25, 0.5, 0.75)] == [4, 3, 2, 1]
+
+
+# ---------------------------------------------------------------- merging
+
+
+def test_merging_weighs_by_load_and_sums_or_averages_router_rows():
+    model = constant(
+        top_k=1, values=(1.0, 10.0, -100.0)
+    )  # the first two point one way, the third the other
+    x = PROBS.log()  # loads: 2 tokens with expert 0, 3 with expert 1, 1 with expert 2
+    assert scores.calibrate(model, [x])["moe"].score(0, 0, 0).tolist() == [2, 3, 1]
+    rows = {
+        how: merging.merge_similar(copy.deepcopy(model), [x], 1 / 3, rows=how).moe
+        for how in merging.ROUTER_ROWS
+    }
+    assert rows["mean"].experts.fc2.bias[:, 0].tolist() == pytest.approx(
+        [(2 * 1 + 3 * 10) / 5, -100.0]
+    )
+    assert rows["mean"].router.weight.tolist()[0] == pytest.approx([0.4, 0.6, 0.0])
+    assert rows["sum"].router.weight.tolist() == [[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    assert rows["sum"].router.choice_bias.shape == (2,)
+    x[..., 2] = 9.0  # nobody goes to the first two: a plain mean
+    idle = merging.merge_similar(copy.deepcopy(model), [x], 1 / 3).moe
+    assert idle.experts.fc2.bias[0, 0].item() == pytest.approx(5.5)
+    torch.testing.assert_close(
+        merging.output_similarity(model, [x])["moe"],
+        torch.tensor([[1.0, 1, -1], [1, 1, -1], [-1, -1, 1]], dtype=torch.float64),
+    )
+    with refused("rows='max'"):
+        merging.merge_similar(model, [x], 1 / 3, rows="max")
+    with refused("gives a token 2 experts, but 1 would be left"):
+        merging.merge_similar(constant(top_k=2), [x], 2 / 3)
+    with refused("mix experts of different members"):
+        merging.merge_similar(ensemble(build(moe=moe(experts=4)), 2), [batch()[0]], 0.5)
+
+
+def neurons(*experts):
+    """Experts of width one from neurons (fc1 weight, fc1 bias, fc2 weight), without output biases."""
+    w1, b1, w2 = (
+        torch.tensor([[neuron[i] for neuron in expert] for expert in experts]) for i in range(3)
+    )
+    return Experts.of(
+        [
+            (w1[e].unsqueeze(1), b1[e], w2[e].unsqueeze(0), torch.zeros(1))
+            for e in range(len(experts))
+        ]
+    )
+
+
+def test_dern_by_hand():
+    """Expert 1 goes; its first neuron joins the second one of expert 0, its second one is like
+    none."""
+    held = neurons([(1.0, 0.0, 0.0), (0.0, 2.0, 0.0)], [(0.0, 1.0, 0.0), (0.0, 0.0, -3.0)])
+    router = TopKRouter(1, 2, 1)
+    router.weight.data = torch.tensor([[1.0], [-1.0]])
+    model = Layer(router, held).eval()
+    x = torch.tensor([[[1.0], [1.0], [-0.5]]])  # two tokens with expert 0, one with expert 1
+    gates = scores.calibrate(model, [x])["moe"].score(0, 1, 0)
+    a, b = gates.tolist()
+    assert a == pytest.approx(2 / (1 + torch.tensor(-2.0).exp().item()), rel=1e-5) and a > b > 0
+    cut = merging.dern(model, [x], 0.5).moe
+    assert cut.experts.experts == 1 and cut.router.weight.tolist() == [[1.0]]
+    assert cut.experts.fc1.weight[0, :, 0].tolist() == [1.0, 0.0] and cut.experts.fc2.weight[
+        0, 0
+    ].tolist() == [0.0, 0.0]
+    assert cut.experts.fc1.bias[0].tolist() == pytest.approx(
+        [0.0, (2 * a + 1 * b) / (a + b)], rel=1e-5
+    )
+
+
+# ---------------------------------------------------------------- ensembles
+
+
+def test_members_share_the_first_blocks_and_are_pruned_within_their_groups():
+    plain = build(moe=moe(experts=4, router_std=1.0))
+    two, images = ensemble(copy.deepcopy(plain), 2), batch()[0]
+    sizes = []
+    two.vit.blocks[0].register_forward_hook(lambda *_: sizes.append(0))
+    two.vit.blocks[0].register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    two.vit.blocks[1].register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    assert two(images).shape == (6, 5) and sizes == [
+        6,
+        0,
+        12,
+    ]  # tiled before the first MoE layer, not before
+    name = "vit.blocks.1.mlp"
+    for keep, semantics in (([1, 2], "zero_update"), ([1, 2], "reroute"), ([0, 1, 3], "reroute")):
+        cut = dropping.drop_experts(copy.deepcopy(two), {name: keep}, semantics)
+        with RoutingTape(cut) as tape:
+            out = cut(images)
+        [routing] = tape.routings()
+        members = cut.get_submodule(name).router.group[routing.expert]
+        assert torch.equal(
+            members, routing.token // (6 * 17)
+        )  # tokens of a member reach its group alone
+        assert torch.equal(surgery.load_pruned(two, cut.state_dict())(images), out)
+    with refused("gives a token 1 experts, but 0 would be left in a group"):
+        dropping.drop_experts(two, {name: [0, 1]}, "reroute")
+
+
+def test_a_members_gate_is_the_softmax_over_its_group():
+    router = TopKRouter(3, 4, 1, noise=1.0)
+    router.weight.data = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]])
+    router.choice_bias[3] = 5.0
+    grouped = GroupRouter.of(router, 2).eval()
+    x = torch.tensor([[[1.0, 0.0, 2.0]], [[1.0, 0.0, 2.0]]])  # one image for each member
+    routing = grouped(x)
+    assert routing.probs[0].tolist() == pytest.approx(
+        [*torch.tensor([1.0, 0]).softmax(0).tolist(), 0, 0]
+    )
+    assert routing.probs[1].tolist() == pytest.approx(
+        [0, 0, *torch.tensor([2.0, 1]).softmax(0).tolist()]
+    )
+    assert routing.expert.tolist() == [
+        0,
+        3,
+    ]  # a bias moves the choice within the group, and not out of it
+    assert (
+        grouped.weight is router.weight
+        and grouped.state_dict().keys() == router.state_dict().keys() | {"group"}
+    )
+    assert not torch.equal(grouped.train()(x).probs, routing.probs)  # noise
+    with refused("3 rows do not split among 2 members"):
+        grouped(x[:1].repeat(3, 1, 1))
+
+
+def test_what_cannot_be_an_ensemble_is_refused():
+    checkpointed = build(moe=moe(experts=4))
+    checkpointed.set_grad_checkpointing()
+    for model, members, says in (
+        (build(), 2, "no MoE layer"),
+        (checkpointed, 2, "without checkpointing"),
+        (build(moe=moe(experts=4, router="priority")), 2, "PriorityRouter"),
+        (ensemble(build(moe=moe(experts=4)), 2).vit, 2, "GroupRouter"),
+        (build(moe=moe(experts=4)), 0, "valid is 1, 2, 4"),
+    ):
+        with refused(says):
+            ensemble(model, members)
+
+
+# ---------------------------------------------------------------- competition
+
+
+def test_competition_in_a_share_of_the_training_steps():
+    torch.manual_seed(0)
+    layer = CompeteLayer(
+        TopKRouter(3, 4, 2, std=1.0, gate="renormalised"), Experts(4, 3, 5), rate=0.5
+    )
+    x = torch.randn(2, 3, 3)
+    losses, outs = [], []
+    for _ in range(40):
+        with RoutingTape(layer) as tape:
+            outs.append(layer(x))
+        losses.append(competition_loss(tape[layer]).item())
+    assert 8 < sum(loss > 0 for loss in losses) < 32 and sum(loss == 0 for loss in losses) > 8
+    rows = x.reshape(-1, 3)
+    every = torch.stack(
+        [
+            nn.functional.gelu(rows @ w1.t() + b1) @ w2.t() + b2
+            for w1, b1, w2, b2 in layer.experts.each()
+        ],
+        dim=1,
+    )
+    best = every.norm(dim=-1).softmax(-1).topk(2)
+    weight = best.values / best.values.sum(-1, keepdim=True)
+    won = torch.einsum(
+        "tk,tkd->td", weight, every.gather(1, best.indices.unsqueeze(-1).expand(-1, -1, 3))
+    )
+    at = next(i for i, loss in enumerate(losses) if loss > 0)
+    torch.testing.assert_close(outs[at].reshape(-1, 3), won)
+
+
+def test_competition_settings_and_pruning():
+    for router, says in (
+        (TopKRouter(3, 4, 1, per_image=True), "per_image=False"),
+        (TopKRouter(3, 4, 1, noise=1.0), "noise=1.0"),
+    ):
+        with refused(says):
+            CompeteLayer(router, Experts(4, 3, 5), rate=0.5)
+    model = Layer(TopKRouter(3, 4, 1), Experts(4, 3, 5))
+    model.moe = CompeteLayer(model.moe.router, model.moe.experts, rate=1.0)
+    with refused("moe is a CompeteLayer"):
+        dropping.drop_experts(model, {"moe": [0, 1]}, "zero_update")
+    dropping.drop_experts(model, {"moe": [0, 1]}, "reroute")
+    assert isinstance(model.moe, CompeteLayer) and run(model.train(), PROBS)[1].experts == 2
+
+
+# ---------------------------------------------------------------- dropping during a run
+
+
+def given(expert, weight, experts=3):
+    """A routing with these assignments."""
+    blank = TopKRouter(3, experts, 1)(torch.zeros(1, len(expert), 3))
+    return replace(blank, expert=torch.tensor(expert), weight=torch.tensor(weight))
+
+
+def test_proficiency_is_hit_rate_times_gate_averaged_over_steps():
+    model = build(moe=moe(experts=3, layers=2))
+    a, b = dropping.routed(model)
+    drop = ProgressiveDrop(model, steps=10, decay=0.75)
+    drop.update(a, given([0, 0, 1, 2], [0.5, 0.5, 0.5, 0.5]))  # equal gates: hits decide
+    assert (
+        drop.proficiency[a].tolist() == pytest.approx([0.5, 0.25, 0.25])
+        and drop.proficiency[b] is None
+    )
+    drop.update(a, given([0, 1, 2, 2], [0.2, 0.2, 0.8, 0.8]))
+    assert drop.proficiency[a].tolist() == pytest.approx(
+        [0.75 * 0.5 + 0.25 * 0.1, 0.75 * 0.25 + 0.25 * 0.1, 0.75 * 0.25 + 0.2]
+    )
+    drop.update(b, given([0], [0.0]))  # no gate at all: nobody is better than the others
+    assert drop.proficiency[b].tolist() == pytest.approx([1 / 3] * 3)
+    drop.mask(a, 4)  # threshold 0.8: 0.4, 0.2125, 0.3875
+    assert drop.routers[a].alive.tolist() == [True, False, True]
+    assert drop.proficiency[a].tolist() == pytest.approx([0.4 / 0.7875, 0, 0.3875 / 0.7875])
+    drop.mask(b, 4)
+    assert drop.routers[b].alive.all()
+    drop.update(a, given([2], [1.0]))
+    drop.mask(b, 5)  # half-way: the best alone, of equals the first
+    assert (
+        drop.routers[b].alive.tolist() == [True, False, False]
+        and drop.threshold(0) == 0.0
+        and drop.threshold(9) == 1.0
+    )
+    held = drop.state_dict()
+    again = ProgressiveDrop(build(moe=moe(experts=3, layers=2)), steps=10, decay=0.75)
+    again.load_state_dict(held)
+    assert all(torch.equal(again.proficiency[name], held[name]) for name in (a, b))
+
+
+def test_a_masked_expert_gets_no_token_and_the_rest_share_its_probability():
+    model = build(moe=moe(experts=4, router_std=1.0))
+    [name] = dropping.routed(model)
+    drop = ProgressiveDrop(model, steps=4)
+    drop.routers[name].alive[1] = False
+    images = batch()[0]
+    with RoutingTape(model) as tape:
+        out = model(images)
+    [routing] = tape.routings()
+    assert (
+        routing.load()[1] == 0
+        and not routing.probs[:, 1].any()
+        and torch.allclose(routing.probs.sum(1), torch.ones(1))
+    )
+    torch.testing.assert_close(
+        drop.finish()(images), out, rtol=1e-5, atol=1e-6
+    )  # removal changes nothing but shapes
+    layer = model.get_submodule(name)
+    assert (
+        type(layer.router) is TopKRouter
+        and layer.experts.experts == 3
+        and "alive" not in dict(layer.router.named_buffers())
+    )
+
+
+def test_until_one_expert_a_layer_is_left_half_way():
+    model = build(moe=moe(experts=4, layers=2, router_std=1.0))
+    drop, left = ProgressiveDrop(model, steps=12), []
+    for step in range(12):
+        with RoutingTape(model) as tape:
+            model(batch(seed=step)[0])
+        drop.after(step, tape)
+        left.append([int(router.alive.sum()) for router in drop.routers.values()])
+    assert left[0] == [4, 4] and left[6:] == [[1, 1]] * 6 and left == sorted(left, reverse=True)
+    assert all(layer.experts.experts == 1 for layer in dropping.routed(drop.finish()).values())
+
+
+@pytest.mark.parametrize("settings", [{"steps": 0}, {"end": 0.0}, {"end": 1.5}, {"decay": 1.0}])
+def test_bad_settings_of_a_progressive_drop(settings):
+    refused_unchanged(
+        lambda model: ProgressiveDrop(model, **{"steps": 4, **settings}), "must be at least 1"
+    )
+
+
+def test_a_progressive_drop_needs_top_1():
+    model = build(moe=moe(top_k=2))
+    with refused("top_k=2: dropping until one expert"):
+        ProgressiveDrop(model, 4)
+    assert type(next(iter(dropping.routed(model).values())).router) is TopKRouter

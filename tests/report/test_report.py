@@ -1,0 +1,565 @@
+"""Figures and tables from synthetic records: labelled, inside the canvas, readable in grey, honest
+about n."""
+
+import re
+import subprocess
+import sys
+from itertools import pairwise
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from factory import record
+from matplotlib.text import Text
+
+from lib.report import (
+    explorer,
+    figures,
+    maps,
+    process,
+    relations,
+    routes,
+    schematic,
+    style,
+    tables,
+    text,
+)
+from lib.verdicts.claims import Verdict
+from lib.verdicts.stats import Interval, accuracy_interval
+
+LONG = [f"sweet_pepper_{c}" for c in range(100)]
+IMAGES = np.random.default_rng(0).random((4, 28, 28))
+THREE = [record(s) for s in range(3)]
+LS = [1, 2, 12]
+
+
+def tokens(**kwargs):
+    r = record(0, **kwargs)
+    return r.arrays["token_expert"][:, :4], [m["block"] for m in r.moe], len(r.moe[0]["load"])
+
+
+def points(n):
+    return [
+        figures.Point(
+            f"method {i}", 22 + 20 * i, 5.5 + 4 * i, Interval(80 + i, 79 + i, 81 + i, 3), i == 0
+        )
+        for i in range(n)
+    ]
+
+
+# Two branches of 8 and 7 tokens leave a root of 20 at density 0.5; five tokens fall out before, all
+# others later.
+TREE = np.array(
+    [(20, i, 0.3, 1) for i in range(5)]
+    + [(20, 21, 0.5, 8), (20, 22, 0.5, 7)]
+    + [(21, i, 1.5, 1) for i in range(5, 13)]
+    + [(22, i, 0.9, 1) for i in range(13, 20)],
+    dtype=[("parent", "<i8"), ("child", "<i8"), ("lambda_val", "<f8"), ("child_size", "<i8")],
+)
+FIGURES = {
+    "scan": lambda: figures.scan(
+        {
+            "published": [
+                figures.Curve(LS, [91.5, 91.3, 52.9], "E=8", "no shared"),
+                figures.Curve(LS, [91.6, 91.6, 91.5], "E=8", "shared"),
+            ],
+            "reproduced": [
+                figures.Curve(LS, [Interval(63, 62, 64, 3), None, 30.0], "E=8", "no shared")
+            ],
+            "this build": [],
+        },
+        {"published": 91.3, "reproduced": Interval(62, 61, 63, 3)},
+        missing="no record yet:\nmake book",
+    ),
+    "training": lambda: figures.training_curves(
+        {"shared": THREE, "dense": [record(5, top1=60), None]}
+    ),
+    "training without records": lambda: figures.training_curves({"shared": [None]}),
+    "information": lambda: figures.information_by_depth(
+        {"image": [record(0, per_image=True)], "token": THREE}, threshold=0.3
+    ),
+    "frontier of small models": lambda: figures.frontier(
+        {
+            "this build": [
+                figures.Point(
+                    str(i),
+                    0.2 + 0.03 * i,
+                    0.0035 + 0.0004 * i,
+                    Interval(94 + i, None, None, 1),
+                    True,
+                )
+                for i in range(4)
+            ]
+        }
+    ),
+    "frontier": lambda: figures.frontier(
+        {"published": points(9), "reproduced": points(2), "this build": []}
+    ),
+    "ratio": lambda: figures.cost_ratio(
+        {f"Table 1, row {i}, total": 1 + 0.01 * (i == 3) for i in range(12)}
+    ),
+    "heatmap": lambda: maps.class_expert_heatmap(THREE[0]),
+    "heatmap of 100 classes": lambda: maps.class_expert_heatmap(
+        record(
+            0,
+            images=2000,
+            classes=100,
+            experts=8,
+            blocks=range(12),
+            per_image=True,
+            class_names=LONG,
+        )
+    ),
+    "heatmap, 32 experts": lambda: maps.class_expert_heatmap(record(0, experts=32), layers=[-1]),
+    "loads": lambda: maps.expert_loads(record(0, blocks=range(12), experts=8)),
+    "loads of one layer": lambda: maps.expert_loads(record(0, blocks=[11])),
+    "tokens": lambda: maps.token_maps(IMAGES, *tokens(), names=LONG[:4]),
+    "layer shares": lambda: routes.layer_shares(
+        {"proposed": record(0), "expert choice": record(1)}
+    ),
+    "layer shares of two layers": lambda: routes.layer_shares(
+        {f"arm {i}": record(i, blocks=[0, 1], experts=2) for i in range(4)}
+    ),
+    "routes": lambda: routes.routes(record(0, classes=100, class_names=LONG), [0, 33, 66, 99]),
+    "routes, two layers": lambda: routes.routes(record(0, blocks=[0, 1], experts=2), [0, 1, 2, 3]),
+    "position maps": lambda: routes.position_maps(
+        {"proposed": record(0), "token choice": record(1)}
+    ),
+    "checkerboard": lambda: routes.checker_maps({"proposed": record(0), "token choice": record(1)}),
+    "reconstructions": lambda: maps.reconstructions(record(0)),
+    "schematic": lambda: schematic.moe_layer(),
+    "scan over shares": lambda: figures.scan(
+        {"this build": [figures.Curve([40.2 + 0.1 * i for i in range(30)], range(30), "x")]}
+    ),
+    "pictures of GradCAM": lambda: routes.cam_masks(record(0), shown=3),
+    "scatter": lambda: relations.scatter(
+        {"first block": ([1e-8, 1e-5], [1e-4, 1e-2]), "last": ([1, 2], [3, 4])},
+        xlabel="score",
+        ylabel="effect",
+        log=True,
+    ),
+    "surface": lambda: relations.surface(
+        {
+            "reproduced": [
+                relations.Spot(f"m{i}", 40 + i, 38 + 9 * i, 80 + i, i % 2 == 0) for i in range(9)
+            ],
+            "this build": [relations.Spot("m", 40, 38, 80, False)],
+        }
+    ),
+    "matrices": lambda: relations.matrices(
+        {f"block {i}": np.eye(n) for i, n in enumerate((2, 6, 9, 32))}, "cosine", low=-1.0
+    ),
+    "clouds": lambda: relations.clouds(
+        {"no cluster": ([0, 1], [0, 1])} | {f"cluster {i}": ([i], [i]) for i in range(5)},
+        xlabel="first",
+        ylabel="second",
+    ),
+    "process": lambda: process.extraction(
+        np.random.default_rng(0).random((60, 2)),
+        np.arange(60) % 7 - 1,
+        np.random.default_rng(1).random((6, 64)) ** 8,
+        np.random.default_rng(1).random((6, 64)) > 0.5,
+        np.eye(6),
+    ),
+    "cluster tree": lambda: relations.cluster_tree(TREE, 20),
+    "tokens, image level": lambda: maps.token_maps(
+        IMAGES, *tokens(per_image=True, tokens=257, experts=8)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figure_is_labelled_and_nothing_leaves_the_canvas(name):
+    fig = FIGURES[name]()
+    with style.style():
+        fig.draw_without_rendering()
+        renderer = fig.canvas.get_renderer()
+        width, height = fig.bbox.size
+        for text in fig.findobj(Text):
+            if not text.get_visible() or not text.get_text().strip():
+                continue
+            if text.get_text() in _hidden_ticks(fig):
+                continue
+            box = text.get_window_extent(renderer)
+            inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1
+            assert inside, f"{text.get_text()!r} leaves the canvas: {box} in {width} x {height}"
+        for ax in fig.axes:
+            low, high = sorted(ax.get_xlim())
+            ticks = [
+                label
+                for t in ax.xaxis.get_major_ticks()
+                if low <= t.get_loc() <= high
+                for label in (t.label1, t.label2)
+                if label.get_visible() and label.get_text()
+            ]
+            boxes = sorted((t.get_window_extent(renderer) for t in ticks), key=lambda box: box.x0)
+            assert all(one.x1 <= other.x0 for one, other in pairwise(boxes)), (
+                f"{name}: {[t.get_text() for t in ticks]} touch"
+            )
+    for ax in fig.axes:
+        if name.startswith(
+            ("tokens", "position maps", "checkerboard", "reconstructions", "schematic", "pictures")
+        ):
+            continue  # pictures: rows, columns and colour bar are named instead
+        shared = ax.get_shared_y_axes().get_siblings(ax)
+        assert ax.get_xlabel() or ax.get_label() == "<colorbar>", name
+        assert any(a.get_ylabel() for a in shared) or ax.get_label() == "<colorbar>", name
+
+
+def _hidden_ticks(fig):
+    """Labels of ticks outside the limits: matplotlib keeps them but never draws them."""
+    hidden = set()
+    for ax in fig.axes:
+        for axis, (low, high) in (
+            (ax.xaxis, sorted(ax.get_xlim())),
+            (ax.yaxis, sorted(ax.get_ylim())),
+        ):
+            ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+            hidden |= {t.label1.get_text() for t in ticks if not low <= t.get_loc() <= high}
+    return hidden
+
+
+def test_gradcam_shares_by_hand():
+    r = record(0)
+    r.arrays["cam"] = np.zeros((12, 16, 16), np.float16)
+    r.arrays["cam"][:, :4, :4] = 1.0  # all of it on the first patch
+    r.arrays["token_expert"] = np.zeros((4, 12, 17), np.int16)
+    r.arrays["token_expert"][1, :, 1] = 3  # which goes to expert 3 in the second layer
+    mass, patches = routes.cam_shares(r, 1)
+    assert mass.tolist() == [0, 0, 0, 1] and patches.tolist() == [15 / 16, 0, 0, 1 / 16]
+    del r.arrays["cam"]
+    with pytest.raises(ValueError, match="holds no GradCAM"):
+        routes.cam_masks(r)
+
+
+def test_front_by_hand():
+    # best of all two | beaten | best in the third | equal to the first | better in one, worse in
+    # another
+    costs = [(1, 2, 3), (2, 2, 3), (5, 5, 1), (1, 2, 3), (0, 9, 9)]
+    assert relations.front(costs) == [True, False, True, True, True]
+
+
+def test_cluster_tree_by_hand():
+    bars = [p for p in relations.cluster_tree(TREE, 20).axes[0].patches]
+    found = [
+        (
+            round(b.get_x(), 3),
+            round(b.get_width(), 3),
+            round(b.get_y(), 3),
+            round(b.get_height(), 3),
+        )
+        for b in bars
+    ]
+    assert found == [(0.0, 1.0, 0.0, 0.5), (0.0, 0.4, 0.5, 1.0), (0.4, 0.35, 0.5, 0.4)]
+
+
+def test_report_needs_no_torch_and_leaves_matplotlib_alone():
+    code = (
+        "import sys, lib.report.figures, lib.report.maps, lib.report.tables, lib.report.explorer, lib.verdicts.claims\n"
+        "assert 'torch' not in sys.modules and 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    before = dict(matplotlib.rcParams)
+    style.png(FIGURES["loads of one layer"](), dpi=40)
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_colours_survive_greyscale():
+    lumas = [style.luma(c) for c in style.COLOURS]
+    assert all(b - a >= 0.08 for a, b in pairwise(lumas)), lumas
+    experts = [style.luma(c) for c in style.expert_colours(8)]
+    assert all(b - a > 0.04 for a, b in pairwise(experts)), experts
+    assert len(set(style.MARKERS)) == len(set(style.LINES)) == len(style.COLOURS)
+
+
+def test_show_has_alt_text_caption_and_fits_a_phone():
+    shown = style.show(FIGURES["loads of one layer"](), 'Load, "n" < 3', 'bars & "experts"')
+    assert (
+        'alt="bars &amp; &quot;experts&quot;"' in shown.html
+        and "Load, &quot;n&quot; &lt; 3" in shown.html
+    )
+    assert (
+        "max-width:100%" in shown.html
+        and "data:image/png;base64," in shown.html
+        and repr(shown) == 'bars & "experts"'
+    )
+    for caption, alt in [("", "a"), ("c", " ")]:
+        with pytest.raises(ValueError, match="alternative text"):
+            style.show(FIGURES["loads of one layer"](), caption, alt)
+
+
+def test_equal_figures_are_equal_bytes():
+    assert style.png(FIGURES["ratio"](), 50) == style.png(FIGURES["ratio"](), 50)
+
+
+def test_more_curves_than_colours_still_look_different():
+    fig = figures.scan(
+        {
+            "this build": [
+                figures.Curve([1, 2], [80.0 + i, 81.0 + i], f"method {i}") for i in range(8)
+            ]
+        }
+    )
+    looks = {
+        (line.get_color(), line.get_marker(), line.get_linestyle(), line.get_markerfacecolor())
+        for line in fig.axes[0].lines
+        if line.get_label().startswith("method") or len(line.get_xdata()) == 2
+    }
+    assert len(looks) == 8
+
+
+def test_class_order_puts_blocks_on_the_diagonal():
+    share = np.array([[0.1, 0.9], [0.6, 0.4], [0.3, 0.7], [0.8, 0.2]])
+    assert maps.class_order(share).tolist() == [3, 1, 0, 2]
+    fig = maps.class_expert_heatmap(THREE[0], layers=[-1])
+    names = [t.get_text() for t in fig.axes[0].get_yticklabels()]
+    assert names[:3] == ["class 0", "class 4", "class 8"] and len(names) == 10
+    assert re.fullmatch(r"block 4\nI/H = (0\.9\d|1\.00)", fig.axes[0].get_title())
+
+
+def test_classes_by_expert_names_every_class_once():
+    rows = maps.classes_by_expert(THREE[0])
+    assert sorted(
+        re.findall(r"class \d", " ".join(r["classes that prefer it (share, %)"] for r in rows))
+    ) == [f"class {c}" for c in range(10)]
+    assert rows[0]["classes that prefer it (share, %)"].startswith("class 0 100")
+
+
+def test_depth_information_of_a_sharp_layer():
+    blocks, values = figures.depth_information(record(0, images=1000, per_image=True))
+    assert (
+        blocks.tolist() == [1, 2, 3, 4]
+        and values[-1] == pytest.approx(1, abs=0.02)
+        and values[0] < 0.2
+    )
+    assert figures.depth_information(record(0, per_image=True), "position")[1].tolist() == [
+        0,
+        0,
+        0,
+        0,
+    ]
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: figures.training_curves({}, ["accuracy"]), "val_top1"),
+        (lambda: maps.class_expert_heatmap(THREE[0], [9]), "0..3"),
+        (lambda: maps.token_maps(IMAGES, np.zeros((1, 4, 15), int), [0], 2), "15 tokens"),
+        (lambda: maps.token_maps(IMAGES, np.zeros((1, 3, 17), int), [0], 2), "4 images"),
+        (lambda: figures.depth_information(THREE[0], "colour"), "'colour'"),
+        (lambda: figures.cost_ratio({}), "empty"),
+        (
+            lambda: maps.token_maps(np.zeros((4, 2, 2, 7)), np.zeros((1, 4, 17), int), [0], 2),
+            "channels|must be",
+        ),
+    ],
+)
+def test_figures_refuse(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# ---------------------------------------------------------------- tables
+
+
+def three():
+    settings = pd.DataFrame({"E": [8, 8, 8], "L": [1, 2, 12], "shared": [False, True, True]})
+    return tables.three_groups(
+        settings,
+        {"top-1 (%)": [91.5, tables.secondary(91.3, "a survey <2024>"), None]},
+        {
+            "top-1 (%)": [
+                accuracy_interval(THREE),
+                accuracy_interval(THREE[:1]),
+                accuracy_interval([None]),
+            ]
+        },
+        {"top-1 (%)": [60.04, None, None]},
+        {
+            "reproduced": "python -m lib run vimoe/layer_scan --profile small",
+            "this build": "PROFILE=quick make book",
+        },
+        caption="CIFAR-100 & top-1",
+    )
+
+
+def test_three_groups_cells():
+    t = three()
+    assert [c[0] for c in t.frame.columns] == ["setting"] * 3 + list(tables.GROUPS)
+    published, reproduced, build = (t.frame[g, "top-1 (%)"].tolist() for g in tables.GROUPS)
+    assert published == ["91.5", "91.3†", ""]
+    assert re.fullmatch(r"\d\d\.\d \[\d\d\.\d, \d\d\.\d\], n=3", reproduced[0])
+    assert re.fullmatch(r"\d\d\.\d, n=1", reproduced[1]) and reproduced[2] == "–¹"
+    assert build == ["60.0", "–²", "–²"] and t.frame["setting", "shared"].tolist() == [
+        "no",
+        "yes",
+        "yes",
+    ]
+    assert t.notes == (
+        "Intervals: hierarchical bootstrap 95% over n seeds; none where n is below 3.",
+        "–¹ no record yet; filled by: python -m lib run vimoe/layer_scan --profile small",
+        "–² no record yet; filled by: PROFILE=quick make book",
+        "† secondary: as retold in a survey <2024>",
+    )
+
+
+def test_table_html_scrolls_is_escaped_and_stable():
+    text = three().html
+    assert (
+        "overflow-x:auto" in text
+        and "CIFAR-100 &amp; top-1" in text
+        and "survey &lt;2024&gt;" in text
+    )
+    assert 'colspan="3"' in text and 'scope="col"' in text and text == three().html
+    assert "make book" in repr(three())
+    other = tables.table(pd.DataFrame({"a": [1]}), "Another").html
+    ids = [set(re.findall(r'id="(\w+)"', page)) for page in (text, other)]
+    assert ids[0] and not ids[0] & ids[1]  # two tables of a page do not share style rules
+
+
+def test_no_planned_run_stays_blank_and_missing_groups_are_empty_columns():
+    t = tables.three_groups(
+        pd.DataFrame({"L": [1, 2]}),
+        {"a": [1.0, 2.0]},
+        {},
+        {"a": [None, 3.0]},
+        lambda row, group: None if row == 0 else f"fill {group}",
+    )
+    assert t.frame["reproduced", "a"].tolist() == ["", "–¹"] and t.frame[
+        "this build", "a"
+    ].tolist() == ["", "3.0"]
+
+
+def test_plain_table():
+    gap = tables.three_groups(pd.DataFrame({"E": [8, None]}), {"a": [1, 2]}, {}, {}, "x")
+    assert gap.frame["setting", "E"].tolist() == ["8", ""]
+    assert tables.table(pd.DataFrame({"a": np.array([0.25], "float32")}), "c", 2).frame[
+        "a"
+    ].tolist() == ["0.25"]
+    t = tables.table(
+        pd.DataFrame({"cell": ["a", "b"], "ratio": [1.0, float("nan")], "n": [3, 4]}),
+        "Ratios",
+        decimals=2,
+    )
+    assert t.frame["ratio"].tolist() == ["1.00", ""] and t.frame["n"].tolist() == ["3", "4"]
+    with pytest.raises(ValueError, match="caption"):
+        tables.table(pd.DataFrame({"a": [1]}), " ")
+    with pytest.raises(ValueError, match="2 cells for 1 rows"):
+        tables.three_groups(pd.DataFrame({"L": [1]}), {"a": [1, 2]}, {}, {}, "x")
+    with pytest.raises(ValueError, match="no command for group 'reproduced'"):
+        tables.three_groups(pd.DataFrame({"L": [1]}), {"a": [1]}, {}, {}, {"this build": "x"})
+
+
+# ---------------------------------------------------------------- explorer
+
+
+def test_explorer_redraws_and_carries_the_static_figure():
+    pytest.importorskip("ipywidgets")
+    token_expert, blocks, experts = tokens()
+    live = explorer.explorer(
+        IMAGES, token_expert, blocks, experts, names=list("abcd"), caption="Tokens.", alt="Overlay."
+    )
+    image, layer, expert, picture = live.widget.children
+    before = picture.value
+    image.value, layer.value, expert.value = 1, 0, 2
+    assert picture.value != before and picture.value == live.view(1, 0, 2)
+    bundle = live._repr_mimebundle_()
+    assert (
+        'alt="Overlay."' in bundle["text/html"]
+        and "application/vnd.jupyter.widget-view+json" in bundle
+    )
+
+
+def test_explorer_without_widgets(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    token_expert, blocks, experts = tokens()
+    still = explorer.explorer(
+        IMAGES, token_expert, blocks, experts, caption="Tokens.", alt="Overlay."
+    )
+    assert still.widget is None and set(still._repr_mimebundle_()) == {"text/html", "text/plain"}
+
+
+def test_routes_by_hand():
+    """Two layers, two experts, three classes: classes 0 and 2 take the same way."""
+    made = record(0, blocks=[0, 1], experts=2, classes=3, class_names=["a", "b", "c"])
+    made.arrays["class_expert"] = np.array([[[9, 1], [2, 8], [6, 4]], [[0, 5], [5, 0], [1, 4]]])
+    assert routes.main_route(made, 0) == ([0, 1], [0.9, 1.0])
+    assert routes.shared_routes(made) == [
+        {"route (expert in each block)": "0 → 1", "classes": 2, "which": "a, c"}
+    ]
+    assert len(routes.shared_routes(made, least=1)) == 2
+
+
+def test_gaps_name_the_command():
+    assert (
+        text.gaps({"a": [record(0), None]}, "make it").strip()
+        == "1 of 2 records are not there yet; filled by: make it"
+    )
+    assert text.gaps({"a": [record(0)]}, "make it") == ""
+    with pytest.raises(ValueError, match="train.mask"):
+        made = record(0)
+        del made.arrays["picture"]
+        maps.reconstructions(made)
+
+
+def test_answer_sorts_the_claims_by_verdict():
+    found = [
+        Verdict("Reproduced: b", "undecided", "", 1),
+        Verdict("Reproduced: a", "holds", "+1 [0, 2]; all above 0", 3),
+        Verdict("c", "does not hold", "-1", 3),
+        Verdict("d", "not tested", "", 0),
+        Verdict("e", "undecided", "", 1),
+    ]
+    told = text.answer(found).data
+    assert told.split("\n")[2:] == [
+        "- *Holds:* a: +1 [0, 2]",
+        "- *Does not hold:* c: -1",
+        "- *Undecided:* b; e.",
+        "- *Not tested* for want of records: 1 of 5 claims.",
+    ]
+    assert text.answer(found).metadata["claims"][0] == {
+        "claim": "b",
+        "verdict": "undecided",
+        "text": "",
+        "n": 1,
+    }
+    assert text.answer(found, "In this model").metadata["source"] == "In this model"
+    untested = [Verdict("Reproduced: a", "not tested", "", 0)] * 2
+    assert (
+        text.answer(untested).data
+        == "**Reproduced, in short.** None of this page's 2 claims has its records yet."
+    )
+
+
+def test_the_process_of_extraction_draws_the_largest_clusters():
+    rng = np.random.default_rng(0)
+    labels = np.repeat([-1, 0, 1, 2, 3, 4, 5, 6], [9, 2, 8, 7, 6, 5, 4, 3])
+    variance = rng.random((7, 12))
+    fig = process.extraction(
+        rng.random((len(labels), 2)), labels, variance, variance > 0.5, np.eye(7)
+    )
+    tokens, spread, kept, sent = fig.axes[:4]
+    assert [text.get_text() for text in tokens.get_legend().get_texts()] == [
+        "1",
+        "2",
+        "3",
+        "4",
+        "5",
+        "6",
+    ]  # 0 is the smallest
+    assert len(tokens.lines[0].get_xdata()) == 9 + 2  # in no cluster, or in one that is not drawn
+    drawn = kept.images[0].get_array()
+    assert drawn.shape == (6, 12) and drawn.sum() == (variance[1:] > 0.5).sum()
+    most = spread.images[0].get_array().argmax(axis=0)
+    assert list(most) == sorted(most), "neurons stand by the cluster on which they vary most"
+    assert np.array_equal(sent.images[0].get_array(), 100 * np.eye(6))
+    with pytest.raises(ValueError, match="no cluster: nothing was cut out"):
+        process.extraction(
+            np.zeros((3, 2)),
+            np.full(3, -1),
+            np.zeros((0, 12)),
+            np.zeros((0, 12), bool),
+            np.zeros((0, 0)),
+        )

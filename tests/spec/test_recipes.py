@@ -1,0 +1,76 @@
+"""Methods of several stages: which run starts from which, and what changes on the way."""
+
+from __future__ import annotations
+
+import pytest
+
+from lib.spec import MaskSpec, MoESpec, PruneSpec, RunSpec, TrainSpec, class_groups, recipes
+
+DENSE = RunSpec(
+    moe=MoESpec(
+        layers=2, experts=4, top_k=4, router="token", balance="none", sharpness_weight=1e-3
+    ),
+    seed=3,
+    train=TrainSpec(epochs=6.0, lr=1e-3),
+)
+
+
+def line(run):
+    """A run and those that it starts from, the last one first."""
+    return [run, *line(run.init)] if run.init is not None else [run]
+
+
+def test_pretraining_starts_from_nothing_and_keeps_the_model():
+    mask = MaskSpec(width=16, depth=1, heads=2)
+    start = recipes.pretrained(DENSE.but(init=RunSpec()), mask, epochs=20.0)
+    assert start == DENSE.but(train={"mask": mask, "epochs": 20.0}) and start.init is None
+
+
+def test_dense_to_sparse_in_three_stages():
+    free, gate, dense = line(recipes.made_sparse(DENSE, 1.2, 4.8))
+    assert dense == DENSE
+    assert gate.moe == free.moe == DENSE.moe.but(top_k=1) and gate.seed == free.seed == 3
+    assert (gate.train.trainable, gate.train.distil, gate.train.epochs, gate.fresh_routers) == (
+        "routers",
+        "choice",
+        1.2,
+        True,
+    )
+    assert (free.train.trainable, free.train.distil, free.train.epochs, free.fresh_routers) == (
+        "all",
+        "none",
+        4.8,
+        False,
+    )
+    assert free.train.lr == DENSE.train.lr
+    assert line(recipes.made_sparse(DENSE, 1.2, 4.8, target="none"))[1].train.distil == "none"
+
+
+def test_a_random_gate_keeps_the_experts_and_trains_nothing():
+    *_, teacher, dense = line(recipes.made_sparse(DENSE, 1.2, 4.8, random_gate=True))
+    assert teacher == DENSE.but(init=DENSE, fresh_routers=True, train=None) and dense == DENSE
+
+
+def test_warm_up_routes_by_class_and_is_cut_once():
+    moe = MoESpec(
+        layers=2,
+        blocks=(1, 3),
+        experts=4,
+        top_k=2,
+        router="token",
+        shared=True,
+        balance_weight=0.1,
+        copy_noise=0.2,
+    )
+    run, groups = (
+        RunSpec(moe=moe, prune=PruneSpec(), train=TrainSpec(epochs=4.0)),
+        class_groups(10, 4),
+    )
+    after, warm = line(recipes.warmed_up(run, groups, 0.25))
+    assert warm.moe.router == "manual" and warm.moe.groups == groups and warm.moe.balance == "none"
+    assert (warm.moe.blocks, warm.moe.experts, warm.moe.shared) == ((1, 3), 4, True)
+    assert warm.moe.copy_noise == 0.2, "copies differ from their first step on"
+    assert warm.prune == PruneSpec() and after.prune is None and after.moe == moe
+    assert (warm.train.epochs, after.train.epochs) == (1.0, 3.0)
+    with pytest.raises(ValueError, match="groups names 2 experts"):
+        recipes.warmed_up(run, ((0,), (1,)), 0.5)

@@ -1,0 +1,131 @@
+"""Specs: what is refused, and which changes change an id."""
+
+import json
+from typing import ClassVar
+
+import pytest
+from pydantic import ValidationError
+
+from lib.spec import BackboneSpec, DataSpec, MoESpec, RunSpec, Spec, TrainSpec
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: MoESpec(experts=2, top_k=4), "top_k=4 needs at least 4 experts, got experts=2"),
+        (lambda: MoESpec(router="all", experts=3), "set top_k=3, got 1"),
+        (
+            lambda: MoESpec(router="image", capacity_factor=1.0),
+            "capacity_factor is for router='token'",
+        ),
+        (lambda: MoESpec(expertz=2), "expertz"),
+        (
+            lambda: MoESpec(layers=2, blocks=(3, 1)),
+            "must be layers=2 different numbers in rising order",
+        ),
+        (lambda: MoESpec(layers=2, blocks=(3,)), "must be layers=2 different numbers"),
+        (lambda: MoESpec(layers=2, blocks=(0, 3)), "blocks"),
+        (lambda: MoESpec(layers=2, balance_weights=(0.1,)), "has 1 values: it takes layers=2"),
+        (
+            lambda: MoESpec(balance="none", balance_weights=(0.1,)),
+            "with balance='switch', got balance='none'",
+        ),
+        (lambda: MoESpec(copy_noise=0.1, fresh_experts=True), "copy_noise is added to copies"),
+        (lambda: MoESpec(layers=0), "layers"),
+        (lambda: MoESpec(experts="8"), "experts"),
+        (lambda: MoESpec(experts=8.0), "experts"),
+        (lambda: MoESpec(noise=float("nan")), "noise"),
+        (lambda: MoESpec(router="tokens"), "'token', 'image', 'all', 'expert_choice'"),
+        (lambda: BackboneSpec(width=30, heads=4), "heads=4 must divide width=30"),
+        (lambda: BackboneSpec(drop_path=1.0), "drop_path"),
+        (lambda: TrainSpec(epochs=0), "epochs"),
+        (lambda: TrainSpec(layer_decay=1.5), "layer_decay"),
+        (lambda: RunSpec(dtype="float16"), "float32"),
+        (
+            lambda: RunSpec(init=RunSpec(backbone=BackboneSpec(depth=3))),
+            "init must have the same backbone",
+        ),
+    ],
+)
+def test_refused(make, words):
+    with pytest.raises(ValidationError, match=words):
+        make()
+
+
+def test_frozen_and_closed():
+    with pytest.raises(ValidationError, match="frozen"):
+        MoESpec().experts = 4
+    with pytest.raises(ValidationError, match="expertz"):
+        MoESpec().but(expertz=4)
+
+
+def test_ids_are_stable():
+    """Pinned: a change here orphans every record there is. Bump `semantics` instead where a result
+    would change."""
+    assert RunSpec().id == "a3674d0c3d7f1371"
+    assert (
+        RunSpec(
+            data=DataSpec(name="cifar100", image_size=56, label="fine_label"),
+            moe=MoESpec(layers=2, shared=True),
+            train=TrainSpec(layer_decay=0.65),
+            seed=1,
+            dtype="bfloat16",
+        ).id
+        == "d600bde4081565a9"
+    )
+
+
+def test_defaults_are_not_hashed():
+    assert MoESpec(experts=8, top_k=1) == MoESpec() and MoESpec(experts=8).canonical() == {
+        "semantics": 1
+    }
+    assert RunSpec(seed=0, threads=2).id == RunSpec().id != RunSpec(seed=1).id
+
+    class Grown(MoESpec):
+        later: int = 5
+
+    assert Grown().id == MoESpec().id != Grown(later=6).id
+
+
+def test_filing_is_not_hashed():
+    assert RunSpec(study="vimoe", keep=True).id == RunSpec().id
+    parent = RunSpec(study="vimoe", keep=True)
+    assert RunSpec(init=parent).id == RunSpec(init=RunSpec()).id != RunSpec().id
+
+
+def test_semantics_are_hashed():
+    class Bumped(MoESpec):
+        semantics: ClassVar[int] = 2
+
+    assert Bumped().id != MoESpec().id
+    assert RunSpec(moe=Bumped()).id != RunSpec(moe=MoESpec()).id
+
+    class BumpedData(DataSpec):
+        semantics: ClassVar[int] = 2
+
+    # Also where the part is at its default.
+    assert RunSpec(data=BumpedData()).id != RunSpec(data=DataSpec()).id == RunSpec().id
+
+
+def test_canonical_is_json_and_round_trips():
+    spec = RunSpec(
+        moe=MoESpec(layers=2, capacity_factor=1.5, router="token"),
+        init=RunSpec(seed=3),
+        train=TrainSpec(),
+    )
+    assert json.loads(json.dumps(spec.canonical())) == spec.canonical()
+    assert RunSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+def test_but():
+    spec = RunSpec(moe=MoESpec(layers=2))
+    changed = spec.but(seed=4, moe={"experts": 4}, data={"image_size": 56})
+    assert (changed.seed, changed.moe, changed.data.image_size) == (
+        4,
+        MoESpec(layers=2, experts=4),
+        56,
+    )
+    assert spec.but(moe=None).moe is None and spec.seed == 0
+    with pytest.raises(ValidationError, match="top_k=3 needs at least 3"):
+        spec.but(moe={"experts": 2, "top_k": 3})
+    assert isinstance(spec, Spec)

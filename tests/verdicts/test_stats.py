@@ -1,0 +1,285 @@
+"""Intervals by hand and by simulation; verdicts by their rule."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from lib.verdicts import claims, stats
+
+
+def run(correct, seed=0, status="ok"):
+    """A record with given correctness per image."""
+    correct = np.asarray(correct, int)
+    return SimpleNamespace(
+        id=f"run{seed}",
+        status=status,
+        spec=SimpleNamespace(seed=seed),
+        arrays={"test_label": np.zeros(correct.size, int), "test_pred": 1 - correct},
+    )
+
+
+def runs(y):
+    return [run(row, seed) for seed, row in enumerate(y)]
+
+
+def test_student_interval_by_hand():
+    result = stats.mean_interval([1, 2, 3])
+    half = 4.302653 / np.sqrt(3)  # t(0.975, 2) * s / sqrt(n), s = 1
+    assert (result.mean, result.n, result.method) == (2, 3, "t 95%")
+    assert (result.low, result.high) == pytest.approx((2 - half, 2 + half), abs=1e-5)
+
+
+def test_few_values_get_no_interval():
+    for values in ([71.3], [71.3, 71.3]):
+        result = stats.mean_interval(values)
+        assert result.low is None and result.high is None
+    assert str(stats.mean_interval([71.3])) == "71.3, n=1"
+    assert stats.mean_interval([2.0] * 4).low == 2.0
+
+
+def test_bca_from_ten_values_and_repeatable():
+    values = np.random.default_rng(0).normal(size=12)
+    a, b = stats.mean_interval(values), stats.mean_interval(values)
+    assert a == b and a.method == "BCa bootstrap 95%" and a.low < a.mean < a.high
+
+
+@pytest.mark.parametrize(
+    "values, method, message",
+    [([], None, "at least one"), ([1, float("nan"), 2], None, "finite"), ([1, 2, 3], "z", "'z'")],
+)
+def test_mean_interval_refuses(values, method, message):
+    with pytest.raises(ValueError, match=message):
+        stats.mean_interval(values, method)
+
+
+def test_format():
+    interval = stats.Interval(71.34, 70.81, 71.9, 5, "t 95%")
+    assert stats.format_interval(interval) == "71.3 [70.8, 71.9], n=5"
+    assert stats.format_interval(interval, 2, signed=True) == "+71.34 [+70.81, +71.90], n=5"
+    assert stats.format_interval(None) == ""
+    assert stats.format_interval(stats.Interval(-0.01, None, None, 1), signed=True) == "+0.0, n=1"
+
+
+def test_accuracy_means_and_absent_records():
+    y = [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0]]
+    assert stats.accuracy_interval(runs(y)).mean == 50
+    failed = [*runs(y)[:1], None, run(y[1], 1, "failed")]
+    one = stats.accuracy_interval(failed)
+    assert (one.mean, one.low, one.n) == (50, None, 1)
+    assert stats.accuracy_interval([None]) is None
+    with pytest.raises(ValueError, match="seeds repeat"):
+        stats.accuracy_interval([run(y[0]), run(y[1])])
+
+
+def test_same_predictions_at_all_seeds_give_the_binomial_interval():
+    correct = np.arange(1000) < 700
+    result = stats.accuracy_interval([run(correct, s) for s in range(4)])
+    half = 196 * np.sqrt(0.7 * 0.3 / 1000)
+    assert (result.low, result.high) == pytest.approx((70 - half, 70 + half), abs=0.2)
+
+
+def test_pairing_over_images_narrows_the_difference():
+    rng = np.random.default_rng(0)
+    base = rng.random((3, 2000)) < np.where(rng.random(2000) < 0.7, 0.98, 0.02)
+    better = base | (rng.random((3, 2000)) < 0.02)
+    difference = stats.paired_difference(runs(better), runs(base))
+    single = stats.accuracy_interval(runs(base))
+    assert (
+        difference.paired
+        and difference.n == 3
+        and difference.low > 0
+        and difference.share_above > 0.99
+    )
+    assert difference.mean == pytest.approx(100 * (better.mean() - base.mean()))
+    assert difference.high - difference.low < 0.7 * (single.high - single.low)
+    swapped = stats.paired_difference(runs(base), runs(better))
+    assert swapped.mean == pytest.approx(-difference.mean)
+
+
+def test_seeds_that_do_not_match():
+    rng = np.random.default_rng(1)
+    y = rng.random((7, 300)) < 0.6
+    a = [run(row, s) for row, s in zip(y[:4], [0, 1, 2, 3], strict=True)]
+    b = [run(row, s) for row, s in zip(y[4:], [1, 2, 3], strict=True)]
+    shared = stats.paired_difference(a, b)
+    assert (
+        shared.paired
+        and shared.n == 3
+        and shared.mean == pytest.approx(100 * (y[1:4].mean() - y[4:].mean()))
+    )
+    apart = stats.paired_difference(
+        a, [run(row, s) for row, s in zip(y[4:], [7, 8, 9], strict=True)]
+    )
+    assert (
+        not apart.paired
+        and apart.n == 3
+        and apart.mean == pytest.approx(100 * (y[:4].mean() - y[4:].mean()))
+    )
+    assert stats.paired_difference(a[:1], b[:1]).low is None
+    assert stats.paired_difference(a, [None]) is None
+
+
+def test_other_test_images_are_refused():
+    with pytest.raises(ValueError, match="different images"):
+        stats.paired_difference([run([1, 0])], [run([1, 0, 1])])
+
+
+def test_coverage_of_the_paired_difference():
+    """True difference 3 points; images differ in difficulty, seeds in skill. Nominal 95%; the mean
+    over four settings of 150 trials has a standard error of 1%. Resampling the seeds alone, three
+    values, covers far less."""
+    rng = np.random.default_rng(5)
+    images, trials, hits, plain_hits = 500, 150, [], []
+    for seeds, seed_sd in [(3, 0.0), (3, 0.02), (5, 0.0), (5, 0.02)]:
+        for _ in range(trials):
+            p = rng.beta(2, 1, images) * 0.9
+            a, b = (
+                rng.random((seeds, images)) < p + shift + rng.normal(0, seed_sd, (seeds, 1))
+                for shift in (0.03, 0.0)
+            )
+            result = stats.paired_difference(
+                runs(a), runs(b), np.random.default_rng(rng.integers(2**32))
+            )
+            hits.append(result.low <= 3 <= result.high)
+            d = 100 * (a.mean(1) - b.mean(1))
+            low, high = np.quantile(d[rng.integers(0, seeds, (500, seeds))].mean(1), [0.025, 0.975])
+            plain_hits.append(low <= 3 <= high)
+    assert 0.92 <= np.mean(hits) <= 0.98
+    assert np.mean(plain_hits) < 0.88
+
+
+def test_trend():
+    assert stats.trend([1, 2, 3], [[0, 1, 2], [1, 3, 5], [0, 3, 6]]).mean == pytest.approx(2)
+    assert stats.trend([1, 2], [[0, 1]]).low is None
+    with pytest.raises(ValueError, match="two different"):
+        stats.trend([1, 1], [[0, 1]])
+
+
+def sized(top1, size, seed=0, status="ok", images=1000):
+    """A record with a stored size, right on the first so many percent of its test images."""
+    label = np.zeros(images, int)
+    guess = (np.arange(images) >= round(top1 * images / 100)).astype(int)
+    return SimpleNamespace(
+        status=status,
+        spec=SimpleNamespace(seed=seed),
+        cost={"params_stored": size},
+        id=f"{top1}",
+        arrays={"test_label": label, "test_pred": guess},
+    )
+
+
+def test_retained_by_hand():
+    whole, cut = (
+        [sized(80.0, 100)],
+        [sized(value, 50, seed) for seed, value in enumerate((40.0, 60.0, 80.0))],
+    )
+    result = stats.retained(cut, whole)
+    assert (result.mean, result.n) == (pytest.approx(75.0), 3)
+    # seeds: t with 2 degrees of freedom over a standard error of 25 / sqrt(3) percent; images add
+    # little
+    assert result.high - 75 == pytest.approx(4.302653 * 25 / np.sqrt(3), rel=0.05)
+    assert stats.retained(cut[:2], whole).low is None
+    assert stats.retained(cut, [None]) is None and stats.retained([None], whole) is None
+
+
+def test_retained_says_how_much_images_alone_may_move_it():
+    """Equal seeds: the spread is that of a ratio over the same images, y right on 60% and d on
+    these and 20% more."""
+    images = 400
+    whole, cut = (
+        [sized(80.0, 100, images=images)],
+        [sized(60.0, 50, seed, images=images) for seed in range(3)],
+    )
+    result = stats.retained(cut, whole)
+    spread = np.sqrt(0.6 * 0.25**2 + 0.2 * 0.75**2) / 0.8 / np.sqrt(images)  # of (y - 0.75 d) / 0.8
+    assert result.high - result.low == pytest.approx(100 * 2 * 1.96 * spread, rel=0.05)
+    assert stats.retained(whole, whole).mean == 100.0
+
+
+def test_beyond_the_line_of_a_family_by_hand():
+    """Seed 0: from (40, 50) over (60, 70) to the whole model's (100, 80); seed 1 lies 10 points
+    lower up to there."""
+    family = [[sized(70.0, 60, 0), sized(60.0, 60, 1)], [sized(40.0, 40, 1), sized(50.0, 40, 0)]]
+    whole = [sized(80.0, 100, seed=7)]
+
+    def beyond(*records):
+        return stats.beyond_line(records, family, whole)
+
+    assert beyond(sized(63.0, 50, 0)).mean == pytest.approx(63 - 60)
+    assert beyond(sized(63.0, 50, 1)).mean == pytest.approx(63 - 50)
+    assert beyond(sized(76.0, 80, 0)).mean == pytest.approx(76 - 75)
+    assert beyond(sized(76.0, 140, 0)).mean == pytest.approx(
+        76 - 80
+    )  # larger than the whole model: against that
+    both = beyond(sized(63.0, 50, 0), sized(63.0, 50, 1), sized(99.0, 30, 2))
+    assert (both.mean, both.n) == (pytest.approx(8.0), 2)
+    for left_out in (sized(63.0, 39, 0), sized(63.0, 50, 2), sized(63.0, 50, 0, "failed"), None):
+        assert beyond(left_out) is None
+    assert stats.beyond_line([sized(63.0, 50, 0)], family, [None]) is None
+    only = [family[0][:1], family[1][1:]]
+    assert stats.beyond_line([sized(63.0, 50, 5)], only, whole).mean == pytest.approx(63 - 60)
+    three = [[sized(50.0, 40, seed) for seed in range(3)]]
+    result = stats.beyond_line([sized(70.0, 40, seed) for seed in range(3)], three, whole)
+    assert result.mean == pytest.approx(20.0)
+    assert result.high - result.low == pytest.approx(200 * 1.96 * 0.4 / np.sqrt(1000), rel=0.05)
+
+
+# ---------------------------------------------------------------- verdicts
+
+
+@pytest.mark.parametrize(
+    "low, high, direction, margin, verdict",
+    [
+        (0.1, 1.0, "greater", 0, "holds"),
+        (-1.0, -0.1, "greater", 0, "does not hold"),
+        (-0.1, 1.0, "greater", 0, "undecided"),
+        (0.1, 1.0, "greater", 0.5, "undecided"),
+        (-1.0, -0.1, "less", 0, "holds"),
+        (0.1, 1.0, "less", 0, "does not hold"),
+        (-0.2, 0.3, "equal", 0.5, "holds"),
+        (0.6, 0.9, "equal", 0.5, "does not hold"),
+        (-0.2, 0.9, "equal", 0.5, "undecided"),
+    ],
+)
+def test_rule(low, high, direction, margin, verdict):
+    estimate = stats.Difference((low + high) / 2, low, high, 3, "t 95%", 0.5)
+    assert claims.judge("claim", estimate, direction, margin).verdict == verdict
+
+
+def test_text_of_a_verdict_with_and_without_a_unit():
+    estimate = stats.Interval(0.25, 0.125, 0.375, 5)
+    assert claims.judge("c", estimate, "greater").text == "+0.2 [+0.1, +0.4] points, n=5"
+    assert (
+        claims.judge("c", estimate, "greater", unit="", decimals=3).text
+        == "+0.250 [+0.125, +0.375], n=5"
+    )
+
+
+def test_one_seed_claims_no_order_and_no_record_is_not_tested():
+    one = claims.compare("a beats b", [run([1, 1])], [run([0, 1])], "greater")
+    assert (
+        one.verdict == "undecided"
+        and one.n == 1
+        and one.text == "+50.0 points, n=1; one seed claims no order"
+    )
+    assert claims.compare("a beats b", [], [run([1])], "greater").verdict == "not tested"
+    assert claims.compare_trend("grows", [0, 1], [], "greater").verdict == "not tested"
+
+
+def test_verdicts_from_records_and_trends():
+    a, b = [[run(np.arange(300) < top, s) for s in range(3)] for top in (180, 150)]
+    result = claims.compare("a beats b", a, b, "greater")
+    assert result.verdict == "holds" and "+10.0 [" in result.text and "points, n=3" in result.text
+    rows = [[0.1, 0.2, 0.3], [0.1, 0.2, 0.31], [0.1, 0.2, 0.29]]
+    sharp = claims.compare_trend("sharper with depth", [1, 2, 3], rows, "greater")
+    assert sharp.verdict == "holds" and sharp.text.startswith("+0.100 [")
+
+
+@pytest.mark.parametrize(
+    "direction, margin, message",
+    [("equal", 0, "above 0"), ("greater", -1, "margin=-1"), ("up", 0, "'up'")],
+)
+def test_judge_refuses(direction, margin, message):
+    with pytest.raises(ValueError, match=message):
+        claims.judge("claim", None, direction, margin)
