@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..verdicts.routing import information
-from ..verdicts.stats import Interval, finished
+from ..verdicts.stats import Interval, finished, mean_interval
 from .style import COLOURS, LINES, MARKERS, figure, legend_above, note, style
 
 __all__ = [
@@ -388,3 +388,12 @@ def cost_ratio(
         )
         legend_above(fig, [ax], columns=3)
     return fig
+
+
+def depth_curve(rows: Sequence[Sequence[float]], label: str) -> Curve:
+    """Makes a curve over blocks, counted from 1 at the input, of the mean over seeds.
+
+    rows: (S, M), one row a seed with the values of all M blocks.
+    """
+    means = [mean_interval(column) for column in zip(*rows, strict=True)]
+    return Curve(list(range(1, len(means) + 1)), means, label)
