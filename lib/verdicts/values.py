@@ -1,0 +1,46 @@
+"""Intervals and paired differences of any number that a record holds, such as a loss or an entropy.
+
+For test accuracy see `stats`: a record keeps the prediction of each test image, so that images are
+resampled there as well as seeds. Here each record gives one number, and only seeds vary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .stats import Interval, finished, mean_interval
+
+Value = Callable[[Any], float | None]  # from a record to one of its numbers; None = it has none
+
+
+def same_seed(*settings: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Returns the finished records of the seeds that all settings share, one tuple a seed.
+
+    settings: records of one setting each, one a seed; a tuple has one record of each setting, in
+    their order. Seeds come in the order of the first setting. A seed that any setting lacks is left
+    out, so that records of different seeds never meet.
+    """
+    by_seed = [{record.spec.seed: record for record in finished(records)} for records in settings]
+    shared = [seed for seed in by_seed[0] if all(seed in records for records in by_seed)]
+    return [tuple(records[seed] for records in by_seed) for seed in shared]
+
+
+def value_interval(records: Sequence[Any], value: Value) -> Interval | None:
+    """Computes the mean of a number over the finished records of one setting and its interval.
+
+    None without a finished record, and where one of them lacks the number.
+    """
+    values = [value(record) for record in finished(records)]
+    return mean_interval(values) if values and None not in values else None
+
+
+def value_difference(
+    records_a: Sequence[Any], records_b: Sequence[Any], value: Value
+) -> Interval | None:
+    """Computes the mean difference a - b of a number, paired by seed, and its interval.
+
+    The interval is that of the differences, one a shared seed. None without a shared seed.
+    """
+    differences = [value(a) - value(b) for a, b in same_seed(records_a, records_b)]
+    return mean_interval(differences) if differences else None

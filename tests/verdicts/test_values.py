@@ -1,0 +1,55 @@
+"""Numbers of records: what is averaged, and which records are compared with each other."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from lib.verdicts.stats import mean_interval
+from lib.verdicts.values import same_seed, value_difference, value_interval
+
+
+def run(seed, loss, status="ok"):
+    return SimpleNamespace(status=status, spec=SimpleNamespace(seed=seed), loss=loss)
+
+
+def loss(record):
+    return record.loss
+
+
+def test_pairs_have_equal_seeds_in_the_order_of_the_first_setting():
+    a, b = [run(s, 0.0) for s in (2, 0, 1)], [run(s, 0.0) for s in (0, 1, 2)]
+    assert same_seed(a, b) == [(a[0], b[2]), (a[1], b[0]), (a[2], b[1])]
+
+
+def test_a_seed_that_one_setting_lacks_is_left_out():
+    a = [None, run(1, 10.0), run(2, 20.0)]
+    b = [run(0, 1.0), run(1, 2.0), run(2, 3.0, status="failed")]
+    assert same_seed(a, b) == [(a[1], b[1])]  # by position a[1] would meet b[0]
+    c = [run(1, 5.0), run(2, 6.0)]
+    assert same_seed(a, b, c) == [(a[1], b[1], c[0])]
+    assert same_seed(a, []) == same_seed([], a) == []
+
+
+def test_one_seed_twice_is_refused():
+    with pytest.raises(ValueError, match="seeds repeat"):
+        same_seed([run(0, 1.0), run(0, 2.0)], [run(0, 1.0)])
+
+
+def test_interval_of_a_number():
+    records = [run(0, 1.0), run(1, 2.0), None, run(3, 3.0), run(4, 99.0, status="failed")]
+    assert value_interval(records, loss) == mean_interval([1.0, 2.0, 3.0])
+    assert value_interval([None], loss) is None
+    assert value_interval([run(0, 1.0), run(1, None)], loss) is None
+
+
+def test_difference_is_paired_by_seed():
+    # The seeds differ by far more than the settings: paired, the difference is exact.
+    a = [run(s, 100.0 * s + 1) for s in range(4)]
+    b = [run(s, 100.0 * s) for s in range(4)]
+    whole = value_difference(a, b, loss)
+    assert (whole.mean, whole.low, whole.high, whole.n) == (1, 1, 1, 4)
+    partly = value_difference([None, *a[1:]], b[::-1], loss)
+    assert (partly.mean, partly.n) == (1, 3)
+    assert np.sign(value_difference(b, a, loss).mean) == -1
+    assert value_difference(a[:1], b[1:], loss) is None
