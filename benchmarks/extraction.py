@@ -26,7 +26,7 @@ from lib.extraction.layer import Cut, cut_layer
 from lib.extraction.record import Recorded, mlps_of, record
 from lib.measure import cost
 from lib.measure.timing import compare, peak_rss_mib
-from lib.spec import ExtractSpec
+from lib.spec import ClusterSpec, ExtractSpec
 
 from .moe import D, N, chunks
 from .row import Row, forward, seconds
@@ -88,7 +88,7 @@ def whole(model: nn.Module) -> Iterator[str]:
     """Record one pass, cluster and cut all layers as MoEE does."""
     images = _images(TOKENS // 10)
     kept: dict[str, Recorded] = {}
-    rules = ExtractSpec(percent=90.0, tokens=TOKENS)
+    rules = ExtractSpec(neurons={"variance_percent": 90.0}, calibration={"tokens": TOKENS})
     mlps = mlps_of(model)
 
     def cut() -> None:
@@ -119,21 +119,12 @@ def latency(model: nn.Module, repeats: int = 20) -> Iterator[Row]:
     """Forward passes of an extracted model against the whole one, and against a static one of the
     same active width."""
     tokens = record(model, _images(100).split(50), per_image=40, limit=TOKENS, seed=0)
-    shape = {"active": ACTIVE, "tokens": TOKENS}
+    rules = ExtractSpec(neurons={"active": ACTIVE}, calibration={"tokens": TOKENS})
+    inputs = ClusterSpec(method="kmeans", space="input", count=COUNT)
+    routed = rules.but(clusters=inputs, router="nearest", neurons={"statistics": "routed"})
     made = {
-        "static": _extracted(model, tokens, ExtractSpec(clusters="one", **shape)),
-        "ours": _extracted(
-            model,
-            tokens,
-            ExtractSpec(
-                clusters="kmeans",
-                space="input",
-                router="nearest",
-                members="routed",
-                count=COUNT,
-                **shape,
-            ),
-        ),
+        "static": _extracted(model, tokens, rules.but(clusters=ClusterSpec(of="nothing"))),
+        "ours": _extracted(model, tokens, routed),
     }
     ideal = cost.count(model, SIDE).macs / cost.count(made["ours"], SIDE).macs
     for batch in BATCHES:
@@ -226,7 +217,11 @@ def _extracted(model: nn.Module, tokens: dict[str, Recorded], rules: ExtractSpec
     out = copy.deepcopy(model)
     for name, mlp in mlps_of(model).items():
         layer, _ = cut_layer(
-            mlp, _cut(mlp, tokens[name]), rules, round(rules.active * mlp.fc1.out_features), 0
+            mlp,
+            _cut(mlp, tokens[name]),
+            rules,
+            round(rules.neurons.active * mlp.fc1.out_features),
+            0,
         )
         out.set_submodule(name, layer)
     return out.eval()

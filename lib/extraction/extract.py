@@ -67,18 +67,25 @@ def extract(
     rules = spec.extract
     mlps = check(model, rules)
     index = calibration(
-        split.labels, [range(classes)], rules.images, torch.Generator().manual_seed(spec.seed)
+        split.labels,
+        [range(classes)],
+        rules.calibration.images,
+        torch.Generator().manual_seed(spec.seed),
     )[0]
-    if len(index) < rules.images:
+    if len(index) < rules.calibration.images:
         raise ValueError(
-            f"images={rules.images} were asked for to calibrate on, the training split has {len(index)}: lower it"
+            f"images={rules.calibration.images} were asked for to calibrate on, the training split has {len(index)}: lower it"
         )
 
     def batches() -> Iterator[Tensor]:
         return (split.batch(part, spec.data).to(spec.device) for part in index.split(64))
 
-    drawn = {"per_image": rules.per_image, "limit": rules.tokens, "seed": spec.seed}
-    if rules.sequential:
+    drawn = {
+        "per_image": rules.calibration.tokens_per_image,
+        "limit": rules.calibration.tokens,
+        "seed": spec.seed,
+    }
+    if rules.correction.sequential:
         dense, stream = _streams(model, batches())
         wanted, widths = _looked_through(dense, rules, drawn)
     else:
@@ -86,7 +93,7 @@ def extract(
         ranked = {
             name: scores_of(mlp, tokens[name].hidden, rules, layer_scale(model, name))
             for name, mlp in mlps.items()
-            if rules.budget == "model"
+            if rules.neurons.budget == "model"
         }
         widths = widths_over_model(mlps, ranked, rules)
     reports = []
@@ -98,10 +105,10 @@ def extract(
             layer.load_state_dict(state)
             report = json.loads(file.with_suffix(".json").read_text())
         else:
-            here = stream.record(name, **drawn) if rules.sequential else tokens.pop(name)
+            here = stream.record(name, **drawn) if rules.correction.sequential else tokens.pop(name)
             target = _output(mlps[name], here)
-            if rules.sequential:
-                target += rules.catch_up * (
+            if rules.correction.sequential:
+                target += rules.correction.catch_up * (
                     (wanted[name] - here.before) / layer_scale(model, name) - target
                 )
             layer, report = cut_layer(mlps[name], Cut(here, target), rules, widths[name], spec.seed)
@@ -116,7 +123,7 @@ def extract(
 def check(model: nn.Module, rules: ExtractSpec) -> dict[str, Mlp]:
     """{name: MLP} that experts can be cut out of. ValueError as `mlps_of`, and for `sequential` on
     anything but a ViT."""
-    if rules.sequential and not isinstance(model, VisionTransformer):
+    if rules.correction.sequential and not isinstance(model, VisionTransformer):
         raise ValueError(
             f"sequential=True compares residual streams before norm2 of each block, as a timm VisionTransformer has "
             f"it: {type(model).__name__} is none"
@@ -164,7 +171,7 @@ def _looked_through(
     """The residual stream (n, D) that each block's cut layer ought to lead to, and the neurons that
     a token passes in each."""
     wanted, parts, ranked = {}, {}, {}
-    by_error = rules.score == "update" and rules.budget == "model"
+    by_error = rules.neurons.score == "update" and rules.neurons.budget == "model"
     for name, mlp in mlps_of(dense.vit).items():
         tokens, scale = dense.record(name, **drawn), layer_scale(dense.vit, name)
         given = _output(mlp, tokens) * scale
@@ -172,7 +179,7 @@ def _looked_through(
         if by_error:
             spread = wanted[name].var(dim=0, unbiased=False).sum().clamp_min(1e-12)
             parts[name] = moments(tokens.hidden, given / spread.sqrt())
-        elif rules.budget == "model":
+        elif rules.neurons.budget == "model":
             ranked[name] = scores_of(mlp, tokens.hidden, rules, scale)
     return wanted, _widths(parts, rules) if by_error else widths_over_model(
         mlps_of(dense.vit), ranked, rules
@@ -185,7 +192,12 @@ def _widths(parts: Mapping[str, Moments], rules: ExtractSpec) -> dict[str, int]:
     next block norms the stream, so it sees no other."""
     mean = next(iter(parts.values())).mean
     load = mean.new_full((len(parts),), 1 / len(parts))
-    kept = survivors(list(parts.values()), load, round(rules.active * len(mean)), rules.ridge)
+    kept = survivors(
+        list(parts.values()),
+        load,
+        round(rules.neurons.active * len(mean)),
+        rules.correction.penalty,
+    )
     return {name: max(LEAST, len(own)) for name, own in zip(parts, kept, strict=True)}
 
 

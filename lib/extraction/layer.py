@@ -57,7 +57,9 @@ class _Group:
         self._hidden, self._target, self.index, self.rules = hidden, target, index, rules
         # which neurons stay is seen in the moments of all: those that correct the weights are a
         # part of these
-        self.whole = moments(hidden[index], target[index]) if rules.score == "update" else None
+        self.whole = (
+            moments(hidden[index], target[index]) if rules.neurons.score == "update" else None
+        )
 
     @property
     def hidden(self) -> Tensor:
@@ -76,7 +78,11 @@ class _Group:
             if self.whole is None
             else self.whole.of(neurons)
         )
-        return own if self.every is None else own.mixed(self.every.of(neurons), self.rules.pooled)
+        return (
+            own
+            if self.every is None
+            else own.mixed(self.every.of(neurons), self.rules.correction.pooled)
+        )
 
 
 def _lean(groups: list[_Group], hidden: Tensor, target: Tensor, everyone: Tensor) -> None:
@@ -106,7 +112,7 @@ def cut_layer(
     output over its variance), union (neurons in any expert), cosine (K, K) of mean inputs, overlap
     (K, K) of neuron sets (intersection over union); the last two not for groups of neurons.
     """
-    if rules.clusters == "weights":
+    if rules.clusters.of == "neurons":
         return _moefied(mlp, cut, rules, seed)
     found, stable = _clustered(cut.tokens, rules, seed)
     told = {"noise": found.noise, "stability": stable, "tokens": len(cut.tokens.inputs)}
@@ -131,7 +137,7 @@ def cut_layer(
         if router is not None
         else torch.zeros_like(member)
     )
-    if rules.members == "routed" and router is not None:
+    if rules.neurons.statistics == "routed" and router is not None:
         member = routed
     shared, target, free = _common(mlp, cut, rules)
     groups = [(member == k).nonzero()[:, 0] for k in range(1 if rules.static else len(centres))]
@@ -139,7 +145,7 @@ def cut_layer(
     groups = [group if len(group) > 1 else everyone for group in groups]
     own = None if width is None else width - (mlp.fc1.out_features - len(free))
     apart = [_Group(cut.tokens.hidden, target, group, rules) for group in groups]
-    if rules.pooled:
+    if rules.correction.pooled:
         _lean(apart, cut.tokens.hidden, target, everyone)
     sets = _sets(mlp, apart, rules, own, free)
     parts = [
@@ -162,18 +168,24 @@ def _clustered(tokens: Recorded, rules: ExtractSpec, seed: int) -> tuple[Cluster
     if rules.static:
         return Clusters(np.zeros(n, np.int64), np.ones(n)), None
     drawn = torch.Generator().manual_seed(seed)
-    some = torch.randperm(n, generator=drawn)[: rules.clustered].sort().values
+    some = torch.randperm(n, generator=drawn)[: rules.clusters.sample].sort().values
     x = _space(tokens, rules)[some]
-    if rules.components is not None:
+    if rules.clusters.components is not None:
         from sklearn.decomposition import PCA
 
         x = torch.from_numpy(
-            PCA(min(rules.components, *x.shape), random_state=seed).fit_transform(x.cpu().numpy())
+            PCA(min(rules.clusters.components, *x.shape), random_state=seed).fit_transform(
+                x.cpu().numpy()
+            )
         ).float()
-    if rules.clusters == "hdbscan":
-        found = density_clusters(x, max(2, round(rules.smallest * len(x))), rules.neighbours)
-        stable = stability(x, tokens.image[some], rules.smallest, rules.neighbours)
-    elif rules.clusters == "directions":
+    if rules.clusters.method == "hdbscan":
+        found = density_clusters(
+            x, max(2, round(rules.clusters.smallest_share * len(x))), rules.clusters.neighbours
+        )
+        stable = stability(
+            x, tokens.image[some], rules.clusters.smallest_share, rules.clusters.neighbours
+        )
+    elif rules.clusters.method == "directions":
         nearest = (
             CentroidRouter.of(_directions(tokens, rules, seed), "nearest")
             .scores(tokens.inputs)
@@ -181,11 +193,13 @@ def _clustered(tokens: Recorded, rules: ExtractSpec, seed: int) -> tuple[Cluster
         )
         return Clusters(nearest.cpu().numpy(), np.ones(n)), None
     else:
-        found = means_clusters(x, rules.count, seed)
+        found = means_clusters(x, rules.clusters.count, seed)
     labels = np.full(n, -2)
     labels[some.numpy()] = found.labels
     found = Clusters(labels, found.strength, found.tree)
-    if rules.clusters == "random":  # of the sizes that the means' clusters have among all tokens
+    if (
+        rules.clusters.method == "random"
+    ):  # of the sizes that the means' clusters have among all tokens
         space = _space(tokens, rules)
         found = random_clusters(
             found.nearest(space, space).bincount(minlength=found.count).cpu().numpy(), drawn
@@ -195,14 +209,16 @@ def _clustered(tokens: Recorded, rules: ExtractSpec, seed: int) -> tuple[Cluster
 
 def _space(tokens: Recorded, rules: ExtractSpec) -> Tensor:
     """(n, H) or (n, D) what is clustered of the tokens."""
-    return tokens.hidden if rules.space == "hidden" else tokens.inputs
+    return tokens.hidden if rules.clusters.space == "hidden" else tokens.inputs
 
 
 def _directions(tokens: Recorded, rules: ExtractSpec, seed: int) -> Tensor:
     """(K, D) drawn from a normal distribution as wide as the inputs, those that a token is nearest
     to; at most `count`."""
     drawn = torch.randn(
-        rules.count, tokens.inputs.shape[1], generator=torch.Generator().manual_seed(seed + 1)
+        rules.clusters.count,
+        tokens.inputs.shape[1],
+        generator=torch.Generator().manual_seed(seed + 1),
     )
     drawn = drawn.to(tokens.inputs.device) * tokens.inputs.std()
     return drawn[CentroidRouter.of(drawn, "nearest").scores(tokens.inputs).argmax(dim=1).unique()]
@@ -218,13 +234,13 @@ def _members(
     noise. Random directions are centres themselves.
     """
     member = torch.from_numpy(found.labels).to(tokens.inputs.device)
-    if rules.clusters == "directions":
+    if rules.clusters.method == "directions":
         return _directions(tokens, rules, seed), member
     space = _space(tokens, rules)
     means = torch.stack(
         [tokens.inputs[member == k].mean(dim=0) for k in range(max(found.count, 1))]
     )
-    if rules.clusters == "hdbscan":
+    if rules.clusters.method == "hdbscan":
         return means, member.clamp_min(-1)
     return means, torch.where(member == -2, found.nearest(space, space), member) if (
         member == -2
@@ -249,7 +265,7 @@ def scores_of(mlp: Mlp, hidden: Tensor, rules: ExtractSpec, scale: Tensor | None
     """(H,) variance over tokens (n, H), weighted by what a neuron does to the output if asked for.
     scale: (D,) of the output."""
     variance = hidden.var(dim=0, unbiased=False)
-    if rules.score == "variance":
+    if rules.neurons.score == "variance":
         return variance
     out = mlp.fc2.weight.detach()
     return variance * (out if scale is None else out * scale.unsqueeze(-1)).square().sum(dim=0)
@@ -262,19 +278,21 @@ def _sets(
     mean over tokens unless budget="layer", or the shortest set that holds the percentage of the sum
     of scores."""
     own = None if own is None else max(1, min(own, len(free)))
-    if rules.budget != "layer":
+    if rules.neurons.budget != "layer":
         load = torch.tensor([float(len(group.index)) for group in groups], device=free.device)
         batches = [(groups, load / load.sum())]
     else:
         batches = [([group], torch.ones(1, device=free.device)) for group in groups]
     kept: list[Tensor] = []
     for some, load in batches:
-        if rules.score == "update":
-            kept += survivors([group.moments(free) for group in some], load, own, rules.ridge)
+        if rules.neurons.score == "update":
+            kept += survivors(
+                [group.moments(free) for group in some], load, own, rules.correction.penalty
+            )
         else:
             scores = [scores_of(mlp, group.hidden, rules)[free] for group in some]
             kept += (
-                [_shortest(scores[0], rules.percent)]
+                [_shortest(scores[0], rules.neurons.variance_percent)]
                 if own is None
                 else shared_out(scores, load, own)
             )
@@ -306,14 +324,15 @@ def widths_over_model(
     scores: (H,) of each layer; over the model a weighted score is taken in units of the residual
     stream, that is with the layer's scale. Only budget="model" looks at them.
     """
-    if rules.active is None:
+    if rules.neurons.active is None:
         return dict.fromkeys(mlps)
-    if rules.budget != "model":
+    if rules.neurons.budget != "model":
         return {
-            name: max(1, round(rules.active * mlp.fc1.out_features)) for name, mlp in mlps.items()
+            name: max(1, round(rules.neurons.active * mlp.fc1.out_features))
+            for name, mlp in mlps.items()
         }
     whole = torch.cat(list(scores.values()))
-    least = whole.sort(descending=True).values[max(1, round(rules.active * len(whole))) - 1]
+    least = whole.sort(descending=True).values[max(1, round(rules.neurons.active * len(whole))) - 1]
     return {name: max(LEAST, int((score >= least).sum())) for name, score in scores.items()}
 
 
@@ -326,15 +345,15 @@ def _common(
     """The part that every token passes (w1, b1, w2, b2) or None, what is left for the experts to
     give (n, D), and the neurons that they may choose from."""
     whole = torch.arange(mlp.fc1.out_features, device=cut.target.device)
-    if not rules.common:
+    if not rules.neurons.common:
         return None, cut.target, whole
     hidden = cut.tokens.hidden
     everyone = _Group(hidden, cut.target, torch.arange(len(hidden), device=hidden.device), rules)
     [kept] = _sets(
         mlp,
         [everyone],
-        rules.but(percent=None, active=1.0, budget="layer"),
-        round(rules.common * len(whole)),
+        rules.but(neurons={"variance_percent": None, "active": 1.0, "budget": "layer"}),
+        round(rules.neurons.common * len(whole)),
         whole,
     )
     w1, b1, w2, b2 = _corrected(mlp, everyone, kept, rules, False)
@@ -350,9 +369,9 @@ def _corrected(
     w1, b1, w2, b2 = (
         held.detach() for held in (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
     )
-    if rules.correct == "ridge":
-        own = regression(group.moments(kept), rules.ridge)
-    elif rules.correct == "mean":
+    if rules.correction.method == "ridge":
+        own = regression(group.moments(kept), rules.correction.penalty)
+    elif rules.correction.method == "mean":
         out = w2[:, kept]
         own = out, group.target.mean(dim=0) - out @ group.hidden[:, kept].mean(dim=0)
     else:
@@ -448,7 +467,11 @@ def _error(layer: nn.Module, cut: Cut) -> float:
 
 def top_k(rules: ExtractSpec) -> int:
     """K: of groups of neurons as many as the active share makes, else one."""
-    return max(1, round(rules.active * rules.count)) if rules.clusters == "weights" else 1
+    return (
+        max(1, round(rules.neurons.active * rules.clusters.count))
+        if rules.clusters.of == "neurons"
+        else 1
+    )
 
 
 def _moefied(mlp: Mlp, cut: Cut, rules: ExtractSpec, seed: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -457,10 +480,10 @@ def _moefied(mlp: Mlp, cut: Cut, rules: ExtractSpec, seed: int) -> tuple[nn.Modu
     w1, b1, w2, b2 = (
         held.detach() for held in (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
     )
-    group = torch.from_numpy(balanced_means(F.normalize(w1, dim=1), rules.count, seed)).to(
+    group = torch.from_numpy(balanced_means(F.normalize(w1, dim=1), rules.clusters.count, seed)).to(
         w1.device
     )
-    sets = [(group == k).nonzero()[:, 0] for k in range(rules.count)]
+    sets = [(group == k).nonzero()[:, 0] for k in range(rules.clusters.count)]
     k, means = top_k(rules), torch.stack([w1[s].mean(dim=0) for s in sets])
     router = (
         CentroidRouter.of(means, top_k=k)
@@ -474,7 +497,7 @@ def _moefied(mlp: Mlp, cut: Cut, rules: ExtractSpec, seed: int) -> tuple[nn.Modu
         report["cosine"],
         report["overlap"],
     )  # of mean inputs and of sets that overlap: groups of neurons have neither
-    return layer, report | {"noise": 0.0, "active": k * mlp.fc1.out_features / rules.count}
+    return layer, report | {"noise": 0.0, "active": k * mlp.fc1.out_features / rules.clusters.count}
 
 
 @torch.enable_grad()

@@ -16,7 +16,7 @@ width, **H** expert hidden width, **E** experts, **K** experts per token.
 from .backbone import BackboneSpec
 from .base import Positive, Share, Spec
 from .data import DataSpec, class_groups
-from .extraction import ExtractSpec
+from .extraction import CalibrationSpec, ClusterSpec, CorrectionSpec, ExtractSpec, NeuronSpec
 from .moe import MoESpec
 from .pruning import DropSpec, PruneSpec
 from .run import RunSpec
@@ -24,11 +24,15 @@ from .training import MaskSpec, TrainSpec
 
 __all__ = [
     "BackboneSpec",
+    "CalibrationSpec",
+    "ClusterSpec",
+    "CorrectionSpec",
     "DataSpec",
     "DropSpec",
     "ExtractSpec",
     "MaskSpec",
     "MoESpec",
+    "NeuronSpec",
     "Positive",
     "PruneSpec",
     "RunSpec",

@@ -1,4 +1,4 @@
-"""Experts cut out of the MLPs of a trained model.
+"""What becomes of the MLPs of a trained model: experts (MoEE, MoEfication) or narrower MLPs.
 
 Axis letters: **D** width, **H** hidden width, **E** experts, **K** clusters.
 """
@@ -12,129 +12,210 @@ from pydantic import Field, model_validator
 from .base import Positive, Share, Spec
 
 
+class ClusterSpec(Spec):
+    """What is clustered: one expert is made of each cluster."""
+
+    # tokens: by what they activate (MoEE). neurons: by their input weights, in balanced k-means
+    # (MoEfication). nothing: one narrow MLP for all tokens, which is static pruning
+    of: Literal["tokens", "neurons", "nothing"] = "tokens"
+    # of tokens; random: they are dealt to clusters of the sizes that k-means finds; directions:
+    # random directions are the centres
+    method: Literal["hdbscan", "kmeans", "random", "directions"] = "hdbscan"
+    # of tokens: their hidden activations, or the MLP's input, which is what a router can see
+    space: Literal["hidden", "input"] = "hidden"
+    count: Annotated[int, Field(ge=2)] = 8  # K; HDBSCAN finds its own
+    # HDBSCAN: share of the tokens that makes a cluster
+    smallest_share: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    neighbours: Positive = 5  # HDBSCAN: min_samples
+    components: Positive | None = None  # principal components that are clustered; None = all
+    # tokens of a layer that are clustered, at most; the others join the nearest centre, with
+    # HDBSCAN none
+    sample: Positive = 4000
+
+    @model_validator(mode="after")
+    def _no_idle_fields(self):
+        used = {"neurons": ("of", "count"), "nothing": ("of",)}.get(
+            self.of, type(self).model_fields
+        )
+        idle = [
+            name
+            for name, field in type(self).model_fields.items()
+            if name not in used and getattr(self, name) != field.default
+        ]
+        if idle:
+            raise ValueError(
+                f"of={self.of!r} clusters no tokens, so {', '.join(idle)} would say nothing: leave "
+                "them at their defaults"
+            )
+        return self
+
+
+class NeuronSpec(Spec):
+    """Which hidden neurons an expert keeps, and how many."""
+
+    # percent of the variance over an expert's tokens that its neurons hold, 80-99 in MoEE; or
+    variance_percent: Annotated[float, Field(gt=0, le=100)] | None = None
+    # share of a layer's neurons that a token passes
+    active: Annotated[float, Field(gt=0, le=1)] | None = None
+    # share of a layer's neurons that every token passes, out of `active`
+    common: Share = 0.0
+    # tokens whose statistics choose and correct an expert's neurons: those of its cluster, or those
+    # that the router sends to it
+    statistics: Literal["cluster", "routed"] = "cluster"
+    # weighted: variance times the squared norm of the neuron's output weights. update: what
+    # removing it adds to the error once the others make up for it (Optimal Brain Surgeon)
+    score: Literal["variance", "weighted", "update"] = "variance"
+    # where `active` holds. layer: in each expert. cluster: in the mean over a layer's tokens; its
+    # clusters share the neurons out. model: in the mean over layers, which share them out, too
+    budget: Literal["layer", "cluster", "model"] = "layer"
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if (self.variance_percent is None) == (self.active is None):
+            raise ValueError(
+                "give one of variance_percent and active, got "
+                f"variance_percent={self.variance_percent}, active={self.active}"
+            )
+        if self.active is None and (self.common or self.budget != "layer"):
+            raise ValueError(
+                f"common={self.common} and budget={self.budget!r} need active, not "
+                "variance_percent: they share out a given number of neurons"
+            )
+        if self.active is not None and self.common >= self.active:
+            raise ValueError(
+                f"common={self.common} must be below active={self.active}: the rest is the "
+                "clusters'"
+            )
+        if self.budget == "model" and self.common:
+            raise ValueError(
+                "common is a share of each layer's neurons, and budget='model' gives a layer as "
+                "many as it needs: set budget='layer' or 'cluster'"
+            )
+        return self
+
+
+class CorrectionSpec(Spec):
+    """What makes up for the output of the removed neurons."""
+
+    # mean: their mean output, as a bias (VBP). ridge: its best linear prediction from the neurons
+    # that stay, in closed form (CORP)
+    method: Literal["none", "mean", "ridge"] = "none"
+    # of ridge regression, in units of the mean variance of the neurons that stay
+    penalty: Annotated[float, Field(gt=0)] = 1e-3
+    pooled: Share = 0.0  # weight of all tokens' covariance in that of a cluster
+    # layer after layer, each on what the changed layers before it give, towards the dense model's
+    # residual stream
+    sequential: bool = False
+    # sequential: share of the residual stream's error so far that a layer is asked to make up for;
+    # most of it is noise to the layer, and a regression on few tokens fits noise
+    catch_up: Annotated[float, Field(ge=0, le=1)] = 1.0
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.catch_up != 1 and not self.sequential:
+            raise ValueError(
+                f"catch_up={self.catch_up} is a share of the error that changed layers have left "
+                "behind: set sequential=True"
+            )
+        return self
+
+
+class CalibrationSpec(Spec):
+    """The tokens that all statistics are taken on."""
+
+    images: Positive = 1000  # class-balanced training images
+    tokens_per_image: Positive = 10  # drawn at random at each MLP
+    tokens: Positive = 10_000  # of a layer, at most; a layer's report says how many there were
+
+
 class ExtractSpec(Spec):
-    """Experts cut out of each MLP of a trained model by clusters of its tokens, or neurons cut out
-    of it once for all.
+    """Experts made of the MLPs of a trained model, or MLPs made narrower.
 
     The defaults are the faithful reading of MoEE (2505.15414); everything else is a rival, a
     control, or ours.
     """
 
-    # random: dealt, of kmeans' sizes; directions: centres are random directions; one: a static
-    # layer; weights: balanced k-means of neurons
-    clusters: Literal["hdbscan", "kmeans", "random", "directions", "one", "weights"] = "hdbscan"
-    # what is clustered: activations, or what the router can see
-    space: Literal["hidden", "input"] = "hidden"
-    # clusters, or groups of neurons; hdbscan finds its own number
-    count: Annotated[int, Field(ge=2)] = 8
-    # hdbscan: share of the tokens that makes a cluster
-    smallest: Annotated[float, Field(gt=0, lt=1)] = 0.01
-    neighbours: Positive = 5  # hdbscan: min_samples
-    components: Positive | None = None  # principal components that are clustered; None = all
-    # trained: MoEfication's
+    neurons: NeuronSpec
+    clusters: ClusterSpec = ClusterSpec()
+    # by which measure a token goes to an expert's centre, its mean input; trained: MoEfication's;
+    # random and oracle are controls
     router: Literal["cosine", "centred", "nearest", "random", "oracle", "trained"] = "cosine"
-    # of a cluster's variance that its neurons keep
-    percent: Annotated[float, Field(gt=0, le=100)] | None = None
-    # or: share of the neurons that a token passes
-    active: Annotated[float, Field(gt=0, le=1)] | None = None
-    # whose statistics an expert is cut by: the tokens of its cluster, or those that its router will
-    # send it
-    members: Literal["cluster", "routed"] = "cluster"
-    common: Share = 0.0  # of all neurons that every token passes, out of `active`
-    # weighted: times the squared norm of the neuron's output weights; update: what going without
-    # the neuron costs once the others make up for it (Optimal Brain Surgeon)
-    score: Literal["variance", "weighted", "update"] = "variance"
-    # with active: the same share in each layer; there also shared out over its clusters, so that a
-    # token passes that many in the mean; or layers ranked against each other, too
-    budget: Literal["layer", "cluster", "model"] = "layer"
-    # for what the removed neurons gave: nothing, their mean as a bias (VBP), or their best linear
-    # prediction from the ones that stay, in closed form
-    correct: Literal["none", "mean", "ridge"] = "none"
-    # penalty, in units of the mean variance of the neurons that stay
-    ridge: Annotated[float, Field(gt=0)] = 1e-3
-    pooled: Share = 0.0  # weight of all tokens' covariance in that of a cluster
-    # layer after layer on what the cut layers before it give, against the dense model's residual
-    # stream
-    sequential: bool = False
-    # sequential: how much of what the residual stream lacks by then a layer is asked to make up
-    # for; most of it is noise to the layer, and a regression on few tokens fits noise
-    catch_up: Annotated[float, Field(ge=0, le=1)] = 1.0
-    # of experts: contiguous; sets of neurons of one store; or such sets of one store of input
-    # weights, with output weights of their own
+    correction: CorrectionSpec = CorrectionSpec()
+    # of experts. copies: weights of their own. shared: sets of neurons of one store. inputs: such
+    # sets of one store of input weights, with output weights of their own
     storage: Literal["copies", "shared", "inputs"] = "copies"
-    images: Positive = 1000  # calibration images, class-balanced
-    per_image: Positive = 10  # tokens of each that are recorded
-    # of each layer at most; the report of a layer says how many there were of these, the ones that
-    # are clustered; the others join the nearest centre, with hdbscan none
-    tokens: Positive = 10_000
-    clustered: Positive = 4000
-
-    @model_validator(mode="after")
-    def _consistent(self):
-        if (self.percent is None) == (self.active is None):
-            raise ValueError(
-                f"give one of percent and active, got percent={self.percent}, active={self.active}"
-            )
-        if self.active is not None and self.common >= self.active:
-            raise ValueError(
-                f"common={self.common} must be below active={self.active}: the rest is the clusters'"
-            )
-        if self.percent is not None and (
-            self.common or self.budget == "model" or self.clusters == "weights"
-        ):
-            raise ValueError(
-                "common, budget='model' and clusters='weights' need active, not percent"
-            )
-        if self.budget == "cluster" and (
-            self.active is None or self.clusters in ("one", "weights")
-        ):
-            raise ValueError(
-                "budget='cluster' shares the neurons of a layer out over clusters of tokens: set active, and let "
-                f"clusters be some of these, not {self.clusters!r}"
-            )
-        if self.storage == "shared" and self.correct == "ridge":
-            raise ValueError(
-                "storage='shared' is for experts that differ by neurons and bias alone, and correct='ridge' gives "
-                "each its own output weights: set storage='inputs', or correct to none or mean"
-            )
-        if self.storage != "copies" and self.clusters in ("one", "weights"):
-            raise ValueError(
-                f"storage={self.storage!r} is for experts that share neurons, and with clusters={self.clusters!r} "
-                "none do: set storage='copies'"
-            )
-        if self.score == "update" and (self.correct != "ridge" or self.active is None):
-            raise ValueError(
-                "score='update' is the error that ridge regression leaves, with so many neurons: set "
-                "correct='ridge' and active"
-            )
-        if self.score == "update" and self.budget == "model" and not self.sequential:
-            raise ValueError(
-                "score='update' with budget='model' ranks errors in units of the residual stream, which is taken "
-                "along in sequence only: set sequential=True, or another budget"
-            )
-        if self.catch_up != 1 and not self.sequential:
-            raise ValueError(
-                f"catch_up={self.catch_up} is a share of what cut layers have left behind: set sequential=True"
-            )
-        if self.budget == "model" and self.common:
-            raise ValueError(
-                "common is a share of each layer's neurons, and budget='model' gives a layer as many as it needs: "
-                "set budget='layer' or 'cluster'"
-            )
-        if (self.router == "trained") != (self.clusters == "weights" and self.router != "cosine"):
-            raise ValueError(
-                f"router={self.router!r} with clusters={self.clusters!r}: groups of neurons take 'trained' or "
-                "'cosine', clusters of tokens any but 'trained'"
-            )
-        if self.clusters == "weights" and (
-            self.correct != "none" or self.common or self.sequential
-        ):
-            raise ValueError(
-                "clusters='weights' cuts no neuron away, so there is nothing to correct and no common part"
-            )
-        return self
+    calibration: CalibrationSpec = CalibrationSpec()
 
     @property
     def static(self) -> bool:
         """Whether the layers stay plain MLPs."""
-        return self.clusters == "one"
+        return self.clusters.of == "nothing"
+
+    @model_validator(mode="after")
+    def _neurons_fit_clusters(self):
+        of, neurons, correction = self.clusters.of, self.neurons, self.correction
+        if of == "nothing" and (self.router != "cosine" or neurons.statistics != "cluster"):
+            raise ValueError(
+                "clusters.of='nothing' makes one MLP for all tokens, which nothing routes: leave "
+                "router and neurons.statistics at their defaults"
+            )
+        if neurons.budget == "cluster" and of != "tokens":
+            raise ValueError(
+                "neurons.budget='cluster' shares the neurons of a layer out over clusters of "
+                f"tokens: set clusters.of='tokens', not {of!r}"
+            )
+        if of == "neurons" and neurons.active is None:
+            raise ValueError(
+                "clusters.of='neurons' lets a token pass a share of the experts: set "
+                "neurons.active, not variance_percent"
+            )
+        if of == "neurons" and (
+            neurons.common or correction.method != "none" or correction.sequential
+        ):
+            raise ValueError(
+                "clusters.of='neurons' removes no neuron, so there is nothing to correct and no "
+                "common part: leave correction and neurons.common as they are"
+            )
+        if of == "neurons" and self.router not in ("trained", "cosine"):
+            raise ValueError(
+                f"router={self.router!r} is for clusters of tokens; clusters.of='neurons' takes "
+                "'trained' or 'cosine'"
+            )
+        if of != "neurons" and self.router == "trained":
+            raise ValueError(
+                f"router='trained' learns which clusters of neurons a token activates, and "
+                f"clusters.of={of!r} has none: set clusters.of='neurons', or another router"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _storage_fits(self):
+        if self.storage == "shared" and self.correction.method == "ridge":
+            raise ValueError(
+                "storage='shared' is for experts that differ by neurons and bias alone, and "
+                "correction.method='ridge' gives each its own output weights: set "
+                "storage='inputs', or the method to none or mean"
+            )
+        if self.storage != "copies" and self.clusters.of != "tokens":
+            raise ValueError(
+                f"storage={self.storage!r} is for experts that share neurons, and with "
+                f"clusters.of={self.clusters.of!r} none do: set storage='copies'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _score_fits(self):
+        if self.neurons.score != "update":
+            return self
+        if self.correction.method != "ridge" or self.neurons.active is None:
+            raise ValueError(
+                "neurons.score='update' is the error that ridge regression leaves, with so many "
+                "neurons: set correction.method='ridge' and neurons.active"
+            )
+        if self.neurons.budget == "model" and not self.correction.sequential:
+            raise ValueError(
+                "neurons.score='update' with budget='model' ranks errors in units of the residual "
+                "stream, which is followed in sequence only: set correction.sequential=True, or "
+                "another budget"
+            )
+        return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .extraction import ExtractSpec
 from .run import RunSpec
 from .training import MaskSpec
 
@@ -63,3 +64,38 @@ def warmed_up(run: RunSpec, groups: Sequence[Sequence[int]], share: float) -> Ru
     }
     first = run.but(moe=by_class, train={"epochs": epochs * share})
     return run.but(init=first, prune=None, train={"epochs": epochs * (1 - share)})
+
+
+def dense_of(base: RunSpec) -> RunSpec:
+    """Returns the run whose model experts are extracted from: the parent of `base`, else `base`."""
+    return base.init or base
+
+
+def extracted(
+    base: RunSpec,
+    rules: ExtractSpec,
+    seed: int,
+    *,
+    epochs: float = 0.0,
+    images: int | None = None,
+    threads: int | None = None,
+) -> RunSpec:
+    """Returns the run that extracts experts from the model of `dense_of(base)` (MoEE, 2505.15414).
+
+    seed: draws calibration images and clusters. epochs: of finetuning, which also learns from the
+    dense model's logits, at a fifth of its learning rate; 0 = none. images: training images of the
+    finetuning, None = all. threads: of torch, None = those of the dense run.
+    """
+    start = dense_of(base)
+    run = start.but(
+        study=base.study,
+        init=start,
+        extract=rules,
+        train=None,
+        seed=seed,
+        threads=threads or start.threads,
+    )
+    if not epochs:
+        return run
+    finetuning = start.train.but(epochs=epochs, lr=start.train.lr / 5, distil_logits=0.5)
+    return run.but(train=finetuning, data={"train": images})

@@ -31,9 +31,11 @@ from lib.routers.controls import OracleRouter, RandomRouter
 from lib.routers.hard import HardRouter
 from lib.routers.predictor import PredictorRouter
 from lib.runs import collect as runs
-from lib.spec import BackboneSpec, DataSpec, ExtractSpec, MoESpec, RunSpec, TrainSpec
+from lib.spec import BackboneSpec, ClusterSpec, DataSpec, ExtractSpec, MoESpec, RunSpec, TrainSpec
 
 D, H = 6, 16
+STATIC = ClusterSpec(of="nothing")
+OF_NEURONS = ClusterSpec(of="neurons", count=4)
 
 
 def layer(seed=0):
@@ -50,13 +52,22 @@ def tokens(mlp, n=600, seed=1, groups=3):
         return Cut(Recorded(x, mlp.act(mlp.fc1(x)), torch.arange(n)), mlp(x))
 
 
-def rules(**fields):
-    share = {} if "percent" in fields else {"active": 0.5}
-    return ExtractSpec(**{"clusters": "kmeans", "count": 3, "clustered": 600} | share | fields)
+def rules(**parts):
+    """k-means of three clusters and half of the neurons, unless `parts` say otherwise."""
+    neurons, clusters = parts.get("neurons", {}), parts.get("clusters", {})
+    if "variance_percent" not in neurons:
+        neurons = {"active": 0.5} | neurons
+    if isinstance(clusters, dict):
+        clusters = {"method": "kmeans", "count": 3, "sample": 600} | clusters
+    return ExtractSpec(**parts | {"neurons": neurons, "clusters": clusters})
 
 
 def cut(mlp, found, given, width=None):
-    width = width if width is not None or given.active is None else round(given.active * H)
+    width = (
+        width
+        if width is not None or given.neurons.active is None
+        else round(given.neurons.active * H)
+    )
     return cut_layer(copy.deepcopy(mlp), found, given, width, seed=0)
 
 
@@ -70,10 +81,10 @@ def run(made, x):
 @pytest.mark.parametrize(
     "kind",
     [
-        {"clusters": "hdbscan", "smallest": 0.1},
-        {"space": "input", "router": "nearest"},
+        {"clusters": {"method": "hdbscan", "smallest_share": 0.1}},
+        {"clusters": {"space": "input"}, "router": "nearest"},
         {"storage": "shared"},
-        {"correct": "ridge", "ridge": 1e-9},
+        {"correction": {"method": "ridge", "penalty": 1e-9}},
         {"router": "oracle"},
         {"router": "random"},
     ],
@@ -81,7 +92,7 @@ def run(made, x):
 def test_at_100_percent_experts_run_and_nothing_changes(kind):
     mlp = layer()
     found = tokens(mlp)
-    made, report = cut(mlp, found, rules(percent=100.0, **kind))
+    made, report = cut(mlp, found, rules(neurons={"variance_percent": 100.0}, **kind))
     assert (
         isinstance(made, MoELayer)
         and report["clusters"] >= 2
@@ -92,7 +103,7 @@ def test_at_100_percent_experts_run_and_nothing_changes(kind):
         out = run(made, x)
     assert (tape[made].load() > 0).sum() >= 2
     # Least squares on nearly collinear activations is exact to the conditioning of float32 moments.
-    torch.testing.assert_close(out, mlp(x), atol=1e-3 if "correct" in kind else 1e-5, rtol=0)
+    torch.testing.assert_close(out, mlp(x), atol=1e-3 if "correction" in kind else 1e-5, rtol=0)
     assert report["error"] < 1e-6 and report["active"] == H
 
 
@@ -103,16 +114,16 @@ def test_a_neuron_that_never_varies_goes_for_nothing():
         mlp.fc1.bias[[2, 5, 11]] = torch.tensor([1.0, 2.0, -0.3])
     found = tokens(mlp)
     for given in (
-        rules(clusters="one", active=13 / H, correct="mean"),
-        rules(active=13 / H, correct="mean"),
-        rules(active=13 / H, correct="mean", storage="shared"),
+        rules(clusters=STATIC, neurons={"active": 13 / H}, correction={"method": "mean"}),
+        rules(neurons={"active": 13 / H}, correction={"method": "mean"}),
+        rules(neurons={"active": 13 / H}, correction={"method": "mean"}, storage="shared"),
     ):
         made, report = cut(mlp, found, given)
         torch.testing.assert_close(
             run(made, found.tokens.inputs), mlp(found.tokens.inputs), atol=1e-5, rtol=0
         )
         assert report["widths"] == [13] * report["clusters"]
-    plain, _ = cut(mlp, found, rules(clusters="one", active=13 / H))
+    plain, _ = cut(mlp, found, rules(clusters=STATIC, neurons={"active": 13 / H}))
     assert (
         run(plain, found.tokens.inputs) - mlp(found.tokens.inputs)
     ).abs().max() > 0.01  # the mean is what is missing
@@ -121,7 +132,7 @@ def test_a_neuron_that_never_varies_goes_for_nothing():
 def test_variance_by_hand_and_the_shortest_set_of_a_percentage():
     mlp = layer()
     found = tokens(mlp)
-    made, report = cut(mlp, found, rules(percent=80.0))
+    made, report = cut(mlp, found, rules(neurons={"variance_percent": 80.0}))
     member = (
         torch.arange(600) % 3
     )  # the groups are far apart, so clusters are the groups, in some order
@@ -145,7 +156,7 @@ def test_variance_by_hand_and_the_shortest_set_of_a_percentage():
         [1 / 3] * 3
     )
     assert report["active"] == pytest.approx(sum(report["widths"]) / 3)
-    weighted, _ = cut(mlp, found, rules(clusters="one", score="weighted"))
+    weighted, _ = cut(mlp, found, rules(clusters=STATIC, neurons={"score": "weighted"}))
     score = found.tokens.hidden.var(dim=0) * mlp.fc2.weight.square().sum(dim=0)
     assert torch.equal(weighted.fc1.weight, mlp.fc1.weight[score.topk(8).indices.sort().values])
 
@@ -153,7 +164,9 @@ def test_variance_by_hand_and_the_shortest_set_of_a_percentage():
 def test_ridge_is_the_best_linear_prediction():
     mlp = layer()
     found = tokens(mlp)
-    made, report = cut(mlp, found, rules(clusters="one", correct="ridge", ridge=1e-9))
+    made, report = cut(
+        mlp, found, rules(clusters=STATIC, correction={"method": "ridge", "penalty": 1e-9})
+    )
     kept = [(mlp.fc1.weight == row).all(dim=1).nonzero().item() for row in made.fc1.weight]
     h, y = found.tokens.hidden[:, kept].numpy(), found.target.numpy()
     design = np.hstack([h, np.ones((len(h), 1))])
@@ -162,16 +175,24 @@ def test_ridge_is_the_best_linear_prediction():
     left = ((design @ best - y) ** 2).sum() / ((y - y.mean(0)) ** 2).sum()
     assert report["error"] == pytest.approx(left, rel=1e-3)
     order = [
-        cut(mlp, found, rules(clusters="one", correct=kind))[1]["error"]
+        cut(mlp, found, rules(clusters=STATIC, correction={"method": kind}))[1]["error"]
         for kind in ("none", "mean", "ridge")
     ]
     assert order == sorted(order, reverse=True) and order[0] > 2 * order[2]
-    by_cluster = cut(mlp, found, rules(correct="ridge", space="input", router="nearest"))[1][
-        "error"
-    ]
+    by_cluster = cut(
+        mlp,
+        found,
+        rules(correction={"method": "ridge"}, clusters={"space": "input"}, router="nearest"),
+    )[1]["error"]
     assert by_cluster < order[2]
     nearly_static = cut(
-        mlp, found, rules(correct="ridge", space="input", router="nearest", pooled=0.999)
+        mlp,
+        found,
+        rules(
+            correction={"method": "ridge", "pooled": 0.999},
+            clusters={"space": "input"},
+            router="nearest",
+        ),
     )[1]["error"]
     assert by_cluster < nearly_static
 
@@ -236,21 +257,25 @@ def test_choosing_with_the_update_in_mind_leaves_less_error():
     mlp = layer()
     found = tokens(mlp)
     for how in (
-        {"clusters": "one"},
-        {"space": "input", "router": "nearest", "members": "routed"},
-        {"common": 0.25},
+        {"clusters": STATIC},
+        {"clusters": {"space": "input"}, "router": "nearest", "neurons": {"statistics": "routed"}},
+        {"neurons": {"common": 0.25}},
     ):
         errors = [
-            cut(mlp, found, rules(correct="ridge", score=score, ridge=1e-6, **how))[1]
+            cut(
+                mlp,
+                found,
+                rules(**how | {"correction": {"method": "ridge", "penalty": 1e-6}}).but(
+                    neurons={"score": score}
+                ),
+            )[1]
             for score in ("weighted", "update")
         ]
         assert (
             errors[1]["error"] < errors[0]["error"] and errors[1]["widths"] == errors[0]["widths"]
         )
-    with pytest.raises(
-        ValidationError, match="score='update' is the error that ridge regression leaves"
-    ):
-        rules(score="update", correct="mean")
+    with pytest.raises(ValidationError, match="neurons.score='update' is the error that ridge"):
+        rules(neurons={"score": "update"}, correction={"method": "mean"})
 
 
 def test_moments_made_in_pieces_are_those_of_the_whole():
@@ -276,7 +301,7 @@ def test_groups_lean_on_the_same_moments_whether_made_of_theirs_or_anew():
     found, halves = tokens(layer()), torch.arange(60).chunk(2)
     everyone = torch.arange(60)
     for score in ("update", "weighted"):
-        given = rules(correct="ridge", score=score, pooled=0.3)
+        given = rules(correction={"method": "ridge", "pooled": 0.3}, neurons={"score": score})
         groups = [cutting._Group(found.tokens.hidden, found.target, half, given) for half in halves]
         cutting._lean(groups, found.tokens.hidden, found.target, everyone)
         want = moments(found.tokens.hidden[:60], found.target[:60])
@@ -301,18 +326,27 @@ def test_a_layer_s_neurons_are_shared_out_over_its_clusters():
     mlp = layer()
     found, given = (
         tokens(mlp),
-        {"space": "input", "router": "nearest", "members": "routed", "correct": "ridge"},
+        {
+            "clusters": {"space": "input"},
+            "router": "nearest",
+            "neurons": {"statistics": "routed"},
+            "correction": {"method": "ridge"},
+        },
     )
     for score in ("weighted", "update"):
-        alike, told = cut(mlp, found, rules(score=score, **given))
-        apart, report = cut(mlp, found, rules(score=score, budget="cluster", **given))
+        alike, told = cut(mlp, found, rules(**given).but(neurons={"score": score}))
+        apart, report = cut(
+            mlp, found, rules(**given).but(neurons={"score": score, "budget": "cluster"})
+        )
         assert (
             report["active"] == pytest.approx(told["active"], abs=1)
             and report["active"] <= told["active"] + 1e-6
         )
         assert len(set(told["widths"])) == 1 and sum(report["widths"]) > 0
-    with pytest.raises(ValidationError, match="budget='cluster' shares the neurons of a layer out"):
-        rules(budget="cluster", clusters="one")
+    with pytest.raises(
+        ValidationError, match="neurons.budget='cluster' shares the neurons of a layer out"
+    ):
+        rules(neurons={"budget": "cluster"}, clusters=STATIC)
 
 
 def test_what_chooses_and_corrects_stays_where_the_tokens_are():
@@ -323,9 +357,9 @@ def test_what_chooses_and_corrects_stays_where_the_tokens_are():
         torch.empty(50, H, device="meta"),
         torch.empty(50, D, device="meta"),
     )
-    assert cutting.scores_of(mlp, hidden, rules(score="weighted")).is_meta
+    assert cutting.scores_of(mlp, hidden, rules(neurons={"score": "weighted"})).is_meta
     assert cutting.scores_of(
-        mlp, hidden, rules(score="weighted"), torch.ones(D, device="meta")
+        mlp, hidden, rules(neurons={"score": "weighted"}), torch.ones(D, device="meta")
     ).is_meta
     assert cutting.layer_scale(
         timm.create_model("vit_tiny_patch16_224", depth=1).to("meta"), "blocks.0.mlp"
@@ -338,8 +372,8 @@ def test_what_chooses_and_corrects_stays_where_the_tokens_are():
 def test_storage_is_a_choice_between_memory_and_speed():
     mlp = layer()
     found = tokens(mlp)
-    copies, first = cut(mlp, found, rules(correct="mean"))
-    shared, second = cut(mlp, found, rules(correct="mean", storage="shared"))
+    copies, first = cut(mlp, found, rules(correction={"method": "mean"}))
+    shared, second = cut(mlp, found, rules(correction={"method": "mean"}, storage="shared"))
     x = found.tokens.inputs
     torch.testing.assert_close(run(shared, x), run(copies, x), atol=1e-6, rtol=0)
     assert (
@@ -356,7 +390,7 @@ def test_storage_is_a_choice_between_memory_and_speed():
 def test_one_store_of_input_weights_with_output_weights_of_each_expert():
     mlp = layer()
     found = tokens(mlp)
-    given = {"correct": "ridge", "space": "input", "router": "nearest"}
+    given = {"correction": {"method": "ridge"}, "clusters": {"space": "input"}, "router": "nearest"}
     copies, first = cut(mlp, found, rules(**given))
     inputs, second = cut(mlp, found, rules(storage="inputs", **given))
     x = found.tokens.inputs
@@ -380,7 +414,14 @@ def test_a_common_part_is_dense_and_the_rest_conditional():
     mlp = layer()
     found = tokens(mlp)
     made, report = cut(
-        mlp, found, rules(common=0.25, correct="ridge", space="input", router="nearest")
+        mlp,
+        found,
+        rules(
+            neurons={"common": 0.25},
+            correction={"method": "ridge"},
+            clusters={"space": "input"},
+            router="nearest",
+        ),
     )
     assert (
         made.shared.fc1.out_features == 4
@@ -402,7 +443,9 @@ def test_without_clusters_the_layer_stays_dense():
     x = torch.rand(200, D, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         found = Cut(Recorded(x, mlp.act(mlp.fc1(x)), torch.arange(200)), mlp(x))
-    made, report = cut(mlp, found, rules(clusters="hdbscan", smallest=0.3, clustered=200))
+    made, report = cut(
+        mlp, found, rules(clusters={"method": "hdbscan", "smallest_share": 0.3, "sample": 200})
+    )
     assert (
         type(made) is Mlp
         and report["dense"]
@@ -413,7 +456,7 @@ def test_without_clusters_the_layer_stays_dense():
 
 
 def belongings(mlp, found, given):
-    """What is clustered of the tokens, and what becomes of all of them: (labels, centres, members)."""
+    """(labels of the sample, centres, cluster of each token)."""
     clustered, _ = cutting._clustered(found.tokens, given, seed=0)
     return clustered.labels, *cutting._members(found.tokens, clustered, given, seed=0)
 
@@ -421,24 +464,26 @@ def belongings(mlp, found, given):
 def test_tokens_that_were_not_clustered_join_the_nearest_centre_or_none():
     mlp = layer()
     found, group = tokens(mlp), torch.arange(600) % 3
-    labels, _, member = belongings(mlp, found, rules(clustered=150))
+    labels, _, member = belongings(mlp, found, rules(clusters={"sample": 150}))
     assert (labels == -2).sum() == 450 and all(
         len(member[group == g].unique()) == 1 for g in range(3)
     )
     labels, _, member = belongings(
-        mlp, found, rules(clusters="hdbscan", smallest=0.1, clustered=150)
+        mlp, found, rules(clusters={"method": "hdbscan", "smallest_share": 0.1, "sample": 150})
     )
     assert (member >= 0).sum() == (labels >= 0).sum() <= 150 and (
         member == -1
     ).sum() >= 450  # they might be noise
-    _, report = cut(mlp, found, rules(clusters="hdbscan", smallest=0.1, clustered=150))
+    _, report = cut(
+        mlp, found, rules(clusters={"method": "hdbscan", "smallest_share": 0.1, "sample": 150})
+    )
     assert report["tokens"] == 600 and not report["dense"]
 
 
 def test_random_clusters_are_dealt_to_all_tokens_whatever_share_was_clustered():
     mlp = layer()
     found, group = tokens(mlp), torch.arange(600) % 3
-    _, _, member = belongings(mlp, found, rules(clusters="random", clustered=150))
+    _, _, member = belongings(mlp, found, rules(clusters={"method": "random", "sample": 150}))
     assert member.bincount().tolist() == [200] * 3  # the sizes of the three groups
     shares = torch.stack(
         [
@@ -454,7 +499,9 @@ def test_random_directions_are_the_centres_that_route():
     found, given = (
         tokens(mlp),
         rules(
-            clusters="directions", space="input", router="nearest", members="routed", clustered=150
+            clusters={"method": "directions", "space": "input", "sample": 150},
+            router="nearest",
+            neurons={"statistics": "routed"},
         ),
     )
     made, report = cut(mlp, found, given)
@@ -469,13 +516,15 @@ def test_random_directions_are_the_centres_that_route():
 def test_groups_of_neurons_compute_all_or_some():
     mlp = layer()
     found = tokens(mlp)
-    whole, report = cut(mlp, found, rules(clusters="weights", count=4, active=1.0))
+    whole, report = cut(mlp, found, rules(clusters=OF_NEURONS, neurons={"active": 1.0}))
     torch.testing.assert_close(
         run(whole, found.tokens.inputs), mlp(found.tokens.inputs), atol=1e-5, rtol=0
     )
     assert report["widths"] == [4] * 4 and report["active"] == H
-    half, _ = cut(mlp, found, rules(clusters="weights", count=4, active=0.5))
-    learnt, _ = cut(mlp, found, rules(clusters="weights", count=4, active=0.5, router="trained"))
+    half, _ = cut(mlp, found, rules(clusters=OF_NEURONS, neurons={"active": 0.5}))
+    learnt, _ = cut(
+        mlp, found, rules(clusters=OF_NEURONS, neurons={"active": 0.5}, router="trained")
+    )
     assert half.router.top_k == 2 and isinstance(learnt.router, PredictorRouter)
     assert cutting._error(learnt, found) < 1 and cutting._error(whole, found) < 1e-6
 
@@ -529,17 +578,17 @@ def test_an_oracle_sees_activations_and_chance_sees_nothing():
 @pytest.mark.parametrize(
     "fields",
     [
-        {"space": "input", "router": "nearest"},
+        {"clusters": {"space": "input"}, "router": "nearest"},
         {"router": "oracle"},
-        {"storage": "shared", "correct": "mean"},
-        {"storage": "inputs", "correct": "ridge"},
-        {"clusters": "weights", "count": 4, "active": 0.5, "router": "trained"},
+        {"storage": "shared", "correction": {"method": "mean"}},
+        {"storage": "inputs", "correction": {"method": "ridge"}},
+        {"clusters": OF_NEURONS, "neurons": {"active": 0.5}, "router": "trained"},
     ],
 )
 def test_in_bfloat16_tokens_go_where_they_went(fields):
     mlp = layer()
     found = tokens(mlp)
-    made, _ = cut(mlp, found, rules(**{"active": 0.5} | fields), H // 2)
+    made, _ = cut(mlp, found, rules(**fields), H // 2)
     x = found.tokens.inputs.unsqueeze(0).to(torch.bfloat16)
     before, full = made.router(x).expert, made(x.float())
     half = made.to(torch.bfloat16)
@@ -563,29 +612,45 @@ def record(where, spec):
     return runs.collect({"one": [spec.but(keep=True)]}, where=where)["one"][0]
 
 
-def extracted(then=None, **fields):
-    given = {"clusters": "kmeans", "count": 4, "images": 100, "tokens": 800, "clustered": 400}
-    share = {} if "percent" in fields else {"active": 0.5}
-    return BASE.but(init=BASE, train=then, extract=ExtractSpec(**given | share | fields))
+def extracted(**parts):
+    clusters = parts.get("clusters", {})
+    if isinstance(clusters, dict):
+        parts |= {"clusters": {"count": 4, "sample": 400} | clusters}
+    parts["calibration"] = {"images": 100, "tokens": 800} | parts.get("calibration", {})
+    return BASE.but(init=BASE, train=None, extract=rules(**parts))
 
 
 @pytest.mark.parametrize(
     "fields, kind",
     [
         (
-            {"correct": "ridge", "members": "routed", "space": "input", "router": "nearest"},
+            {
+                "correction": {"method": "ridge"},
+                "neurons": {"statistics": "routed"},
+                "clusters": {"space": "input"},
+                "router": "nearest",
+            },
             MoELayer,
         ),
-        ({"clusters": "one", "correct": "mean", "budget": "model"}, Mlp),
-        ({"percent": 90.0}, MoELayer),
+        (
+            {"clusters": STATIC, "correction": {"method": "mean"}, "neurons": {"budget": "model"}},
+            Mlp,
+        ),
+        ({"neurons": {"variance_percent": 90.0}}, MoELayer),
         ({"storage": "shared"}, MoELayer),
-        ({"storage": "inputs", "correct": "ridge"}, MoELayer),
+        ({"storage": "inputs", "correction": {"method": "ridge"}}, MoELayer),
         ({"router": "oracle"}, MoELayer),
         ({"router": "random"}, MoELayer),
-        ({"clusters": "weights", "router": "trained"}, MoELayer),
-        ({"common": 0.25, "correct": "mean"}, MoELayer),
-        ({"sequential": True, "correct": "ridge"}, MoELayer),
-        ({"sequential": True, "correct": "ridge", "score": "update", "budget": "model"}, MoELayer),
+        ({"clusters": OF_NEURONS, "router": "trained"}, MoELayer),
+        ({"neurons": {"common": 0.25}, "correction": {"method": "mean"}}, MoELayer),
+        ({"correction": {"sequential": True, "method": "ridge"}}, MoELayer),
+        (
+            {
+                "correction": {"sequential": True, "method": "ridge"},
+                "neurons": {"score": "update", "budget": "model"},
+            },
+            MoELayer,
+        ),
     ],
 )
 def test_a_run_records_saves_and_goes_on(where, fields, kind):
@@ -601,7 +666,7 @@ def test_a_run_records_saves_and_goes_on(where, fields, kind):
     columns = sum(row["columns"] for row in made.extract)
     extra = made.cost["params_stored"] - (base.cost["params_stored"] - 2 * (24 * 33 + 16))
     experts = sum(row["clusters"] if kind is MoELayer else 1 for row in made.extract) + (
-        2 if "common" in fields else 0
+        2 if "common" in fields.get("neurons", {}) else 0
     )
     routers = sum(
         t.numel()
@@ -623,7 +688,7 @@ def test_a_run_records_saves_and_goes_on(where, fields, kind):
 
 
 def test_multiply_adds_are_those_of_the_neurons_that_tokens_pass(where):
-    made, base = record(where, extracted(percent=70.0)), record(where, BASE)
+    made, base = record(where, extracted(neurons={"variance_percent": 70.0})), record(where, BASE)
     loads, widths = (
         [row[key] for row in part] for part, key in ((made.moe, "load"), (made.extract, "widths"))
     )
@@ -633,7 +698,7 @@ def test_multiply_adds_are_those_of_the_neurons_that_tokens_pass(where):
     centres = sum(row["clusters"] for row in made.extract)
     gone = 17 * 16 * (2 * (2 * 24 - neurons) - centres)
     assert base.cost["macs"] - made.cost["macs"] == pytest.approx(gone, abs=4)
-    static = record(where, extracted(clusters="one"))
+    static = record(where, extracted(clusters=STATIC))
     assert base.cost["macs"] - static.cost["macs"] == 17 * 16 * 2 * 24
 
 
@@ -645,7 +710,9 @@ def test_sequential_extraction_makes_up_for_the_layers_before(where):
         want = model.forward_features(images)
     far = []
     for how in ({}, {"sequential": True, "catch_up": 0.5}, {"sequential": True}):
-        spec = extracted(clusters="one", correct="ridge", active=0.2, **how)
+        spec = extracted(
+            clusters=STATIC, correction={"method": "ridge"} | how, neurons={"active": 0.2}
+        )
         cut_model = copy.deepcopy(model)
         extract.extract(cut_model, spec, splits.train, 10)
         with torch.no_grad():
@@ -683,9 +750,15 @@ def test_layers_are_ranked_by_what_they_add_to_the_stream(where):
         load_splits(BASE.data),
     )
     spec = extracted(
-        clusters="one", correct="ridge", score="update", budget="model", sequential=True, active=0.5
+        clusters=STATIC,
+        correction={"method": "ridge", "sequential": True},
+        neurons={"score": "update", "budget": "model", "active": 0.5},
     )
-    even = extracted(clusters="one", correct="ridge", score="update", sequential=True, active=0.5)
+    even = extracted(
+        clusters=STATIC,
+        correction={"method": "ridge", "sequential": True},
+        neurons={"score": "update", "active": 0.5},
+    )
     images = splits.train.batch(torch.arange(100), BASE.data)
 
     def left(whole, given):
@@ -724,7 +797,9 @@ def _state(where):
 def test_a_whole_model_at_100_percent_is_the_dense_one_through_experts(where):
     whole = build(BASE.but(init=BASE), 10, 1, _state(where)).eval()
     splits, cut_model = load_splits(BASE.data), copy.deepcopy(whole)
-    reports = extract.extract(cut_model, extracted(percent=100.0), splits.train, 10)
+    reports = extract.extract(
+        cut_model, extracted(neurons={"variance_percent": 100.0}), splits.train, 10
+    )
     images = splits.test.batch(torch.arange(20), BASE.data)
     with torch.no_grad(), RoutingTape(cut_model) as tape:
         torch.testing.assert_close(cut_model(images), whole(images), atol=1e-5, rtol=0)
@@ -736,9 +811,9 @@ def test_a_broken_off_extraction_goes_on(where, tmp_path, monkeypatch, sequentia
     model, splits, spec = (
         build(BASE.but(init=BASE), 10, 1, _state(where)),
         load_splits(BASE.data),
-        extracted(correct="ridge"),
+        extracted(correction={"method": "ridge"}),
     )
-    spec = spec.but(extract={"sequential": sequential})
+    spec = spec.but(extract={"correction": {"sequential": sequential}})
     whole = copy.deepcopy(model)
     want = extract.extract(whole, spec, splits.train, 10)
     file, done = tmp_path / "run.pt", []
@@ -779,13 +854,10 @@ def test_other_families_are_extracted_saved_and_run(name, size, tmp_path):
         init=RunSpec(),
         threads=1,
         extract=ExtractSpec(
-            clusters="kmeans",
-            count=3,
-            active=0.5,
-            correct="ridge",
-            images=20,
-            tokens=300,
-            clustered=200,
+            clusters={"method": "kmeans", "count": 3, "sample": 200},
+            neurons={"active": 0.5},
+            correction={"method": "ridge"},
+            calibration={"images": 20, "tokens": 300},
         ),
     )
     want = copy.deepcopy(model)
@@ -807,39 +879,71 @@ def test_other_families_are_extracted_saved_and_run(name, size, tmp_path):
 @pytest.mark.parametrize(
     "make, says",
     [
-        (lambda: ExtractSpec(), "give one of percent and active"),
-        (lambda: ExtractSpec(percent=50.0, active=0.5), "give one of percent and active"),
-        (lambda: ExtractSpec(percent=0.0), "percent"),
-        (lambda: ExtractSpec(percent=101.0), "percent"),
-        (lambda: ExtractSpec(active=0.5, common=0.5), "common=0.5 must be below active=0.5"),
+        (lambda: ExtractSpec(neurons={}), "give one of variance_percent and active"),
         (
-            lambda: ExtractSpec(active=0.5, correct="ridge", storage="shared"),
+            lambda: ExtractSpec(neurons={"variance_percent": 50.0, "active": 0.5}),
+            "give one of variance_percent and active",
+        ),
+        (lambda: ExtractSpec(neurons={"variance_percent": 0.0}), "percent"),
+        (lambda: ExtractSpec(neurons={"variance_percent": 101.0}), "percent"),
+        (
+            lambda: ExtractSpec(neurons={"active": 0.5, "common": 0.5}),
+            "common=0.5 must be below active=0.5",
+        ),
+        (
+            lambda: ExtractSpec(
+                neurons={"active": 0.5}, correction={"method": "ridge"}, storage="shared"
+            ),
             "storage='shared' is for experts",
         ),
         (
-            lambda: ExtractSpec(active=0.5, clusters="one", storage="inputs"),
+            lambda: ExtractSpec(neurons={"active": 0.5}, clusters=STATIC, storage="inputs"),
             "storage='inputs' is for experts that share neurons",
         ),
         (
-            lambda: ExtractSpec(active=0.5, router="trained"),
-            "router='trained' with clusters='hdbscan'",
+            lambda: ExtractSpec(neurons={"active": 0.5}, router="trained"),
+            "router='trained' learns which clusters of neurons",
         ),
         (
-            lambda: ExtractSpec(active=0.5, clusters="weights", correct="mean"),
-            "cuts no neuron away",
-        ),
-        (lambda: ExtractSpec(percent=50.0, budget="model"), "need active, not percent"),
-        (lambda: rules(budget="model", common=0.25), "common is a share of each layer's neurons"),
-        (
-            lambda: rules(budget="model", score="update", correct="ridge"),
-            "residual stream, which is taken along in sequence only",
+            lambda: ExtractSpec(
+                neurons={"active": 0.5}, clusters=OF_NEURONS, correction={"method": "mean"}
+            ),
+            "removes no neuron",
         ),
         (
-            lambda: rules(catch_up=0.5),
-            "a share of what cut layers have left behind: set sequential=True",
+            lambda: ExtractSpec(neurons={"variance_percent": 50.0, "budget": "model"}),
+            "need active, not variance_percent",
         ),
         (
-            lambda: BASE.but(extract=ExtractSpec(active=0.5)),
+            lambda: rules(neurons={"budget": "model", "common": 0.25}),
+            "common is a share of each layer's neurons",
+        ),
+        (
+            lambda: rules(
+                neurons={"budget": "model", "score": "update"}, correction={"method": "ridge"}
+            ),
+            "residual stream, which is followed in sequence only",
+        ),
+        (
+            lambda: rules(correction={"catch_up": 0.5}),
+            "error that changed layers have left behind: set sequential=True",
+        ),
+        (lambda: ClusterSpec(of="nothing", count=4), "of='nothing' clusters no tokens, so count"),
+        (
+            lambda: ClusterSpec(of="neurons", count=4, space="input"),
+            "of='neurons' clusters no tokens, so space would say nothing",
+        ),
+        (lambda: rules(clusters=STATIC, router="nearest"), "which nothing routes"),
+        (
+            lambda: rules(clusters=OF_NEURONS, router="nearest"),
+            "clusters.of='neurons' takes 'trained' or 'cosine'",
+        ),
+        (
+            lambda: rules(clusters=OF_NEURONS, neurons={"variance_percent": 50.0}),
+            "set neurons.active, not variance_percent",
+        ),
+        (
+            lambda: BASE.but(extract=ExtractSpec(neurons={"active": 0.5})),
             "extract cuts experts out of a trained model",
         ),
         (lambda: extracted().but(moe=MoESpec()), "extract cuts experts out of a trained model"),
@@ -856,7 +960,7 @@ def test_too_few_images_to_calibrate_on(where):
     with pytest.raises(
         RuntimeError, match="images=900 were asked for to calibrate on, the training split has 400"
     ):
-        record(where, extracted(images=900))
+        record(where, extracted(calibration={"images": 900}))
 
 
 @pytest.mark.parametrize(
@@ -869,7 +973,7 @@ def test_too_few_images_to_calibrate_on(where):
         ),
         (
             "convnext_atto",
-            {"sequential": True},
+            {"correction": {"sequential": True}},
             "compares residual streams before norm2 of each block",
         ),
     ],

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from lib.spec import MaskSpec, MoESpec, PruneSpec, RunSpec, TrainSpec, class_groups, recipes
+from lib.spec import (
+    DataSpec,
+    ExtractSpec,
+    MaskSpec,
+    MoESpec,
+    PruneSpec,
+    RunSpec,
+    TrainSpec,
+    class_groups,
+    recipes,
+)
 
 DENSE = RunSpec(
     moe=MoESpec(
@@ -74,3 +84,16 @@ def test_warm_up_routes_by_class_and_is_cut_once():
     assert (warm.train.epochs, after.train.epochs) == (1.0, 3.0)
     with pytest.raises(ValueError, match="groups names 2 experts"):
         recipes.warmed_up(run, ((0,), (1,)), 0.5)
+
+
+def test_experts_come_out_of_the_dense_run_and_are_finetuned_with_its_logits():
+    dense = RunSpec(data=DataSpec(train=400), train=TrainSpec(epochs=6.0, lr=1e-3), threads=2)
+    base = RunSpec(study="moee", init=dense, train=TrainSpec(epochs=1.0))
+    assert recipes.dense_of(base) == recipes.dense_of(dense) == dense
+    rules = ExtractSpec(neurons={"active": 0.5})
+    run = recipes.extracted(base, rules, 3, images=50)
+    assert run == dense.but(study="moee", init=dense, extract=rules, train=None, seed=3)
+    tuned = recipes.extracted(base, rules, 3, epochs=2.0, images=50, threads=1)
+    assert (tuned.extract, tuned.init, tuned.data.train, tuned.threads) == (rules, dense, 50, 1)
+    assert tuned.train == dense.train.but(epochs=2.0, lr=2e-4, distil_logits=0.5)
+    assert recipes.extracted(base, rules, 3, epochs=2.0).data.train is None
