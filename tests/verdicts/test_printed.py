@@ -1,0 +1,43 @@
+"""Our values beside printed ones: texts, ratios, and which digits differ."""
+
+import pytest
+
+from lib.verdicts.printed import PrintedCells
+
+
+@pytest.fixture
+def cells():
+    return PrintedCells({"stored (M)": 1, "FLOPs (G)": 2})
+
+
+def test_a_row_has_both_values_as_printed_and_their_ratio(cells):
+    row = cells.row("T1", "N=8, L=2", {"stored (M)": (38.62, 38.6), "FLOPs (G)": (5.53, 5.60)})
+    assert row == {
+        "stored (M)": "38.6",
+        "stored (M), paper": "38.6",
+        "stored (M), ratio": "1.0005",
+        "FLOPs (G)": "5.53",
+        "FLOPs (G), paper": "5.60",
+        "FLOPs (G), ratio": "0.9875",
+    }
+    assert list(cells) == ["T1 stored N=8, L=2", "T1 FLOPs N=8, L=2"]
+
+
+def test_cells_are_apart_where_printed_digits_differ(cells):
+    cells.row("T1", "a", {"stored (M)": (22.04, 22.0)})
+    cells.row("T1", "b", {"stored (M)": (22.06, 22.0)})
+    assert list(cells.apart()) == ["T1 stored b"]
+
+
+def test_extremes_are_the_smallest_and_largest_ratios_each_once(cells):
+    for row, ours in {"a": 1.0, "b": 1.2, "c": 0.9, "d": 1.1, "e": 0.8}.items():
+        cells.row("T1", row, {"stored (M)": (ours, 1.0)})
+    assert cells.extremes(2) == {
+        f"T1 stored {row}": ratio for row, ratio in {"e": 0.8, "c": 0.9, "d": 1.1, "b": 1.2}.items()
+    }
+    assert list(cells.extremes(4).values()) == [0.8, 0.9, 1.0, 1.1, 1.2]
+
+
+def test_a_column_needs_its_decimals(cells):
+    with pytest.raises(KeyError, match="active"):
+        cells.row("T1", "a", {"active (M)": (1.0, 1.0)})
