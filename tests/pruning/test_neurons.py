@@ -12,15 +12,14 @@ from torch import nn
 from vits import A, C, D, H, N, as_dense, batch, build, moe, refused_unchanged
 
 from lib.models.moe import RoutingTape
+from lib.pruning.neurons.calibration import calibration
+from lib.pruning.neurons.masks import apply_masks, mask_weights
 from lib.pruning.neurons.removal import remove
 from lib.pruning.neurons.scores import (
-    apply_masks,
-    calibration,
     cross_entropy,
     expert_scores,
     forced,
     keep_indices,
-    mask_weights,
     neuron_scores,
     removal_effects,
 )
@@ -367,7 +366,7 @@ def test_masks_of_unequal_experts_by_their_groups():
     model, groups = build(moe=moe()), [[batch(3, seed=s)] for s in range(3)]
     remove(model, {"blocks.1.mlp.experts.1": torch.arange(30)})
     dense = mask_weights(as_dense(model, 1), groups[1], 0.5, parts=["mlp"])
-    masks = mask_weights(model, [], 0.5, groups=groups, parts=["experts"])
+    masks = mask_weights(model, [], 0.5, batches_of_expert=groups, parts=["experts"])
     assert set(masks) == {
         f"blocks.1.mlp.experts.{e}.{part}" for e in range(3) for part in ("fc1", "fc2")
     }

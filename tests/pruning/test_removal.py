@@ -9,7 +9,8 @@ from torch import nn
 from vits import VIT, A, C, D, H, N, batch, build, moe, prune, refused_unchanged
 
 from lib.measure import cost
-from lib.pruning.neurons.removal import fit_shapes, prunable, remove
+from lib.pruning.neurons.groups import prunable
+from lib.pruning.neurons.removal import fit_shapes, remove
 from lib.pruning.neurons.scores import expert_scores, keep_indices, neuron_scores
 
 
