@@ -291,22 +291,17 @@ def test_what_cannot_be_scored_is_refused():
 # ---------------------------------------------------------------- merging
 
 
-def test_merging_weighs_by_load_and_sums_or_averages_router_rows():
+def test_merging_weighs_by_load():
     model = constant(
         top_k=1, values=(1.0, 10.0, -100.0)
     )  # the first two point one way, the third the other
     x = PROBS.log()  # loads: 2 tokens with expert 0, 3 with expert 1, 1 with expert 2
     assert scores.calibrate(model, [x])["moe"].score(0, 0, 0).tolist() == [2, 3, 1]
-    rows = {
-        how: merging.merge_similar(copy.deepcopy(model), [x], 1 / 3, rows=how).moe
-        for how in merging.ROUTER_ROWS
-    }
-    assert rows["mean"].experts.fc2.bias[:, 0].tolist() == pytest.approx(
-        [(2 * 1 + 3 * 10) / 5, -100.0]
-    )
-    assert rows["mean"].router.weight.tolist()[0] == pytest.approx([0.4, 0.6, 0.0])
-    assert rows["sum"].router.weight.tolist() == [[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
-    assert rows["sum"].router.choice_bias.shape == (2,)
+    merged = merging.merge_similar(copy.deepcopy(model), [x], 1 / 3).moe
+    assert merged.experts.fc2.bias[:, 0].tolist() == pytest.approx([(2 * 1 + 3 * 10) / 5, -100.0])
+    assert merged.router.weight.tolist()[0] == pytest.approx([0.4, 0.6, 0.0])
+    assert merged.router.weight.tolist()[1] == [0.0, 0.0, 1.0]
+    assert merged.router.choice_bias.shape == (2,)
     x[..., 2] = 9.0  # nobody goes to the first two: a plain mean
     idle = merging.merge_similar(copy.deepcopy(model), [x], 1 / 3).moe
     assert idle.experts.fc2.bias[0, 0].item() == pytest.approx(5.5)
@@ -314,8 +309,6 @@ def test_merging_weighs_by_load_and_sums_or_averages_router_rows():
         merging.output_similarity(model, [x])["moe"],
         torch.tensor([[1.0, 1, -1], [1, 1, -1], [-1, -1, 1]], dtype=torch.float64),
     )
-    with refused("rows='max'"):
-        merging.merge_similar(model, [x], 1 / 3, rows="max")
     with refused("gives a token 2 experts, but 1 would be left"):
         merging.merge_similar(constant(top_k=2), [x], 2 / 3)
     with refused("mix experts of different members"):
@@ -323,7 +316,7 @@ def test_merging_weighs_by_load_and_sums_or_averages_router_rows():
 
 
 def neurons(*experts):
-    """Experts of width one from neurons (fc1 weight, fc1 bias, fc2 weight), without output biases."""
+    """Experts of one input and output, from neurons (fc1 weight, fc1 bias, fc2 weight)."""
     w1, b1, w2 = (
         torch.tensor([[neuron[i] for neuron in expert] for expert in experts]) for i in range(3)
     )
