@@ -124,8 +124,7 @@ def _drop_with_rows(layers: Mapping[str, MoELayer], staying: Mapping[str, Tensor
 
 
 def check_choices(name: str, router: LinearRouter) -> None:
-    """Raises ValueError if a token cannot choose as many experts as the router of layer `name`
-    gives it."""
+    """Raises ValueError if the router of layer `name` gives a token more experts than it has."""
     wanted = next(
         (getattr(router, field) for field in ("top_k", "choices") if hasattr(router, field)), 1
     )

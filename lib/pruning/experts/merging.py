@@ -1,7 +1,7 @@
-"""Fewer experts without throwing any away: similar ones merged (2407.09590), or the neurons of
-dropped ones handed to others (DERN, 2509.10377).
+"""Merging of whole experts, and of the neurons of dropped ones into those of others.
 
-Both leave a model that reroutes among E' experts.
+Sources: 2407.09590 for similar experts; DERN, 2509.10377, for neurons of dropped ones. Both leave a
+model that reroutes among E' experts.
 
 Axis letters: **B** images, **T** tokens, **D** width, **H** hidden width, **E** experts of a layer,
 **E'** those that stay.
@@ -101,7 +101,7 @@ def average_linkage(similarity: Tensor, clusters: int) -> list[list[int]]:
     # Counted from the largest similarity, since 1 - similarity may round to a negative distance.
     distance = (similarity.max() - similarity).numpy()[np.triu_indices(experts, k=1)]
     tree = hierarchy.linkage(distance, "average")
-    # Cut by the number of each join and not by its height: of joins at equal height "maxclust"
+    # Split by the number of each join and not by its height: of joins at equal height "maxclust"
     # makes all or none, which would leave fewer clusters.
     labels = hierarchy.fcluster(
         tree, clusters, "maxclust_monocrit", monocrit=np.arange(experts - 1.0)

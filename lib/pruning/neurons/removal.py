@@ -195,8 +195,8 @@ def _check_state(
     ]
     if wrong:
         raise ValueError(
-            f"{name}: no cut gives the state's {', '.join(wrong)}: {_shapes_in(state, wrong)}, "
-            f"where the model cut to it has {_shapes_in(expected, wrong)}"
+            f"{name}: no removal gives the state's {', '.join(wrong)}: {_shapes_in(state, wrong)}, "
+            f"where the model pruned to it has {_shapes_in(expected, wrong)}"
         )
 
 
