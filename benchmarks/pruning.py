@@ -1,11 +1,11 @@
-"""Static pruning against its limits: the time that half of each MLP saves, and the time that
-finding and removing it takes.
+"""Static pruning against its limits: what it saves, and what scores and removal take.
 
-Removed MACs are the limit of the first: at a share of 1 the pruned model is faster by as much as it
-multiplies less. Norms, activations and attention products stay, and narrower products are less
-efficient, so it is below 1 in practice. Scoring cannot be faster than the gradients that it reads,
-which is the limit of the second. torch-pruning stands beside it, with its own first-order score on
-the same batch, its dependency graph included. Each starts from a copy of the same model.
+The first part times a model without half of each MLP, the second the way to it. Removed MACs are
+the limit of the first: at a share of 1 the pruned model is faster by as much as it multiplies less.
+Norms, activations and attention products stay, and narrower products are less efficient, so it is
+below 1 in practice. Scoring cannot be faster than the gradients that it reads, which is the limit
+of the second. torch-pruning stands beside it, with its own first-order score on the same batch, its
+dependency graph included. Each starts from a copy of the same model.
 """
 
 from __future__ import annotations
@@ -31,44 +31,47 @@ LEAST = {"fp32": 0.95}  # of the ratio of MACs
 
 
 def rows(repeats: int = 20) -> Iterator[Row]:
-    """Measure all; a row comes as soon as it is measured."""
+    """Measures all; a row comes as soon as it is measured."""
     yield from speed(repeats)
     yield from pruning(repeats)
 
 
 def speed(repeats: int = 20) -> Iterator[Row]:
-    """Inference with half of the neurons of each MLP, against the whole model and against the ratio
-    of MACs."""
+    """Times inference with half of the neurons of each MLP, against the whole model.
+
+    The bound is the ratio of MACs.
+    """
     whole, (images, _) = _model(), _batch()
-    cut = copy.deepcopy(whole)
-    remove(
-        cut,
-        {
-            name: keep_indices(score, SHARE)
-            for name, score in neuron_scores(cut, [], "magnitude", parts=["mlp"]).items()
-        },
-    )
-    ideal = cost.count(whole, SIDE).macs / cost.count(cut, SIDE).macs
+    pruned = copy.deepcopy(whole)
+    scores = neuron_scores(pruned, [], "magnitude", parts=["mlp"])
+    remove(pruned, {name: keep_indices(score, SHARE) for name, score in scores.items()})
+    ideal = cost.count(whole, SIDE).macs / cost.count(pruned, SIDE).macs
     for dtype, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        given = images.to(kind)
+        inputs = images.to(kind)
         timed = compare(
-            {"whole": forward(whole.to(kind), given), "cut": forward(cut.to(kind), given)}, repeats
+            {
+                "whole": forward(whole.to(kind), inputs),
+                "pruned": forward(pruned.to(kind), inputs),
+            },
+            repeats,
         )
         ms = {name: time.median for name, time in timed.items()}
         yield Row(
-            f"MLPs cut by {SHARE:.0%}, forward",
+            f"MLPs pruned by {SHARE:.0%}, forward",
             dtype,
             "whole model",
             ms["whole"],
-            ms["cut"],
+            ms["pruned"],
             ideal,
             LEAST.get(dtype),
         )
 
 
 def pruning(repeats: int = 20) -> Iterator[Row]:
-    """Taylor scores of hidden neurons on one batch and removal of the lowest half, against the
-    gradients alone and a rival."""
+    """Times Taylor scores on one batch and removal of the lowest half of the hidden neurons.
+
+    They stand against the gradients alone and against a rival.
+    """
     model, batch = _model(), _batch()
     timed = compare(
         {
@@ -79,7 +82,7 @@ def pruning(repeats: int = 20) -> Iterator[Row]:
         repeats,
     )
     ms = {name: time.median for name, time in timed.items()}
-    what = f"Taylor, MLPs cut by {SHARE:.0%}"
+    what = f"Taylor, MLPs pruned by {SHARE:.0%}"
     yield Row(what, "fp32", "gradients alone", ms["gradients"], ms["ours"], 1.0)
     yield Row(what, "fp32", "torch-pruning", ms["rival"], ms["ours"], None, 1.0)
 
@@ -96,7 +99,7 @@ def _batch() -> tuple[Tensor, Tensor]:
 
 
 def _gradients(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
-    """Of the weights that are scored, and of no other."""
+    """Computes the gradients of the weights that are scored, and of no other."""
     weights = [p for block in model.blocks for p in block.mlp.parameters()]
     torch.autograd.grad(F.cross_entropy(model(batch[0]), batch[1]), weights)
 

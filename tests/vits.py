@@ -1,4 +1,4 @@
-"""Small ViTs with weights large enough to tell apart, for the tests of compression.
+"""Small ViTs with weights large enough to tell apart, for the tests of pruning.
 
 Axis letters: **D** width, **H** hidden width, **A** heads, **C** dimensions of a head, **N**
 tokens.

@@ -33,7 +33,7 @@ from ..models.experts import Experts
 from ..models.moe import MoELayer
 from ..models.shared_experts import SharedExperts
 from ..models.upcycle import before_blocks
-from ..pruning.neurons.scores import calibration
+from ..pruning.neurons.calibration import calibration
 from ..routers.centroid import CentroidRouter
 from ..routers.controls import OracleRouter, RandomRouter
 from ..routers.hard import HardRouter

@@ -25,9 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..models.experts import Experts
 from ..models.moe import MoELayer, RoutedLayer
+from ..models.pruned import PrunedLayer
 from ..models.shared_experts import SharedExperts
 from ..models.soft import SoftMoELayer
-from ..pruning.experts.dropping import PrunedLayer
 from ..routers.all import AllExperts
 from ..routers.base import LinearRouter, capacity
 from ..routers.expert_choice import ExpertChoiceRouter

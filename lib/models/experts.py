@@ -210,7 +210,7 @@ class Experts(nn.Module):
             where = prefix.rstrip(".") or "the experts"
             raise ValueError(
                 f"{where}: the state has {len(theirs)} experts of widths {theirs}, the layer {self.experts} of "
-                f"{self.widths}: cut the layer to a pruned state's widths first (compress.removal.fit_shapes)"
+                f"{self.widths}: cut the layer to a pruned state's widths first (pruning.neurons.removal.fit_shapes)"
             )
         super()._load_from_state_dict(state_dict, prefix, *rest)
 

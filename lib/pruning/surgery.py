@@ -21,16 +21,11 @@ from ..routers.group import GroupRouter
 from ..routers.manual import labelled
 from ..spec import DropSpec, ExtractSpec, PruneSpec, RunSpec, class_groups
 from .experts import dropping, merging, scores
-from .neurons.removal import fit_shapes, groups_of, parts_in, prunable, remove, shapes_of, supported
-from .neurons.scores import (
-    Batches,
-    calibration,
-    cut_size,
-    expert_scores,
-    keep_indices,
-    mask_weights,
-    neuron_scores,
-)
+from .neurons.calibration import calibration
+from .neurons.groups import groups_of, parts_in, prunable, shapes_of, supported
+from .neurons.masks import mask_weights
+from .neurons.removal import fit_shapes, remove
+from .neurons.scores import Batches, cut_size, expert_scores, keep_indices, neuron_scores
 
 
 def prune(model: nn.Module, spec: RunSpec, split: Split, classes: int) -> dict[str, Tensor]:
@@ -60,7 +55,9 @@ def prune(model: nn.Module, spec: RunSpec, split: Split, classes: int) -> dict[s
             drawn = calibration(split.labels, class_groups(classes, count), rules.images, generator)
             groups = [batches(index) for index in drawn]
     if not rules.structured:
-        return mask_weights(model, balanced, rules.share, groups=groups, parts=present, loss=_loss)
+        return mask_weights(
+            model, balanced, rules.share, batches_of_expert=groups, parts=present, loss=_loss
+        )
     rest = [part for part in present if part != "experts"]
     given = {"kind": rules.kind, "loss": _loss, "generator": generator}
     if groups is not None:

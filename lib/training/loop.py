@@ -27,7 +27,7 @@ from ..models.balance import update_choice_bias
 from ..models.ensemble import Ensemble
 from ..models.moe import RoutingTape
 from ..pruning.experts.progressive import ProgressiveDrop
-from ..pruning.neurons.scores import apply_masks
+from ..pruning.neurons.masks import apply_masks
 from ..spec import RunSpec
 from .evaluate import Evaluation, evaluate
 from .losses import losses as _losses

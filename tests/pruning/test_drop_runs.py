@@ -13,8 +13,8 @@ from lib.inputs.splits import load_splits
 from lib.measure.cost import count
 from lib.models.backbone import build
 from lib.models.ensemble import Ensemble
+from lib.models.pruned import PrunedLayer
 from lib.pruning import surgery
-from lib.pruning.experts import dropping
 from lib.runs import collect as runs
 from lib.spec import BackboneSpec, DataSpec, DropSpec, MoESpec, PruneSpec, RunSpec, TrainSpec
 from lib.training import loop
@@ -104,7 +104,7 @@ def test_a_child_and_a_restored_model_go_on_without_the_dropped(where, missing):
         surgery.restored(spec.but(drop={"share": 0.5}), state, 5, 1)
     assert torch.equal(model(images), tuned(images)) and where.get(spec).drop == {"scores": scores}
     assert torch.equal(runs.model_of(spec, where)(images), model(images))
-    assert isinstance(model.blocks[0].mlp, dropping.PrunedLayer) == (missing == "zero_update")
+    assert isinstance(model.blocks[0].mlp, PrunedLayer) == (missing == "zero_update")
 
 
 @pytest.mark.parametrize("score", ["dern", "merge"])

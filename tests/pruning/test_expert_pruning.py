@@ -1,5 +1,5 @@
-"""Dropping and merging experts beyond the plain cases: numbers written out, capacities, images,
-ensembles, and every refusal.
+"""Dropping experts beyond the plain cases: numbers written out, capacities, images, ensembles, and
+every refusal.
 
 `test_experts_gone.py` has the scores and the two semantics against a plain sum.
 """
@@ -7,70 +7,25 @@ ensembles, and every refusal.
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
+from one_moe_layer import PROBS, Layer, constant, refused, run
 from torch import nn
-from vits import batch, build, moe, refused_unchanged
+from vits import batch, build, moe
 
 from lib.measure.cost import count
 from lib.models.compete import CompeteLayer, competition_loss
 from lib.models.ensemble import ensemble
 from lib.models.experts import Experts
-from lib.models.moe import MoELayer, RoutingTape
+from lib.models.moe import RoutingTape
 from lib.pruning import surgery
-from lib.pruning.experts import dropping, merging, scores
-from lib.pruning.experts.progressive import ProgressiveDrop
+from lib.pruning.experts import dropping, scores
 from lib.routers.all import AllExperts
 from lib.routers.expert_choice import ExpertChoiceRouter
 from lib.routers.group import GroupRouter
 from lib.routers.priority import PriorityRouter
 from lib.routers.top_k import TopKRouter
-
-# Two images of three tokens; the router's weight is the identity, so the probabilities of a token
-# are these.
-PROBS = torch.tensor(
-    [
-        [[0.5, 0.3, 0.2], [0.2, 0.5, 0.3], [0.3, 0.2, 0.5]],
-        [[0.1, 0.6, 0.3], [0.6, 0.3, 0.1], [0.2, 0.7, 0.1]],
-    ]
-)
-
-
-class Layer(nn.Module):
-    """One MoE layer on tokens (B, N, D)."""
-
-    def __init__(self, router, experts, **options):
-        super().__init__()
-        self.moe = MoELayer(router, experts, **options)
-
-    def forward(self, x):
-        return self.moe(x)
-
-
-def constant(top_k=2, values=(1.0, 10.0, 100.0), **router):
-    """Expert e gives values[e] whatever it sees."""
-    experts = Experts(len(values), 3, 2)
-    with torch.no_grad():
-        for parameter in experts.parameters():
-            parameter.zero_()
-        experts.fc2.bias.copy_(torch.tensor(values).unsqueeze(1).expand(-1, 3))
-    made = TopKRouter(3, 3, top_k, **router)
-    made.weight.data = torch.eye(3)
-    return Layer(made, experts).eval()
-
-
-def run(model, x):
-    """(T,) outputs of constant experts, and the routing."""
-    with RoutingTape(model) as tape:
-        out = model(x)
-    return out.reshape(-1, out.shape[-1])[:, 0], tape[model.get_submodule("moe")]
-
-
-def refused(says):
-    return pytest.raises(ValueError, match=says)
-
 
 # ---------------------------------------------------------------- removal, written out
 
@@ -288,74 +243,6 @@ def test_what_cannot_be_scored_is_refused():
     assert [scores.remaining(4, share) for share in (0.0, 0.25, 0.5, 0.75)] == [4, 3, 2, 1]
 
 
-# ---------------------------------------------------------------- merging
-
-
-def test_merging_weighs_by_load_and_sums_or_averages_router_rows():
-    model = constant(
-        top_k=1, values=(1.0, 10.0, -100.0)
-    )  # the first two point one way, the third the other
-    x = PROBS.log()  # loads: 2 tokens with expert 0, 3 with expert 1, 1 with expert 2
-    assert scores.calibrate(model, [x])["moe"].score(0, 0, 0).tolist() == [2, 3, 1]
-    rows = {
-        how: merging.merge_similar(copy.deepcopy(model), [x], 1 / 3, rows=how).moe
-        for how in merging.ROUTER_ROWS
-    }
-    assert rows["mean"].experts.fc2.bias[:, 0].tolist() == pytest.approx(
-        [(2 * 1 + 3 * 10) / 5, -100.0]
-    )
-    assert rows["mean"].router.weight.tolist()[0] == pytest.approx([0.4, 0.6, 0.0])
-    assert rows["sum"].router.weight.tolist() == [[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
-    assert rows["sum"].router.choice_bias.shape == (2,)
-    x[..., 2] = 9.0  # nobody goes to the first two: a plain mean
-    idle = merging.merge_similar(copy.deepcopy(model), [x], 1 / 3).moe
-    assert idle.experts.fc2.bias[0, 0].item() == pytest.approx(5.5)
-    torch.testing.assert_close(
-        merging.output_similarity(model, [x])["moe"],
-        torch.tensor([[1.0, 1, -1], [1, 1, -1], [-1, -1, 1]], dtype=torch.float64),
-    )
-    with refused("rows='max'"):
-        merging.merge_similar(model, [x], 1 / 3, rows="max")
-    with refused("gives a token 2 experts, but 1 would be left"):
-        merging.merge_similar(constant(top_k=2), [x], 2 / 3)
-    with refused("mix experts of different members"):
-        merging.merge_similar(ensemble(build(moe=moe(experts=4)), 2), [batch()[0]], 0.5)
-
-
-def neurons(*experts):
-    """Experts of width one from neurons (fc1 weight, fc1 bias, fc2 weight), without output biases."""
-    w1, b1, w2 = (
-        torch.tensor([[neuron[i] for neuron in expert] for expert in experts]) for i in range(3)
-    )
-    return Experts.of(
-        [
-            (w1[e].unsqueeze(1), b1[e], w2[e].unsqueeze(0), torch.zeros(1))
-            for e in range(len(experts))
-        ]
-    )
-
-
-def test_dern_by_hand():
-    """Expert 1 goes; its first neuron joins the second one of expert 0, its second one is like
-    none."""
-    held = neurons([(1.0, 0.0, 0.0), (0.0, 2.0, 0.0)], [(0.0, 1.0, 0.0), (0.0, 0.0, -3.0)])
-    router = TopKRouter(1, 2, 1)
-    router.weight.data = torch.tensor([[1.0], [-1.0]])
-    model = Layer(router, held).eval()
-    x = torch.tensor([[[1.0], [1.0], [-0.5]]])  # two tokens with expert 0, one with expert 1
-    gates = scores.calibrate(model, [x])["moe"].score(0, 1, 0)
-    a, b = gates.tolist()
-    assert a == pytest.approx(2 / (1 + torch.tensor(-2.0).exp().item()), rel=1e-5) and a > b > 0
-    cut = merging.dern(model, [x], 0.5).moe
-    assert cut.experts.experts == 1 and cut.router.weight.tolist() == [[1.0]]
-    assert cut.experts.fc1.weight[0, :, 0].tolist() == [1.0, 0.0] and cut.experts.fc2.weight[
-        0, 0
-    ].tolist() == [0.0, 0.0]
-    assert cut.experts.fc1.bias[0].tolist() == pytest.approx(
-        [0.0, (2 * a + 1 * b) / (a + b)], rel=1e-5
-    )
-
-
 # ---------------------------------------------------------------- ensembles
 
 
@@ -471,96 +358,3 @@ def test_competition_settings_and_pruning():
         dropping.drop_experts(model, {"moe": [0, 1]}, "zero_update")
     dropping.drop_experts(model, {"moe": [0, 1]}, "reroute")
     assert isinstance(model.moe, CompeteLayer) and run(model.train(), PROBS)[1].experts == 2
-
-
-# ---------------------------------------------------------------- dropping during a run
-
-
-def given(expert, weight, experts=3):
-    """A routing with these assignments."""
-    blank = TopKRouter(3, experts, 1)(torch.zeros(1, len(expert), 3))
-    return replace(blank, expert=torch.tensor(expert), weight=torch.tensor(weight))
-
-
-def test_proficiency_is_hit_rate_times_gate_averaged_over_steps():
-    model = build(moe=moe(experts=3, layers=2))
-    a, b = dropping.routed(model)
-    drop = ProgressiveDrop(model, steps=10, decay=0.75)
-    drop.update(a, given([0, 0, 1, 2], [0.5, 0.5, 0.5, 0.5]))  # equal gates: hits decide
-    assert (
-        drop.proficiency[a].tolist() == pytest.approx([0.5, 0.25, 0.25])
-        and drop.proficiency[b] is None
-    )
-    drop.update(a, given([0, 1, 2, 2], [0.2, 0.2, 0.8, 0.8]))
-    assert drop.proficiency[a].tolist() == pytest.approx(
-        [0.75 * 0.5 + 0.25 * 0.1, 0.75 * 0.25 + 0.25 * 0.1, 0.75 * 0.25 + 0.2]
-    )
-    drop.update(b, given([0], [0.0]))  # no gate at all: nobody is better than the others
-    assert drop.proficiency[b].tolist() == pytest.approx([1 / 3] * 3)
-    drop.mask(a, 4)  # threshold 0.8: 0.4, 0.2125, 0.3875
-    assert drop.routers[a].alive.tolist() == [True, False, True]
-    assert drop.proficiency[a].tolist() == pytest.approx([0.4 / 0.7875, 0, 0.3875 / 0.7875])
-    drop.mask(b, 4)
-    assert drop.routers[b].alive.all()
-    drop.update(a, given([2], [1.0]))
-    drop.mask(b, 5)  # half-way: the best alone, of equals the first
-    assert (
-        drop.routers[b].alive.tolist() == [True, False, False]
-        and drop.threshold(0) == 0.0
-        and drop.threshold(9) == 1.0
-    )
-    held = drop.state_dict()
-    again = ProgressiveDrop(build(moe=moe(experts=3, layers=2)), steps=10, decay=0.75)
-    again.load_state_dict(held)
-    assert all(torch.equal(again.proficiency[name], held[name]) for name in (a, b))
-
-
-def test_a_masked_expert_gets_no_token_and_the_rest_share_its_probability():
-    model = build(moe=moe(experts=4, router_std=1.0))
-    [name] = dropping.routed(model)
-    drop = ProgressiveDrop(model, steps=4)
-    drop.routers[name].alive[1] = False
-    images = batch()[0]
-    with RoutingTape(model) as tape:
-        out = model(images)
-    [routing] = tape.routings()
-    assert (
-        routing.load()[1] == 0
-        and not routing.probs[:, 1].any()
-        and torch.allclose(routing.probs.sum(1), torch.ones(1))
-    )
-    torch.testing.assert_close(
-        drop.finish()(images), out, rtol=1e-5, atol=1e-6
-    )  # removal changes nothing but shapes
-    layer = model.get_submodule(name)
-    assert (
-        type(layer.router) is TopKRouter
-        and layer.experts.experts == 3
-        and "alive" not in dict(layer.router.named_buffers())
-    )
-
-
-def test_until_one_expert_a_layer_is_left_half_way():
-    model = build(moe=moe(experts=4, layers=2, router_std=1.0))
-    drop, left = ProgressiveDrop(model, steps=12), []
-    for step in range(12):
-        with RoutingTape(model) as tape:
-            model(batch(seed=step)[0])
-        drop.after(step, tape)
-        left.append([int(router.alive.sum()) for router in drop.routers.values()])
-    assert left[0] == [4, 4] and left[6:] == [[1, 1]] * 6 and left == sorted(left, reverse=True)
-    assert all(layer.experts.experts == 1 for layer in dropping.routed(drop.finish()).values())
-
-
-@pytest.mark.parametrize("settings", [{"steps": 0}, {"end": 0.0}, {"end": 1.5}, {"decay": 1.0}])
-def test_bad_settings_of_a_progressive_drop(settings):
-    refused_unchanged(
-        lambda model: ProgressiveDrop(model, **{"steps": 4, **settings}), "must be at least 1"
-    )
-
-
-def test_a_progressive_drop_needs_top_1():
-    model = build(moe=moe(top_k=2))
-    with refused("top_k=2: dropping until one expert"):
-        ProgressiveDrop(model, 4)
-    assert type(next(iter(dropping.routed(model).values())).router) is TopKRouter

@@ -1,5 +1,4 @@
-"""Whole experts: scores by hand, what is left when some are dropped or merged, ensembles,
-competition."""
+"""Whole experts: scores by hand, what is left when some are dropped, ensembles, competition."""
 
 from __future__ import annotations
 
@@ -8,44 +7,23 @@ import copy
 import pytest
 import timm
 import torch
+from one_moe_layer import B, D, E, H, K, N, Toy, tokens_of, toy_images
 from torch import nn
 
-from lib.models.compete import CompeteLayer, competition_loss, responses
+from lib.models.compete import CompeteLayer, competition_loss
 from lib.models.ensemble import ensemble
 from lib.models.experts import Experts
-from lib.models.moe import MoELayer, RoutingTape
+from lib.models.moe import RoutingTape
 from lib.models.upcycle import upcycle
 from lib.pruning import surgery
-from lib.pruning.experts import dropping, merging, scores
+from lib.pruning.experts import dropping, scores
 from lib.routers.top_k import TopKRouter
 from lib.spec import MoESpec
-
-D, H, E, K, B, N = 4, 6, 3, 2, 2, 5
-
-
-class Toy(nn.Module):
-    """Images (B, D, 1, N), whose pixels are tokens, through one MoE layer."""
-
-    def __init__(self, experts=E, top_k=K, **router):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        torch.manual_seed(0)
-        self.moe = MoELayer(
-            TopKRouter(D, experts, top_k, std=1.0, generator=generator, **router),
-            Experts(experts, D, H),
-        )
-
-    def forward(self, images):
-        return self.moe(images.flatten(2).transpose(1, 2))
 
 
 @pytest.fixture
 def images():
-    return torch.randn(B, D, 1, N, generator=torch.Generator().manual_seed(1))
-
-
-def tokens_of(images):
-    return images.flatten(2).transpose(1, 2).reshape(-1, D)
+    return toy_images()
 
 
 def outputs(layer, rows):
@@ -183,52 +161,6 @@ def test_what_cannot_be_dropped_is_refused_and_nothing_changes(images):
         )
     with pytest.raises(ValueError, match="is pruned already"):
         scores.scores(dropping.drop_experts(model, {"moe": [0, 1]}, "zero_update"), "router_norm")
-
-
-# ---- merging
-
-
-def test_linkage_by_hand():
-    similarity = torch.tensor(
-        [[1.0, 0.9, 0.1, 0.2], [0.9, 1.0, 0.3, 0.0], [0.1, 0.3, 1.0, 0.5], [0.2, 0.0, 0.5, 1.0]]
-    )
-    assert merging.linkage(similarity, 3) == [[0, 1], [2], [3]] and merging.linkage(
-        similarity, 2
-    ) == [[0, 1], [2, 3]]
-
-
-def test_merging_twins_changes_nothing_when_router_rows_are_alike(images):
-    model = Toy(experts=4, top_k=1, gate="renormalised").eval()
-    with torch.no_grad():
-        for stack in dropping.stacks(model.moe.experts):
-            stack[3] = stack[0]
-        model.moe.router.weight[3] = model.moe.router.weight[0]
-    whole = model(images)
-    merged = merging.merge_similar(copy.deepcopy(model), [images], 0.25)
-    assert merged.moe.experts.experts == 3
-    torch.testing.assert_close(merged(images), whole)
-
-
-def test_dern_hands_neurons_to_their_likeness(images):
-    model = Toy(experts=2, top_k=1).eval()
-    with (
-        torch.no_grad()
-    ):  # the second expert is the first with its neurons in another order: nothing new to merge
-        order = torch.tensor([2, 0, 1, 5, 4, 3])
-        first = [stack[0] for stack in dropping.stacks(model.moe.experts)]
-        for stack, value in zip(
-            dropping.stacks(model.moe.experts),
-            (first[0][order], first[1][order], first[2][:, order], first[3]),
-            strict=True,
-        ):
-            stack[1] = value
-    kept = merging.dern(copy.deepcopy(model), [images], 0.5)
-    torch.testing.assert_close(
-        responses(kept.moe.experts, tokens_of(images))[:, 0],
-        responses(model.moe.experts, tokens_of(images))[:, 0],
-    )
-    with pytest.raises(ValueError, match="least=2"):
-        merging.dern(model, [images], 0.5, least=2)
 
 
 # ---- ensembles, competition, dropping on the way

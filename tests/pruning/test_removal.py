@@ -9,7 +9,8 @@ from torch import nn
 from vits import VIT, A, C, D, H, N, batch, build, moe, prune, refused_unchanged
 
 from lib.measure import cost
-from lib.pruning.neurons.removal import fit_shapes, prunable, remove
+from lib.pruning.neurons.groups import prunable
+from lib.pruning.neurons.removal import fit_shapes, remove
 from lib.pruning.neurons.scores import expert_scores, keep_indices, neuron_scores
 
 
@@ -202,12 +203,12 @@ def test_saved_shapes_come_back(spec):
             "blocks.1.mlp.experts: the state has 4 experts, the model 3",
         ),
         ({}, {"num_heads": 3}, "blocks.0.attn: the state's 30 rows of qkv .* 3 heads"),
-        ({"embed_dim": 32}, {}, "blocks.0.mlp: no cut gives .*fc1.weight"),
+        ({"embed_dim": 32}, {}, "blocks.0.mlp: no removal gives .*fc1.weight"),
         ({"mlp_ratio": 16}, {}, "blocks.0.mlp: the state has 154 groups, the model 96"),
         (
             {"qkv_bias": False},
             {},
-            "blocks.0.attn: no cut gives the state's blocks.0.attn.qkv.bias: none",
+            "blocks.0.attn: no removal gives the state's blocks.0.attn.qkv.bias: none",
         ),
     ],
 )

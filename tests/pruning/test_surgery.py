@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from lib.inputs.splits import load_splits
 from lib.models.backbone import build
 from lib.pruning import surgery
+from lib.pruning.neurons.calibration import calibration
 from lib.pruning.neurons.removal import remove
-from lib.pruning.neurons.scores import calibration, expert_scores, keep_indices, neuron_scores
+from lib.pruning.neurons.scores import expert_scores, keep_indices, neuron_scores
 from lib.runs import collect as runs
 from lib.runs.store import Store
 from lib.spec import (

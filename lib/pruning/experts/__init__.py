@@ -1,1 +1,1 @@
-"""Whole experts: their scores, and dropping or merging them."""
+"""Whole experts: how they are scored, dropped and merged."""

@@ -1,13 +1,15 @@
-"""Dropping experts during one finetuning run (Chen et al. 2022, 2206.00277), until each MoE layer
-has one.
+"""Dropping of experts during one finetuning run, until each MoE layer has one.
+
+Source: Chen et al. 2022, 2206.00277.
 
     drop = ProgressiveDrop(model, steps)
     ... after step t:  drop.after(t, tape)
     drop.finish()
 
 While it runs, dropped experts are masked in the router and keep their place, so that the optimiser
-goes on as it is; at the end they are removed. Axis letters: **A** assignments, **E** experts of a
-layer.
+goes on as it is; at the end they leave the layer.
+
+Axis letters: **E** experts of a layer.
 """
 
 from __future__ import annotations
@@ -23,55 +25,57 @@ from .dropping import drop_experts, routed
 
 
 class ProgressiveDrop:
-    """A running proficiency per expert and layer, and a threshold that grows until one expert a
-    layer is left.
+    """Drops experts of low proficiency, under a threshold that grows until one a layer is left.
 
     Proficiency in a step: hit rate times mean gate weight, that is an expert's sum of gates, as a
     share of its layer's sum; averaged over steps with weight `decay` on the past. After step t an
     expert goes if its proficiency is below t / (end * steps) of the best in its layer; from step
-    end * steps on the best stays alone, of equals the one with the lower index. Simplified against
+    end * steps on the best stays alone, of equals the one with the lower number. Simplified against
     the paper, which compares with a fixed threshold at the ends of windows and drops the rest by
     force.
 
     model: its top-1 routers are replaced until `finish`. steps: of the whole run. end: share of the
-    steps after which one expert a layer is left (paper: half). Raises ValueError for these out of
-    range, for a router that is no top-1 TopKRouter, and as `routed`; nothing is changed when it
-    raises.
+    steps after which one expert a layer is left (paper: half). decay: from 0 to below 1. Raises
+    ValueError for these out of range, for a router that is no top-1 TopKRouter, and as `routed`;
+    nothing is changed when it raises.
     """
 
     def __init__(self, model: nn.Module, steps: int, *, end: float = 0.5, decay: float = 0.9):
         if steps < 1 or not 0 < end <= 1 or not 0 <= decay < 1:
             raise ValueError(
-                f"steps={steps} must be at least 1, end={end} above 0 and at most 1, decay={decay} at least 0 and "
-                "below 1"
+                f"steps={steps} must be at least 1, end={end} above 0 and at most 1, "
+                f"decay={decay} at least 0 and below 1"
             )
-        self.model, self.last, self.decay = model, end * steps, decay
+        self.model, self.last_step, self.decay = model, end * steps, decay
         layers = routed(model)
         for name, layer in layers.items():
             if type(layer.router) is not TopKRouter or layer.router.top_k != 1:
                 raise ValueError(
-                    f"{name} has a {type(layer.router).__name__} with top_k={getattr(layer.router, 'top_k', None)}: "
-                    "dropping until one expert is left needs a TopKRouter with top_k=1"
+                    f"{name} has a {type(layer.router).__name__} with "
+                    f"top_k={getattr(layer.router, 'top_k', None)}: dropping until one expert is "
+                    "left needs a TopKRouter with top_k=1"
                 )
-        self._before = {name: layer.router for name, layer in layers.items()}
+        self._routers_before = {name: layer.router for name, layer in layers.items()}
         for layer in layers.values():
             layer.router = SurvivorRouter.of(layer.router)
         self.routers = {name: layer.router for name, layer in layers.items()}
         self.proficiency: dict[str, Tensor | None] = dict.fromkeys(layers)
 
     def threshold(self, step: int) -> float:
-        """Least proficiency after step `step` (from 0), as a share of the best expert's: 0 at the
-        start, 1 from the end on."""
-        return min(1.0, step / self.last)
+        """Computes the least proficiency after step `step` (from 0), as a share of the best one's.
+
+        It is 0 at the start, and 1 from the end on.
+        """
+        return min(1.0, step / self.last_step)
 
     def after(self, step: int, tape: RoutingTape) -> None:
-        """Take in one training step of all layers, and mask the experts that are due."""
+        """Takes in one training step of all layers, and masks the experts that are due."""
         for name, routing in tape:
             self.update(name, routing)
             self.mask(name, step)
 
     def update(self, name: str, routing: Routing) -> None:
-        """Take in one training step of a layer; its proficiencies sum to one."""
+        """Takes in one training step of a layer; its proficiencies, (E,), sum to one."""
         weight = routing.weight.detach().double().cpu()
         gates = torch.zeros(routing.experts, dtype=torch.float64).index_add(
             0, routing.expert.cpu(), weight
@@ -84,27 +88,26 @@ class ProgressiveDrop:
         )
 
     def mask(self, name: str, step: int) -> None:
-        """Mask the experts of a layer that are due after step `step`; their share goes to the
-        others."""
-        found, alive = self.proficiency[name], self.routers[name].alive
-        stay = found >= self.threshold(step) * found.max()
-        if step >= self.last:
-            stay = torch.arange(len(found)) == int(found.argmax())
+        """Masks a layer's experts that are due after `step`; their share goes to the others."""
+        proficiency, alive = self.proficiency[name], self.routers[name].alive
+        stay = proficiency >= self.threshold(step) * proficiency.max()
+        if step >= self.last_step:
+            stay = torch.arange(len(proficiency)) == int(proficiency.argmax())
         alive &= stay.to(alive.device)  # once dead, always dead
-        left = found.masked_fill(~alive.cpu(), 0.0)
-        self.proficiency[name] = left / left.sum()
+        of_alive = proficiency.masked_fill(~alive.cpu(), 0.0)
+        self.proficiency[name] = of_alive / of_alive.sum()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Proficiencies so far; who is alive stands in the routers' own state."""
-        return {name: found for name, found in self.proficiency.items() if found is not None}
+        """Returns the proficiencies so far; who is alive stands in the routers' own state."""
+        return {name: value for name, value in self.proficiency.items() if value is not None}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Put back what `state_dict` gave."""
+        """Puts back what `state_dict` gave."""
         self.proficiency = dict.fromkeys(self.proficiency) | state
 
     def finish(self) -> nn.Module:
-        """Remove the dead and give the layers their own kind of router back; returns the model."""
+        """Drops the masked experts, and puts the first kind of router back; returns the model."""
         keep = {name: router.alive.nonzero()[:, 0] for name, router in self.routers.items()}
-        for name, router in self._before.items():
+        for name, router in self._routers_before.items():
             self.model.get_submodule(name).router = router
         return drop_experts(self.model, keep, "reroute")

@@ -1,5 +1,6 @@
-"""The model behind the guarantee for pruning by router norms, simulated (Chowdhury et al. 2024,
-2405.16646, section 4).
+"""A simulation of the model behind the guarantee for pruning by router norms.
+
+Source: Chowdhury et al. 2024, 2405.16646, section 4.
 
 An image is a set of n patches out of an orthonormal set of patterns. Pattern 0 stands in each image
 of class +1, pattern 1 in each image of class -1, exactly once; the others are irrelevant to the
@@ -9,7 +10,9 @@ router and hidden rows with them, changes no inner product and no norm.
 Each expert s takes the l patches J_s(x) with the largest router values and weighs them by a softmax
 over these l:
 
-    f(x) = sum_s f_s(x),   f_s(x) = a_s sum_{j in J_s(x)} G_sj sum_r relu(<w_sr, x_j>),   G_s = softmax of <w_s, x_j> over J_s
+    f(x) = sum_s f_s(x)
+    f_s(x) = a_s sum_{j in J_s(x)} G_sj sum_r relu(<w_sr, x_j>)
+    G_s = softmax of <w_s, x_j> over J_s
 
 with fixed signs a_s, half of them +1. The loss is max(0, 1 - y f(x)); SGD with one rate for hidden
 and one for router rows.
@@ -33,7 +36,7 @@ Rate = Annotated[float, Field(gt=0)]
 
 
 class PatchSpec(Spec):
-    """Sizes, rates and starting scales of a simulation."""
+    """Says the sizes, rates and starting scales of a simulation."""
 
     patterns: Annotated[int, Field(ge=3)] = 64  # P, the two that bear the label counted
     patches: Positive = 16  # n, patches of an image
@@ -62,13 +65,14 @@ class PatchSpec(Spec):
             )
         if self.specialists > self.experts // 2:
             raise ValueError(
-                f"specialists={self.specialists} of each class is more than the {self.experts // 2} experts that "
-                "vote for it"
+                f"specialists={self.specialists} of each class is more than the "
+                f"{self.experts // 2} experts that vote for it"
             )
         if self.patches > self.patterns - 1:
             raise ValueError(
-                f"patches={self.patches} is too many: an image has one of the two patterns with a label and "
-                f"different ones of the {self.patterns - 2} others, so at most {self.patterns - 1}"
+                f"patches={self.patches} is too many: an image has one of the two patterns with a "
+                f"label and different ones of the {self.patterns - 2} others, so at most "
+                f"{self.patterns - 1}"
             )
         if self.taken > self.patches:
             raise ValueError(
@@ -79,34 +83,39 @@ class PatchSpec(Spec):
 
 @dataclass(frozen=True)
 class PatchModel:
-    """router: (E, P); hidden: (E, H, P); sign: (E,) +1 or -1."""
+    """Holds the weights: router (E, P), hidden (E, H, P) and sign (E,), +1 or -1."""
 
     router: Tensor
     hidden: Tensor
     sign: Tensor
 
     def votes(self, patches: Tensor, taken: int) -> Tensor:
-        """patches: (B, N) patterns -> (E, B) what each expert adds to the output; pruning an expert
-        takes its row away."""
+        """Computes (E, B) what each expert adds to the output of images (B, N) of patterns.
+
+        Dropping an expert takes its row away.
+        """
         gate, chosen = self.gates(patches, taken)
         rows = self.hidden.transpose(1, 2)  # (E, P, H)
-        active = (
-            rows[torch.arange(len(rows)).view(-1, 1, 1), chosen].relu().sum(dim=-1)
-        )  # (E, B, L)
+        expert = torch.arange(len(rows)).view(-1, 1, 1)
+        active = rows[expert, chosen].relu().sum(dim=-1)  # (E, B, L, H) -> (E, B, L)
         return self.sign.unsqueeze(1) * (gate * active).sum(dim=-1)
 
     def gates(self, patches: Tensor, taken: int) -> tuple[Tensor, Tensor]:
-        """patches: (B, N) -> (E, B, L) gates over the patches that each expert takes, and (E, B, L)
-        their patterns."""
+        """Computes the gates over the patches that each expert takes, and their patterns.
+
+        patches: (B, N). Returns two tensors (E, B, L).
+        """
         value, place = self.router[:, patches].topk(taken, dim=-1)
         return value.softmax(dim=-1), patches.expand(len(self.router), -1, -1).gather(2, place)
 
 
 @dataclass(frozen=True)
 class PatchRun:
-    """One simulation. step: (S,); norm: (S, E) router norms; loss: (S,) means over a batch;
-    proficiency: (E,) at the start, for the label that the expert votes for; before and after: the
-    model."""
+    """Holds what one simulation logged.
+
+    step: (S,); norm: (S, E) router norms; loss: (S,) means over a batch; proficiency: (E,) at the
+    start, for the label that the expert votes for; before and after: the model.
+    """
 
     step: list[int]
     norm: Tensor
@@ -116,8 +125,10 @@ class PatchRun:
     after: PatchModel
 
     def scores(self) -> dict[str, Tensor]:
-        """{name: (E,)}, high = keep, as in `experts.scores`; load cannot rank: every expert takes l
-        patches of each image."""
+        """Scores the experts, {name: (E,)}, high = keep, as `experts.scores` does from weights.
+
+        Load cannot rank: every expert takes l patches of each image.
+        """
         before, after = self.before, self.after
         change = after.router.norm(dim=1) - before.router.norm(dim=1)
         return {
@@ -130,17 +141,25 @@ class PatchRun:
 
 
 def draw(spec: PatchSpec, images: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(B, N) patterns and (B,) labels +1 or -1. Irrelevant patterns differ within an image, so that
-    no choice is a tie; the order of patches means nothing and is not shuffled."""
-    second = torch.randint(2, (images, 1), generator=generator)
+    """Draws images as (B, N) patterns, and their labels (B,), +1 or -1.
+
+    Irrelevant patterns differ within an image, so that no choice is a tie; the order of patches
+    means nothing and is not shuffled.
+    """
+    # (B, 1) the pattern with the label: 0 for class +1, 1 for class -1
+    labelled = torch.randint(2, (images, 1), generator=generator)
     order = torch.rand(images, spec.patterns - 2, generator=generator).argsort(dim=1)
-    return torch.cat([second, 2 + order[:, : spec.patches - 1]], dim=1), 1.0 - 2.0 * second[:, 0]
+    patches = torch.cat([labelled, 2 + order[:, : spec.patches - 1]], dim=1)
+    return patches, 1.0 - 2.0 * labelled[:, 0]
 
 
 def start(spec: PatchSpec, generator: torch.Generator) -> PatchModel:
-    """The pretrained model: normal rows, each router scaled by a factor of its own, the first
-    experts of each class with a head start. The theorem supposes that some experts are proficient
-    from the start; a plain normal draw leaves that to luck."""
+    """Draws the pretrained model.
+
+    Rows are normal, each router row is scaled by a factor of its own, and the first experts of each
+    class have a head start: the theorem supposes that some experts are proficient from the start,
+    which a plain normal draw leaves to luck.
+    """
     scale = spec.router_std * (1 + spec.spread * torch.rand(spec.experts, 1, generator=generator))
     sign = torch.ones(spec.experts)
     sign[spec.experts // 2 :] = -1.0
@@ -154,35 +173,44 @@ def start(spec: PatchSpec, generator: torch.Generator) -> PatchModel:
 def proficiency(
     model: PatchModel, spec: PatchSpec, generator: torch.Generator, images: int = 2000
 ) -> Tensor:
-    """(E,) chance that the pattern of the class that an expert votes for is among its l patches
-    with a gate of at least 1/l."""
+    """Measures, on fresh images, how well each expert sees the class that it votes for: (E,).
+
+    It is the chance that the pattern of this class is among the expert's l patches with a gate of
+    at least 1/l.
+    """
     patches, label = draw(spec, images, generator)
     gate, chosen = model.gates(patches, spec.taken)
-    mine = model.sign.unsqueeze(1) == label  # (E, B) images of the class that the expert votes for
+    of_class = model.sign.unsqueeze(1) == label  # (E, B) of the class that the expert votes for
     seen = ((chosen == patches[:, 0].view(1, -1, 1)) & (gate >= 1 / spec.taken)).any(dim=-1)
-    return (seen & mine).sum(dim=1) / mine.sum(dim=1).clamp_min(1)
+    return (seen & of_class).sum(dim=1) / of_class.sum(dim=1).clamp_min(1)
 
 
 def sgd_step(
     model: PatchModel, patches: Tensor, label: Tensor, spec: PatchSpec
 ) -> tuple[PatchModel, float]:
-    """One step on (B, N) patches and (B,) labels: the new model, and the mean hinge loss before it."""
+    """Makes one step of SGD; returns the new model, and the mean hinge loss before the step.
+
+    patches: (B, N). label: (B,), +1 or -1.
+    """
     router, hidden = model.router.detach().requires_grad_(), model.hidden.detach().requires_grad_()
     output = replace(model, router=router, hidden=hidden).votes(patches, spec.taken).sum(dim=0)
     loss = (1 - label * output).relu().mean()
-    by_router, by_hidden = torch.autograd.grad(loss, (router, hidden))
-    return replace(
+    router_slope, hidden_slope = torch.autograd.grad(loss, (router, hidden))
+    stepped = replace(
         model,
-        router=(router - spec.lr_router * by_router).detach(),
-        hidden=(hidden - spec.lr_expert * by_hidden).detach(),
-    ), loss.item()
+        router=(router - spec.lr_router * router_slope).detach(),
+        hidden=(hidden - spec.lr_expert * hidden_slope).detach(),
+    )
+    return stepped, loss.item()
 
 
 def simulate(spec: PatchSpec, generator: torch.Generator, every: int = 20) -> PatchRun:
-    """Train from `start` on fresh images in each step; norms are logged every `every` steps and at
-    the end."""
+    """Trains from `start` on fresh images in each step.
+
+    Router norms and losses are logged every `every` steps and at the end.
+    """
     model = before = start(spec, generator)
-    skill = proficiency(before, spec, generator)
+    proficiency_before = proficiency(before, spec, generator)
     steps, norms, losses = [], [], []
     for step in range(spec.steps + 1):
         patches, label = draw(spec, spec.batch, generator)
@@ -192,4 +220,4 @@ def simulate(spec: PatchSpec, generator: torch.Generator, every: int = 20) -> Pa
             norms.append(model.router.norm(dim=1))
             losses.append(loss)
         model = updated if step < spec.steps else model
-    return PatchRun(steps, torch.stack(norms), losses, skill, before, model)
+    return PatchRun(steps, torch.stack(norms), losses, proficiency_before, before, model)

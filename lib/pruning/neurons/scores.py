@@ -1,7 +1,8 @@
-"""Importance of hidden neurons and attention dimensions (Leiden thesis; Molchanov 2019,
-1906.10771), and which of them go.
+"""Importance scores of hidden neurons and attention dimensions, and which of them stay.
 
-Scores and kept indices are dictionaries by the names that `removal` gives to sets of groups:
+Sources: Leiden thesis, section 4; Molchanov et al. 2019, 1906.10771.
+
+Scores and kept indices are dictionaries by the names that `groups` gives to sets of groups:
 
     scores = neuron_scores(model, [(images, labels)], "taylor")
     remove(model, {name: keep_indices(score, share=0.5) for name, score in scores.items()})
@@ -12,7 +13,6 @@ head.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -26,16 +26,18 @@ from torch import Tensor, nn
 from ...models.experts import Experts
 from ...models.moe import MoELayer, RoutedLayer
 from ...routers.base import Routing, assign
-from .removal import Pieces, groups_of, matrices_of, prunable, shapes_of, supported
+from .groups import NamedSets, groups_of, prunable, shapes_of, supported
 
-Batches = Sequence[tuple[Tensor, Tensor]]  # images (B, C, S, S) and labels (B,)
+Batches = Sequence[tuple[Tensor, Tensor]]  # images (B, channels, height, width) and labels (B,)
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Reduce = Callable[[list[Tensor]], Tensor]  # tensors (..., groups, members) -> (..., groups)
 
 
 class Importance(StrEnum):
-    """How a group is scored from its weights w and the gradients g of the loss."""
+    """Says how a group is scored from its weights w and the gradients g of the loss."""
 
-    TAYLOR = "taylor"  # sum of (g w)^2 over the group: opposite signs do not cancel (Leiden thesis)
+    # sum of (g w)^2 over the group: opposite signs do not cancel (Leiden thesis)
+    TAYLOR = "taylor"
     # square of the sum of g w: they do (Molchanov 2019, the form of a gate)
     MOLCHANOV = "molchanov"
     MAGNITUDE = "magnitude"  # sum of w^2; needs no images
@@ -43,7 +45,7 @@ class Importance(StrEnum):
 
 
 def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of a batch: the loss that scores are taken from if no other is given."""
+    """Computes the mean cross-entropy of a batch: the loss of scores if no other is given."""
     return F.cross_entropy(model(images), labels)
 
 
@@ -59,40 +61,44 @@ def neuron_scores(
     loss: Loss = cross_entropy,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """Scores of all groups by name, (H,) or (A, C): computed from each batch's loss and averaged
-    over the batches.
+    """Scores all groups, each set by its name: (H,) or (A, C), averaged over the batches.
 
-    parts: of "mlp", "attention", "experts"; None is what the model has. Experts are scored by what
-    their router sends them. loss(model, images, labels): a scalar; it is called in evaluation mode
-    and outside of any autocast, and may enter one. generator: of the random scores. Weights,
-    `.grad`, frozen parameters and modes are left as they were. Raises ValueError for an unknown
-    kind or part, a layer that cannot be cut (by name), calibration without images, a loss that is
-    not finite or not of these weights, and for random scores without a generator.
+    Experts are scored by what their router sends them. Weights, `.grad`, frozen parameters and
+    modes are left as they were.
+
+    kind: an `Importance`. parts: of "mlp", "attention", "experts"; None is what the model has.
+    loss(model, images, labels): a scalar; it is called in evaluation mode and outside of any
+    autocast, and may enter one. generator: of the random scores. Raises ValueError for an unknown
+    kind or part, a layer that cannot be pruned (by name), calibration without images, a loss that
+    is not finite or not of these weights, and for random scores without a generator.
     """
     modules, kind = prunable(model, parts), _known(kind)
-    if kind in _FROM_IMAGES:
-        return _averaged(model, modules, groups_of, _FROM_IMAGES[kind], batches, loss)
+    if kind in _FROM_GRADIENTS:
+        return scores_from_gradients(
+            model, modules, groups_of, _FROM_GRADIENTS[kind], batches, loss
+        )
     return _without_images(modules, kind, generator)
 
 
 def expert_scores(
     model: nn.Module,
-    groups: Sequence[Batches],
+    batches_of_expert: Sequence[Batches],
     kind: str = "taylor",
     *,
     loss: Loss = cross_entropy,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """Scores (H,) of each expert from a calibration group of its own, all of whose tokens are
-    forced through it (Leiden thesis).
+    """Scores (H,) the neurons of each expert on its own images, all forced through it (Leiden).
 
-    groups: E lists of batches, the same for all MoE layers; magnitude and random scores do not look
-    at them. Raises ValueError as `neuron_scores` and `forced` do, for another number of groups than
-    E, and for an empty group.
+    batches_of_expert: E lists of batches, the same for all MoE layers; magnitude and random scores
+    do not look at them. Raises ValueError as `neuron_scores` and `forced` do, for another number of
+    lists than E, and for an empty one.
     """
     modules, kind = prunable(model, ("experts",)), _known(kind)
-    if kind in _FROM_IMAGES:
-        return _by_expert(model, modules, groups_of, _FROM_IMAGES[kind], groups, loss)
+    if kind in _FROM_GRADIENTS:
+        return scores_from_gradients_by_expert(
+            model, modules, groups_of, _FROM_GRADIENTS[kind], batches_of_expert, loss
+        )
     return _without_images(modules, kind, generator)
 
 
@@ -105,62 +111,63 @@ def removal_effects(
     *,
     loss: Loss = cross_entropy,
 ) -> Tensor:
-    """By how much the loss, averaged over the batches, rises when one hidden neuron of the dense
-    MLP `name` alone is removed: (len(neurons),) float64, negative where it falls. What scores stand
-    for, at the price of a pass for each neuron.
+    """Measures by how much the loss rises when one hidden neuron of a dense MLP is removed alone.
 
-    In evaluation mode; weights and modes are left as they were. Raises ValueError if `name` is no
-    dense MLP that can be cut, or if a neuron is out of range.
+    This is what scores stand for, at the price of a pass for each neuron. name: of the MLP. Returns
+    (len(neurons),) float64 differences of the loss averaged over the batches, negative where it
+    falls. Runs in evaluation mode; weights and modes are left as they were. Raises ValueError if
+    `name` is no dense MLP that can be pruned, or if a neuron is out of range.
     """
     mlp = supported(model).get(name)
     if not isinstance(mlp, Mlp):
-        known = [key for key, module in supported(model).items() if isinstance(module, Mlp)]
+        valid = [key for key, module in supported(model).items() if isinstance(module, Mlp)]
         raise ValueError(
-            f"{name} is no dense MLP whose neurons can be removed singly: valid are {', '.join(known) or 'none'}"
+            f"{name} is no dense MLP whose neurons can be removed singly: valid are "
+            f"{', '.join(valid) or 'none'}"
         )
-    out, modes = mlp.fc2.weight, {module: module.training for module in model.modules()}
-    if wrong := [n for n in neurons if not 0 <= n < out.shape[1]]:
+    weight, modes = mlp.fc2.weight, {module: module.training for module in model.modules()}
+    if wrong := [neuron for neuron in neurons if not 0 <= neuron < weight.shape[1]]:
         raise ValueError(
-            f"neurons={wrong} of {name} are out of range: it has 0..{out.shape[1] - 1}"
+            f"neurons={wrong} of {name} are out of range: it has 0..{weight.shape[1] - 1}"
         )
     model.eval()
 
-    def mean() -> Tensor:
+    def mean_loss() -> Tensor:
         return torch.stack([loss(model, *batch).double() for batch in batches]).mean()
 
-    whole, found, held = mean(), [], out.detach().clone()
+    whole_loss, effects, whole_weight = mean_loss(), [], weight.detach().clone()
     try:
         for neuron in neurons:
-            out[:, neuron] = 0.0  # a neuron acts by its column alone
-            found.append(mean() - whole)
-            out[:, neuron] = held[:, neuron]
+            weight[:, neuron] = 0.0  # a neuron acts by its column alone
+            effects.append(mean_loss() - whole_loss)
+            weight[:, neuron] = whole_weight[:, neuron]
     finally:
-        out.copy_(held)
+        weight.copy_(whole_weight)
         for module, mode in modes.items():
             module.training = mode
-    return torch.stack(found).cpu()
+    return torch.stack(effects).cpu()
 
 
 @contextmanager
 def forced(model: nn.Module, expert: int) -> Iterator[None]:
-    """Inside, every MoE layer sends all tokens to `expert`, with weight 1. No weight is touched;
-    shared experts run on.
+    """Sends, inside, all tokens of every MoE layer to `expert`, with weight 1.
 
-    Raises ValueError if a layer has no such expert, if it mixes by slots (Soft MoE), and if there
-    is no MoE layer.
+    No weight is touched, and shared experts run on. Raises ValueError if a layer has no such
+    expert, if it mixes by slots (Soft MoE), and if there is no MoE layer.
     """
     layers = {
         name: module for name, module in model.named_modules() if isinstance(module, RoutedLayer)
     }
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} has no MoE layer whose tokens could be forced to expert {expert}"
+            f"{type(model).__name__} has no MoE layer whose tokens could be forced to expert "
+            f"{expert}"
         )
     for name, layer in layers.items():
         if not isinstance(layer, MoELayer):  # Soft MoE
             raise ValueError(
-                f"{name} ({type(layer).__name__}) has no router that sends tokens to experts: score its experts as "
-                "they run, with neuron_scores(..., parts=('experts',))"
+                f"{name} ({type(layer).__name__}) has no router that sends tokens to experts: "
+                "score its experts as they run, with neuron_scores(..., parts=('experts',))"
             )
         if not 0 <= expert < layer.experts.experts:
             raise ValueError(f"{name} has experts 0..{layer.experts.experts - 1}, not {expert}")
@@ -191,137 +198,53 @@ class _OneExpert(nn.Module):
         )
 
 
-def calibration(
-    labels: Tensor, groups: Sequence[Sequence[int]], images: int, generator: torch.Generator
-) -> list[Tensor]:
-    """For each group of classes the indices of at most `images` images of labels (B,), equally many
-    of each class up to one.
-
-    Groups that share a class get different images of it. Warns of classes without an image in a
-    group that has others; ValueError if a group finds none.
-    """
-    order, found = torch.randperm(len(labels), generator=generator), []
-    for e, classes in enumerate(groups):
-        dealt = []
-        for c in classes:
-            owners = [i for i, group in enumerate(groups) if c in group]
-            dealt.append(order[labels[order] == c][owners.index(e) :: len(owners)])
-        if images < 1 or not any(map(len, dealt)):
-            raise ValueError(
-                f"calibration group {e} is empty: images={images}, and {sum(map(len, dealt))} of the "
-                f"{len(labels)} images are left for its classes {tuple(classes)}"
-            )
-        if absent := [c for c, rows in zip(classes, dealt, strict=True) if not len(rows)]:
-            warnings.warn(
-                f"calibration group {e} has no image of class {', '.join(map(str, absent))}: its score "
-                "rests on its other classes",
-                stacklevel=2,
-            )
-        rank = torch.cat([torch.arange(len(rows)) for rows in dealt])
-        found.append(torch.cat(dealt)[rank.argsort(stable=True)[:images]])
-    return found
-
-
-# ---- what goes
+# ---- which groups stay
 
 
 def keep_indices(scores: Tensor, share: float) -> Tensor:
-    """Indices of the highest scores along the last axis, rising; of n groups round(share * n) go,
-    ties from the end.
+    """Picks the groups with the highest scores along the last axis: (..., n) -> rising (..., n').
 
-    (..., n) -> (..., kept). Python's round: halves to even. ValueError if share is outside [0, 1),
-    if nothing would be left, or if a score is not finite.
+    Of n groups `cut_size(n, share)` go, of equal scores the last ones. Raises ValueError as
+    `cut_size`, and if a score is not finite.
     """
     if not torch.isfinite(scores).all():
         raise ValueError(
-            "a score is not finite, so there is no order: look at the loss and the weights it came from"
+            "a score is not finite, so there is no order: look at the loss and the weights it came "
+            "from"
         )
-    kept = scores.shape[-1] - cut_size(scores.shape[-1], share)
-    return scores.argsort(dim=-1, descending=True, stable=True)[..., :kept].sort(dim=-1).values
+    staying = scores.shape[-1] - cut_size(scores.shape[-1], share)
+    return scores.argsort(dim=-1, descending=True, stable=True)[..., :staying].sort(dim=-1).values
 
 
 def cut_size(count: int, share: float) -> int:
-    """How many of `count` groups go. ValueError if `share` is outside [0, 1) or takes all."""
+    """Computes how many of `count` groups go: round(share * count), halves to even.
+
+    Raises ValueError if `share` is outside [0, 1) or if no group would be left.
+    """
     if not 0 <= share < 1:
         raise ValueError(
             f"share={share} is the part that goes: valid is 0 (nothing) up to, but not including, 1"
         )
     if round(share * count) >= count:
         raise ValueError(
-            f"share={share} of {count} leaves nothing (a layer without neurons, a head without dimensions): valid "
-            f"is below {(count - 0.5) / count:.4g}"
+            f"share={share} of {count} leaves nothing (a layer without neurons, a head without "
+            f"dimensions): valid is below {(count - 0.5) / count:.4g}"
         )
     return round(share * count)
-
-
-def mask_weights(
-    model: nn.Module,
-    batches: Batches,
-    share: float,
-    *,
-    groups: Sequence[Batches] | None = None,
-    parts: Sequence[str] | None = None,
-    loss: Loss = cross_entropy,
-) -> dict[str, Tensor]:
-    """Zero single weights, the `share` with the lowest (g w)^2 of each matrix fc1, fc2, qkv, proj;
-    nothing gets smaller.
-
-    The unstructured arm, for accuracy alone. Returns masks by name, True where a weight stays, for
-    `apply_masks` after each step of an optimiser. groups: E lists of batches to score the experts
-    as `expert_scores` does; None: as they are routed. Raises ValueError as these and `keep_indices`
-    do.
-    """
-    modules = prunable(model, parts)
-    alone = (
-        {} if groups is None else {name: m for name, m in modules.items() if isinstance(m, Experts)}
-    )
-    routed = {name: m for name, m in modules.items() if name not in alone}
-    scores = (
-        _averaged(model, routed, matrices_of, _squares_of_each, batches, loss) if routed else {}
-    )
-    scores |= _by_expert(model, alone, matrices_of, _squares_of_each, groups, loss) if alone else {}
-    masks = {}
-    for name, score in scores.items():
-        stays = torch.ones(score.numel(), dtype=torch.bool, device=score.device)
-        stays[score.flatten().argsort(stable=True)[: cut_size(score.numel(), share)]] = False
-        masks[name] = stays.view(score.shape)
-    apply_masks(model, masks)
-    return masks
-
-
-def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Zero again what `mask_weights` zeroed, since an optimiser's step moves it. ValueError for a
-    name that the model lacks."""
-    weights = {
-        key: held
-        for name, module in supported(model).items()
-        for key, [held] in matrices_of(name, module)
-    }
-    if unknown := set(masks) - set(weights):
-        raise ValueError(
-            f"the model has no {', '.join(sorted(unknown))}: masks go with the model they were made for"
-        )
-    with torch.no_grad():
-        for name, mask in masks.items():
-            weights[name].masked_fill_(~mask, 0.0)
 
 
 # ---- arithmetic
 
 
-def _squares(pieces: list[Tensor]) -> Tensor:
-    return sum(piece.square().sum(dim=-1) for piece in pieces)
+def _squares(tensors: list[Tensor]) -> Tensor:
+    return sum(tensor.square().sum(dim=-1) for tensor in tensors)
 
 
-def _square_of_sum(pieces: list[Tensor]) -> Tensor:
-    return sum(piece.sum(dim=-1) for piece in pieces).square()
+def _square_of_sum(tensors: list[Tensor]) -> Tensor:
+    return sum(tensor.sum(dim=-1) for tensor in tensors).square()
 
 
-def _squares_of_each(pieces: list[Tensor]) -> Tensor:
-    return pieces[0].square()
-
-
-_FROM_IMAGES = {Importance.TAYLOR: _squares, Importance.MOLCHANOV: _square_of_sum}
+_FROM_GRADIENTS = {Importance.TAYLOR: _squares, Importance.MOLCHANOV: _square_of_sum}
 
 
 def _known(kind: str) -> Importance:
@@ -336,97 +259,114 @@ def _without_images(
 ) -> dict[str, Tensor]:
     if kind is Importance.MAGNITUDE:
         return {
-            key: _squares(pieces)
+            set_name: _squares(tensors)
             for name, module in modules.items()
-            for key, pieces in groups_of(name, module)
+            for set_name, tensors in groups_of(name, module)
         }
     if generator is None:
         raise ValueError(
             "random scores are drawn from a generator that is handed over: pass generator="
         )
     return {
-        key: torch.rand(shape, generator=generator, device=generator.device)
-        for key, shape in shapes_of(modules).items()
+        set_name: torch.rand(shape, generator=generator, device=generator.device)
+        for set_name, shape in shapes_of(modules).items()
     }
 
 
-def _by_expert(
+def scores_from_gradients_by_expert(
     model: nn.Module,
     modules: Mapping[str, Experts],
-    entries: Callable[..., Pieces],
-    reduce: Callable[[list[Tensor]], Tensor],
-    groups: Sequence[Batches],
+    sets_of: Callable[..., NamedSets],
+    reduce: Reduce,
+    batches_of_expert: Sequence[Batches],
     loss: Loss,
 ) -> dict[str, Tensor]:
-    """`_averaged` for one expert after the other, on its own batches, with all tokens sent to it."""
+    """Computes `scores_from_gradients` of each expert on its own batches, all tokens sent to it.
+
+    Raises ValueError for another number of lists of batches than E, and for one without images.
+    """
     for name, module in modules.items():
-        if len(groups) != module.experts:
+        if len(batches_of_expert) != module.experts:
             raise ValueError(
-                f"{len(groups)} calibration groups for the {module.experts} experts of {name}: one an expert"
+                f"{len(batches_of_expert)} calibration groups for the {module.experts} experts of "
+                f"{name}: one an expert"
             )
-    if empty := [
-        e for e, batches in enumerate(groups) if not sum(len(labels) for _, labels in batches)
-    ]:
-        raise ValueError(
-            f"the calibration group of expert {empty[0]} is empty: it needs at least one image"
-        )
-    found = {}
-    for e, batches in enumerate(groups):
+    for e, batches in enumerate(batches_of_expert):
+        if not sum(len(labels) for _, labels in batches):
+            raise ValueError(
+                f"the calibration group of expert {e} is empty: it needs at least one image"
+            )
+    scores: dict[str, Tensor] = {}
+    for e, batches in enumerate(batches_of_expert):
+        sets_of_expert = partial(sets_of, expert=e)
         with forced(model, e):
-            found |= _averaged(model, modules, partial(entries, expert=e), reduce, batches, loss)
-    return found
+            scores |= scores_from_gradients(model, modules, sets_of_expert, reduce, batches, loss)
+    return scores
 
 
-def _averaged(
+def scores_from_gradients(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
-    entries: Callable[..., Pieces],
-    reduce: Callable[[list[Tensor]], Tensor],
+    sets_of: Callable[..., NamedSets],
+    reduce: Reduce,
     batches: Batches,
     loss: Loss,
 ) -> dict[str, Tensor]:
-    """`reduce` of the products g * w in each of `entries`, averaged over the batches."""
-    owner = {
-        p: f"{name}.{own}"
+    """Averages over the batches what `reduce` makes of the products g * w that the groups hold.
+
+    modules: by name. sets_of: `groups_of` or `matrices_of`. Returns scores by name of a set.
+    Raises ValueError for batches without images, for a loss that is not finite, and for one that
+    does not depend on a weight.
+    """
+    name_of = {
+        parameter: f"{name}.{local_name}"
         for name, module in modules.items()
-        for own, p in module.named_parameters()
+        for local_name, parameter in module.named_parameters()
     }
     if not batches or not all(len(labels) for _, labels in batches):
         raise ValueError(
-            f"{len(batches)} calibration batches of {[len(labels) for _, labels in batches]} images: scores from "
-            "gradients need at least one batch, and none may be empty"
+            f"{len(batches)} calibration batches of {[len(labels) for _, labels in batches]} "
+            "images: scores from gradients need at least one batch, and none may be empty"
         )
-    total: dict[str, Tensor] = {}
-    with _differentiable(model, list(owner)):
+    scores: dict[str, Tensor] = {}
+    with _differentiable(model, list(name_of)):
         for images, labels in batches:
-            value = loss(model, images, labels)
-            if not torch.isfinite(value):
-                raise ValueError(
-                    f"the loss on a calibration batch is {value.item()}: no score can be taken from it"
-                )
-            slopes = dict(
-                zip(owner, torch.autograd.grad(value, list(owner), allow_unused=True), strict=True)
-            )
-            if unused := [owner[p] for p, slope in slopes.items() if slope is None]:
-                raise ValueError(
-                    f"the loss does not depend on {', '.join(unused)}: their scores would be zeros without meaning"
-                )
-            products = partial(_product, slopes)
+            products = partial(_product, _gradients(loss(model, images, labels), name_of))
             for name, module in modules.items():
-                for key, pieces in entries(name, module, products):
-                    total[key] = total.get(key, 0.0) + reduce(pieces) / len(batches)
-    return total
+                for set_name, tensors in sets_of(name, module, products):
+                    score = reduce(tensors) / len(batches)
+                    scores[set_name] = scores.get(set_name, 0.0) + score
+    return scores
 
 
-def _product(slopes: Mapping[Tensor, Tensor], held: Tensor) -> Tensor:
-    wide = torch.promote_types(held.dtype, torch.float32)
-    return slopes[held].to(wide) * held.detach().to(wide)
+def _gradients(value: Tensor, name_of: Mapping[Tensor, str]) -> dict[Tensor, Tensor]:
+    """Maps each parameter of `name_of` to the gradient of the loss `value`."""
+    if not torch.isfinite(value):
+        raise ValueError(
+            f"the loss on a calibration batch is {value.item()}: no score can be taken from it"
+        )
+    gradients = torch.autograd.grad(value, list(name_of), allow_unused=True)
+    gradient_of = dict(zip(name_of, gradients, strict=True))
+    if unused := [name_of[p] for p, gradient in gradient_of.items() if gradient is None]:
+        raise ValueError(
+            f"the loss does not depend on {', '.join(unused)}: their scores would be zeros without "
+            "meaning"
+        )
+    return gradient_of
+
+
+def _product(gradient_of: Mapping[Tensor, Tensor], parameter: Tensor) -> Tensor:
+    """Multiplies a parameter with its gradient, in float32 or wider."""
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return gradient_of[parameter].to(dtype) * parameter.detach().to(dtype)
 
 
 @contextmanager
 def _differentiable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Evaluation mode, no autocast, and a gradient for each parameter, frozen or not; afterwards
-    all is as it was."""
+    """Puts the model, inside, in evaluation mode, without autocast and with all gradients.
+
+    Each parameter has a gradient, frozen or not; afterwards all is as it was.
+    """
     modes = {module: module.training for module in model.modules()}
     frozen = [p for p in parameters if not p.requires_grad]
     model.eval()

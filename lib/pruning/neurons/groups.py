@@ -1,0 +1,179 @@
+"""Layers whose neurons can be removed, and the groups of weights in them that go together.
+
+A group is a hidden neuron or a dimension of an attention head. Groups of one layer that compete
+with each other form a set; dictionaries of scores and of kept indices have one entry a set:
+
+    name of the set           shape    a group holds
+    "blocks.0.mlp"            (H,)     of a dense MLP: fc1 row, fc1 bias entry, fc2 column
+    "blocks.0.mlp.experts.2"  (H,)     the same of expert 2 of a MoE layer
+    "blocks.0.attn.qk"        (A, C)   rows of Q and of K, with their bias entries, of a head
+    "blocks.0.attn.vo"        (A, C)   rows of V with their bias entries, columns of proj
+
+Output biases, norms, embeddings, routers and the classifier belong to no group and stay.
+
+Axis letters: **D** width, **H** hidden width, **E** experts, **A** heads, **C** dimensions of a
+head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from timm.layers import Attention, Mlp
+from torch import Tensor, nn
+
+from ...models.experts import Experts
+from ...models.moe import RoutedLayer
+from ...models.upcycle import REFUSED, block_mlps
+
+PARTS = ("mlp", "attention", "experts")
+# Name of a set, and the tensors (..., groups, members) that its groups hold.
+NamedSets = Iterator[tuple[str, list[Tensor]]]
+
+
+def prunable(model: nn.Module, parts: Sequence[str] | None = None) -> dict[str, nn.Module]:
+    """Lists the layers whose neurons can be removed, by name.
+
+    parts: of `PARTS`; None stands for all that the model has. Raises ValueError for an unknown
+    part, for one that the model lacks, and for a layer that cannot be pruned, by name.
+    """
+    if unknown := set(parts or ()) - set(PARTS):
+        raise ValueError(
+            f"parts={', '.join(sorted(unknown))} is unknown: valid are {', '.join(PARTS)}"
+        )
+    candidates = [
+        candidate for candidate in _candidates(model) if parts is None or candidate[0] in parts
+    ]
+    present = {part for part, _, _ in candidates}
+    if absent := [part for part in parts or () if part not in present]:
+        raise ValueError(f"{type(model).__name__} has no {' and no '.join(absent)} to prune")
+    for part, name, module in candidates:
+        if reason := _refusal(part, module):
+            raise ValueError(
+                f"{name} ({type(module).__name__}) cannot be pruned: {reason}. Leave it out with "
+                "parts="
+            )
+    if not candidates:
+        raise ValueError(
+            f"{type(model).__name__} has no block MLP, experts or attention to prune: a timm ViT "
+            "has"
+        )
+    return {name: module for _, name, module in candidates}
+
+
+def parts_in(model: nn.Module) -> tuple[str, ...]:
+    """Lists those of `PARTS` that the model has, whether they can be pruned or not."""
+    present = {part for part, _, _ in _candidates(model)}
+    return tuple(part for part in PARTS if part in present)
+
+
+def supported(model: nn.Module) -> dict[str, nn.Module]:
+    """Lists the layers whose neurons can be removed, by name, and leaves out all others."""
+    return {name: module for part, name, module in _candidates(model) if not _refusal(part, module)}
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    """Yields (part, name, module) of each layer of a kind that is pruned, if only its form fits."""
+    for name, mlp in block_mlps(model):
+        if not isinstance(mlp, RoutedLayer):
+            yield "mlp", name, mlp
+            continue
+        yield "experts", f"{name}.experts", mlp.experts
+        if getattr(mlp, "shared", None) is not None:
+            yield "mlp", f"{name}.shared", mlp.shared
+    for name, module in model.named_modules():
+        if name.endswith(".attn"):
+            yield "attention", name, module
+
+
+def _refusal(part: str, module: nn.Module) -> str | None:
+    """Says why a layer cannot be pruned; None if it can."""
+    if part == "mlp":
+        return _refusal_of_mlp(module)
+    if part == "attention":
+        return _refusal_of_attention(module)
+    return None if type(module) is Experts else "only lib's own Experts are known"
+
+
+def _refusal_of_mlp(module: nn.Module) -> str | None:
+    kind = type(module)
+    linear = kind is Mlp and isinstance(module.fc1, nn.Linear) and isinstance(module.fc2, nn.Linear)
+    if not linear:
+        reason = REFUSED.get(kind.__name__, "another kind")
+        return f"it is {reason}; known is timm.layers.Mlp with Linear fc1 and fc2"
+    if not isinstance(module.norm, nn.Identity):
+        return "a norm inside it depends on all hidden neurons at once"
+    return None
+
+
+def _refusal_of_attention(module: nn.Module) -> str | None:
+    if type(module) is not Attention:
+        return "known is timm.layers.Attention, with qkv and proj"
+    if not isinstance(module.q_norm, nn.Identity) or not isinstance(module.k_norm, nn.Identity):
+        return "it normalises queries and keys over all dimensions of a head (qk_norm)"
+    if not isinstance(module.norm, nn.Identity):
+        return "it normalises over all dimensions of all heads before proj (scale_norm)"
+    return None if module.gate is None else "it is gated, and the gate has rows of its own"
+
+
+def groups_of(
+    name: str,
+    module: nn.Module,
+    value: Callable[[Tensor], Tensor] = Tensor.detach,
+    *,
+    expert: int | None = None,
+) -> NamedSets:
+    """Yields each set of groups of a module with the tensors that its groups hold.
+
+    name: of the module. value: maps a parameter to a tensor of its shape, for example to its
+    product with the gradient. expert: the only one to be listed, of a module of Experts.
+    """
+    if isinstance(module, Experts):
+        for e, (w1, b1, w2, _) in enumerate(module.each(value)):
+            if expert in (None, e):
+                yield f"{name}.{e}", [w1, b1.unsqueeze(-1), w2.t()]
+    elif isinstance(module, Mlp):
+        bias = [] if module.fc1.bias is None else [value(module.fc1.bias).unsqueeze(-1)]
+        yield name, [value(module.fc1.weight), *bias, value(module.fc2.weight).t()]
+    else:
+        split = (3, module.num_heads, module.head_dim)
+        # (3 A C, D) -> Q, K and V, each a list of tensors (A, C, members).
+        q, k, v = ([weight] for weight in value(module.qkv.weight).unflatten(0, split))
+        if module.qkv.bias is not None:
+            biases = value(module.qkv.bias).unflatten(0, split)
+            for tensors, bias in zip((q, k, v), biases, strict=True):
+                tensors.append(bias.unsqueeze(-1))
+        yield f"{name}.qk", q + k
+        yield f"{name}.vo", [*v, value(module.proj.weight).t().unflatten(0, split[1:])]
+
+
+def matrices_of(
+    name: str,
+    module: nn.Module,
+    value: Callable[[Tensor], Tensor] = Tensor.detach,
+    *,
+    expert: int | None = None,
+) -> NamedSets:
+    """Yields each weight matrix of a module as a set of its own, whose groups are its entries.
+
+    Arguments as of `groups_of`; the names are "blocks.0.mlp.fc1", "blocks.0.mlp.experts.2.fc1",
+    "blocks.0.attn.qkv". Matrices of experts are views of their stacked parameters.
+    """
+    if isinstance(module, Experts):
+        for e, (w1, _, w2, _) in enumerate(module.each(value)):
+            if expert in (None, e):
+                yield f"{name}.{e}.fc1", [w1]
+                yield f"{name}.{e}.fc2", [w2]
+        return
+    for layer in ("fc1", "fc2") if isinstance(module, Mlp) else ("qkv", "proj"):
+        yield f"{name}.{layer}", [value(getattr(module, layer).weight)]
+
+
+def shapes_of(modules: Mapping[str, nn.Module]) -> dict[str, torch.Size]:
+    """Maps the name of each set of groups to the shape of its scores: (H,) or (A, C)."""
+    return {
+        set_name: tensors[0].shape[:-1]
+        for name, module in modules.items()
+        for set_name, tensors in groups_of(name, module)
+    }
