@@ -36,13 +36,15 @@ def yaml_of(book, text: str, name: str = "quick") -> None:
 
 def test_import_is_light_and_silent():
     code = (
-        "import lib, lib.pages.profiles, lib.pages.manifest, lib.pages.build, lib.__main__, sys; "
-        "print({'torch', 'numpy'} & set(sys.modules))"
+        "import sys, lib; print('pydantic' in sys.modules); "
+        "import lib.pages.profiles, lib.pages.manifest, lib.pages.build, lib.__main__; "
+        f"lib.profile('{SOURCES[0]}', 'smoke'), lib.plan('{SOURCES[0]}', 'smoke'); "
+        "print({'torch', 'numpy', 'pandas'} & set(sys.modules))"
     )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT
     )
-    assert (done.stdout, done.stderr) == ("set()\n", "")
+    assert (done.stdout, done.stderr) == ("False\nset()\n", "")
 
 
 def test_parameters_read_as_papermill_reads_them(book):
@@ -122,7 +124,8 @@ def test_specs_may_be_several_cells(book):
 
 
 @pytest.mark.parametrize(
-    ("value", "want"), [(8, (8,)), ("2,4", (2, 4)), ([2, 4], (2, 4)), ("8", (8,))]
+    ("value", "want"),
+    [(8, (8,)), ("2,4", (2, 4)), ([2, 4], (2, 4)), ("8", (8,)), (["2", 4], (2, 4)), ([], ())],
 )
 def test_lists_may_be_given_as_text(book, value, want):
     assert profiles.profile("a/one", "quick", layers=value).layers == want
@@ -136,8 +139,13 @@ def test_lists_may_be_given_as_text(book, value, want):
         {"width": True},
         {"scale": "2"},
         {"scale": float("nan")},
+        {"scale": float("inf")},
+        {"scale": False},
         {"layers": "2,x"},
+        {"layers": "2,"},
         {"layers": [1.5]},
+        {"layers": [True]},
+        {"layers": [[1]]},
     ],
 )
 def test_ill_typed_values_are_refused(book, given):
@@ -145,6 +153,54 @@ def test_ill_typed_values_are_refused(book, given):
     with pytest.raises(NotebookError) as error:
         profiles.profile("a/one", "quick", **given)
     assert f"{name}={value!r}" in str(error.value) and "is not" in str(error.value)
+
+
+KINDS = """profile: str = "quick"  # which
+n: int = 1  # a count
+x: float = 1  # a number
+on: bool = False  # a switch
+names: list[str] = "a, b"  # some names
+rates: list[float] = [1, 2.5]  # some rates
+"""
+
+
+def test_defaults_are_typed(book):
+    book.notebook("a/one", parameters=KINDS)
+    known = {name: parameter.default for name, parameter in parameters.parameters("a/one").items()}
+    assert known["names"] == ("a", "b") and known["rates"] == (1.0, 2.5)
+    assert [type(value) for value in (known["x"], known["rates"][0])] == [float, float]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "want"),
+    [
+        ("n", "8", 8),
+        ("x", "8", 8.0),
+        ("x", "1e-3", 1e-3),
+        ("on", "true", True),
+        ("on", "False", False),
+        ("names", "a,b", ("a", "b")),
+        ("names", "8", ("8",)),
+        ("rates", ".5, 2", (0.5, 2.0)),
+        ("profile", "8", "8"),
+    ],
+)
+def test_text_is_read_as_the_annotation_says(book, name, text, want):
+    book.notebook("a/one", parameters=KINDS)
+    value = parameters.from_text("a/one", {name: text})[name]
+    assert value == want and type(value) is type(want)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("n", "1.0"), ("n", "true"), ("x", "wide"), ("on", "yes"), ("on", "1")]
+)
+def test_text_of_another_kind_is_refused(book, name, text):
+    book.notebook("a/one", parameters=KINDS)
+    parameter = parameters.parameters("a/one")[name]
+    with pytest.raises(NotebookError) as error:
+        parameters.from_text("a/one", {name: text})
+    kind, help_ = parameter.annotation, parameter.help
+    assert str(error.value) == f"{name}={text!r} for a/one is not {kind}: {help_}"
 
 
 @pytest.mark.parametrize(
@@ -290,17 +346,17 @@ BASE = {
 @pytest.fixture
 def based(monkeypatch):
     """A notebook with parameters that change the base run, and one that only shares such a name."""
-    lines = {"profile": "quick", "epochs": None, "data": None, "backbone": None, "image_size": 224}
-    kinds = {
-        "profile": "str",
-        "epochs": "float",
-        "data": "str",
-        "backbone": "str",
-        "image_size": "int",
-    }
+    lines = (
+        ("profile", "str", "quick"),
+        ("epochs", "float", None),
+        ("data", "str", None),
+        ("weights", "str", None),
+        ("backbone", "str", None),
+        ("image_size", "int", 224),
+    )
     known = {
-        name: parameters.Parameter(name, kinds[name], default, "help")
-        for name, default in lines.items()
+        name: parameters.Parameter(name, annotation, default, "help")
+        for name, annotation, default in lines
     }
     monkeypatch.setattr(profiles, "parameters", lambda key: known)
     table = {
@@ -337,6 +393,17 @@ def test_base_is_the_profiles_run_with_the_parameters_in_it(based):
     assert profiles.profile("a/three", "quick").base.train.epochs == 3.0
     assert profiles.profile("own/two", "quick").base.study == "own"
     assert profiles.profile("own/four", "quick").base.study == "four"
+
+
+def test_records_are_filed_under_the_folder_of_their_notebook(based):
+    assert profiles.profile("a/one", "quick").base.study == "a"
+    assert profiles.profile("a/one", "quick").base.init.study == "a"
+    assert profiles.profile("own/two", "quick").base.study == "own"  # the YAML names it
+
+
+def test_another_backbone_starts_from_its_own_weights(based):
+    base = profiles.profile("a/one", "quick", weights="w", backbone="vit_b").base_fields
+    assert base["backbone"] == {"name": "vit_b", "weights": "w"} and "init" not in base
 
 
 def test_another_backbone_forgets_sizes_and_parent_another_data_set_keeps_them(based):
