@@ -13,7 +13,8 @@ from lib.runs import store
 
 ANSWER = """from lib.verdicts.claims import Verdict
 from lib.report.text import answer
-answer([Verdict("Reproduced: a|b", "holds", "+1.0 [+0.5, +1.5] points, n=3", 3), Verdict("c", "not tested", "no records", 0)])"""
+held = Verdict("Reproduced: a|b", "holds", "+1.0 [+0.5, +1.5] points, n=3", 3)
+answer([held, Verdict("c", "not tested", "no records", 0)])"""
 
 
 @pytest.fixture

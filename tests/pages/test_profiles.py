@@ -30,10 +30,6 @@ def book(tiny, monkeypatch):
     return tiny
 
 
-def yaml_of(book, text: str, name: str = "quick") -> None:
-    (book.root / "notebooks" / "profiles" / f"{name}.yaml").write_text(text)
-
-
 def test_import_is_light_and_silent():
     code = (
         "import sys, lib; print('pydantic' in sys.modules); "
@@ -218,14 +214,14 @@ def test_text_of_another_kind_is_refused(book, name, text):
     ],
 )
 def test_bad_profiles_are_refused(book, text, says):
-    yaml_of(book, text)
+    book.profile("quick", text)
     with pytest.raises(NotebookError) as error:
         profiles.profile("a/one", "quick")
     assert says in str(error.value)
 
 
 def test_null_and_defaults_in_profiles(book):
-    yaml_of(book, "defaults: {width: 4, scale: 9.0, other: 1}\na/one: {layers: null}")
+    book.profile("quick", "defaults: {width: 4, scale: 9.0, other: 1}\na/one: {layers: null}")
     p = profiles.profile("a/one", "quick")
     assert (p.width, p.layers, p.scale) == (4, None, 1.0)  # defaults fill only what is None
 
