@@ -24,14 +24,12 @@ from ..runs.collect import Grid, collect, load
 from ..verdicts.claims import Verdict
 from ..verdicts.costs import cost_rows
 from ..verdicts.stats import Interval, accuracy_interval, finished
-from .profiles import Profile, profile
+from .profiles import PUBLISHED, Profile, profile
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ..runs.store import Record
-
-PUBLISHED = "small"  # the profile whose records are committed
 
 Claims = Callable[["Side"], Iterable[Verdict]]
 # names of the runs that are shown, or a condition on them; None = all

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..spec import RunSpec
 
 PROFILES = ("smoke", "quick", "small", "paper")
+PUBLISHED = "small"  # the profile whose records are committed
 # Parameters of these names change the profile's base run; None leaves it as the profile says.
 # name: (part of the run, field of the part)
 BASE_FIELDS = {

@@ -112,7 +112,7 @@ def test_papermill_by_hand_from_any_folder(tiny, away):
 
 
 def test_the_status_page_tells_where_records_were_computed(monkeypatch):
-    told = {
+    records = {
         "r1": {
             "created": "2026-01-01T00:00:00+00:00",
             "environment": {"processor": "P", "products": "bfloat16"},
@@ -125,15 +125,15 @@ def test_the_status_page_tells_where_records_were_computed(monkeypatch):
         "r3": {"environment": {"processor": "P"}},
         "r4": {"environment": {"processor": "P", "accelerator": "A", "products": "bfloat16"}},
     }
-    found = {
+    content = {
         "profile": "quick",
         "seconds": 3,
         "finished": "2026-01-04T00:00:00+00:00",
-        "records": dict.fromkeys(told, "x") | {"r5": None},
+        "records": dict.fromkeys(records, "x") | {"r5": None},
         "machine": {"processor": "Q", "cores": 2, "threads": 2, "versions": {}},
     }
-    monkeypatch.setattr(status.manifest, "read", {"a/one": found, "a/two": found}.get)
-    monkeypatch.setattr(status, "told", told.get)
+    monkeypatch.setattr(status.manifest, "read", {"a/one": content, "a/two": content}.get)
+    monkeypatch.setattr(status, "content_of", records.get)
     page = status.page(["a/one", "a/two"])
     assert (
         "- P: 2\n- P, products in float32, rounded to bfloat16: 1\n- A: 1\n" in page
