@@ -133,16 +133,16 @@ class Page:
         """Sets published values, reproduced ones and those of this build beside each other.
 
         ours: the columns of one side, a cell for each row of `settings`. keys: the runs of each
-        row; an empty reproduced cell then names the fill command only where such runs are planned.
+        row; an empty reproduced cell then names the fill command only where a record is absent.
         options: of `report.tables.three_groups`.
         """
 
-        def command(row: int, group: str) -> str | None:
-            planned = keys is None or keys[row] in self.reproduced
-            return self.fill if group == self.reproduced.label and planned else None
+        def fill(row: int, group: str) -> str | None:
+            absent = keys is None or None in self.reproduced.get(keys[row], [])
+            return self.fill if group == self.reproduced.label and absent else None
 
         columns = [ours(side) for side in self.sides]
-        return tables.three_groups(settings, published, *columns, command, **options)
+        return tables.three_groups(settings, published, *columns, fill, **options)
 
     def rows(self, of: Callable[[Side], Iterable[Mapping[str, Any]]]) -> pd.DataFrame:
         """Puts the rows that a function gives of either side under each other, by source."""

@@ -96,6 +96,11 @@ def test_two_sides_of_one_grid_the_second_is_computed(book, records):
     assert [record.spec.seed for record in build["dense"]] == [0]
 
 
+def test_a_build_of_the_small_profile_is_what_is_reproduced(book, records):
+    page = page_of("small")  # what it lacks is computed before what is reproduced is read
+    assert page.gaps() == "" and page.reproduced.records == page.build.records
+
+
 def test_a_name_that_is_not_planned_is_an_error_that_lists_those_that_are(book, records):
     build = page_of().build
     with pytest.raises(KeyError) as error:
@@ -222,9 +227,11 @@ def test_a_table_sets_both_sides_beside_what_was_published(book, records):
     assert table.caption == "Accuracy."
     dense, wide, unplanned = table.frame.values.tolist()
     assert dense[1] == "91.3" and "n=3" in dense[2] and "n=1" in dense[3]
-    # an empty cell names the command where runs are planned, and is blank where none is
+    # an empty cell names the command where a record is absent, and is blank where none is planned
     assert wide[1:] == ["", f"{tables.MISSING}¹", ""] and unplanned[1:] == ["90.0", "", ""]
     assert table.notes[-1] == f"{tables.MISSING}¹ no record yet; filled by: {FILL}"
+    no_value = page.table(settings, published, lambda side: {"top-1 (%)": [None] * 3}, names)
+    assert no_value.frame.values.tolist()[0][2] == ""  # the records of `dense` are all there
     without_keys = page.table(settings, published, ours).frame.values.tolist()
     assert without_keys[2][1:] == ["90.0", f"{tables.MISSING}¹", ""]
 

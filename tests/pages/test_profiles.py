@@ -272,8 +272,7 @@ def test_plan_checks_its_notebook(book):
 
 @pytest.mark.parametrize("key", SOURCES)
 def test_real_notebooks(key):
-    """Each source: no outputs; no long cell; parameters that papermill explains; a plan under each
-    profile that it has."""
+    """No outputs, no long cell, parameters that papermill explains, a plan under each profile."""
     content = json.loads(parameters.source(key).read_text())
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in content["cells"])
     lengths = [
@@ -292,8 +291,7 @@ def test_real_notebooks(key):
 @pytest.mark.parametrize("name", ["small", "paper"])  # the other two are run as a whole
 @pytest.mark.parametrize("key", SOURCES)
 def test_runs_of_the_long_profiles_can_be_built(key, name):
-    """A patch that does not divide the image or a layer beyond the depth must not wait for the hour
-    of its run."""
+    """A patch that does not divide the image must not wait for the hour of its run."""
     for group in profiles.plan(key, name).values():
         runs.check(group[0])
 
@@ -310,10 +308,10 @@ def test_runs_of_the_long_profiles_can_be_built(key, name):
     ],
 )
 def test_pages_without_runs_of_their_own_read_those_of_another(key, other, name):
-    mine, theirs = (
-        {run.id for group in profiles.plan(k, name).values() for run in group} for k in (key, other)
-    )
-    assert mine and mine <= theirs
+    def ids(key):
+        return {spec.id for specs in profiles.plan(key, name).values() for spec in specs}
+
+    assert ids(key) and ids(key) <= ids(other)
 
 
 @pytest.mark.parametrize("key", SOURCES)
@@ -323,12 +321,8 @@ def test_a_device_moves_all_runs_of_a_page_and_those_they_start_from(key):
 
     if any(profiles.plan(key, "small").values()):
         for device in ("cuda", "cpu"):
-            specs = [
-                spec
-                for group in profiles.plan(key, "small", device=device).values()
-                for spec in group
-            ]
-            assert set().union(*map(devices, specs)) == {device}
+            planned = profiles.plan(key, "small", device=device).values()
+            assert {d for specs in planned for spec in specs for d in devices(spec)} == {device}
 
 
 BASE = {
@@ -369,23 +363,13 @@ def based(monkeypatch):
 
 def test_base_is_the_profiles_run_with_the_parameters_in_it(based):
     p = profiles.profile("a/one", "quick")
-    assert (
-        p.base.train.epochs == 1.0
-        and p.epochs == 1.0
-        and p.base.data.image_size == 28
-        and p.image_size == 224
-    )
-    assert (
-        p.base.init.train.epochs == 5.0
-        and p.base.init.train.lr == 0.001
-        and p.base.init.backbone == p.base.backbone
-    )
+    assert p.base.train.epochs == p.epochs == 1.0
+    assert p.base.data.image_size == 28 and p.image_size == 224
+    assert p.base.init.train.epochs == 5.0 and p.base.init.train.lr == 0.001
+    assert p.base.init.backbone == p.base.backbone
     longer = profiles.profile("a/one", "quick", epochs=2.0, image_size=224)
-    assert (
-        longer.base.train.epochs == 2.0
-        and longer.base.init.train.epochs == 5.0
-        and longer.base.data.image_size == 28
-    )
+    assert longer.base.train.epochs == 2.0 and longer.base.init.train.epochs == 5.0
+    assert longer.base.data.image_size == 28
     assert profiles.profile("a/three", "quick").base.train.epochs == 3.0
     assert profiles.profile("own/two", "quick").base.study == "own"
     assert profiles.profile("own/four", "quick").base.study == "four"
@@ -404,11 +388,8 @@ def test_another_backbone_starts_from_its_own_weights(based):
 
 def test_another_backbone_forgets_sizes_and_parent_another_data_set_keeps_them(based):
     other = profiles.profile("a/one", "quick", backbone="vit_small_patch16_224").base
-    assert (
-        other.init is None
-        and other.backbone.width is None
-        and other.backbone.name == "vit_small_patch16_224"
-    )
+    assert other.backbone.name == "vit_small_patch16_224"
+    assert other.init is None and other.backbone.width is None
     moved = profiles.profile("a/one", "quick", data="eurosat").base
     assert moved.data.name == moved.init.data.name == "eurosat" and moved.init.backbone.width == 16
 
