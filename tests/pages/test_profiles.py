@@ -167,6 +167,19 @@ def test_defaults_are_typed(book):
     assert [type(value) for value in (known["x"], known["rates"][0])] == [float, float]
 
 
+def test_what_a_notebook_hands_over_unchanged_is_what_its_profile_has(book):
+    """Lists of a parameters cell are tuples in its profile; the manifest must list them anyway."""
+    book.notebook("a/one", parameters=KINDS)
+    book.profile("quick", "a/one: {}")
+    space: dict = {}
+    exec(KINDS, space)
+    profiles.profile("a/one", space)
+    assert profiles.asked["a/one", "quick"]["rates"] == (1.0, 2.5)
+    profiles.asked.clear()
+    profiles.profile("a/one", space | {"rates": [1, 2]})  # given by hand: no page of the book
+    assert not profiles.asked
+
+
 @pytest.mark.parametrize(
     ("name", "text", "want"),
     [
