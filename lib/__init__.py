@@ -1,12 +1,12 @@
-"""Mixture-of-experts layers for vision transformers, and the runs that a book about them is made
-of.
+"""Mixture-of-experts layers for vision transformers, and the runs that a book about them needs.
 
 `import lib` is fast and silent: nothing heavy is imported before it is asked for, so that planning
-a build, which reads notebooks and compares hashes, never waits for torch. What a notebook and a
-guest need is offered here: `profile` (parameters), `collect` (records, computing what is missing),
-`load` (records, never computing), `page` (what every page of
-the book has in common), `model_of` (the model that a run left), `plan` (the runs of another
-notebook), and for a model of one's own `upcycle`, `MoESpec`, `RoutingTape` and the losses.
+a build, which reads notebooks and compares hashes, never waits for torch. It offers:
+
+- to a notebook: `profile` (parameters), `page` (what all pages have in common), `collect` (records,
+  computing what is missing), `load` (records, never computing), `plan` (the runs of another
+  notebook), `model_of` (the model that a run left), `RunSpec`;
+- to a model of one's own: `upcycle`, `MoESpec`, `RoutingTape` and the losses.
 """
 
 from __future__ import annotations
@@ -14,36 +14,23 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+# public name -> module that it is imported from on first use
 _HOME = {
-    "profile": "lib.pages.profiles",
-    "plan": "lib.pages.profiles",
-    "page": "lib.pages.page",
+    "MoESpec": "lib.spec",
+    "RoutingTape": "lib.models.moe",
+    "RunSpec": "lib.spec",
     "collect": "lib.runs.collect",
     "load": "lib.runs.collect",
     "model_of": "lib.runs.collect",
-    "RunSpec": "lib.spec",
-    "MoESpec": "lib.spec",
-    "upcycle": "lib.models.upcycle",
-    "RoutingTape": "lib.models.moe",
+    "page": "lib.pages.page",
+    "plan": "lib.pages.profiles",
+    "profile": "lib.pages.profiles",
     "switch_loss": "lib.models.balance",
+    "upcycle": "lib.models.upcycle",
     "z_loss": "lib.models.balance",
 }
 
-# Names are resolved on first use, below.
-__all__ = [
-    "MoESpec",
-    "RoutingTape",
-    "RunSpec",
-    "collect",
-    "load",
-    "model_of",
-    "page",
-    "plan",
-    "profile",
-    "switch_loss",  # noqa: F822
-    "upcycle",
-    "z_loss",
-]  # noqa: F822
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

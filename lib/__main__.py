@@ -7,13 +7,16 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from .pages import parameters, profiles
 from .paths import ROOT
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Describes the three commands and their options."""
     parser = argparse.ArgumentParser(prog="python -m lib", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     profile = {
@@ -71,28 +74,30 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
+    """Runs a notebook, or only plans it (--dry), or only computes its records (--records)."""
     key = parameters.key_of(args.notebook)
     profiles.check_profile(args.profile)
-    typed = parameters.from_text(key, dict(args.given))
-    if typed.pop("profile", args.profile) != args.profile:
+    given = parameters.from_text(key, dict(args.given))
+    if given.pop("profile", args.profile) != args.profile:
         raise parameters.NotebookError("give the profile with --profile, not with -p profile")
     if args.dry:
-        return _dry(key, args.profile, typed)
+        return _dry(key, args.profile, given)
     if args.records:
-        return _records(key, args.profile, typed, args.workers)
+        return _records(key, args.profile, given, args.workers)
     from .pages import build
 
     # papermill writes lists, not tuples, into the injected cell
-    given = {
-        name: list(value) if isinstance(value, tuple) else value for name, value in typed.items()
+    injected = {
+        name: list(value) if isinstance(value, tuple) else value for name, value in given.items()
     }
     out = (args.out or ROOT / "_build" / "runs" / args.profile / f"{key}.ipynb").absolute()
-    seconds = build.execute(key, args.profile, given, out)
+    seconds = build.execute(key, args.profile, injected, out)
     print(f"{key} ran in {seconds:.0f} s: {build.shown(out)}")
     return 0
 
 
-def _dry(key: str, profile: str, given: dict) -> int:
+def _dry(key: str, profile: str, given: dict[str, Any]) -> int:
+    """Prints the runs of a plan and what is there of each."""
     from .runs import collect as runs
 
     for name, specs in profiles.plan(key, profile, **given).items():
@@ -102,9 +107,8 @@ def _dry(key: str, profile: str, given: dict) -> int:
     return 0
 
 
-def _records(key: str, profile: str, given: dict, workers: int) -> int:
-    from contextlib import nullcontext
-
+def _records(key: str, profile: str, given: dict[str, Any], workers: int) -> int:
+    """Computes the runs of a plan that have no record, `workers` at a time."""
     from .runs import collect as runs
 
     grid = profiles.plan(key, profile, **given)
@@ -114,13 +118,13 @@ def _records(key: str, profile: str, given: dict, workers: int) -> int:
         )
     with runs.pool(workers) if workers > 1 else nullcontext() as executor:
         runs.collect(grid, executor)
-    print(
-        f"{key}, {profile}: all {len({spec.id for specs in grid.values() for spec in specs})} records are there"
-    )
+    ids = {spec.id for specs in grid.values() for spec in specs}
+    print(f"{key}, {profile}: all {len(ids)} records are there")
     return 0
 
 
 def _status(args: argparse.Namespace) -> int:
+    """Prints what is stale, missing and running."""
     from .pages import build, status
 
     print(status.table(build.in_book(), profiles.check_profile(args.profile)))
@@ -128,29 +132,32 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _book(args: argparse.Namespace) -> int:
+    """Builds the book, under a profile."""
     code = "from jupyter_book.cli.main import main; main()"  # jupyter-book 1 has no `python -m`
     env = {**os.environ, "PROFILE": profiles.check_profile(args.profile)}
     return subprocess.call([sys.executable, "-c", code, "build", "book"], cwd=ROOT, env=env)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0: done; 1: a notebook or a run failed; 2: bad input; 130: interrupted."""
+    """Runs a command and returns the exit status; the first line on stderr says what failed.
+
+    0: done; 1: a notebook or a run failed; 2: bad input; 130: interrupted.
+    """
     args = _parser().parse_args(argv)
     try:
         return args.do(args)
-    except RuntimeError as error:  # a notebook failed, or collect names runs that failed
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+    except RuntimeError as error:  # of a notebook; of `collect`: "run <id>: <kind>: <message>"
+        return _failed(str(error), 1)
     except KeyboardInterrupt:
-        print(
-            "error: interrupted; records and checkpoints written so far are kept",
-            file=sys.stderr,
-            flush=True,
-        )
-        return 130
+        return _failed("interrupted; records and checkpoints written so far are kept", 130)
     except ValueError as error:  # NotebookError, and what specs say about bad values
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return 2
+        return _failed(" ".join(str(error).split()), 2)
+
+
+def _failed(message: str, code: int) -> int:
+    # the build looks for the prefix in the log of a notebook that failed
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return code
 
 
 if __name__ == "__main__":

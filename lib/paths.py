@@ -1,8 +1,9 @@
-"""Where things lie. Found from this file's own place, so nothing depends on the working directory."""
+"""Where things lie, found from the place of this file: nothing depends on the working directory."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,21 +13,24 @@ RESULTS = ROOT / "data" / "results"
 
 
 def cache() -> Path:
-    """The folder for downloads, checkpoints and unpublished records: MOE_CACHE, or data/cache of
-    the project."""
+    """Returns the folder for downloads, checkpoints and records that are not published.
+
+    MOE_CACHE, or data/cache of the project.
+    """
     return Path(os.environ.get("MOE_CACHE") or ROOT / "data" / "cache").expanduser().absolute()
 
 
 def data_home() -> Path | None:
-    """MOE_DATA as an absolute path, or None if unset. Raises FileNotFoundError if it is set and not
-    a folder."""
+    """Returns MOE_DATA, the folder of the data sets, as an absolute path; None if it is not set.
+
+    Raises FileNotFoundError if it is set and not a folder.
+    """
     given = os.environ.get("MOE_DATA")
     if not given:
         return None
+    # a relative path may be meant from the project's root: notebooks run in other folders
     tried = [Path(given).expanduser().absolute(), (ROOT / given).absolute()]
-    for home in (
-        tried
-    ):  # a relative path may be meant from the project's root: notebooks run in other folders
+    for home in tried:
         if home.is_dir():
             return home.resolve()
     raise FileNotFoundError(
@@ -36,12 +40,11 @@ def data_home() -> Path | None:
 
 
 @contextmanager
-def written_whole(target: Path):
-    """Yield a temporary path beside `target`; on success sync it to disk and rename it, on failure
-    remove it.
+def written_whole(target: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `target`, which becomes `target` if the block ends well.
 
-    A kill, a power cut or a full disk at any moment leaves either the old file or the new one,
-    never a part.
+    It is synced to disk and renamed then, and removed otherwise: a kill, a power cut or a full disk
+    at any moment leaves either the old file or the new one, never a part.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import pytest
 
-_CACHE = tempfile.mkdtemp(
-    prefix="cache-"
-)  # one for the session: a backbone that two tests need is trained once
+# one for all tests: a backbone that two of them need is trained once
+_CACHE = tempfile.mkdtemp(prefix="cache-")
 os.environ["MOE_CACHE"] = _CACHE
 os.environ["OMP_NUM_THREADS"] = "2"
 os.environ.pop("PROFILE", None)  # tests say which profile they mean
@@ -61,34 +60,44 @@ class TinyBook:
         (root / "book" / "intro.md").write_text(
             "# Tiny\n\nA book {cite}`vimoe`.\n\n```{bibliography}\n```\n"
         )
-        files = ["notebooks/a/one", "notebooks/a/two", "status", "verdicts", "how_to_read"]
-        toc = {"format": "jb-book", "root": "intro", "chapters": [{"file": f} for f in files]}
-        (root / "_toc.yml").write_text(json.dumps(toc))  # JSON is YAML
+        self.contents("notebooks/a/one", "notebooks/a/two", "status", "verdicts", "how_to_read")
         (root / "book" / "_toc.yml").symlink_to("../_toc.yml")
         self.notebook("a/one", "from lib.tiny import FACTOR", "print(FACTOR * p.width)")
         self.notebook("a/two", "print(open(lib.paths.ROOT / 'data/papers/tiny.yaml').read())")
         values = "width: 3, layers: [0, 1]"
         for name in ("smoke", "quick", "small"):
-            text = f"a/one: {{{values}}}\na/two: {{{values}}}\n"
-            (root / "notebooks" / "profiles").mkdir(exist_ok=True)
-            (root / "notebooks" / "profiles" / f"{name}.yaml").write_text(text)
+            self.profile(name, f"a/one: {{{values}}}\na/two: {{{values}}}\n")
 
-    def notebook(self, key: str, *cells: str, parameters: str = PARAMETERS) -> Path:
-        """Write a source notebook with the two tagged cells, a title and more code cells."""
-        tagged = [
+    def contents(self, *files: str) -> None:
+        """Writes the table of contents."""
+        toc = {"format": "jb-book", "root": "intro", "chapters": [{"file": f} for f in files]}
+        (self.root / "_toc.yml").write_text(json.dumps(toc))  # JSON is YAML
+
+    def profile(self, name: str, text: str) -> None:
+        """Writes the YAML file of a profile."""
+        path = self.root / "notebooks" / "profiles" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    def notebook(
+        self, key: str, *cells: str, parameters: str = PARAMETERS, specs: str = SPECS
+    ) -> Path:
+        """Writes a source notebook with the two tagged cells, a title and more code cells.
+
+        specs: `{key}` in it becomes the key, so other braces are doubled.
+        """
+        sources = [
             (parameters, ["parameters"]),
-            (SPECS.format(key=key), ["specs"]),
-            *((c, []) for c in cells),
+            (specs.format(key=key), ["specs"]),
+            *((cell, []) for cell in cells),
         ]
-        made = [
-            {
-                "cell_type": "markdown",
-                "id": "title",
-                "metadata": {},
-                "source": f"# Notebook {key}\n",
-            }
-        ]
-        made += [
+        title = {
+            "cell_type": "markdown",
+            "id": "title",
+            "metadata": {},
+            "source": f"# Notebook {key}\n",
+        }
+        code = [
             {
                 "cell_type": "code",
                 "id": f"c{i}",
@@ -97,27 +106,29 @@ class TinyBook:
                 "outputs": [],
                 "execution_count": None,
             }
-            for i, (text, tags) in enumerate(tagged)
+            for i, (text, tags) in enumerate(sources)
         ]
-        kernel = {
-            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}
+        kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        content = {
+            "cells": [title, *code],
+            "metadata": {"kernelspec": kernel},
+            "nbformat": 4,
+            "nbformat_minor": 5,
         }
         path = self.root / "notebooks" / f"{key}.ipynb"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            json.dumps({"cells": made, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5})
-        )
+        path.write_text(json.dumps(content))
         return path
 
     def executed(self, key: str) -> dict:
-        """The executed copy of a notebook."""
+        """Reads the executed copy of a notebook."""
         return json.loads((self.root / "book" / "notebooks" / f"{key}.ipynb").read_text())
 
     def call(
         self, *command: str, cwd: Path | None = None, **env: str
     ) -> subprocess.CompletedProcess:
-        """Run a python command line against this project's own `lib`."""
-        known = {
+        """Runs a python command line against this project's own `lib`."""
+        environment = {
             **os.environ,
             "PYTHONPATH": str(self.root),
             "MOE_CACHE": str(self.root / "cache"),
@@ -126,13 +137,13 @@ class TinyBook:
         return subprocess.run(
             [sys.executable, *command],
             cwd=cwd or self.root,
-            env=known,
+            env=environment,
             text=True,
             capture_output=True,
         )
 
     def build(self, *options: str, **env: str) -> subprocess.CompletedProcess:
-        """`jupyter-book build book`."""
+        """Runs `jupyter-book build book`."""
         return self.call(
             "-c", "from jupyter_book.cli.main import main; main()", "build", *options, "book", **env
         )
@@ -140,13 +151,13 @@ class TinyBook:
 
 @pytest.fixture
 def tiny(tmp_path) -> TinyBook:
-    """A tiny book of the test's own."""
+    """A tiny book that one test has for itself."""
     return TinyBook(tmp_path / "project")
 
 
 @pytest.fixture
 def where(tmp_path):
-    """A store of the test's own."""
+    """An empty store that one test has for itself."""
     from lib.runs.store import Store  # after the cache is set, above
 
     return Store(tmp_path / "published", tmp_path / "private")

@@ -1,5 +1,4 @@
-"""Runs the notebooks of the book: through papermill, each in a process of its own, and only those
-that are stale.
+"""The build: runs stale notebooks through papermill, each in a process of its own.
 
 `jupyter-book build book` loads this module as a Sphinx extension. Before Sphinx reads a page, the
 hook runs what is stale in a bounded pool of processes, writes the executed copies to
@@ -21,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,8 @@ import yaml
 from ..paths import ROOT, written_whole
 from . import ledger, manifest, parameters, profiles, status
 
-GENERATED = {
-    "status_table.md": status.page,
-    "verdicts_table.md": ledger.page,
-}  # included by status.md and verdicts.md
+# included by status.md and verdicts.md
+GENERATED = {"status_table.md": status.page, "verdicts_table.md": ledger.page}
 HEARTBEAT = 30.0  # seconds between lines about notebooks that take long
 
 
@@ -42,84 +39,89 @@ class BuildError(RuntimeError):
 
 
 def write(path: Path, text: str) -> None:
-    """Replace a file in one step."""
+    """Replaces a file in one step."""
     with written_whole(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def shown(path: Path) -> str:
-    """A path as a reader of the console wants it."""
+    """Returns a path as a reader of the console wants it: from the project's root, if below it."""
     return os.path.relpath(path, ROOT) if path.is_relative_to(ROOT) else str(path)
 
 
-# -- one notebook
-# ------------------------------------------------------------------------------------------------------
+# -- one notebook --------------------------------------------------------------
 
 
 def execute(key: str, profile: str, given: dict[str, Any], out: Path) -> float:
-    """Run one notebook through papermill and write its executed copy, with manifest, to `out`.
-    Returns seconds."""
-    import nbformat  # these two take a second, which a build with nothing to do should not pay
-    import papermill
+    """Runs one notebook and writes its executed copy, with manifest, to `out`; returns seconds.
+
+    Raises BuildError if it fails; its partial copy is then beside `out`, as `<name>.failed.ipynb`.
+    """
+    import nbformat  # this and papermill take a second, which an idle build should not pay
 
     profiles.profile(key, profile, **given)  # refuses bad input before anything runs
+    # hashes from before the run: an edit during a long one counts as a change
     before: dict[str, Any] = {
         "files": manifest.code_and_papers(),
         "source": manifest.source_digest(key),
     }
-    book = nbformat.read(parameters.source(key), as_version=4)
-    hidden = {"tags": [manifest.HIDDEN]}
-    book.cells.insert(
-        0,
-        nbformat.v4.new_code_cell(
-            "import lib.pages.manifest; lib.pages.manifest.watch()", metadata=hidden
-        ),
-    )
-    book.cells.append(
-        nbformat.v4.new_code_cell(
-            "import lib.pages.manifest; lib.pages.manifest.footprint()", metadata=hidden
-        )
-    )
     out.parent.mkdir(parents=True, exist_ok=True)
-    part, bad, start = _part(out), out.with_suffix(".failed.ipynb"), time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="kernel-") as folder:
-        _own_kernel(Path(folder))
-        try:
-            papermill.execute_notebook(
-                book,
-                str(part),
-                parameters={"profile": profile, **given},
-                kernel_name="python3",
-                start_timeout=300,
-                cwd=str(parameters.source(key).parent),
-                log_output=False,
-            )
-        except BaseException as error:
-            if part.exists():
-                write(bad, _cleaned(part, None))
-                part.unlink()
-            if isinstance(error, Exception):
-                raise BuildError(
-                    f"{key}: {_short(error)}; the partial notebook is {shown(bad)}"
-                ) from error
-            raise
-    before["seconds"] = round(time.monotonic() - start, 1)
+    part, failed = _part(out), out.with_suffix(".failed.ipynb")
+    try:
+        before["seconds"] = _papermill(key, {"profile": profile, **given}, part)
+    except BaseException as error:
+        if part.exists():
+            write(failed, _cleaned(part, None))
+            part.unlink()
+        if isinstance(error, Exception):
+            raise BuildError(
+                f"{key}: {_short(error)}; the partial notebook is {shown(failed)}"
+            ) from error
+        raise
     before["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     used = _footprint(nbformat.read(part, as_version=4))
     write(out, _cleaned(part, manifest.make(key, profile, given, before, used)))
     part.unlink()
-    bad.unlink(missing_ok=True)
+    failed.unlink(missing_ok=True)
     return before["seconds"]
 
 
+def _papermill(key: str, values: dict[str, Any], part: Path) -> float:
+    """Runs a notebook between the two hidden cells, writes it to `part`; returns seconds."""
+    import nbformat
+    import papermill
+
+    def hidden(call: str) -> Any:
+        code = f"import lib.pages.manifest; lib.pages.manifest.{call}()"
+        return nbformat.v4.new_code_cell(code, metadata={"tags": [manifest.HIDDEN]})
+
+    start = time.monotonic()
+    notebook = nbformat.read(parameters.source(key), as_version=4)
+    notebook.cells = [hidden("watch"), *notebook.cells, hidden("footprint")]
+    with tempfile.TemporaryDirectory(prefix="kernel-") as folder:
+        _kernel_of_this_python(Path(folder))
+        papermill.execute_notebook(
+            notebook,
+            str(part),
+            parameters=values,
+            kernel_name="python3",
+            start_timeout=300,
+            cwd=str(parameters.source(key).parent),
+            log_output=False,
+        )
+    return round(time.monotonic() - start, 1)
+
+
 def _part(out: Path) -> Path:
-    """Where papermill writes while a notebook runs; the dot and the ending keep Sphinx away."""
+    """Returns where papermill writes during a run; the dot and the ending keep Sphinx away."""
     return out.with_name(f".{out.stem}.part.ipynb")
 
 
-def _own_kernel(folder: Path) -> None:
-    """Make "python3" mean this interpreter: a kernel spec of that name in the user's home may point
-    elsewhere."""
+def _kernel_of_this_python(folder: Path) -> None:
+    """Makes the kernel "python3" mean this interpreter.
+
+    A kernel spec of that name in the user's home may point elsewhere.
+    """
     spec = folder / "kernels" / "python3"
     spec.mkdir(parents=True)
     argv = [
@@ -133,17 +135,15 @@ def _own_kernel(folder: Path) -> None:
     (spec / "kernel.json").write_text(
         json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"})
     )
-    os.environ["JUPYTER_PATH"] = os.pathsep.join(
-        filter(None, [str(folder), os.environ.get("JUPYTER_PATH")])
-    )
-    os.environ.setdefault(
-        "PYDEVD_DISABLE_FILE_VALIDATION", "1"
-    )  # the kernel's debugger warns about frozen modules
+    paths = [str(folder), os.environ.get("JUPYTER_PATH")]
+    os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, paths))
+    # else the kernel's debugger warns about frozen modules
+    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
 
 
-def _footprint(book: Any) -> dict[str, Any]:
-    """What the last hidden cell printed."""
-    for output in book.cells[-1].get("outputs", ()):
+def _footprint(notebook: Any) -> dict[str, Any]:
+    """Reads what the last hidden cell printed."""
+    for output in notebook.cells[-1].get("outputs", ()):
         for line in output.get("text", "").splitlines():
             if line.startswith(manifest.MARK):
                 return json.loads(line.removeprefix(manifest.MARK))
@@ -153,17 +153,19 @@ def _footprint(book: Any) -> dict[str, Any]:
 
 
 def _cleaned(part: Path, moe: dict[str, Any] | None) -> str:
-    """The executed notebook without hidden cells and without papermill's absolute paths, with the
-    manifest.
+    """Returns the executed notebook without hidden cells and absolute paths, with its manifest.
 
-    A partial notebook (`moe` is None) keeps its chatter: it is the log of its failure.
+    moe: the manifest; None for a partial notebook, which keeps its chatter: it is the log of its
+    failure.
     """
     import nbformat
 
-    book = nbformat.read(part, as_version=4)
-    book.cells = [c for c in book.cells if manifest.HIDDEN not in c.metadata.get("tags", ())]
-    book.metadata.pop("papermill", None)
-    for cell in book.cells:
+    notebook = nbformat.read(part, as_version=4)
+    notebook.cells = [
+        cell for cell in notebook.cells if manifest.HIDDEN not in cell.metadata.get("tags", ())
+    ]
+    notebook.metadata.pop("papermill", None)  # holds the paths
+    for cell in notebook.cells:
         cell.metadata.pop("papermill", None)
         if "injected-parameters" in cell.metadata.get("tags", ()):
             cell.metadata["tags"].append("hide-input")  # what was asked for stays at hand, folded
@@ -173,54 +175,46 @@ def _cleaned(part: Path, moe: dict[str, Any] | None) -> str:
             if output.get("execution_count"):
                 output.execution_count -= 1
         if moe is not None and cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if not _chatter(output)]
+            for output in filter(_is_stderr, cell.outputs):
+                print(output.text, file=sys.stderr)  # part of the log
+            cell.outputs = [
+                output
+                for output in cell.outputs
+                if not _is_stderr(output) and not _is_progress_bar(output)
+            ]
     if moe is not None:
-        book.metadata["moe"] = moe
-    return nbformat.writes(book)
+        notebook.metadata["moe"] = moe
+    return nbformat.writes(notebook)
 
 
-def _chatter(output: Any) -> bool:
-    """Progress bars and what was written to stderr: moved to the log, which this process's stderr
-    is part of."""
-    if output.output_type == "stream" and output.name == "stderr":
-        print(output.text, file=sys.stderr)
-        return True
-    kinds = output.get("data", {})
-    return (
-        "application/vnd.jupyter.widget-view+json" in kinds and "text/html" not in kinds
-    )  # a bar; figures carry HTML
+def _is_stderr(output: Any) -> bool:
+    return output.output_type == "stream" and output.name == "stderr"
+
+
+def _is_progress_bar(output: Any) -> bool:
+    kinds = output.get("data", {})  # the widget of a figure carries HTML, too
+    return "application/vnd.jupyter.widget-view+json" in kinds and "text/html" not in kinds
 
 
 def _short(error: Exception) -> str:
-    """One line of an error that papermill wraps in a page."""
-    name, value = (
-        getattr(error, "ename", type(error).__name__),
-        getattr(error, "evalue", str(error)),
-    )
+    """Returns one line of an error that papermill wraps in a page."""
+    name = getattr(error, "ename", type(error).__name__)
+    value = getattr(error, "evalue", str(error))
     return f"{name}: {value}".splitlines()[0][:300]
 
 
-# -- many notebooks
-# ----------------------------------------------------------------------------------------------------
+# -- many notebooks ------------------------------------------------------------
 
 
 def in_book(toc: Path | None = None) -> list[str]:
-    """Keys of the notebooks that the table of contents lists, in its order."""
+    """Returns the keys of the notebooks that the table of contents lists, in its order."""
     toc = toc or ROOT / "_toc.yml"
-
-    def entries(node: Any):
-        if isinstance(node, dict):
-            yield from (v for k, v in node.items() if k in ("root", "file"))
-            node = list(node.values())
-        if isinstance(node, list):
-            for item in node:
-                yield from entries(item)
-
-    listed = [
-        str(e).removesuffix(".ipynb")
-        for e in entries(yaml.safe_load(toc.read_text(encoding="utf-8")))
+    files = _files_of(yaml.safe_load(toc.read_text(encoding="utf-8")))
+    keys = [
+        file.removeprefix("notebooks/").removesuffix(".ipynb")
+        for file in files
+        if file.startswith("notebooks/")
     ]
-    keys = [e.removeprefix("notebooks/") for e in listed if e.startswith("notebooks/")]
     for key in keys:
         if not (ROOT / "notebooks" / f"{key}.ipynb").is_file():
             raise parameters.NotebookError(
@@ -229,14 +223,27 @@ def in_book(toc: Path | None = None) -> list[str]:
     return keys
 
 
+def _files_of(node: Any) -> Iterator[str]:
+    """Yields every `root` and `file` of a table of contents, however deep."""
+    if isinstance(node, dict):
+        yield from (str(value) for name, value in node.items() if name in ("root", "file"))
+        node = list(node.values())
+    if isinstance(node, list):
+        for item in node:
+            yield from _files_of(item)
+
+
 def run_stale(
     keys: Sequence[str],
     profile: str,
     say: Callable[[str], None] = print,
     workers: int | None = None,
 ) -> int:
-    """Run those of `keys` that are stale; returns how many ran. Raises BuildError at the end if any
-    failed."""
+    """Runs those of `keys` that are stale, a bounded number at a time; returns how many ran.
+
+    workers: processes at a time, by default one a core; the cores' threads are shared out. Raises
+    BuildError at the end if any failed, NotebookError before the first one starts.
+    """
     profiles.check_profile(profile)
     for key in keys:  # all bad input is refused before the first notebook starts
         profiles.profile(key, profile)
@@ -244,16 +251,29 @@ def run_stale(
     total, cores = len(queue), manifest.cores()
     workers = max(1, min(workers or cores, total))
     threads = max(1, cores // workers)
-    say(
-        f"notebooks: {len(keys)} in the book, {total} to run (profile {profile}"
-        + (f", {workers} at a time, {threads} thread{'s' * (threads > 1)} each)" if total else ")")
-    )
-    running: dict[str, tuple[subprocess.Popen, float]] = {}
-    done, errors, beat = 0, [], time.monotonic()
+    size = f", {workers} at a time, {threads} thread{'s' * (threads > 1)} each" if total else ""
+    say(f"notebooks: {len(keys)} in the book, {total} to run (profile {profile}{size})")
+    errors = _run_all(queue, profile, say, workers, threads)
+    if errors:
+        raise BuildError(f"{len(errors)} of {total} notebooks failed:\n  " + "\n  ".join(errors))
+    return total
+
+
+def _run_all(
+    queue: list[tuple[str, str]],
+    profile: str,
+    say: Callable[[str], None],
+    workers: int,
+    threads: int,
+) -> list[str]:
+    """Runs a queue of (key, why), `workers` at a time; returns what the failed ones said."""
+    waiting, total = list(queue), len(queue)
+    running: dict[str, tuple[subprocess.Popen, float]] = {}  # key -> process, when it started
+    done, errors, last_said = 0, [], time.monotonic()
     try:
-        while queue or running:
-            while queue and len(running) < workers:
-                key, why = queue.pop(0)
+        while waiting or running:
+            while waiting and len(running) < workers:
+                key, why = waiting.pop(0)
                 say(f"  start  {key} ({why})")
                 running[key] = _start(key, profile, threads), time.monotonic()
             time.sleep(0.1)
@@ -268,15 +288,13 @@ def run_stale(
                 else:
                     errors.append(_last_words(key, process.returncode))
                     say(f"  FAILED {key} after {took} [{done}/{total}]: {errors[-1]}")
-            if running and time.monotonic() - beat > HEARTBEAT:
-                beat = time.monotonic()
+            if running and time.monotonic() - last_said > HEARTBEAT:
+                last_said = time.monotonic()
                 for key, (_, began) in running.items():
-                    say(f"  still  {key}, {beat - began:.0f} s: {_last_line(key)}")
+                    say(f"  still  {key}, {last_said - began:.0f} s: {_last_line(key)}")
     finally:
         _stop([process for process, _ in running.values()])
-    if errors:
-        raise BuildError(f"{len(errors)} of {total} notebooks failed:\n  " + "\n  ".join(errors))
-    return total
+    return errors
 
 
 def _log(key: str) -> Path:
@@ -284,26 +302,15 @@ def _log(key: str) -> Path:
 
 
 def _start(key: str, profile: str, threads: int) -> subprocess.Popen:
-    log = _log(key)
+    """Starts `python -m lib run` for a notebook, its terminal in the log."""
+    log, out = _log(key), str(manifest.executed(key))
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "lib",
-        "run",
-        key,
-        "--profile",
-        profile,
-        "--out",
-        str(manifest.executed(key)),
-    ]
+    command = [sys.executable, "-m", "lib", "run", key, "--profile", profile, "--out", out]
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    with open(
-        log, "wb"
-    ) as file:  # stdin closed: a notebook that asks a question fails instead of waiting
+    with open(log, "wb") as file:
         return subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL,  # a notebook that asks a question fails instead of waiting
             stdout=file,
             stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONUNBUFFERED": "1", **dict.fromkeys(names, str(threads))},
@@ -311,8 +318,7 @@ def _start(key: str, profile: str, threads: int) -> subprocess.Popen:
 
 
 def _stop(processes: list[subprocess.Popen]) -> None:
-    """On Ctrl-C or an error in the pool: each runner is interrupted, so that it keeps its part and
-    ends its kernel."""
+    """Interrupts runners after Ctrl-C or an error, so that each keeps its part, ends its kernel."""
     for process in processes:
         process.send_signal(signal.SIGINT)
     for process in processes:
@@ -323,30 +329,32 @@ def _stop(processes: list[subprocess.Popen]) -> None:
 
 
 def _last_line(key: str) -> str:
-    """Where a running notebook is: the end of its log, which holds the progress bars."""
+    """Says where a running notebook is: the end of its log, which holds the progress bars."""
     lines = _log(key).read_text(encoding="utf-8", errors="replace").replace("\r", "\n").split("\n")
     return next((line.strip()[:120] for line in reversed(lines) if line.strip()), "starting")
 
 
 def _last_words(key: str, code: int) -> str:
+    """Says why a notebook failed, by the exit status of its process and its log."""
+    log = shown(_log(key))
     if code < 0:  # a kill leaves no message of its own
         part = _part(manifest.executed(key))
         if part.exists():
             os.replace(part, manifest.failed(key))
-        return f"{key}: ended by signal {-code} ({signal.Signals(-code).name}); log: {shown(_log(key))}"
-    said = _log(key).read_text(encoding="utf-8", errors="replace").splitlines()
+        return f"{key}: ended by signal {-code} ({signal.Signals(-code).name}); log: {log}"
+    lines = _log(key).read_text(encoding="utf-8", errors="replace").splitlines()
     error = next(
-        (line for line in reversed(said) if line.startswith("error: ")),
+        (line for line in reversed(lines) if line.startswith("error: ")),
         f"error: {key}: {_last_line(key)}",
     )
-    return f"{error.removeprefix('error: ')} (log: {shown(_log(key))})"
+    return f"{error.removeprefix('error: ')} (log: {log})"
 
 
-# -- the Sphinx extension
-# ----------------------------------------------------------------------------------------------
+# -- the Sphinx extension ------------------------------------------------------
 
 
 def _before_reading(app: Any) -> None:
+    """Runs what is stale and writes the generated pages, before Sphinx reads any."""
     from sphinx.errors import ExtensionError
 
     try:
@@ -358,14 +366,12 @@ def _before_reading(app: Any) -> None:
         raise ExtensionError(str(error)) from error
     for name, page in GENERATED.items():
         target, text = Path(app.srcdir) / name, page(keys)
-        if (
-            not target.exists() or target.read_text(encoding="utf-8") != text
-        ):  # else Sphinx would read the page again
+        # a file that is written anew would make Sphinx read the page again
+        if not target.exists() or target.read_text(encoding="utf-8") != text:
             write(target, text)
 
 
 def setup(app: Any) -> dict[str, bool]:
-    """Called by Sphinx. Early among the builder's hooks: others may look at the pages that this one
-    writes."""
+    """Registers the hook with Sphinx, early: other hooks may look at the pages that it writes."""
     app.connect("builder-inited", _before_reading, priority=100)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

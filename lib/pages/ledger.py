@@ -17,17 +17,20 @@ from . import manifest
 
 
 def page(keys: Sequence[str]) -> str:
-    """The generated part of the page, Markdown: counts, and a table of claims for each notebook
-    that has an answer."""
-    found = {key: (title(cells), *told) for key in keys if (told := answered(cells := _cells(key)))}
-    counts = Counter(claim["verdict"] for *_, claims in found.values() for claim in claims)
-    lines = [
-        f"**{counts.total()} claims:** "
-        + ", ".join(f"{counts[verdict]} *{verdict}*" for verdict in COUNTED)
-        + ".",
-        "",
-    ]
-    for key, (heading, source, claims) in found.items():
+    """Writes the generated part of the page, Markdown: counts, and a table for each notebook.
+
+    A notebook without an answer that has claims is left out.
+    """
+    cells_of = {key: _cells(key) for key in keys}
+    answers = {
+        key: (title(cells), *answer)
+        for key, cells in cells_of.items()
+        if (answer := answered(cells))
+    }
+    counts = Counter(claim["verdict"] for *_, claims in answers.values() for claim in claims)
+    listed = ", ".join(f"{counts[verdict]} *{verdict}*" for verdict in COUNTED)
+    lines = [f"**{counts.total()} claims:** {listed}.", ""]
+    for key, (heading, source, claims) in answers.items():
         lines += [
             f"## {heading or key}",
             "",
@@ -45,8 +48,10 @@ def page(keys: Sequence[str]) -> str:
 
 
 def answered(cells: Sequence[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]] | None:
-    """What the claims of an executed notebook were tested on, and the claims; None without an
-    answer that has claims."""
+    """Returns what the claims of an executed notebook were tested on, and the claims.
+
+    None without an answer that has claims.
+    """
     for cell in cells:
         for output in cell.get("outputs", ()):
             data = output.get("metadata", {}).get("text/markdown", {})
@@ -56,18 +61,20 @@ def answered(cells: Sequence[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]
 
 
 def title(cells: Sequence[dict[str, Any]]) -> str | None:
-    """The first heading of a notebook."""
+    """Returns the first heading of a notebook, or None."""
     text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
-    return next(
-        (line.removeprefix("# ").strip() for line in text.splitlines() if line.startswith("# ")),
-        None,
-    )
+    for line in text.splitlines():
+        if line.startswith("# "):
+            return line.removeprefix("# ").strip()
+    return None
 
 
 def _cells(key: str) -> list[dict[str, Any]]:
+    """Reads the cells of the executed copy; none where it is not there."""
     path = manifest.executed(key)
     return json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []
 
 
 def _cell(text: str) -> str:
+    """Escapes a text for a cell of a Markdown table."""
     return text.replace("|", "\\|").replace("\n", " ")

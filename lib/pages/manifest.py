@@ -31,8 +31,10 @@ _opened: set[str] = set()
 
 
 def watch() -> None:
-    """Note each file under data/papers that this process opens. An audit hook sees every reader,
-    whoever wrote it."""
+    """Notes each file under data/papers that this process opens.
+
+    An audit hook sees every reader, whoever wrote it.
+    """
     papers = str(PAPERS) + os.sep
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
@@ -45,20 +47,20 @@ def watch() -> None:
 
 
 def footprint() -> None:
-    """Print what this kernel used, for the runner. Called in the last hidden cell."""
+    """Prints what this kernel used, for the runner; the last hidden cell calls it."""
     store = sys.modules.get("lib.runs.store")
-    files = {
-        getattr(m, "__file__", None)
-        for n, m in list(sys.modules.items())
-        if n.split(".")[0] == "lib"
-    }
+    modules = [
+        Path(module.__file__).resolve()
+        for name, module in list(sys.modules.items())
+        if name.split(".")[0] == "lib" and getattr(module, "__file__", None)
+    ]
+    this_file = Path(__file__).resolve()  # no notebook depends on it
+    papers = [Path(path) for path in _opened if Path(path).is_file()]
     used = {
         "modules": sorted(
-            Path(f).resolve().relative_to(ROOT).as_posix() for f in files if f and f != __file__
+            {path.relative_to(ROOT).as_posix() for path in modules if path != this_file}
         ),
-        "papers": sorted(
-            Path(f).relative_to(ROOT).as_posix() for f in _opened if Path(f).is_file()
-        ),
+        "papers": sorted(path.relative_to(ROOT).as_posix() for path in papers),
         "reads": dict(store.store().reads) if store else {},  # id -> was it there at the last look
         "asked": [[key, name, values] for (key, name), values in profiles.asked.items()],
     }
@@ -66,7 +68,7 @@ def footprint() -> None:
 
 
 def digest(path: Path) -> str | None:
-    """SHA-256 of a file, or None where there is none."""
+    """Returns the SHA-256 of a file, or None where there is none."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
@@ -74,47 +76,51 @@ def digest(path: Path) -> str | None:
 
 
 def code_and_papers() -> dict[str, str | None]:
-    """Hashes of everything a notebook might use, taken before it runs."""
+    """Hashes everything that a notebook might use, before it runs."""
     files = [*(ROOT / "lib").rglob("*.py"), *(p for p in PAPERS.rglob("*") if p.is_file())]
     return {path.relative_to(ROOT).as_posix(): digest(path) for path in files}
 
 
 def source_digest(key: str) -> str:
-    """Hash of a notebook's cells. What an editor adds around them (kernel, window state) is no
-    change."""
+    """Hashes a notebook's cells: what an editor adds around them (kernel, windows) is no change."""
     cells = json.loads(parameters.source(key).read_text(encoding="utf-8"))["cells"]
-    kept = [
-        [c["cell_type"], "".join(c["source"]), c.get("metadata", {}).get("tags", [])] for c in cells
+    content = [
+        [cell["cell_type"], "".join(cell["source"]), cell.get("metadata", {}).get("tags", [])]
+        for cell in cells
     ]
-    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def records_now(ids: Iterable[str]) -> dict[str, str | None]:
-    """Hashes of records, None for those that are not there."""
+    """Hashes records by their ids, None for those that are not there."""
     from ..runs.store import store
 
-    found = ((record, store().find(record)) for record in ids)
-    return {record: digest(path) if path else None for record, path in found}
+    files = {record: store().find(record) for record in ids}
+    return {record: digest(file) if file else None for record, file in files.items()}
 
 
 def resolved(key: str, name: str) -> dict[str, Any]:
-    """A profile's values for a notebook in the form that JSON gives back (tuples become lists)."""
-    values = {k: v for k, v in vars(profiles.profile(key, name)).items() if k != "notebook"}
+    """Returns a profile's values for a notebook as JSON gives them back: tuples become lists."""
+    values = dict(vars(profiles.profile(key, name)))
+    del values["notebook"]
     return json.loads(json.dumps(values))
 
 
 def make(
     key: str, name: str, given: dict[str, Any], before: dict[str, Any], used: dict[str, Any]
 ) -> dict[str, Any]:
-    """The manifest of a notebook that has just run. `before`: hashes taken at the start, with key
-    and seconds."""
+    """Returns the manifest of a notebook that has just run.
+
+    before: files (hashes of `code_and_papers`) and source (hash) from before the run; seconds that
+    it took, and when it finished. used: what `footprint` printed.
+    """
     hashes, present = before["files"], [record for record, there in used["reads"].items() if there]
     return {
         "version": VERSION,
         "notebook": key,
         "profile": name,
         "given": given,
-        "asked": [[k, n, values] for k, n, values in used["asked"]],
+        "asked": used["asked"],
         "source": before["source"],
         "modules": {path: hashes.get(path) for path in used["modules"]},
         "papers": {path: hashes.get(path) for path in used["papers"]},
@@ -127,7 +133,7 @@ def make(
 
 
 def machine() -> dict[str, Any]:
-    """Processor, threads and versions of this environment, for the status page."""
+    """Describes this machine for the status page: processor, cores, threads, versions."""
     from ..runs.environment import processor
 
     return {
@@ -139,8 +145,10 @@ def machine() -> dict[str, Any]:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Counts the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _version(package: str) -> str:
@@ -151,36 +159,33 @@ def _version(package: str) -> str:
 
 
 def executed(key: str) -> Path:
-    """The executed copy that Sphinx renders."""
+    """Returns the path of the executed copy, which Sphinx renders."""
     return ROOT / "book" / "notebooks" / f"{key}.ipynb"
 
 
 def failed(key: str) -> Path:
-    """The partial copy that a failing notebook leaves."""
+    """Returns the path of the partial copy that a failing notebook leaves."""
     return ROOT / "book" / "notebooks" / f"{key}.failed.ipynb"
 
 
 def read(key: str) -> dict[str, Any] | None:
-    """The manifest of the executed copy, None where there is no readable one."""
+    """Reads the manifest of the executed copy; None where there is no readable one."""
     try:
-        found = json.loads(executed(key).read_text(encoding="utf-8"))["metadata"]["moe"]
+        content = json.loads(executed(key).read_text(encoding="utf-8"))["metadata"]["moe"]
     except (OSError, ValueError, KeyError):
         return None
-    return found if found.get("version") == VERSION else None
+    return content if content.get("version") == VERSION else None
 
 
 def reason_to_run(key: str, name: str) -> str | None:
-    """Why a notebook must run again before it is shown under a profile; None where its executed
-    copy still holds."""
+    """Says why a notebook must run again to be shown under a profile; None if it need not."""
     old = read(key)
     if old is None:
-        return (
-            "never run" if not executed(key).exists() else "executed copy without a valid manifest"
-        )
+        there = executed(key).exists()
+        return "executed copy without a valid manifest" if there else "never run"
     if old["profile"] != name or old["given"]:
-        return f"was run with profile {old['profile']}" + (
-            f" and {old['given']}" if old["given"] else ""
-        )
+        given = f" and {old['given']}" if old["given"] else ""
+        return f"was run with profile {old['profile']}{given}"
     if old["source"] != source_digest(key):
         return "the notebook changed"
     for other, profile, values in old["asked"]:
@@ -189,9 +194,8 @@ def reason_to_run(key: str, name: str) -> str | None:
     for path, value in {**old["modules"], **old["papers"]}.items():
         if digest(ROOT / path) != value:
             return f"{path} changed"
-    changed = [
-        record
-        for record, value in records_now(old["records"]).items()
-        if value != old["records"][record]
-    ]
-    return f"{len(changed)} of the records it read changed, {changed[0]} first" if changed else None
+    now = records_now(old["records"])
+    changed = [record for record, value in old["records"].items() if now[record] != value]
+    if changed:
+        return f"{len(changed)} of the records it read changed, {changed[0]} first"
+    return None

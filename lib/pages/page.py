@@ -24,20 +24,20 @@ from ..runs.collect import Grid, collect, load
 from ..verdicts.claims import Verdict
 from ..verdicts.costs import cost_rows
 from ..verdicts.stats import Interval, accuracy_interval, finished
-from .profiles import Profile, profile
+from .profiles import PUBLISHED, Profile, profile
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ..runs.store import Record
 
-PUBLISHED = "small"  # the profile whose records are committed
-
 Claims = Callable[["Side"], Iterable[Verdict]]
+# names of the runs that are shown, or a condition on them; None = all
+Keys = Iterable[str] | Callable[[str], bool] | None
 
 
 class Side(Mapping):
-    """One side of a page: parameters `p`, and {name of the runs: records}, None for an absent one.
+    """Holds one side of a page: parameters `p`, and the records of each name of runs, or None.
 
     name: "Reproduced" or "This build", as sentences and captions begin. fill: the command that
     computes what is absent.
@@ -66,7 +66,7 @@ class Side(Mapping):
 
     @property
     def label(self) -> str:
-        """The name inside of a sentence: "reproduced" or "this build"."""
+        """Returns the name as a sentence has it inside: "reproduced" or "this build"."""
         return self.name[0].lower() + self.name[1:]
 
     def done(self, key: str) -> list[Record]:
@@ -77,21 +77,18 @@ class Side(Mapping):
         """Returns the test top-1 in percent over the seeds of some runs; None without a record."""
         return accuracy_interval(self.get(key, []))
 
-    def gaps(self, keys: Iterable[str] | Callable[[str], bool] | None = None) -> str:
-        """Says in a caption which records are absent and what fills them; nothing if all are there.
-
-        keys: names of the runs that are shown, or a condition on them; None = all.
-        """
+    def gaps(self, keys: Keys = None) -> str:
+        """Says in a caption how many records are absent and what fills them; "" if none is."""
         shown = keys if callable(keys) else set(self if keys is None else keys).__contains__
         return text.gaps({name: group for name, group in self.items() if shown(name)}, self.fill)
 
-    def show(self, figure: Figure, caption: str, alt: str, keys: Any = None) -> Shown:
+    def show(self, figure: Figure, caption: str, alt: str, keys: Keys = None) -> Shown:
         """Puts a figure on the page; its caption ends with the gaps of the runs that it shows."""
         return show(figure, caption + self.gaps(keys), alt)
 
 
 class Page:
-    """The plumbing of a notebook: both sides, the command that fills them, and the common parts.
+    """Holds the plumbing of a notebook: both sides, the command that fills them, common parts.
 
     grid: the notebook's function from parameters to runs. p: the parameters of this build.
     reads: key of the notebook whose records the page shows, where it plans none of its own.
@@ -107,7 +104,7 @@ class Page:
 
     @property
     def sides(self) -> tuple[Side, Side]:
-        """What was reproduced, then this build."""
+        """Returns what was reproduced, then this build."""
         return self.reproduced, self.build
 
     def intro(self, *more: str, describe: Callable[[Profile], str] | None = None) -> Markdown:
@@ -149,7 +146,8 @@ class Page:
 
     def rows(self, of: Callable[[Side], Iterable[Mapping[str, Any]]]) -> pd.DataFrame:
         """Puts the rows that a function gives of either side under each other, by source."""
-        return pd.DataFrame([{"source": s.label} | dict(row) for s in self.sides for row in of(s)])
+        rows = [(side.label, row) for side in self.sides for row in of(side)]
+        return pd.DataFrame([{"source": label, **row} for label, row in rows])
 
     def costs(self, limit: str | None = None, keys: Sequence[str] | None = None) -> tables.Table:
         """Tabulates size, multiply-adds and measured speed, one run of each name.
@@ -161,7 +159,7 @@ class Page:
         bound = f" Limit: the speed of {limit!r} scaled by multiply-adds." if limit else ""
         return tables.table(
             frame,
-            "Size, multiply-adds and measured speed, one run an arm. Other work on the same "
+            "Size, multiply-adds and measured speed, of the first seed. Other work on the same "
             f"machine disturbed the speed, so it is a bound from below.{bound}{self.gaps(keys)}",
             decimals=tables.COST_DECIMALS,
         )
@@ -176,11 +174,11 @@ class Page:
             if drawn is not None:
                 display(drawn)
 
-    def gaps(self, keys: Any = None) -> str:
-        """Says which reproduced records are absent; see `Side.gaps`."""
+    def gaps(self, keys: Keys = None) -> str:
+        """Says how many reproduced records are absent; see `Side.gaps`."""
         return self.reproduced.gaps(keys)
 
-    def show(self, figure: Figure, caption: str, alt: str, keys: Any = None) -> Shown:
+    def show(self, figure: Figure, caption: str, alt: str, keys: Keys = None) -> Shown:
         """Puts a figure of both sides on the page; see `Side.show`."""
         return self.reproduced.show(figure, caption, alt, keys)
 

@@ -1,9 +1,9 @@
-"""What a notebook says about itself: its parameters, its profiles and the runs that it wants.
+"""Source notebooks: their keys, their tagged cells, and the types of their parameters.
 
 A source notebook starts with tagged cells. `parameters` holds annotated scalars with a trailing
 comment; `specs`, one cell or several, holds `grid(p) -> dict[str, list[RunSpec]]`. Everything here
-works from the text of these cells and from the YAML files in `notebooks/profiles`, so a build can
-be planned without running a notebook and without importing torch.
+works from the text of these cells, so a build can be planned without running a notebook and
+without importing torch.
 
 A notebook is named by its key, the path below `notebooks/` without the ending: `vimoe/layer_scan`.
 
@@ -17,18 +17,33 @@ from __future__ import annotations
 
 import ast
 import json
-import math
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..paths import ROOT
 
 if TYPE_CHECKING:
-    pass
-SCALARS: dict[str, type] = {"int": int, "float": float, "bool": bool, "str": str}
+    from pydantic import TypeAdapter
+
+TYPES: dict[str, type] = {
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "str": str,
+    "list[int]": list[int],
+    "list[float]": list[float],
+    "list[str]": list[str],
+}
+# How text becomes a value; pydantic's own reading takes "1.0" for an int and "yes" for a bool.
+READERS: dict[str, Callable[[str], Any]] = {
+    "int": int,
+    "float": float,
+    "bool": lambda text: {"true": True, "false": False}[text.lower()],
+    "str": str,
+}
 
 
 class NotebookError(ValueError):
@@ -37,7 +52,7 @@ class NotebookError(ValueError):
 
 @dataclass(frozen=True)
 class Parameter:
-    """One line of the parameters cell."""
+    """One line of the parameters cell: `name: annotation = default  # help`."""
 
     name: str
     annotation: str
@@ -45,29 +60,31 @@ class Parameter:
     help: str
 
 
+# -- the source notebook
+# ------------------------------------------------------------------------------
+
+
 def key_of(name: str | Path) -> str:
-    """`vimoe/cost`, `notebooks/vimoe/cost.ipynb` or a path to the source -> the key, checked to
-    exist."""
+    """Returns the key of a notebook that is there, from its key or from a path to its source.
+
+    A path may begin here, at the project's root or in `notebooks`; its ending may be left out.
+    """
     folder = ROOT / "notebooks"
     path = Path(name)
-    for candidate in (
-        path if path.is_absolute() else Path.cwd() / path,
-        ROOT / path,
-        folder / path,
-    ):
-        candidate = candidate.with_name(candidate.name.removesuffix(".ipynb") + ".ipynb")
+    for start in (Path.cwd(), ROOT, folder):  # an absolute path wins over each of them
+        candidate = start / path.with_name(path.name.removesuffix(".ipynb") + ".ipynb")
         if candidate.is_file() and candidate.resolve().is_relative_to(folder.resolve()):
-            return (
-                candidate.resolve().relative_to(folder.resolve()).as_posix().removesuffix(".ipynb")
-            )
-    known = sorted(
-        p.relative_to(folder).as_posix().removesuffix(".ipynb") for p in folder.glob("*/*.ipynb")
-    )
+            return _key(candidate.resolve(), folder.resolve())
+    known = sorted(_key(source, folder) for source in folder.glob("*/*.ipynb"))
     raise NotebookError(f"no notebook {str(name)!r}; there are: {', '.join(known) or 'none'}")
 
 
+def _key(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix().removesuffix(".ipynb")
+
+
 def source(key: str) -> Path:
-    """The source notebook of a key."""
+    """Returns the path of the source notebook of a key, checked to exist."""
     path = ROOT / "notebooks" / f"{key}.ipynb"
     if not path.is_file():
         raise NotebookError(f"no notebook {key!r}: notebooks/{key}.ipynb is not there")
@@ -75,124 +92,145 @@ def source(key: str) -> Path:
 
 
 def tagged(key: str, tag: str) -> str:
-    """Source text of the cells with a tag, one after the other: a long grid is several cells."""
-    found = [
-        "".join(item["source"])
-        for item in json.loads(source(key).read_text(encoding="utf-8"))["cells"]
-        if item["cell_type"] == "code" and tag in item.get("metadata", {}).get("tags", ())
+    """Joins the source text of the code cells with a tag: a long grid is several cells."""
+    cells = [
+        "".join(cell["source"])
+        for cell in json.loads(source(key).read_text(encoding="utf-8"))["cells"]
+        if cell["cell_type"] == "code" and tag in cell.get("metadata", {}).get("tags", ())
     ]
-    if not found:
+    if not cells:
         raise NotebookError(
-            f"notebooks/{key}.ipynb has no code cell tagged {tag!r}; tag its cell in the cell's metadata"
+            f"notebooks/{key}.ipynb has no code cell tagged {tag!r}; "
+            "tag its cell in the cell's metadata"
         )
-    return "\n\n\n".join(found)
+    return "\n\n\n".join(cells)
 
 
-def _check_line(where: str, line: str, name: str, annotation: str) -> None:
-    """The form that papermill's inspector reads too, so that its help is complete."""
-    base = re.fullmatch(r"list\[(\w+)\]", annotation)
-    if (base.group(1) if base else annotation) not in SCALARS:
-        raise NotebookError(
-            f"{where}: {name} is annotated {annotation!r}; valid: {', '.join(SCALARS)}, list[int], ..."
-        )
-    if "#" not in line or not line.split("#", 1)[1].strip():
-        raise NotebookError(
-            f"{where}: {name} needs a trailing comment that says what it is, with unit and usual range"
-        )
-    if line.count("=") != 1:
-        raise NotebookError(
-            f"{where}: the line of {name} has more than one '='; papermill cannot read it, reword it"
-        )
+# -- the parameters cell
+# ------------------------------------------------------------------------------
 
 
 def parameters(key: str) -> dict[str, Parameter]:
-    """The parameters cell, parsed but not run."""
+    """Parses the parameters cell of a notebook, without running it.
+
+    Raises NotebookError naming the line that papermill or the profiles could not read.
+    """
     text, where = tagged(key, "parameters"), f"notebooks/{key}.ipynb, parameters cell"
-    lines, out = text.splitlines(), {}
+    lines = text.splitlines()
+    known: dict[str, Parameter] = {}
     for node in ast.parse(text).body:
-        if (
-            not isinstance(node, ast.AnnAssign)
-            or not isinstance(node.target, ast.Name)
-            or node.value is None
-        ):
-            raise NotebookError(
-                f"{where}: only lines like `seed: int = 0  # what it is` are allowed, got "
-                f"{lines[node.lineno - 1]!r}"
-            )
-        line, name, annotation = (
-            lines[node.lineno - 1],
-            node.target.id,
-            ast.unparse(node.annotation),
-        )
-        _check_line(where, line, name, annotation)
-        default = ast.literal_eval(node.value)
-        out[name] = Parameter(name, annotation, default, line.split("#", 1)[1].strip())
-        if default is not None:
-            out[name] = Parameter(name, annotation, typed(key, out[name], default), out[name].help)
-    if next(iter(out), None) != "profile" or out["profile"].annotation != "str":
+        parameter = _parameter(key, where, node, lines[node.lineno - 1])
+        known[parameter.name] = parameter
+    if next(iter(known), None) != "profile" or known["profile"].annotation != "str":
         raise NotebookError(f'{where}: the first line must be `profile: str = "quick"  # ...`')
-    if "notebook" in out:
+    if "notebook" in known:
         raise NotebookError(
             f"{where}: 'notebook' is taken, it holds the notebook's name; choose another name"
         )
-    return out
+    return known
+
+
+def _parameter(key: str, where: str, node: ast.stmt, line: str) -> Parameter:
+    """Reads one line of the parameters cell, its default typed."""
+    if (
+        not isinstance(node, ast.AnnAssign)
+        or not isinstance(node.target, ast.Name)
+        or node.value is None
+    ):
+        raise NotebookError(
+            f"{where}: only lines like `seed: int = 0  # what it is` are allowed, got {line!r}"
+        )
+    name, annotation = node.target.id, ast.unparse(node.annotation)
+    _check_line(where, line, name, annotation)
+    default = ast.literal_eval(node.value)
+    parameter = Parameter(name, annotation, default, line.split("#", 1)[1].strip())
+    if default is None:
+        return parameter
+    return Parameter(name, annotation, typed(key, parameter, default), parameter.help)
+
+
+def _check_line(where: str, line: str, name: str, annotation: str) -> None:
+    """Refuses a line that papermill's inspector cannot read, so that its help is complete."""
+    if annotation not in TYPES:
+        raise NotebookError(
+            f"{where}: {name} is annotated {annotation!r}; valid: {', '.join(TYPES)}"
+        )
+    if "#" not in line or not line.split("#", 1)[1].strip():
+        raise NotebookError(
+            f"{where}: {name} needs a trailing comment that says what it is, "
+            "with unit and usual range"
+        )
+    if line.count("=") != 1:
+        raise NotebookError(
+            f"{where}: the line of {name} has more than one '='; "
+            "papermill cannot read it, reword it"
+        )
+
+
+def known_parameter(key: str, known: Mapping[str, Parameter], name: str, trouble: str) -> Parameter:
+    """Returns a parameter by name, or raises NotebookError: `trouble`, the name, what there is."""
+    if name not in known:
+        listing = "; ".join(f"{p.name}: {p.annotation}" for p in known.values())
+        raise NotebookError(f"{trouble} {name!r} for {key}; it has {listing}")
+    return known[name]
+
+
+# -- values
+# ------------------------------------------------------------------------------
 
 
 def typed(key: str, parameter: Parameter, value: Any) -> Any:
-    """`value` as the annotation says, or an error. Nothing is guessed: True is no int, 1.5 is no
-    int, 8 is a float."""
-    kind = parameter.annotation
-    if kind.startswith("list["):
-        items = value.split(",") if isinstance(value, str) else value
-        items = list(items) if isinstance(items, (list, tuple)) else [items]
-        return tuple(
-            _scalar(key, parameter, kind[5:-1], i.strip() if isinstance(i, str) else i, value)
-            for i in items
-        )
-    return _scalar(key, parameter, kind, value, value)
+    """Returns a value as the annotation of its parameter says, a list as a tuple.
 
+    Nothing is guessed: True is no int, 1.5 is no int, 8 is a float. Only the items of a list may
+    be text that is to be read. Raises NotebookError naming field, value, annotation and help.
+    """
+    from pydantic import ValidationError
 
-def _scalar(key: str, parameter: Parameter, kind: str, item: Any, given: Any) -> Any:
-    if (
-        isinstance(item, str)
-        and kind in ("int", "float")
-        and parameter.annotation.startswith("list[")
-    ):
-        item = _number(item, kind)  # parts of "2,4,8"
-    ok = isinstance(item, SCALARS[kind]) and (kind == "bool" or not isinstance(item, bool))
-    if kind == "float" and isinstance(item, int) and not isinstance(item, bool):
-        item, ok = float(item), True
-    if not ok or (isinstance(item, float) and not math.isfinite(item)):
-        raise NotebookError(
-            f"{parameter.name}={given!r} for {key} is not {parameter.annotation}: {parameter.help}"
-        )
-    return item
-
-
-def _number(text: str, kind: str) -> Any:
+    item = parameter.annotation.removeprefix("list[").removesuffix("]")
+    is_list = item != parameter.annotation
     try:
-        return SCALARS[kind](text)
-    except ValueError:
-        return text  # left as it is: the caller refuses it with the name of the parameter
+        checked = _adapter(parameter.annotation).validate_python(
+            _items(value, item) if is_list else value
+        )
+    except ValidationError:
+        raise NotebookError(
+            f"{parameter.name}={value!r} for {key} is not {parameter.annotation}: {parameter.help}"
+        ) from None
+    return tuple(checked) if is_list else checked
 
 
 def from_text(key: str, given: Mapping[str, str]) -> dict[str, Any]:
-    """Overrides as typed on a command line -> typed values; unknown names and bad values are
-    refused."""
-    known, out = parameters(key), {}
+    """Types the overrides of a command line; unknown names and bad values are refused."""
+    known, values = parameters(key), {}
     for name, text in given.items():
         parameter = known_parameter(key, known, name, "unknown parameter")
-        kind, value = parameter.annotation, text
-        if kind in ("int", "float"):
-            value = _number(text, kind)
-        elif kind == "bool":
-            value = {"true": True, "false": False}.get(text.lower(), text)
-        out[name] = typed(key, parameter, value)
-    return out
+        is_scalar = parameter.annotation in READERS
+        values[name] = typed(
+            key, parameter, _read(text, parameter.annotation) if is_scalar else text
+        )
+    return values
 
 
-def known_parameter(key: str, known: Mapping[str, Parameter], name: str, what: str) -> Parameter:
-    if name not in known:
-        listing = "; ".join(f"{p.name}: {p.annotation}" for p in known.values())
-        raise NotebookError(f"{what} {name!r} for {key}; it has {listing}")
-    return known[name]
+@cache
+def _adapter(annotation: str) -> TypeAdapter:
+    """Builds pydantic's check of an annotation, on first use: `import lib` must stay fast."""
+    from pydantic import ConfigDict, TypeAdapter
+
+    return TypeAdapter(TYPES[annotation], config=ConfigDict(strict=True, allow_inf_nan=False))
+
+
+def _items(value: Any, item: str) -> list[Any]:
+    """Splits "2,4,8", or takes one value for a list of it; items that are text are read."""
+    if isinstance(value, str):
+        value = value.split(",")
+    items = value if isinstance(value, list | tuple) else [value]
+    return [_read(part.strip(), item) if isinstance(part, str) else part for part in items]
+
+
+def _read(text: str, scalar: str) -> Any:
+    """Reads text as a scalar; what cannot be read stays text, for `typed` to refuse by name."""
+    try:
+        return READERS[scalar](text)
+    except (ValueError, KeyError):
+        return text

@@ -1,33 +1,30 @@
-"""What a notebook says about itself: its parameters, its profiles and the runs that it wants.
+"""Profiles: the values of a notebook's parameters, the base run, and the runs that it plans.
 
-A source notebook starts with tagged cells. `parameters` holds annotated scalars with a trailing
-comment; `specs`, one cell or several, holds `grid(p) -> dict[str, list[RunSpec]]`. Everything here
-works from the text of these cells and from the YAML files in `notebooks/profiles`, so a build can
-be planned without running a notebook and without importing torch.
-
-A notebook is named by its key, the path below `notebooks/` without the ending: `vimoe/layer_scan`.
-
-Allowed annotations are those that `papermill --help-notebook` prints well: `int`, `float`, `bool`,
-`str`, and `list[int]`, `list[float]`, `list[str]`. A default of None means "the profile decides",
-so no `| None` is written (papermill would not read the line). A list may be given as one value or
-as text, `-p experts 8` or `-p experts 2,4,8`; it arrives as a tuple.
+A profile is a YAML file in `notebooks/profiles` that maps notebooks to values. `profile` puts them
+together with what is given and with the defaults of the parameters cell; `plan` hands the result
+to the notebook's `grid`. Neither runs the rest of the notebook or imports torch.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+from collections import ChainMap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from ..paths import ROOT
-from .parameters import NotebookError, known_parameter, parameters, tagged, typed
+from .parameters import NotebookError, Parameter, known_parameter, parameters, tagged, typed
 
 if TYPE_CHECKING:
     from ..spec import RunSpec
+
 PROFILES = ("smoke", "quick", "small", "paper")
+PUBLISHED = "small"  # the profile whose records are committed
 # Parameters of these names change the profile's base run; None leaves it as the profile says.
+# name: (part of the run, field of the part)
 BASE_FIELDS = {
     "data": ("data", "name"),
     "image_size": ("data", "image_size"),
@@ -39,27 +36,28 @@ BASE_FIELDS = {
     "batch": ("train", "batch"),
     "device": (None, "device"),
 }
-asked: dict[
-    tuple[str, str], dict[str, Any]
-] = {}  # profiles that this process was asked for; part of the manifest
+# (notebook, profile) -> values that this process was asked for; part of the manifest
+asked: dict[tuple[str, str], dict[str, Any]] = {}
 
 
 class Profile:
-    """The parameters of one notebook under one profile, as attributes. Read-only; an unknown name
-    is an error."""
+    """Holds the parameters of one notebook under one profile, as attributes.
+
+    Read-only; an unknown name is an error.
+    """
 
     def __init__(self, notebook: str, values: Mapping[str, Any]) -> None:
         self.__dict__.update(values, notebook=notebook)
 
     @property
     def base(self) -> RunSpec:
-        """The run that the profile starts from: data, backbone, budget. A grid varies it with
-        `p.base.but(...)`."""
+        """Returns the run that a grid varies with `p.base.but(...)`: data, backbone, budget."""
         from ..spec import RunSpec
 
         if not self.base_fields:
             raise NotebookError(
-                f"notebooks/profiles/{self.profile}.yaml has no `base`: it describes the run that grids vary"
+                f"notebooks/profiles/{self.profile}.yaml has no `base`: "
+                "it describes the run that grids vary"
             )
         return RunSpec.model_validate_json(json.dumps(self.base_fields))
 
@@ -80,21 +78,23 @@ class Profile:
 
 
 def check_profile(name: Any) -> str:
-    """A profile's name, checked."""
+    """Returns the name of a profile, or raises NotebookError that lists those there are."""
     if name not in PROFILES:
         raise NotebookError(f"unknown profile {name!r}; valid: {', '.join(PROFILES)}")
     return name
 
 
 def profile_table(name: str) -> dict[str, dict[str, Any]]:
-    """The YAML file of a profile: notebook key -> values, and `defaults` for values that notebooks
-    share."""
+    """Reads the YAML file of a profile: notebook key -> values.
+
+    `defaults` holds values that notebooks share, `base` and `base/...` the runs that grids vary.
+    """
     path = ROOT / "notebooks" / "profiles" / f"{check_profile(name)}.yaml"
     if not path.is_file():
         raise NotebookError(f"profile {name!r} has no file notebooks/profiles/{name}.yaml")
     table = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     if not isinstance(table, dict) or not all(
-        isinstance(v, (dict, type(None))) for v in table.values()
+        isinstance(values, dict | None) for values in table.values()
     ):
         raise NotebookError(
             f"notebooks/profiles/{name}.yaml must map notebooks to {{parameter: value}}"
@@ -103,8 +103,7 @@ def profile_table(name: str) -> dict[str, dict[str, Any]]:
 
 
 def has_profile(key: str, name: str) -> bool:
-    """Whether a notebook has values for a profile at all (the paper profile may come later than the
-    notebook)."""
+    """Says whether a notebook has values for a profile: the paper profile may come later."""
     try:
         return key in profile_table(name)
     except NotebookError:
@@ -112,114 +111,149 @@ def has_profile(key: str, name: str) -> bool:
 
 
 def profile(notebook: str, name: str | Mapping[str, Any], /, **given: Any) -> Profile:
-    """The parameters of `notebook` under profile `name`; a value in `given` that is not None wins.
+    """Returns the parameters of `notebook` under profile `name`; a given value wins, unless None.
 
     name: a profile, or `globals()` of the notebook itself: its parameters cell has set them all,
     the profile too. Order: given, then the notebook's entry in `notebooks/profiles/<name>.yaml`,
-    then that file's `defaults`, then the default in the parameters cell. A parameter that is None
-    after all this is an error, unless the YAML says null.
+    then that file's `defaults`, then the default in the parameters cell, then the base run. A
+    parameter that is nowhere is an error; where the YAML says null, it is None.
     """
     known = parameters(notebook)
     if not isinstance(name, str):
         given = {field: name[field] for field in known} | given
         name = given.pop("profile")
     table = profile_table(name)
+    _check_entry(notebook, name, table, known)
+    for field in given:
+        known_parameter(notebook, known, field, "unknown parameter")
+    if given.get("profile", name) != name:
+        raise NotebookError(f"profile is given twice: {name!r} and {given['profile']!r}")
+
+    defaults = {field: p.default for field, p in known.items() if p.default is not None}
+    shared = {
+        field: value
+        for field, value in table.get("defaults", {}).items()
+        if field in known and field not in defaults
+    }
+    overrides = {field: value for field, value in given.items() if value is not None}
+    overrides = _typed(notebook, known, overrides)
+    entry = _typed(notebook, known, shared | table[notebook])
+    base = _base_of(notebook, table)
+    layers = ChainMap({"profile": name}, overrides, entry, defaults, _parameters_of(base))
+    for field in known:
+        if field not in layers:
+            raise NotebookError(
+                f"{field} of {notebook} is None and notebooks/profiles/{name}.yaml does not "
+                f"set it; give {field}, or set it there"
+            )
+    values = {field: layers[field] for field in known}
+    # A parameter with a default of its own is the notebook's business and only shares the name.
+    chosen = {
+        field: values[field]
+        for field in BASE_FIELDS  # in this order: another backbone comes before its weights
+        if field in known
+        and field not in defaults
+        and (field in overrides or field in table[notebook])
+    }
+    values["base_fields"] = _base_fields(notebook, base, chosen)
+    by_hand = {field for field, value in overrides.items() if value != defaults.get(field)}
+    if not by_hand - {"profile"}:  # values given by hand belong to no page of the book
+        asked[notebook, name] = dict(values)
+    return Profile(notebook, values)
+
+
+def _check_entry(
+    notebook: str,
+    name: str,
+    table: Mapping[str, Mapping[str, Any]],
+    known: Mapping[str, Parameter],
+) -> None:
+    """Refuses a profile without an entry for a notebook, or one that sets what it must not."""
     where = f"notebooks/profiles/{name}.yaml"
     if notebook not in table:
         listed = ", ".join(key for key in table if key != "defaults" and not key.startswith("base"))
         raise NotebookError(f"{where} has no entry for {notebook!r}; it has {listed or 'none'}")
     for field in table[notebook]:
-        if (
-            known_parameter(notebook, known, field, f"{where} sets the unknown parameter").default
-            is not None
-        ):
+        default = known_parameter(
+            notebook, known, field, f"{where} sets the unknown parameter"
+        ).default
+        if default is not None:
             # the notebook hands its default over as an explicit value, so the profile's would be
             # lost in silence
             raise NotebookError(
-                f"{where} sets {field} of {notebook}, whose default is {known[field].default!r}; a profile "
-                f"decides only what is None in the parameters cell"
+                f"{where} sets {field} of {notebook}, whose default is {default!r}; "
+                "a profile decides only what is None in the parameters cell"
             )
-    for field in given:
-        known_parameter(notebook, known, field, "unknown parameter")
-    if given.get("profile", name) != name:
-        raise NotebookError(f"profile is given twice: {name!r} and {given['profile']!r}")
-    shared, base = table.get("defaults", {}), _base_of(notebook, table)
-    values: dict[str, Any] = {"profile": name}
-    for field, parameter in known.items():
-        if field == "profile":
-            continue
-        if given.get(field) is not None:
-            values[field] = typed(notebook, parameter, given[field])
-        elif field in table[notebook] or (field in shared and parameter.default is None):
-            value = table[notebook].get(field, shared.get(field))
-            values[field] = None if value is None else typed(notebook, parameter, value)
-        elif parameter.default is not None:
-            values[field] = parameter.default
-        elif field in BASE_FIELDS and base:
-            part, entry = BASE_FIELDS[field]
-            values[field] = (base.get(part, {}) if part else base).get(entry)
-        else:
-            raise NotebookError(
-                f"{field} of {notebook} is None and {where} does not set it; give {field}, or set it there"
-            )
-    # A parameter with a default of its own is the notebook's business and only shares the name.
-    chosen = {
-        field: values[field]
-        for field in BASE_FIELDS
-        if field in known
-        and known[field].default is None
-        and (given.get(field) is not None or field in table[notebook])
+
+
+def _typed(
+    notebook: str, known: Mapping[str, Parameter], values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Types values as their parameters say; None, the null of YAML, stays."""
+    return {
+        field: None if value is None else typed(notebook, known[field], value)
+        for field, value in values.items()
     }
-    values["base_fields"] = _base_fields(notebook, base, chosen)
-    if all(
-        value is None or value == known[field].default
-        for field, value in given.items()
-        if field != "profile"
-    ):
-        # as the profile has them; overridden values belong to no page of the book
-        asked[notebook, name] = dict(values)
-    return Profile(notebook, values)
 
 
 def _base_of(notebook: str, table: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The base run of a notebook, `base/moee/static_rival` say, or of its study, `base/durham`, or
-    else the profile's `base`."""
+    """Returns the base run of a notebook: its own, else that of its study, else the profile's.
+
+    Their keys in the YAML: `base/moee/static_rival`, `base/moee`, `base`. Empty where none is.
+    """
     study = notebook.split("/")[0]
-    return next(
-        (table[key] for key in (f"base/{notebook}", f"base/{study}", "base") if key in table), {}
-    )
+    keys = (f"base/{notebook}", f"base/{study}", "base")
+    return next((table[key] for key in keys if key in table), {})
+
+
+def _parameters_of(base: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the parameters of `BASE_FIELDS` as the base run has them; none without a base run."""
+    if not base:
+        return {}
+    return {
+        name: (base.get(part, {}) if part else base).get(field)
+        for name, (part, field) in BASE_FIELDS.items()
+    }
 
 
 def _base_fields(
     notebook: str, base: Mapping[str, Any], chosen: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The base run of a profile as plain values, with the chosen parameters in it.
+    """Returns the base run of a profile as plain values, with the chosen parameters in it.
 
-    `init` of the YAML names only what differs from the base: a backbone that is trained once and
-    started from. Another backbone or other weights start without it, and another backbone forgets
-    the sizes of the old one.
+    Its records are filed under the notebook's folder, unless the YAML names a `study`. `init` of
+    the YAML names only what differs from the base: a backbone that is trained once and started
+    from. Another backbone or other weights start without it, and another backbone forgets the
+    sizes of the old one.
     """
-    fields = json.loads(json.dumps(base))
-    if fields:  # records are filed by study
+    fields = copy.deepcopy(dict(base))
+    if fields:
         fields.setdefault("study", notebook.split("/")[0])
     parent = fields.pop("init", None)
     for name, value in chosen.items():
-        part, entry = BASE_FIELDS[name]
+        part, field = BASE_FIELDS[name]
         if name == "backbone":
             fields[part] = {}
-        (fields.setdefault(part, {}) if part else fields)[entry] = value
+        (fields.setdefault(part, {}) if part else fields)[field] = value
     if parent is not None and not {"backbone", "weights"} & chosen.keys():
-        fields["init"] = {
-            name: {**fields[name], **parent.get(name, {})}
-            if isinstance(fields.get(name), dict)
-            else parent.get(name, fields.get(name))
-            for name in {**fields, **parent}
-        }
+        fields["init"] = _changed(fields, parent)
     return fields
 
 
+def _changed(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a run with changes in them; in a part only what is named changes."""
+    changed = {**fields, **changes}
+    for part in fields.keys() & changes.keys():
+        if isinstance(fields[part], dict):
+            changed[part] = fields[part] | changes[part]
+    return changed
+
+
 def plan(key: str, name: str, **given: Any) -> dict[str, list[RunSpec]]:
-    """The runs that a notebook wants, from its tagged cells alone."""
+    """Returns the runs that a notebook wants under a profile, from its tagged cells alone.
+
+    Raises NotebookError where the cells do not define such a `grid`, or serve another notebook.
+    """
     space: dict[str, Any] = {"__name__": f"plan:{key}"}
     exec(compile(tagged(key, "parameters"), f"notebooks/{key}.ipynb[parameters]", "exec"), space)
     space.update(given, profile=check_profile(name))  # where papermill puts its injected cell

@@ -1,8 +1,8 @@
-"""What is there and what is missing: the table of `python -m lib status` and the status page of the
-book.
+"""The status of the book: what is there, what is missing, and the command that fills it.
 
-Both are read off manifests, plans and the record store; nothing is computed here. Only the command
-line's table asks the store about single runs, so only it imports `lib.runs.collect`.
+Both the table of `python -m lib status` and the status page are read off manifests, plans and the
+record store; nothing is computed here. Only the command line's table asks the store about single
+runs, so only it imports `lib.runs.collect`.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from __future__ import annotations
 import datetime
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from . import manifest, profiles
 
-PUBLISHED = "small"  # the profile whose records are committed
+# -- the page of the book ------------------------------------------------------
 
 
-def told(record: str) -> dict[str, Any]:
-    """The JSON of a record, empty if it cannot be read."""
+def content_of(record: str) -> dict[str, Any]:
+    """Reads the JSON of a record by its id; empty if it cannot be read."""
     from ..runs.store import store
 
     path = store().find(record)
@@ -29,59 +29,40 @@ def told(record: str) -> dict[str, Any]:
         return {}
 
 
-def written(content: dict[str, Any]) -> datetime.datetime | None:
-    """When a record was made, as the record itself says: a file's own date is that of the checkout."""
+def written(content: Mapping[str, Any]) -> datetime.datetime | None:
+    """Returns when a record was made, as it says itself: a file's date is that of the checkout."""
     try:
         return datetime.datetime.fromisoformat(content["created"])
     except (ValueError, KeyError):
         return None
 
 
-def origin(content: dict[str, Any]) -> str:
-    """Where a record was computed, and in which arithmetic if not in that of its spec."""
-    made = content.get("environment", {})
-    products = made.get("products", "")
-    where = made.get("accelerator") or made.get("processor", "unknown processor")
-    return where + (f", products in {products}" if "rounded" in products else "")
+def origin(content: Mapping[str, Any]) -> str:
+    """Says where a record was computed, and in which arithmetic if not in that of its spec."""
+    environment = content.get("environment", {})
+    products = environment.get("products", "")
+    machine = environment.get("accelerator") or environment.get("processor", "unknown processor")
+    return machine + (f", products in {products}" if "rounded" in products else "")
 
 
 def page(keys: Sequence[str]) -> str:
-    """The generated part of the status page: run time, threads, dates, records of each notebook;
-    machines, versions."""
-    rows = [
-        "| notebook | profile | run time | threads | finished | records | oldest record |",
-        "| --- " * 7 + "|",
+    """Writes the generated part of the status page: notebooks, machines, origins of records."""
+    manifests = {key: manifest.read(key) for key in keys}
+    ran = [content for content in manifests.values() if content]
+    ids = dict.fromkeys(record for content in ran for record in _present(content))
+    records = {record: content_of(record) for record in ids}
+    machines = dict.fromkeys(_machine(content["machine"]) for content in ran)
+    origins = Counter(map(origin, records.values())).most_common()
+    rebuilt = [
+        record
+        for record, content in records.items()
+        if (content.get("weights") or {}).get("parent_differs")
     ]
-    machines: dict[str, None] = {}
-    records: dict[str, dict[str, Any]] = {}
-    for key in keys:
-        found = manifest.read(key)
-        if found is None:
-            rows.append(f"| {key} | not run |" + "  |" * 5)
-            continue
-        present = [record for record, value in found["records"].items() if value]
-        records |= {record: told(record) for record in present if record not in records}
-        finished = datetime.datetime.fromisoformat(found["finished"])
-        rows.append(
-            f"| [{key}](notebooks/{key}.ipynb) | {found['profile']} | {found['seconds']:.0f} s | "
-            f"{found['machine']['threads']} | {finished:%Y-%m-%d&nbsp;%H:%M&nbsp;UTC} | "
-            f"{len(present)} of {len(found['records'])} | {_age(map(records.get, present), finished)} |"
-        )
-        versions = ", ".join(
-            f"{name} {version}" for name, version in found["machine"]["versions"].items()
-        )
-        machines[
-            f"- {found['machine']['processor']}, {found['machine']['cores']} cores; {versions}"
-        ] = None
-    origins = [
-        f"- {name}: {count}" for name, count in Counter(map(origin, records.values())).most_common()
-    ]
-    rebuilt = sum(
-        bool((content.get("weights") or {}).get("parent_differs")) for content in records.values()
-    )
     return "\n".join(
         [
-            *rows,
+            "| notebook | profile | run time | threads | finished | records | oldest record |",
+            "| --- " * 7 + "|",
+            *(_row(key, content, records) for key, content in manifests.items()),
             "",
             "Machines and versions that ran these notebooks:",
             "",
@@ -89,36 +70,70 @@ def page(keys: Sequence[str]) -> str:
             "",
             "Records that these pages read, by the processor that computed them:",
             "",
-            *(origins or ["- none yet"]),
+            *([f"- {machine}: {count}" for machine, count in origins] or ["- none yet"]),
             "",
-            f"Of them {rebuilt} start from a parent that was trained again and came out with other weights than those "
-            "of the parent's own record, as it does on another processor.",
+            f"Of them {len(rebuilt)} start from a parent that was trained again and came out with "
+            "other weights than those of the parent's own record, as it does on another processor.",
             "",
         ]
     )
 
 
-def _age(present: Iterable[dict[str, Any]], finished: datetime.datetime) -> str:
-    oldest = min((when for content in present if (when := written(content))), default=None)
+def _present(content: Mapping[str, Any]) -> list[str]:
+    """Returns the ids of the records that a manifest lists and that were there."""
+    return [record for record, digest in content["records"].items() if digest]
+
+
+def _row(key: str, content: Mapping[str, Any] | None, records: Mapping[str, Any]) -> str:
+    """Writes the row of a notebook. content: its manifest; records: {id: JSON of the record}."""
+    if content is None:
+        return f"| {key} | not run |" + "  |" * 5
+    present = _present(content)
+    finished = datetime.datetime.fromisoformat(content["finished"])
+    cells = [
+        f"[{key}](notebooks/{key}.ipynb)",
+        content["profile"],
+        f"{content['seconds']:.0f} s",
+        str(content["machine"]["threads"]),
+        f"{finished:%Y-%m-%d&nbsp;%H:%M&nbsp;UTC}",
+        f"{len(present)} of {len(content['records'])}",
+        _age((records[record] for record in present), finished),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return f"- {machine['processor']}, {machine['cores']} cores; {versions}"
+
+
+def _age(records: Iterable[Mapping[str, Any]], finished: datetime.datetime) -> str:
+    """Says how old the oldest of the records was when the notebook ran."""
+    oldest = min((when for content in records if (when := written(content))), default=None)
     if oldest is None:
         return "none read"
     days = max(0, (finished - oldest).days)
     return f"{oldest:%Y-%m-%d}, {days} day{'s' * (days != 1)} before the run".replace(" ", "&nbsp;")
 
 
+# -- the table of the command line ---------------------------------------------
+
+
 def state(key: str, profile: str) -> tuple[str, str | None]:
-    """fresh, stale, missing or failed, and the reason for running again."""
+    """Returns fresh, stale, missing or failed, and the reason for running again."""
     why = manifest.reason_to_run(key, profile)
     if why is None:
         return "fresh", None
     if manifest.failed(key).exists():
         return "failed", f"its last run failed, see book/notebooks/{key}.failed.ipynb"
-    return ("missing" if not manifest.executed(key).exists() else "stale"), why
+    return ("stale" if manifest.executed(key).exists() else "missing"), why
 
 
 def counts(key: str, profile: str) -> Counter[str]:
-    """How many distinct runs of a plan are done, failed, running, missing. Empty for a notebook
-    without the profile."""
+    """Counts the distinct runs of a plan that are done, failed, running, missing.
+
+    Empty for a notebook without the profile.
+    """
     from ..runs import collect as runs
 
     if not profiles.has_profile(key, profile):
@@ -128,34 +143,35 @@ def counts(key: str, profile: str) -> Counter[str]:
 
 
 def table(keys: Sequence[str], profile: str) -> str:
-    """The table of `python -m lib status`, with the commands that fill what is missing."""
-    profiles = list(dict.fromkeys([profile, PUBLISHED]))
-    rows = [["notebook", "state", *(f"{name} records" for name in profiles), "running"]]
+    """Writes the table of `python -m lib status`, with the commands that fill what is missing."""
+    names = list(dict.fromkeys([profile, profiles.PUBLISHED]))
+    rows = [["notebook", "state", *(f"{name} records" for name in names), "running"]]
     notes: list[str] = []
     for key in keys:
-        now, why = state(key, profile)
-        row, running = [key, now], 0
-        for name in profiles:
-            found = counts(key, name)
-            running += found["running"]
-            failed = f", {found['failed']} failed" if found["failed"] else ""
-            row.append(f"{found['done']}/{found.total()}{failed}" if found else "no runs")
-            if found["missing"] or found["failed"]:
-                notes.append(f"  {key}, {name}: python -m lib run {key} --profile {name} --records")
-        rows.append([*row, str(running) if running else "-"])
+        word, why = state(key, profile)
+        runs = {name: counts(key, name) for name in names}
+        running = sum(count["running"] for count in runs.values())
+        rows.append([key, word, *map(_share, runs.values()), str(running or "-")])
+        notes += [
+            f"  {key}, {name}: python -m lib run {key} --profile {name} --records"
+            for name, count in runs.items()
+            if count["missing"] or count["failed"]
+        ]
         if why:
-            notes.append(
-                f"  {key}, page: {'PROFILE=' + profile + ' ' if profile != 'quick' else ''}make book ({why})"
-            )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+            prefix = "" if profile == "quick" else f"PROFILE={profile} "
+            notes.append(f"  {key}, page: {prefix}make book ({why})")
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    return "\n".join(
-        [
-            f"profile: {profile}",
-            *lines,
-            *(["", "To fill what is missing:", *notes] if notes else []),
-        ]
-    )
+    heading = ["", "To fill what is missing:"] if notes else []
+    return "\n".join([f"profile: {profile}", *lines, *heading, *notes])
+
+
+def _share(count: Counter[str]) -> str:
+    """Says how many runs of a plan are done, and how many failed."""
+    if not count:
+        return "no runs"
+    failed = f", {count['failed']} failed" if count["failed"] else ""
+    return f"{count['done']}/{count.total()}{failed}"

@@ -6,7 +6,9 @@ import json
 
 import pytest
 
-from lib.pages import status
+from lib.__main__ import main
+from lib.pages import profiles, status
+from lib.runs import collect as runs
 
 
 @pytest.fixture
@@ -18,26 +20,8 @@ def away(tmp_path):
 
 def test_run_with_overrides_from_any_folder(tiny, away):
     tiny.notebook("a/one", "print(p.width, p.scale, p.layers)")
-    done = tiny.call(
-        "-m",
-        "lib",
-        "run",
-        "a/one",
-        "--profile",
-        "smoke",
-        "-p",
-        "width",
-        "4",
-        "-p",
-        "scale",
-        "2",
-        "-p",
-        "layers",
-        "5,6",
-        "-o",
-        "out.ipynb",
-        cwd=away,
-    )
+    command = "run a/one --profile smoke -p width 4 -p scale 2 -p layers 5,6 -o out.ipynb"
+    done = tiny.call("-m", "lib", *command.split(), cwd=away)
     assert done.returncode == 0, done.stderr
     out = json.loads((away / "out.ipynb").read_text())
     assert out["cells"][-1]["outputs"][0]["text"] == ["4 2.0 (5, 6)\n"]
@@ -70,6 +54,25 @@ def test_a_failing_notebook_exits_1(tiny):
     assert (tiny.root / "_build" / "runs" / "quick" / "a" / "one.failed.ipynb").is_file()
 
 
+def test_a_failed_run_and_its_reason_come_first(monkeypatch, capsys):
+    def collect(grid, executor=None):
+        raise RuntimeError("run 0123: ValueError: no such cost\nrun 4567: OSError: disk is full")
+
+    monkeypatch.setattr(profiles, "plan", lambda key, name, **given: {})
+    monkeypatch.setattr(runs, "collect", collect)
+    assert main(["run", "vimoe/convergence", "--profile", "smoke", "--records"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.splitlines()[0] == "error: run 0123: ValueError: no such cost"
+    assert "run 4567: OSError: disk is full" in err  # the others follow
+
+
+@pytest.mark.parametrize("workers", ["0", "-1"])
+def test_no_worker_computes_nothing(monkeypatch, capsys, workers):
+    monkeypatch.setattr(profiles, "plan", lambda key, name, **given: {})
+    assert main(["run", "vimoe/convergence", "--records", "--workers", workers]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --workers {workers}: at least one run")
+
+
 def test_dry_run_lists_runs(tiny):
     done = tiny.call("-m", "lib", "run", "a/one", "--dry", "-p", "layers", "3,4,5")
     assert done.returncode == 0, done.stderr
@@ -87,19 +90,8 @@ def test_status_names_state_and_command(tiny):
 
 def test_papermill_by_hand_from_any_folder(tiny, away):
     source = str(tiny.root / "notebooks" / "a" / "one.ipynb")
-    done = tiny.call(
-        "-m",
-        "papermill",
-        source,
-        "out.ipynb",
-        "-p",
-        "profile",
-        "smoke",
-        "-p",
-        "width",
-        "8",
-        cwd=away,
-    )
+    given = "-p profile smoke -p width 8".split()
+    done = tiny.call("-m", "papermill", source, "out.ipynb", *given, cwd=away)
     assert done.returncode == 0, done.stderr
     assert "16\n" in json.loads((away / "out.ipynb").read_text())["cells"][-1]["outputs"][0]["text"]
     wrong = tiny.call("-m", "papermill", source, "out.ipynb", "-p", "width", "wide", cwd=away)
@@ -112,7 +104,7 @@ def test_papermill_by_hand_from_any_folder(tiny, away):
 
 
 def test_the_status_page_tells_where_records_were_computed(monkeypatch):
-    told = {
+    records = {
         "r1": {
             "created": "2026-01-01T00:00:00+00:00",
             "environment": {"processor": "P", "products": "bfloat16"},
@@ -125,15 +117,15 @@ def test_the_status_page_tells_where_records_were_computed(monkeypatch):
         "r3": {"environment": {"processor": "P"}},
         "r4": {"environment": {"processor": "P", "accelerator": "A", "products": "bfloat16"}},
     }
-    found = {
+    content = {
         "profile": "quick",
         "seconds": 3,
         "finished": "2026-01-04T00:00:00+00:00",
-        "records": dict.fromkeys(told, "x") | {"r5": None},
+        "records": dict.fromkeys(records, "x") | {"r5": None},
         "machine": {"processor": "Q", "cores": 2, "threads": 2, "versions": {}},
     }
-    monkeypatch.setattr(status.manifest, "read", {"a/one": found, "a/two": found}.get)
-    monkeypatch.setattr(status, "told", told.get)
+    monkeypatch.setattr(status.manifest, "read", {"a/one": content, "a/two": content}.get)
+    monkeypatch.setattr(status, "content_of", records.get)
     page = status.page(["a/one", "a/two"])
     assert (
         "- P: 2\n- P, products in float32, rounded to bfloat16: 1\n- A: 1\n" in page

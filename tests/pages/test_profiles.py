@@ -30,19 +30,17 @@ def book(tiny, monkeypatch):
     return tiny
 
 
-def yaml_of(book, text: str, name: str = "quick") -> None:
-    (book.root / "notebooks" / "profiles" / f"{name}.yaml").write_text(text)
-
-
 def test_import_is_light_and_silent():
     code = (
-        "import lib, lib.pages.profiles, lib.pages.manifest, lib.pages.build, lib.__main__, sys; "
-        "print({'torch', 'numpy'} & set(sys.modules))"
+        "import sys, lib; print('pydantic' in sys.modules); "
+        "import lib.pages.profiles, lib.pages.manifest, lib.pages.build, lib.__main__; "
+        f"lib.profile('{SOURCES[0]}', 'smoke'), lib.plan('{SOURCES[0]}', 'smoke'); "
+        "print({'torch', 'numpy', 'pandas'} & set(sys.modules))"
     )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT
     )
-    assert (done.stdout, done.stderr) == ("set()\n", "")
+    assert (done.stdout, done.stderr) == ("False\nset()\n", "")
 
 
 def test_parameters_read_as_papermill_reads_them(book):
@@ -122,7 +120,8 @@ def test_specs_may_be_several_cells(book):
 
 
 @pytest.mark.parametrize(
-    ("value", "want"), [(8, (8,)), ("2,4", (2, 4)), ([2, 4], (2, 4)), ("8", (8,))]
+    ("value", "want"),
+    [(8, (8,)), ("2,4", (2, 4)), ([2, 4], (2, 4)), ("8", (8,)), (["2", 4], (2, 4)), ([], ())],
 )
 def test_lists_may_be_given_as_text(book, value, want):
     assert profiles.profile("a/one", "quick", layers=value).layers == want
@@ -136,8 +135,13 @@ def test_lists_may_be_given_as_text(book, value, want):
         {"width": True},
         {"scale": "2"},
         {"scale": float("nan")},
+        {"scale": float("inf")},
+        {"scale": False},
         {"layers": "2,x"},
+        {"layers": "2,"},
         {"layers": [1.5]},
+        {"layers": [True]},
+        {"layers": [[1]]},
     ],
 )
 def test_ill_typed_values_are_refused(book, given):
@@ -145,6 +149,67 @@ def test_ill_typed_values_are_refused(book, given):
     with pytest.raises(NotebookError) as error:
         profiles.profile("a/one", "quick", **given)
     assert f"{name}={value!r}" in str(error.value) and "is not" in str(error.value)
+
+
+KINDS = """profile: str = "quick"  # which
+n: int = 1  # a count
+x: float = 1  # a number
+on: bool = False  # a switch
+names: list[str] = "a, b"  # some names
+rates: list[float] = [1, 2.5]  # some rates
+"""
+
+
+def test_defaults_are_typed(book):
+    book.notebook("a/one", parameters=KINDS)
+    known = {name: parameter.default for name, parameter in parameters.parameters("a/one").items()}
+    assert known["names"] == ("a", "b") and known["rates"] == (1.0, 2.5)
+    assert [type(value) for value in (known["x"], known["rates"][0])] == [float, float]
+
+
+def test_what_a_notebook_hands_over_unchanged_is_what_its_profile_has(book):
+    """Lists of a parameters cell are tuples in its profile; the manifest must list them anyway."""
+    book.notebook("a/one", parameters=KINDS)
+    book.profile("quick", "a/one: {}")
+    space: dict = {}
+    exec(KINDS, space)
+    profiles.profile("a/one", space)
+    assert profiles.asked["a/one", "quick"]["rates"] == (1.0, 2.5)
+    profiles.asked.clear()
+    profiles.profile("a/one", space | {"rates": [1, 2]})  # given by hand: no page of the book
+    assert not profiles.asked
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "want"),
+    [
+        ("n", "8", 8),
+        ("x", "8", 8.0),
+        ("x", "1e-3", 1e-3),
+        ("on", "true", True),
+        ("on", "False", False),
+        ("names", "a,b", ("a", "b")),
+        ("names", "8", ("8",)),
+        ("rates", ".5, 2", (0.5, 2.0)),
+        ("profile", "8", "8"),
+    ],
+)
+def test_text_is_read_as_the_annotation_says(book, name, text, want):
+    book.notebook("a/one", parameters=KINDS)
+    value = parameters.from_text("a/one", {name: text})[name]
+    assert value == want and type(value) is type(want)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("n", "1.0"), ("n", "true"), ("x", "wide"), ("on", "yes"), ("on", "1")]
+)
+def test_text_of_another_kind_is_refused(book, name, text):
+    book.notebook("a/one", parameters=KINDS)
+    parameter = parameters.parameters("a/one")[name]
+    with pytest.raises(NotebookError) as error:
+        parameters.from_text("a/one", {name: text})
+    kind, help_ = parameter.annotation, parameter.help
+    assert str(error.value) == f"{name}={text!r} for a/one is not {kind}: {help_}"
 
 
 @pytest.mark.parametrize(
@@ -162,14 +227,14 @@ def test_ill_typed_values_are_refused(book, given):
     ],
 )
 def test_bad_profiles_are_refused(book, text, says):
-    yaml_of(book, text)
+    book.profile("quick", text)
     with pytest.raises(NotebookError) as error:
         profiles.profile("a/one", "quick")
     assert says in str(error.value)
 
 
 def test_null_and_defaults_in_profiles(book):
-    yaml_of(book, "defaults: {width: 4, scale: 9.0, other: 1}\na/one: {layers: null}")
+    book.profile("quick", "defaults: {width: 4, scale: 9.0, other: 1}\na/one: {layers: null}")
     p = profiles.profile("a/one", "quick")
     assert (p.width, p.layers, p.scale) == (4, None, 1.0)  # defaults fill only what is None
 
@@ -220,8 +285,7 @@ def test_plan_checks_its_notebook(book):
 
 @pytest.mark.parametrize("key", SOURCES)
 def test_real_notebooks(key):
-    """Each source: no outputs; no long cell; parameters that papermill explains; a plan under each
-    profile that it has."""
+    """No outputs, no long cell, parameters that papermill explains, a plan under each profile."""
     content = json.loads(parameters.source(key).read_text())
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in content["cells"])
     lengths = [
@@ -240,8 +304,7 @@ def test_real_notebooks(key):
 @pytest.mark.parametrize("name", ["small", "paper"])  # the other two are run as a whole
 @pytest.mark.parametrize("key", SOURCES)
 def test_runs_of_the_long_profiles_can_be_built(key, name):
-    """A patch that does not divide the image or a layer beyond the depth must not wait for the hour
-    of its run."""
+    """A patch that does not divide the image must not wait for the hour of its run."""
     for group in profiles.plan(key, name).values():
         runs.check(group[0])
 
@@ -258,10 +321,10 @@ def test_runs_of_the_long_profiles_can_be_built(key, name):
     ],
 )
 def test_pages_without_runs_of_their_own_read_those_of_another(key, other, name):
-    mine, theirs = (
-        {run.id for group in profiles.plan(k, name).values() for run in group} for k in (key, other)
-    )
-    assert mine and mine <= theirs
+    def ids(key):
+        return {spec.id for specs in profiles.plan(key, name).values() for spec in specs}
+
+    assert ids(key) and ids(key) <= ids(other)
 
 
 @pytest.mark.parametrize("key", SOURCES)
@@ -271,12 +334,8 @@ def test_a_device_moves_all_runs_of_a_page_and_those_they_start_from(key):
 
     if any(profiles.plan(key, "small").values()):
         for device in ("cuda", "cpu"):
-            specs = [
-                spec
-                for group in profiles.plan(key, "small", device=device).values()
-                for spec in group
-            ]
-            assert set().union(*map(devices, specs)) == {device}
+            planned = profiles.plan(key, "small", device=device).values()
+            assert {d for specs in planned for spec in specs for d in devices(spec)} == {device}
 
 
 BASE = {
@@ -290,17 +349,17 @@ BASE = {
 @pytest.fixture
 def based(monkeypatch):
     """A notebook with parameters that change the base run, and one that only shares such a name."""
-    lines = {"profile": "quick", "epochs": None, "data": None, "backbone": None, "image_size": 224}
-    kinds = {
-        "profile": "str",
-        "epochs": "float",
-        "data": "str",
-        "backbone": "str",
-        "image_size": "int",
-    }
+    lines = (
+        ("profile", "str", "quick"),
+        ("epochs", "float", None),
+        ("data", "str", None),
+        ("weights", "str", None),
+        ("backbone", "str", None),
+        ("image_size", "int", 224),
+    )
     known = {
-        name: parameters.Parameter(name, kinds[name], default, "help")
-        for name, default in lines.items()
+        name: parameters.Parameter(name, annotation, default, "help")
+        for name, annotation, default in lines
     }
     monkeypatch.setattr(profiles, "parameters", lambda key: known)
     table = {
@@ -317,35 +376,33 @@ def based(monkeypatch):
 
 def test_base_is_the_profiles_run_with_the_parameters_in_it(based):
     p = profiles.profile("a/one", "quick")
-    assert (
-        p.base.train.epochs == 1.0
-        and p.epochs == 1.0
-        and p.base.data.image_size == 28
-        and p.image_size == 224
-    )
-    assert (
-        p.base.init.train.epochs == 5.0
-        and p.base.init.train.lr == 0.001
-        and p.base.init.backbone == p.base.backbone
-    )
+    assert p.base.train.epochs == p.epochs == 1.0
+    assert p.base.data.image_size == 28 and p.image_size == 224
+    assert p.base.init.train.epochs == 5.0 and p.base.init.train.lr == 0.001
+    assert p.base.init.backbone == p.base.backbone
     longer = profiles.profile("a/one", "quick", epochs=2.0, image_size=224)
-    assert (
-        longer.base.train.epochs == 2.0
-        and longer.base.init.train.epochs == 5.0
-        and longer.base.data.image_size == 28
-    )
+    assert longer.base.train.epochs == 2.0 and longer.base.init.train.epochs == 5.0
+    assert longer.base.data.image_size == 28
     assert profiles.profile("a/three", "quick").base.train.epochs == 3.0
     assert profiles.profile("own/two", "quick").base.study == "own"
     assert profiles.profile("own/four", "quick").base.study == "four"
 
 
+def test_records_are_filed_under_the_folder_of_their_notebook(based):
+    assert profiles.profile("a/one", "quick").base.study == "a"
+    assert profiles.profile("a/one", "quick").base.init.study == "a"
+    assert profiles.profile("own/two", "quick").base.study == "own"  # the YAML names it
+
+
+def test_another_backbone_starts_from_its_own_weights(based):
+    base = profiles.profile("a/one", "quick", weights="w", backbone="vit_b").base_fields
+    assert base["backbone"] == {"name": "vit_b", "weights": "w"} and "init" not in base
+
+
 def test_another_backbone_forgets_sizes_and_parent_another_data_set_keeps_them(based):
     other = profiles.profile("a/one", "quick", backbone="vit_small_patch16_224").base
-    assert (
-        other.init is None
-        and other.backbone.width is None
-        and other.backbone.name == "vit_small_patch16_224"
-    )
+    assert other.backbone.name == "vit_small_patch16_224"
+    assert other.init is None and other.backbone.width is None
     moved = profiles.profile("a/one", "quick", data="eurosat").base
     assert moved.data.name == moved.init.data.name == "eurosat" and moved.init.backbone.width == 16
 

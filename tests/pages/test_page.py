@@ -1,0 +1,274 @@
+"""The page contract: two sides, one fill command, and what every page says in the same way."""
+
+from __future__ import annotations
+
+import factory
+import pandas as pd
+import pytest
+
+from lib.pages import ledger, parameters, profiles
+from lib.pages import page as pages
+from lib.report import tables
+from lib.verdicts.claims import compare
+
+PARAMETERS = """profile: str = "quick"  # smoke, quick, small or paper
+seeds: list[int] = None  # random starts
+"""
+BASE = "base: {data: {name: %s}, backbone: {patch: 7, width: 16, depth: 2, heads: 2}}\n"
+FILL = "python -m lib run a/one --profile small --records"
+
+
+@pytest.fixture
+def book(tiny, monkeypatch):
+    """The tiny book, whose page `a/one` has three seeds in its small profile and one in quick."""
+    for module in (parameters, profiles):
+        monkeypatch.setattr(module, "ROOT", tiny.root)
+    monkeypatch.setattr(profiles, "asked", {})
+    tiny.notebook("a/one", parameters=PARAMETERS)
+    tiny.profile("quick", BASE % "mnist5k" + "a/one: {seeds: [0]}\n")
+    tiny.profile("small", BASE % "mnist5k" + "a/one: {seeds: [0, 1, 2]}\n")
+    return tiny
+
+
+@pytest.fixture
+def records(monkeypatch):
+    """The records that there are, by the id of their run; what a build lacks is invented."""
+    by_id: dict[str, object] = {}
+
+    def load(grid):
+        return {name: [by_id.get(spec.id) for spec in specs] for name, specs in grid.items()}
+
+    def collect(grid):
+        for spec in [spec for specs in grid.values() for spec in specs]:
+            by_id.setdefault(spec.id, record_of(spec))
+        return load(grid)
+
+    monkeypatch.setattr(pages, "load", load)
+    monkeypatch.setattr(pages, "collect", collect)
+    return by_id
+
+
+def record_of(spec, status="ok"):
+    """A record of a run, a MoE one 10 points better than a dense one."""
+    return factory.record(
+        spec.seed, spec=spec, top1=80.0 if spec.moe else 70.0, epochs=1, probes=1, status=status
+    )
+
+
+def grid(p):
+    runs = {
+        "dense": [p.base.but(seed=seed) for seed in p.seeds],
+        "moe": [p.base.but(seed=seed, moe={"layers": 1, "experts": 2}) for seed in p.seeds],
+    }
+    if p.profile == "small":
+        runs["wide"] = [p.base.but(seed=0, backbone={"width": 32})]
+    return runs
+
+
+def reproduce(records, names=("dense", "moe", "wide")) -> None:
+    """Puts records of the small profile there."""
+    planned = grid(profiles.profile("a/one", "small"))
+    records |= {spec.id: record_of(spec) for name in names for spec in planned[name]}
+
+
+def page_of(name="quick", **options):
+    return pages.page(grid, profiles.profile("a/one", name), **options)
+
+
+def claims(side):
+    yield compare("MoE beats dense", side["moe"], side["dense"], "greater")
+    yield compare("wide beats dense", side.done("wide"), side["dense"], "greater")
+
+
+# ---- sides
+
+
+def test_two_sides_of_one_grid_the_second_is_computed(book, records):
+    page = page_of()
+    reproduced, build = page.sides
+    assert (reproduced, build) == (page.reproduced, page.build)
+    assert [side.name for side in page.sides] == ["Reproduced", "This build"]
+    assert [side.label for side in page.sides] == ["reproduced", "this build"]
+    assert [side.p.profile for side in page.sides] == ["small", "quick"]
+    assert list(reproduced) == ["dense", "moe", "wide"] and len(build) == 2
+    # seed 0 of both is also a run of this build, so only it is there
+    assert [record and record.spec.seed for record in reproduced["dense"]] == [0, None, None]
+    assert [record.spec.seed for record in build["dense"]] == [0]
+
+
+def test_a_build_of_the_small_profile_is_what_is_reproduced(book, records):
+    page = page_of("small")  # what it lacks is computed before what is reproduced is read
+    assert page.gaps() == "" and page.reproduced.records == page.build.records
+
+
+def test_a_name_that_is_not_planned_is_an_error_that_lists_those_that_are(book, records):
+    build = page_of().build
+    with pytest.raises(KeyError) as error:
+        build["wide"]
+    said = "a/one plans no runs called 'wide' in its quick profile; it plans 'dense', 'moe'"
+    assert error.value.args == (said,)
+    assert "wide" not in build and "moe" in build
+    assert build.get("wide") is None and build.done("wide") == [] and build.accuracy("wide") is None
+    nothing = pages.Side("This build", build.p, {}, "")
+    with pytest.raises(KeyError, match="it plans none"):
+        nothing["dense"]
+
+
+def test_done_and_accuracy_count_finished_records_only(book, records):
+    reproduce(records, ["dense"])
+    spec = grid(profiles.profile("a/one", "small"))["dense"][2]
+    records[spec.id] = record_of(spec, status="failed")
+    side = page_of().reproduced
+    assert [record.spec.seed for record in side.done("dense")] == [0, 1]
+    accuracy = side.accuracy("dense")
+    assert accuracy.n == 2 and accuracy.low is None
+    tops = [record.test["top1"] for record in side.done("dense")]
+    assert accuracy.mean == pytest.approx(sum(tops) / 2)
+    assert side.accuracy("wide") is None
+
+
+def test_gaps_name_what_is_absent_among_what_is_shown(book, records):
+    page = page_of()  # of 7 reproduced records, seed 0 of dense and moe is there
+    assert page.gaps() == f" 5 of 7 records are not there yet; filled by: {FILL}"
+    assert page.gaps(["dense", "unplanned"]) == page.reproduced.gaps(["dense"])
+    assert page.gaps(["dense"]).startswith(" 2 of 3 records are not there yet")
+    assert page.gaps(lambda name: name != "dense").startswith(" 3 of 4 records")
+    assert page.gaps([]) == page.build.gaps() == ""
+    reproduce(records, ["wide"])
+    assert page_of().gaps(["wide"]) == ""
+
+
+def test_a_caption_ends_with_the_gaps_of_its_figure(book, records, monkeypatch):
+    shown = []
+    monkeypatch.setattr(pages, "show", lambda *given: shown.append(given))
+    page = page_of()
+    page.show("figure", "Both.", "alt", ["wide"])
+    page.reproduced.show("figure", "Reproduced.", "alt", ["moe"])
+    page.build.show("figure", "This build.", "alt")
+    assert shown == [
+        ("figure", f"Both.{page.gaps(['wide'])}", "alt"),
+        ("figure", f"Reproduced.{page.gaps(['moe'])}", "alt"),
+        ("figure", "This build.", "alt"),
+    ]
+    assert "1 of 1 records" in shown[0][1]
+
+
+# ---- the fill command
+
+
+def test_the_fill_command_needs_a_folder_of_data_only_where_data_lie_in_one(book, records):
+    assert page_of().fill == FILL
+    book.profile("small", BASE % "eurosat" + "a/one: {seeds: [0]}\n")
+    assert page_of().fill == f"MOE_DATA=... {FILL}"
+    assert page_of().reproduced.fill == page_of().fill
+
+
+def test_a_page_that_reads_another_names_that_one(book, records):
+    assert page_of(reads="a/two").fill == "python -m lib run a/two --profile small --records"
+
+
+# ---- what every page says
+
+
+def test_intro_says_what_both_sides_were_computed_on(book, records):
+    said = page_of().intro("And more.", "Still more.").data
+    small, quick = (profiles.profile("a/one", name).base.describe() for name in ("small", "quick"))
+    assert said == f"**Reproduced:** {small}. **This build:** {quick}. And more. Still more."
+    short = page_of().intro(describe=lambda p: f"{len(p.seeds)} seeds").data
+    assert short == "**Reproduced:** 3 seeds. **This build:** 1 seeds."
+
+
+def test_the_answer_is_on_reproduced_records_and_the_ledger_reads_it(book, records):
+    reproduce(records, ["dense", "moe"])
+    answer = page_of().answer(claims)
+    assert answer.data.startswith("**Reproduced, in short.**")
+    assert "- *Holds:* MoE beats dense: +" in answer.data
+    assert "- *Not tested* for want of records: 1 of 2 claims." in answer.data
+    data, metadata = answer._repr_markdown_()
+    cell = {
+        "cell_type": "code",
+        "outputs": [{"data": {"text/markdown": data}, "metadata": {"text/markdown": metadata}}],
+    }
+    source, said = ledger.answered([{"cell_type": "markdown"}, cell])
+    assert source == "Reproduced"
+    assert [(claim["claim"], claim["verdict"], claim["n"]) for claim in said] == [
+        ("MoE beats dense", "holds", 3),
+        ("wide beats dense", "not tested", 0),
+    ]
+
+
+def test_verdicts_of_both_sides_are_headed_by_their_source(book, records):
+    reproduce(records)
+    table = page_of().verdicts(claims)
+    assert table.frame[["claim", "verdict"]].values.tolist() == [
+        ["Reproduced: MoE beats dense", "holds"],
+        ["Reproduced: wide beats dense", "undecided"],
+        ["This build: MoE beats dense", "undecided"],
+        ["This build: wide beats dense", "not tested"],
+    ]
+    assert page_of().verdicts(claims, "By hand.").caption == "By hand."
+
+
+def test_a_table_sets_both_sides_beside_what_was_published(book, records):
+    reproduce(records, ["dense"])
+    page, names = page_of(), ["dense", "wide", "unplanned"]
+
+    def ours(side):
+        return {"top-1 (%)": [side.accuracy(name) for name in names]}
+
+    settings, published = pd.DataFrame({"model": names}), {"top-1 (%)": [91.3, None, 90.0]}
+    table = page.table(settings, published, ours, names, caption="Accuracy.")
+    assert list(table.frame.columns) == [
+        ("setting", "model"),
+        ("published", "top-1 (%)"),
+        ("reproduced", "top-1 (%)"),
+        ("this build", "top-1 (%)"),
+    ]
+    assert table.caption == "Accuracy."
+    dense, wide, unplanned = table.frame.values.tolist()
+    assert dense[1] == "91.3" and "n=3" in dense[2] and "n=1" in dense[3]
+    # an empty cell names the command where a record is absent, and is blank where none is planned
+    assert wide[1:] == ["", f"{tables.MISSING}¹", ""] and unplanned[1:] == ["90.0", "", ""]
+    assert table.notes[-1] == f"{tables.MISSING}¹ no record yet; filled by: {FILL}"
+    no_value = page.table(settings, published, lambda side: {"top-1 (%)": [None] * 3}, names)
+    assert no_value.frame.values.tolist()[0][2] == ""  # the records of `dense` are all there
+    without_keys = page.table(settings, published, ours).frame.values.tolist()
+    assert without_keys[2][1:] == ["90.0", f"{tables.MISSING}¹", ""]
+
+
+def test_rows_of_both_sides_stand_under_each_other(book, records):
+    frame = page_of().rows(lambda side: [{"name": name} for name in side])
+    assert frame.to_dict("list") == {
+        "source": ["reproduced"] * 3 + ["this build"] * 2,
+        "name": ["dense", "moe", "wide", "dense", "moe"],
+    }
+
+
+def test_costs_of_both_sides_against_the_limit(book, records):
+    reproduce(records, ["dense", "wide"])
+    page = page_of()
+    table = page.costs("dense")
+    assert table.frame[["source", "model"]].values.tolist() == [
+        ["reproduced", "dense"],
+        ["reproduced", "moe"],  # seed 0, which this build has computed
+        ["reproduced", "wide"],
+        ["this build", "dense"],
+        ["this build", "moe"],
+    ]
+    assert set(table.frame["limit (images/s)"]) == {"400"}  # all records cost the same
+    assert set(table.frame["share of limit"]) == {"1.00"}
+    assert "Limit: the speed of 'dense' scaled by multiply-adds." in table.caption
+    assert table.caption.endswith(page.gaps()) and "2 of 7 records" in table.caption
+
+    some = page.costs(keys=["wide"])
+    assert some.frame["model"].tolist() == ["wide"] and "Limit" not in some.caption
+    assert "limit (images/s)" not in some.frame and "not there yet" not in some.caption
+
+
+def test_each_side_is_drawn_the_reproduced_one_first(book, records, monkeypatch):
+    displayed = []
+    monkeypatch.setattr(pages, "display", displayed.append)
+    page = page_of()
+    assert page.each(lambda side: side.label) is None
+    page.each(lambda side: side.name if "wide" not in side else None)  # None is skipped
+    assert displayed == ["reproduced", "this build", "This build"]
