@@ -1,0 +1,42 @@
+"""Published tables, as `verdicts.papers` reads them, made ready for a page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pandas as pd
+
+from .tables import Table, secondary, table
+
+
+def retold(published: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
+    """Returns some columns under new names, each value marked as retold by the table's source.
+
+    columns: {name in the published table: name on the page}.
+    """
+    source = published.attrs["source"]["table"]
+    marked = {
+        title: [secondary(value, source) for value in published[column]]
+        for column, title in columns.items()
+    }
+    return pd.DataFrame(marked, index=published.index)
+
+
+def side_by_side(methods: Mapping[str, pd.DataFrame], columns: Mapping[str, str]) -> pd.DataFrame:
+    """Sorts the retold rows of several methods by model, so that they can be compared.
+
+    methods: {method: published table with a column `model`}. The models are those of the first
+    table. columns: see `retold`.
+    """
+    first = next(iter(methods.values()))
+    rows = pd.concat(
+        table[["model"]].assign(method=method).join(retold(table, columns))
+        for method, table in methods.items()
+    )
+    return rows[rows.model.isin(first.model)].sort_values("model", kind="stable")
+
+
+def as_printed(published: pd.DataFrame, note: str, decimals: int = 1) -> Table:
+    """Tabulates a published table with what it is about and its source, then `note`, as caption."""
+    about, source = published.attrs["about"], published.attrs["source"]["table"]
+    return table(published, f"{about}; {source}. {note}", decimals=decimals)

@@ -1,0 +1,90 @@
+"""Accuracy against compute and storage of models made of one dense model: rows, curves, the front.
+
+What is drawn are `verdicts.sizes.SizedModel`s; those without a record are passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from ..verdicts.sizes import SizedModel
+from . import figures, relations
+
+_AXES = {
+    "macs": "multiply-adds (% of the dense model's)",
+    "params_stored": "stored parameters (% of the dense model's)",
+}
+
+
+def rows(models: Iterable[SizedModel]) -> Iterator[dict[str, Any]]:
+    """Yields a row of a table for each model, empty cells where it has no record."""
+    for model in models:
+        yield {
+            "active": f"{100 * model.level:g}%",
+            "method": model.method,
+            "top-1 (%)": model.top1,
+            "of the dense (%)": model.retained and model.retained.mean,
+            "MACs (% of dense)": model.macs,
+            "stored (% of dense)": model.params_stored,
+        }
+
+
+def accuracy_over(
+    panels: Mapping[str, Sequence[SizedModel]], size: str, methods: Iterable[str]
+) -> Figure:
+    """Draws test accuracy over size, a line a method, one panel a source.
+
+    size: "macs" or "params_stored". methods: those that are drawn, in the order of their colours.
+    """
+    shown = list(methods)
+    curves = {title: _curves(models, size, shown) for title, models in panels.items()}
+    return figures.scan(curves, xlabel=_AXES[size], ylabel="accuracy (%)")
+
+
+def _curves(models: Sequence[SizedModel], size: str, methods: Sequence[str]) -> list[figures.Curve]:
+    curves = []
+    for method in methods:
+        drawn = [m for m in models if m.method == method and m.top1 is not None]
+        drawn.sort(key=lambda model: getattr(model, size))
+        if drawn:
+            x = [round(getattr(model, size), 1) for model in drawn]
+            curves.append(figures.Curve(x, [model.top1 for model in drawn], method))
+    return curves
+
+
+def front_rows(models: Iterable[SizedModel]) -> Iterator[dict[str, Any]]:
+    """Yields a row for each model that none beats in one of three without losing in another.
+
+    The three are multiply-adds, stored parameters and test accuracy.
+    """
+    measured = [model for model in models if model.top1 is not None]
+    costs = [(model.macs, model.params_stored, -model.top1.mean) for model in measured]
+    for model, on_front in zip(measured, relations.front(costs), strict=True):
+        if on_front:
+            yield {
+                "method": f"{model.method}, {100 * model.level:g}%",
+                "MACs (% of dense)": model.macs,
+                "stored (% of dense)": model.params_stored,
+                "top-1 (%)": model.top1,
+            }
+
+
+def surface(
+    panels: Mapping[str, Sequence[SizedModel]], is_mixture: Callable[[str], bool]
+) -> Figure:
+    """Draws compute against storage with accuracy as colour; see `relations.surface`.
+
+    A panel without a record is left out. is_mixture: whether a method, by its name, has experts.
+    """
+    spots = {
+        title: [
+            relations.Spot(m.method, m.macs, m.params_stored, m.top1.mean, is_mixture(m.method))
+            for m in models
+            if m.top1 is not None
+        ]
+        for title, models in panels.items()
+    }
+    return relations.surface({title: drawn for title, drawn in spots.items() if drawn})

@@ -1,0 +1,87 @@
+"""Models made of one dense model: accuracy and size beside it, and comparisons at equal size.
+
+A *family* is what one method gives at its levels, such as shares of active neurons:
+{level: records, one a seed}. Families are kept by the name of their method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .claims import Verdict, judge
+from .stats import Interval, accuracy_interval, beyond_line, finished, retained
+
+Family = Mapping[float, Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class SizedModel:
+    """One method at one level; every number is None where it or the dense model has no record.
+
+    macs, params_stored: percent of the dense model's, of the first seed. top1: test top-1 in
+    percent. retained: top-1 in percent of the dense model's.
+    """
+
+    method: str
+    level: float
+    macs: float | None = None
+    params_stored: float | None = None
+    top1: Interval | None = None
+    retained: Interval | None = None
+
+
+def sized_models(families: Mapping[str, Family], dense: Sequence[Any]) -> list[SizedModel]:
+    """Measures every method at every level against the dense model, level by level.
+
+    A level that a family does not have is left out.
+    """
+    levels = dict.fromkeys(level for family in families.values() for level in family)
+    return [
+        _sized(method, level, family[level], dense)
+        for level in levels
+        for method, family in families.items()
+        if level in family
+    ]
+
+
+def _sized(method: str, level: float, records: Sequence[Any], dense: Sequence[Any]) -> SizedModel:
+    done, whole = finished(records)[:1], finished(dense)[:1]
+    if not done or not whole:
+        return SizedModel(method, level)
+    shares = (100 * done[0].cost[key] / whole[0].cost[key] for key in ("macs", "params_stored"))
+    return SizedModel(method, level, *shares, accuracy_interval(records), retained(records, dense))
+
+
+def compare_at_equal_size(
+    claim: str,
+    records: Sequence[Any],
+    family: Family,
+    dense: Sequence[Any],
+    size: str = "params_stored",
+) -> Verdict:
+    """Judges whether the records are more accurate than a family of rivals of the same size.
+
+    size: an entry of a record's cost. Between two levels the family is a straight line over size;
+    see `stats.beyond_line`.
+    """
+    return judge(claim, beyond_line(records, list(family.values()), dense, size), "greater")
+
+
+def best_on_validation(settings: Mapping[str, Sequence[Any]]) -> str | None:
+    """Chooses the setting with the best mean validation top-1; None without a finished record.
+
+    Only settings with the most finished seeds take part: a mean over fewer would be compared with a
+    mean over other seeds. Test images have no say.
+    """
+    done = {name: finished(records) for name, records in settings.items()}
+    most = max(map(len, done.values()), default=0)
+    means = {
+        name: np.mean([record.val["top1"] for record in records])
+        for name, records in done.items()
+        if most and len(records) == most
+    }
+    return max(means, key=means.get, default=None)

@@ -1,0 +1,84 @@
+"""Models beside the dense one they were made of: by hand, and what is left out."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from lib.verdicts.sizes import (
+    SizedModel,
+    best_on_validation,
+    compare_at_equal_size,
+    sized_models,
+)
+
+
+def run(top1, size, seed=0, status="ok", val=0.0):
+    """A record that is right on the first so many percent of 1,000 test images."""
+    label = np.zeros(1000, int)
+    return SimpleNamespace(
+        status=status,
+        spec=SimpleNamespace(seed=seed),
+        cost={"params_stored": size, "macs": 2 * size + 10},
+        val={"top1": val},
+        id=f"{top1}",
+        arrays={"test_label": label, "test_pred": (np.arange(1000) >= 10 * top1).astype(int)},
+    )
+
+
+DENSE = [run(80.0, 100, seed=7)]
+
+
+def test_shares_are_those_of_the_dense_model():
+    (model,) = sized_models({"cut": {0.5: [run(60.0, 40), run(40.0, 999, seed=1)]}}, DENSE)
+    assert (model.method, model.level) == ("cut", 0.5)
+    assert model.params_stored == pytest.approx(40)  # of the first seed
+    assert model.macs == pytest.approx(100 * 90 / 210)
+    assert (model.top1.mean, model.top1.n) == (pytest.approx(50), 2)
+    assert model.retained.mean == pytest.approx(100 * 50 / 80)
+
+
+def test_models_come_level_by_level_and_only_where_they_are_planned():
+    families = {"a": {0.3: [run(50.0, 30)], 0.5: [run(60.0, 50)]}, "b": {0.5: [run(70.0, 50)]}}
+    found = [(model.method, model.level) for model in sized_models(families, DENSE)]
+    assert found == [("a", 0.3), ("a", 0.5), ("b", 0.5)]
+
+
+@pytest.mark.parametrize("records", [[None], [run(60.0, 40, status="failed")], []])
+def test_a_model_without_a_record_has_no_numbers(records):
+    assert sized_models({"cut": {0.5: records}}, DENSE) == [SizedModel("cut", 0.5)]
+
+
+def test_without_the_dense_model_nothing_has_a_share():
+    assert sized_models({"cut": {0.5: [run(60.0, 40)]}}, [None]) == [SizedModel("cut", 0.5)]
+
+
+def test_comparison_at_equal_size():
+    """The family's line over stored parameters: (40, 50), (60, 70), and the dense (100, 80)."""
+    family = {x: [run(top1, x, seed) for seed in range(3)] for x, top1 in ((40, 50.0), (60, 70.0))}
+
+    def judged(top1, size, of="params_stored"):
+        ours = [run(top1, size, seed) for seed in range(3)]
+        return compare_at_equal_size("ours is better", ours, family, DENSE, of)
+
+    assert (judged(70.0, 50).verdict, judged(50.0, 50).verdict) == ("holds", "does not hold")
+    assert judged(70.0, 50).text.startswith("+10.0 ")
+    assert judged(70.0, 50, "macs").text == judged(70.0, 50).text  # macs grow with storage here
+    assert judged(70.0, 39).verdict == "not tested"  # smaller than all of the family
+
+
+def test_best_on_validation_looks_at_validation_alone():
+    settings = {"a": [run(90.0, 1, val=70.0)], "b": [run(10.0, 1, val=71.0)]}
+    assert best_on_validation(settings) == "b"
+
+
+def test_best_on_validation_compares_equally_many_seeds():
+    settings = {
+        "two seeds": [run(50.0, 1, seed, val=60.0) for seed in range(2)],
+        "better, two seeds": [run(50.0, 1, seed, val=v) for seed, v in enumerate((60.0, 64.0))],
+        "lucky": [run(50.0, 1, val=99.0), None],
+        "failed": [run(50.0, 1, seed, "failed", val=99.0) for seed in range(2)],
+    }
+    assert best_on_validation(settings) == "better, two seeds"
+    assert best_on_validation({"a": [None], "b": []}) is None
+    assert best_on_validation({}) is None
