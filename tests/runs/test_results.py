@@ -1,4 +1,4 @@
-"""The committed records: whole, unedited, and still filed under the id that their spec has today."""
+"""The committed records: whole, unedited, and filed under the id that their spec has today."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def faults_of(file: Path, store: Store) -> list[str]:
         return [*faults, f"its status is {record.status!r}"]
     if record.spec.id != file.stem:
         faults.append(
-            f"a change to the specs gave this run the id {record.spec.id}: old records are lost by it"
+            f"a change to the specs gave this run the id {record.spec.id}: "
+            "old records are lost by it"
         )
     if len(record.arrays["test_label"]) != record.test["n"]:
         faults.append(f"{len(record.arrays['test_label'])} labels for {record.test['n']} images")
@@ -71,7 +72,7 @@ def faults_of_the_test_result(record: Record) -> list[str]:
 
 
 def faults_of_the_routing(record: Record) -> list[str]:
-    """Compares the shares of the experts and the counts of each MoE layer with what they must be."""
+    """Checks the shares of the experts and the counts of each MoE layer."""
     counts = record.arrays.get("class_expert", ())
     if len(counts) != len(record.moe):
         return [f"{len(counts)} tables of counts for {len(record.moe)} MoE layers"]
