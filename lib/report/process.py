@@ -112,7 +112,7 @@ def _draw_kept_neurons(ax: Axes, kept_neurons: np.ndarray) -> None:
 
 def _draw_routes(ax: Axes, routed: np.ndarray, names: list[str]) -> None:
     image = ax.imshow(100 * routed, vmin=0, vmax=100)
-    print_values(ax, image, 100 * routed, "{:.0f}", 8)
+    print_values(ax, image, 100 * routed, "{:.0f}".format, 8)
     ax.set(
         title="4  a router sends tokens there",
         xlabel="expert",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -137,11 +137,13 @@ def centred_text(ax: Axes, x: float, y: float, text: str, background, size: floa
     ax.text(x, y, text, ha="center", va="center", fontsize=size, color=text_colour(background))
 
 
-def print_values(ax: Axes, image: AxesImage, values: np.ndarray, form: str, size: float) -> None:
-    """Writes each value (rows, columns) of a heatmap into its cell; form: as in `str.format`."""
+def print_values(
+    ax: Axes, image: AxesImage, values: np.ndarray, text_of: Callable[[float], str], size: float
+) -> None:
+    """Writes each value (rows, columns) of a heatmap into its cell, as `text_of` makes it."""
     for (row, column), value in np.ndenumerate(values):
         background = image.cmap(image.norm(value))[:3]
-        centred_text(ax, column, row, form.format(value), background, size)
+        centred_text(ax, column, row, text_of(value), background, size)
 
 
 def expert_colours(experts: int) -> list[tuple[float, float, float]]:

@@ -17,6 +17,7 @@ from lib.report import (
     explorer,
     figures,
     maps,
+    overlays,
     process,
     relations,
     routes,
@@ -114,7 +115,7 @@ FIGURES = {
     "heatmap, 32 experts": lambda: maps.class_expert_heatmap(record(0, experts=32), layers=[-1]),
     "loads": lambda: maps.expert_loads(record(0, blocks=range(12), experts=8)),
     "loads of one layer": lambda: maps.expert_loads(record(0, blocks=[11])),
-    "tokens": lambda: maps.token_maps(IMAGES, *tokens(), names=LONG[:4]),
+    "tokens": lambda: overlays.token_maps(IMAGES, *tokens(), names=LONG[:4]),
     "layer shares": lambda: routes.layer_shares(
         {"proposed": record(0), "expert choice": record(1)}
     ),
@@ -163,7 +164,7 @@ FIGURES = {
         np.eye(6),
     ),
     "cluster tree": lambda: relations.cluster_tree(TREE, 20),
-    "tokens, image level": lambda: maps.token_maps(
+    "tokens, image level": lambda: overlays.token_maps(
         IMAGES, *tokens(per_image=True, tokens=257, experts=8)
     ),
 }
@@ -242,7 +243,7 @@ def test_front_by_hand():
 
 def test_cluster_tree_by_hand():
     bars = [p for p in relations.cluster_tree(TREE, 20).axes[0].patches]
-    found = [
+    places = [
         (
             round(b.get_x(), 3),
             round(b.get_width(), 3),
@@ -251,12 +252,13 @@ def test_cluster_tree_by_hand():
         )
         for b in bars
     ]
-    assert found == [(0.0, 1.0, 0.0, 0.5), (0.0, 0.4, 0.5, 1.0), (0.4, 0.35, 0.5, 0.4)]
+    assert places == [(0.0, 1.0, 0.0, 0.5), (0.0, 0.4, 0.5, 1.0), (0.4, 0.35, 0.5, 0.4)]
 
 
 def test_report_needs_no_torch_and_leaves_matplotlib_alone():
     code = (
-        "import sys, lib.report.figures, lib.report.maps, lib.report.tables, lib.report.explorer, lib.verdicts.claims\n"
+        "import sys, lib.report.figures, lib.report.maps, lib.report.tables\n"
+        "import lib.report.explorer, lib.verdicts.claims\n"
         "assert 'torch' not in sys.modules and 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -346,12 +348,12 @@ def test_depth_information_of_a_sharp_layer():
     [
         (lambda: figures.training_curves({}, ["accuracy"]), "val_top1"),
         (lambda: maps.class_expert_heatmap(THREE[0], [9]), "0..3"),
-        (lambda: maps.token_maps(IMAGES, np.zeros((1, 4, 15), int), [0], 2), "15 tokens"),
-        (lambda: maps.token_maps(IMAGES, np.zeros((1, 3, 17), int), [0], 2), "4 images"),
+        (lambda: overlays.token_maps(IMAGES, np.zeros((1, 4, 15), int), [0], 2), "15 tokens"),
+        (lambda: overlays.token_maps(IMAGES, np.zeros((1, 3, 17), int), [0], 2), "4 images"),
         (lambda: figures.depth_information(THREE[0], "colour"), "'colour'"),
         (lambda: figures.cost_ratio({}), "empty"),
         (
-            lambda: maps.token_maps(np.zeros((4, 2, 2, 7)), np.zeros((1, 4, 17), int), [0], 2),
+            lambda: overlays.token_maps(np.zeros((4, 2, 2, 7)), np.zeros((1, 4, 17), int), [0], 2),
             "channels|must be",
         ),
     ],
@@ -483,13 +485,15 @@ def test_explorer_without_widgets(monkeypatch):
 
 def test_routes_by_hand():
     """Two layers, two experts, three classes: classes 0 and 2 take the same way."""
-    made = record(0, blocks=[0, 1], experts=2, classes=3, class_names=["a", "b", "c"])
-    made.arrays["class_expert"] = np.array([[[9, 1], [2, 8], [6, 4]], [[0, 5], [5, 0], [1, 4]]])
-    assert routes.main_route(made, 0) == ([0, 1], [0.9, 1.0])
-    assert routes.shared_routes(made) == [
+    two_layers = record(0, blocks=[0, 1], experts=2, classes=3, class_names=["a", "b", "c"])
+    two_layers.arrays["class_expert"] = np.array(
+        [[[9, 1], [2, 8], [6, 4]], [[0, 5], [5, 0], [1, 4]]]
+    )
+    assert routes.main_route(two_layers, 0) == ([0, 1], [0.9, 1.0])
+    assert routes.shared_routes(two_layers) == [
         {"route (expert in each block)": "0 → 1", "classes": 2, "which": "a, c"}
     ]
-    assert len(routes.shared_routes(made, least=1)) == 2
+    assert len(routes.shared_routes(two_layers, least=1)) == 2
 
 
 def test_gaps_name_the_command():
@@ -499,33 +503,33 @@ def test_gaps_name_the_command():
     )
     assert text.gaps({"a": [record(0)]}, "make it") == ""
     with pytest.raises(ValueError, match="train.mask"):
-        made = record(0)
-        del made.arrays["picture"]
-        maps.reconstructions(made)
+        without_pictures = record(0)
+        del without_pictures.arrays["picture"]
+        maps.reconstructions(without_pictures)
 
 
 def test_answer_sorts_the_claims_by_verdict():
-    found = [
+    judged = [
         Verdict("Reproduced: b", "undecided", "", 1),
         Verdict("Reproduced: a", "holds", "+1 [0, 2]; all above 0", 3),
         Verdict("c", "does not hold", "-1", 3),
         Verdict("d", "not tested", "", 0),
         Verdict("e", "undecided", "", 1),
     ]
-    told = text.answer(found).data
-    assert told.split("\n")[2:] == [
+    lines = text.answer(judged).data
+    assert lines.split("\n")[2:] == [
         "- *Holds:* a: +1 [0, 2]",
         "- *Does not hold:* c: -1",
         "- *Undecided:* b; e.",
         "- *Not tested* for want of records: 1 of 5 claims.",
     ]
-    assert text.answer(found).metadata["claims"][0] == {
+    assert text.answer(judged).metadata["claims"][0] == {
         "claim": "b",
         "verdict": "undecided",
         "text": "",
         "n": 1,
     }
-    assert text.answer(found, "In this model").metadata["source"] == "In this model"
+    assert text.answer(judged, "In this model").metadata["source"] == "In this model"
     untested = [Verdict("Reproduced: a", "not tested", "", 0)] * 2
     assert (
         text.answer(untested).data
@@ -540,7 +544,7 @@ def test_the_process_of_extraction_draws_the_largest_clusters():
     fig = process.extraction(
         rng.random((len(labels), 2)), labels, variance, variance > 0.5, np.eye(7)
     )
-    tokens, spread, kept, sent = fig.axes[:4]
+    tokens, variance_panel, neurons, sent = fig.axes[:4]
     assert [text.get_text() for text in tokens.get_legend().get_texts()] == [
         "1",
         "2",
@@ -550,9 +554,9 @@ def test_the_process_of_extraction_draws_the_largest_clusters():
         "6",
     ]  # 0 is the smallest
     assert len(tokens.lines[0].get_xdata()) == 9 + 2  # in no cluster, or in one that is not drawn
-    drawn = kept.images[0].get_array()
+    drawn = neurons.images[0].get_array()
     assert drawn.shape == (6, 12) and drawn.sum() == (variance[1:] > 0.5).sum()
-    most = spread.images[0].get_array().argmax(axis=0)
+    most = variance_panel.images[0].get_array().argmax(axis=0)
     assert list(most) == sorted(most), "neurons stand by the cluster on which they vary most"
     assert np.array_equal(sent.images[0].get_array(), 100 * np.eye(6))
     with pytest.raises(ValueError, match="no cluster: nothing was cut out"):
