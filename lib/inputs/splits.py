@@ -91,8 +91,8 @@ def load_splits(spec: DataSpec) -> Splits:
     for split, (source, rows) in _rows_of_splits(sources).items():
         rows = rows[(source.labels[rows] >= first) & (source.labels[rows] < end)]
         count = count_of_split[split]
-        what = f"{spec.name}, {split}={count}"
-        rows = _balanced(source.labels, rows, count, spec.subset_seed, what)
+        request = f"{spec.name}, {split}={count}"
+        rows = _balanced(source.labels, rows, count, spec.subset_seed, request)
         # classes are numbered anew from 0
         splits[split] = Split(source, rows, torch.from_numpy(source.labels[rows] - first))
     return Splits(**splits, class_names=names[first:end], channels=sources["train"].channels)
@@ -115,17 +115,17 @@ def _rows_of_splits(sources: dict[str, Source]) -> dict[str, tuple[Source, np.nd
 
 
 def _balanced(
-    labels: np.ndarray, rows: np.ndarray, count: int | None, seed: int, what: str
+    labels: np.ndarray, rows: np.ndarray, count: int | None, seed: int, request: str
 ) -> np.ndarray:
     """Draws `count` of `rows`, the same number of each class up to one, and sorts them.
 
-    labels: of all rows of the source. count: None takes all rows. what: begins the message of the
-    ValueError for more images than there are.
+    labels: of all rows of the source. count: None takes all rows. request: begins the message of
+    the ValueError for more images than there are.
     """
     if count is None:
         return rows
     if count > len(rows):
-        raise ValueError(f"{what}: {count} images asked for, only {len(rows)} are there")
+        raise ValueError(f"{request}: {count} images asked for, only {len(rows)} are there")
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(rows)
     # Rank of each row inside its class, in shuffled order: taking the lowest ranks first balances

@@ -35,7 +35,7 @@ def extraction(
     """
     if not len(variance):
         raise ValueError(
-            "no cluster: nothing was cut out of this layer, so there is no process to draw"
+            "no cluster: nothing was extracted from this layer, so there is no process to draw"
         )
     sizes = np.bincount(cluster_of_token[cluster_of_token >= 0], minlength=len(variance))
     largest = np.argsort(-sizes, kind="stable")[:SHOWN]

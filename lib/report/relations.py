@@ -134,7 +134,7 @@ def _short(value: float) -> str:
 
 
 def clouds(
-    groups: dict[str, tuple[Sequence[float], Sequence[float]]], *, xlabel: str, ylabel: str
+    points_of_label: dict[str, tuple[Sequence[float], Sequence[float]]], *, xlabel: str, ylabel: str
 ) -> Figure:
     """Draws several sets of points in one panel, by colour and marker: {label: (x, y)}.
 
@@ -147,7 +147,7 @@ def clouds(
     ]
     with style():
         fig, axes = figure(height=3.6, width=5.4)
-        for i, (label, (x, y)) in enumerate(groups.items()):
+        for i, (label, (x, y)) in enumerate(points_of_label.items()):
             look = looks[(i - 1) % len(looks)] if i else ground
             axes[0, 0].plot(x, y, linestyle="", alpha=0.7, label=label, **look)
         axes[0, 0].set(xlabel=xlabel, ylabel=ylabel)

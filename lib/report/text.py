@@ -20,8 +20,8 @@ __all__ = ["RULE", "answer", "gaps", "say", "verdicts"]
 
 def gaps(records: dict[str, list], command: str) -> str:
     """Says in a sentence for a caption which command fills absent records; "" if all are there."""
-    absent = sum(record is None for group in records.values() for record in group)
-    total = sum(len(group) for group in records.values())
+    wanted = [record for records_of_arm in records.values() for record in records_of_arm]
+    absent, total = sum(record is None for record in wanted), len(wanted)
     return f" {absent} of {total} records are not there yet; filled by: {command}" if absent else ""
 
 

@@ -98,7 +98,7 @@ def test_subset_depends_on_its_own_seed_and_size_alone():
 
 def test_balanced_rule_by_hand():
     labels = np.array([0, 0, 0, 0, 1, 1, 2])
-    picked = splits._balanced(labels, np.arange(7), 5, seed=0, what="")
+    picked = splits._balanced(labels, np.arange(7), 5, seed=0, request="")
     # Rank 0 of each class first (3 images), then rank 1 of the two classes that have one.
     assert np.bincount(labels[picked]).tolist() == [2, 2, 1] and picked.tolist() == sorted(picked)
 

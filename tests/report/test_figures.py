@@ -400,7 +400,7 @@ def test_the_process_of_extraction_draws_the_largest_clusters():
     most = variance_panel.images[0].get_array().argmax(axis=0)
     assert list(most) == sorted(most), "neurons stand by the cluster on which they vary most"
     assert np.array_equal(sent.images[0].get_array(), 100 * np.eye(6))
-    with pytest.raises(ValueError, match="no cluster: nothing was cut out"):
+    with pytest.raises(ValueError, match="no cluster: nothing was extracted from"):
         process.extraction(
             np.zeros((3, 2)),
             np.full(3, -1),
