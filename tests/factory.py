@@ -45,8 +45,8 @@ def record(
         p = np.full((classes, experts), (1 - sharp) / experts)
         p[np.arange(classes), np.arange(classes) % experts] += sharp
         p /= p.sum(1, keepdims=True)
-        each = images // classes * (1 if per_image else tokens)
-        counts = np.stack([rng.multinomial(each, row) for row in p])
+        assignments = images // classes * (1 if per_image else tokens)  # of a class
+        counts = np.stack([rng.multinomial(assignments, row) for row in p])
         share = counts.sum(0) / counts.sum()
         by_class.append(counts)
         if per_image:

@@ -1,5 +1,6 @@
-"""A mixture of experts as its formulas say, for tests: all experts on all tokens, one einsum each,
-one loop for capacity.
+"""Computes a mixture of experts as its formulas say, for tests.
+
+All experts on all tokens, one einsum each, and one loop for capacity.
 
 Axis letters: **B** images, **N** tokens, **T** = B*N, **D** width, **H** expert width, **E**
 experts, **K** choices.
@@ -20,7 +21,7 @@ def gates(
     gate: str = "printed",
     capacity_factor: float | None = None,
 ) -> Tensor:
-    """x: (B, N, D), router: (E, D) -> (T, E) weights, zero where a token does not go."""
+    """Computes (T, E) weights, zero where a token does not go; x: (B, N, D), router: (E, D)."""
     b, n, _ = x.shape
     probs = torch.softmax(torch.einsum("bnd,ed->bne", x, router), dim=-1)
     if per_image:
@@ -36,19 +37,22 @@ def gates(
         out = probs * mask / (probs * mask).sum(-1, keepdim=True)
     if capacity_factor is not None:
         slots = max(1, math.ceil(capacity_factor * top_k * b * n / router.shape[0]))
-        used, kept = [0] * router.shape[0], torch.zeros_like(mask)
+        used_slots, has_slot = [0] * router.shape[0], torch.zeros_like(mask)
         for k in range(top_k):
             for t in range(b * n):
                 e = int(best[t, k])
-                if used[e] < slots:
-                    used[e] += 1
-                    kept[t, e] = 1.0
-        out = out * kept
+                if used_slots[e] < slots:
+                    used_slots[e] += 1
+                    has_slot[t, e] = 1.0
+        out = out * has_slot
     return out
 
 
 def moe(x: Tensor, weights: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    """x: (B, N, D), weights: (T, E), w1 (E, H, D), b1 (E, H), w2 (E, D, H), b2 (E, D) -> (B, N, D)."""
+    """Computes the weighted sum of all experts, (B, N, D).
+
+    x: (B, N, D), weights: (T, E), w1: (E, H, D), b1: (E, H), w2: (E, D, H), b2: (E, D).
+    """
     rows = x.reshape(-1, x.shape[-1])
     hidden = torch.nn.functional.gelu(torch.einsum("td,ehd->teh", rows, w1) + b1)
     out = torch.einsum("teh,edh->ted", hidden, w2) + b2

@@ -34,9 +34,8 @@ def build(name="vit_tiny_patch16_224", moe=None, **changes):
     if moe is not None:
         upcycle(model, moe, torch.Generator().manual_seed(3))
     with torch.no_grad():
-        for parameter in (
-            model.parameters()
-        ):  # timm starts biases at zero and weights small, which would hide differences
+        # timm starts biases at zero and weights small, which would hide differences
+        for parameter in model.parameters():
             parameter.add_(0.15 * torch.randn_like(parameter))
     return model.eval()
 
@@ -61,8 +60,8 @@ def as_dense(model, expert):
         if isinstance(block.mlp, MoELayer):
             weights, act = list(block.mlp.experts.each())[expert], block.mlp.experts.act
             block.mlp = Mlp(D, weights[1].shape[0], act_layer=lambda act=act: act)
-            for held, weight in zip(block.mlp.parameters(), weights, strict=True):
-                held.data = weight.detach().clone()
+            for parameter, weight in zip(block.mlp.parameters(), weights, strict=True):
+                parameter.data = weight.detach().clone()
     return dense.eval()
 
 
@@ -75,10 +74,8 @@ def refused_unchanged(call, message):
     """`call` raises ValueError with this message on a model with a MoE layer, and leaves weights,
     router and modes alone."""
     model = build(moe=moe())
-    before, router = (
-        {name: held.clone() for name, held in model.state_dict().items()},
-        model.blocks[1].mlp.router,
-    )
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    router = model.blocks[1].mlp.router
     with pytest.raises(ValueError, match=message):
         call(model)
     after = model.state_dict()

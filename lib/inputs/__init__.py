@@ -1,1 +1,1 @@
-"""What goes into a run: images, labels and weights, found, verified and cut into splits."""
+"""Finds and verifies what goes into a run, images, labels and weights, and cuts splits."""

@@ -1,9 +1,11 @@
-"""Data sets in the folders that their authors publish: GEO-Bench (HDF5 files) and MIT Indoor (lists
-of images).
+"""Reads data sets in the folders that their authors publish: GEO-Bench and MIT Indoor.
 
-Each reader gives, by split, the (n,) labels and a function row -> (3, h, w) uint8, and the class
-names. Nothing is unpickled: of a GEO-Bench sample only the arrays are read, its label comes from
-the data set's JSON. Images are decoded on demand.
+GEO-Bench has a HDF5 file a sample, MIT Indoor lists of images. Each reader gives, by split, the
+(n,) labels and a function from a row to its (3, h, w) uint8 image, and the class names. Nothing is
+unpickled: of a GEO-Bench sample only the arrays are read, its label comes from the data set's JSON.
+Images are decoded on demand.
+
+Axis letters: **n** images of a split, **h**, **w** height and width.
 """
 
 from __future__ import annotations
@@ -12,183 +14,212 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-Decoded = tuple[np.ndarray, Callable[[int], Tensor]]
+LabelsAndDecoder = tuple[np.ndarray, Callable[[int], Tensor]]
+Read = tuple[dict[str, LabelsAndDecoder], list[str]]  # by split, and the names of the classes
 COLOURS = ("red", "green", "blue")
 LISTS = {"train": "TrainImages.txt", "test": "TestImages.txt"}
 
 
-def reader(folder: Path) -> Callable[[Path], tuple[dict[str, Decoded], list[str]]] | None:
-    """The reader for a folder, by the files that only its kind has; None for parquet and class
-    folders.
+def reader(folder: Path) -> Callable[[Path], Read] | None:
+    """Chooses the reader of a folder, by the files that only its kind has.
 
-    A folder that lacks a part still counts as its kind: the reader names the part, another reader
-    would cut splits of its own.
+    None for parquet and class folders. A folder that lacks a part still counts as its kind: the
+    reader names the part, where another reader would cut splits of its own.
     """
     if (folder / "default_partition.json").is_file() or any(folder.glob("*.hdf5")):
         return geobench
     return mit_indoor if any((folder / name).is_file() for name in LISTS.values()) else None
 
 
-def geobench(folder: Path) -> tuple[dict[str, Decoded], list[str]]:
-    """A classification set of GEO-Bench 1.0: SAMPLE.hdf5 files, default_partition.json (splits) and
-    label_map.json (labels).
+def rgb(file: Path | BinaryIO) -> Tensor:
+    """Decodes an image file, whatever its name says, to (3, h, w) uint8; raises what PIL raises."""
+    with Image.open(file) as picture:
+        # (h, w, 3) in memory
+        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
 
-    Read are the bands red, green and blue, 8 bits each, as m-forestnet and m-pv4ger have them.
-    Raises ValueError, with the file, for JSON that does not read, a sample without label or file,
-    in two splits or two classes, and bands that are absent, of several dates, or of another type.
+
+# ---------------------------------------------------------------- GEO-Bench
+
+
+def geobench(folder: Path) -> Read:
+    """Reads a classification set of GEO-Bench 1.0.
+
+    It holds SAMPLE.hdf5 files, default_partition.json (splits) and label_map.json (labels). Read
+    are the bands red, green and blue, 8 bits each, as m-forestnet and m-pv4ger have them. Raises
+    ValueError, with the file, for JSON that does not read, a sample without label or file, in two
+    splits or two classes, and bands that are absent, of several dates, or of another type.
     """
-    partition, label_map = (
-        _json(folder / name) for name in ("default_partition.json", "label_map.json")
-    )
+    partition = _lists_by_name(folder / "default_partition.json")
+    label_map = _lists_by_name(folder / "label_map.json")
     names = sorted(label_map, key=lambda name: (len(name), name))  # numbers as text: 2 before 10
-    label: dict[str, int] = {}
-    for number, name in enumerate(names):
-        for sample in label_map[name]:
-            if sample in label:
-                raise ValueError(
-                    f"{folder / 'label_map.json'}: sample {sample} is in classes {names[label[sample]]} and "
-                    f"{name}: one label a sample is read"
-                )
-            label[sample] = number
-    splits, seen = {}, {}
-    for theirs, ours in (("train", "train"), ("valid", "val"), ("test", "test")):
-        samples = partition.get(theirs)
+    label_of_sample = _label_of_sample(folder / "label_map.json", label_map, names)
+    splits, split_of_sample = {}, {}
+    for their_split, split in (("train", "train"), ("valid", "val"), ("test", "test")):
+        samples = partition.get(their_split)
         if not samples:
             raise ValueError(
-                f"{folder / 'default_partition.json'} has no samples under {theirs!r}: it needs train, valid and "
-                "test"
+                f"{folder / 'default_partition.json'} has no samples under {their_split!r}: "
+                "it needs train, valid and test"
             )
         for sample in samples:
-            if sample in seen:
+            if sample in split_of_sample:
                 raise ValueError(
-                    f"{folder / 'default_partition.json'}: sample {sample} is in {seen[sample]} and in {theirs}"
+                    f"{folder / 'default_partition.json'}: sample {sample} is in "
+                    f"{split_of_sample[sample]} and in {their_split}"
                 )
-            seen[sample] = theirs
-            if sample not in label:
+            split_of_sample[sample] = their_split
+            if sample not in label_of_sample:
                 raise ValueError(
-                    f"{folder / 'label_map.json'} gives no label to sample {sample} of the {theirs} split"
+                    f"{folder / 'label_map.json'} gives no label to sample {sample} of the "
+                    f"{their_split} split"
                 )
             if not (folder / f"{sample}.hdf5").is_file():
                 raise ValueError(
-                    f"{folder}: sample {sample} of the {theirs} split has no file {sample}.hdf5"
+                    f"{folder}: sample {sample} of the {their_split} split has no file "
+                    f"{sample}.hdf5"
                 )
         files = [folder / f"{sample}.hdf5" for sample in samples]
-        splits[ours] = (
-            np.array([label[s] for s in samples]),
-            lambda row, files=files: _bands(files[row]),
-        )
+        labels = np.array([label_of_sample[sample] for sample in samples])
+        splits[split] = (labels, lambda row, files=files: _colours_of_sample(files[row]))
     return splits, names
 
 
-def _json(file: Path) -> dict[str, list]:
+def _lists_by_name(file: Path) -> dict[str, list]:
+    """Reads a JSON file that maps names to lists of samples."""
     try:
-        held = json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{file} cannot be read as JSON ({error}): a GEO-Bench folder has default_partition.json and "
-            "label_map.json beside its samples"
+            f"{file} cannot be read as JSON ({error}): a GEO-Bench folder has "
+            "default_partition.json and label_map.json beside its samples"
         ) from error
-    if not isinstance(held, dict) or not all(
-        isinstance(samples, list) for samples in held.values()
+    if not isinstance(content, dict) or not all(
+        isinstance(samples, list) for samples in content.values()
     ):
         raise ValueError(
             f'{file} must map names to lists of samples, as in {{"train": ["sample_1", ...]}}'
         )
-    return held
+    return content
 
 
-def _bands(file: Path) -> Tensor:
-    """(3, h, w) uint8 of one sample. Bands are named "Red", or "04 - Red_2016-01-01" with a number
-    and a date."""
+def _label_of_sample(file: Path, label_map: dict[str, list], names: list[str]) -> dict[str, int]:
+    """Turns {class name: samples} into {sample: number of its class}, in the order of `names`."""
+    label_of_sample: dict[str, int] = {}
+    for number, name in enumerate(names):
+        for sample in label_map[name]:
+            if sample in label_of_sample:
+                raise ValueError(
+                    f"{file}: sample {sample} is in classes {names[label_of_sample[sample]]} and "
+                    f"{name}: one label a sample is read"
+                )
+            label_of_sample[sample] = number
+    return label_of_sample
+
+
+def _colours_of_sample(file: Path) -> Tensor:
+    """Reads red, green and blue of one sample as (3, h, w) uint8."""
     import h5py
 
     try:
-        with h5py.File(file, "r") as held:
-            found = {
-                colour: [name for name in held if _plain(name) == colour] for colour in COLOURS
+        with h5py.File(file, "r") as sample:
+            names = {
+                colour: [name for name in sample if _colour_of_band(name) == colour]
+                for colour in COLOURS
             }
-            if wrong := [colour for colour, names in found.items() if len(names) != 1]:
+            if wrong := [colour for colour in COLOURS if len(names[colour]) != 1]:
+                counts = ", ".join(f"{len(names[colour])} bands of {colour}" for colour in wrong)
                 raise ValueError(
-                    f"{file} has {', '.join(f'{len(found[c])} bands of {c}' for c in wrong)} among "
-                    f"{', '.join(held)}: exactly one of each is needed, of one date"
+                    f"{file} has {counts} among {', '.join(sample)}: "
+                    "exactly one of each is needed, of one date"
                 )
-            bands = [np.asarray(held[names[0]]) for names in found.values()]
+            bands = [np.asarray(sample[names[colour][0]]) for colour in COLOURS]
     except (OSError, KeyError, RuntimeError) as error:  # what h5py raises on damaged files
         raise ValueError(
-            f"{file} does not read as HDF5 ({error}): repair or replace it; images are never skipped in "
-            "silence"
+            f"{file} does not read as HDF5 ({error}): repair or replace it; "
+            "images are never skipped in silence"
         ) from error
     if len({band.shape for band in bands}) > 1 or bands[0].ndim != 2:
         raise ValueError(
-            f"{file} has bands of shape {', '.join(str(band.shape) for band in bands)}: all must have one height "
-            "and width"
+            f"{file} has bands of shape {', '.join(str(band.shape) for band in bands)}: "
+            "all must have one height and width"
         )
     pixels = np.stack(bands)
-    if (
-        pixels.min() < 0
-        or pixels.max() > 255
-        or (pixels.dtype.kind == "f" and (pixels != pixels.round()).any())
-    ):
+    has_fractions = pixels.dtype.kind == "f" and (pixels != pixels.round()).any()
+    if pixels.min() < 0 or pixels.max() > 255 or has_fractions:
         raise ValueError(
-            f"{file} holds values from {pixels.min()} to {pixels.max()} of type {pixels.dtype}: bands of whole "
-            "numbers from 0 to 255 are read; other sensors need a scale of their own"
+            f"{file} holds values from {pixels.min()} to {pixels.max()} of type {pixels.dtype}: "
+            "bands of whole numbers from 0 to 255 are read; other sensors need a scale of their own"
         )
     return torch.from_numpy(pixels.astype(np.uint8))
 
 
-def _plain(band: str) -> str:
-    return re.sub(r"_\d{4}-\d{2}-\d{2}.*$", "", re.sub(r"^\d+\w? - ", "", band)).strip().lower()
+def _colour_of_band(name: str) -> str:
+    """Takes number and date off a band's name: "04 - Red_2016-01-01" and "Red" are both "red"."""
+    without_number = re.sub(r"^\d+\w? - ", "", name)
+    return re.sub(r"_\d{4}-\d{2}-\d{2}.*$", "", without_number).strip().lower()
 
 
-def mit_indoor(folder: Path) -> tuple[dict[str, Decoded], list[str]]:
-    """MIT Indoor scenes (Quattoni & Torralba, CVPR 2009): Images/CLASS/FILE.jpg with
-    TrainImages.txt and TestImages.txt.
+# ---------------------------------------------------------------- MIT Indoor
 
-    There is no validation split; one is cut from training. Raises ValueError for an empty or absent
-    list, a file that is listed and absent, and one in both lists.
+
+def mit_indoor(folder: Path) -> Read:
+    """Reads MIT Indoor scenes (Quattoni & Torralba, CVPR 2009).
+
+    It holds Images/CLASS/FILE.jpg with TrainImages.txt and TestImages.txt. There is no validation
+    split; one is cut from training. Raises ValueError for an empty or absent list, a file that is
+    listed and absent, and one in both lists.
     """
-    listed = {}
-    for split, name in LISTS.items():
-        if not (folder / name).is_file():
-            raise ValueError(
-                f"{folder} has no {name}: MIT Indoor comes with TrainImages.txt and TestImages.txt"
-            )
-        listed[split] = [
-            line.strip() for line in (folder / name).read_text().splitlines() if line.strip()
-        ]
-        if not listed[split]:
-            raise ValueError(f"{folder / name} lists no image")
-        if absent := [line for line in listed[split] if not (folder / "Images" / line).is_file()]:
-            raise ValueError(
-                f"{folder / name} lists {absent[0]}, which is not in {folder / 'Images'}; {len(absent)} such in "
-                "all. Unpack the images again, or take the lines out"
-            )
-    if both := set(listed["train"]) & set(listed["test"]):
-        raise ValueError(f"{folder}: {sorted(both)[0]} is in the training and in the test list")
-    names = sorted({line.split("/")[0] for line in listed["train"]})
-    if strange := {line.split("/")[0] for line in listed["test"]} - set(names):
+    images_of_split = {split: _listed(folder, name) for split, name in LISTS.items()}
+    if in_both := set(images_of_split["train"]) & set(images_of_split["test"]):
+        raise ValueError(f"{folder}: {sorted(in_both)[0]} is in the training and in the test list")
+    # an image is listed as CLASS/FILE.jpg
+    classes_of_split = {
+        split: [image.split("/")[0] for image in images]
+        for split, images in images_of_split.items()
+    }
+    names = sorted(set(classes_of_split["train"]))
+    if untrained := set(classes_of_split["test"]) - set(names):
         raise ValueError(
-            f"{folder / 'TestImages.txt'}: class {sorted(strange)[0]} has no training image"
+            f"{folder / 'TestImages.txt'}: class {sorted(untrained)[0]} has no training image"
         )
     splits = {}
-    for split, lines in listed.items():
-        labels = np.array([names.index(line.split("/")[0]) for line in lines])
-        splits[split] = labels, lambda row, lines=lines: _picture(folder / "Images" / lines[row])
+    for split, images in images_of_split.items():
+        files = [folder / "Images" / image for image in images]
+        labels = np.array([names.index(name) for name in classes_of_split[split]])
+        splits[split] = (labels, lambda row, files=files: _picture(files[row]))
     return splits, names
+
+
+def _listed(folder: Path, name: str) -> list[str]:
+    """Reads a list of images, all of which must be there."""
+    if not (folder / name).is_file():
+        raise ValueError(
+            f"{folder} has no {name}: MIT Indoor comes with TrainImages.txt and TestImages.txt"
+        )
+    lines = [line.strip() for line in (folder / name).read_text().splitlines()]
+    images = [line for line in lines if line]
+    if not images:
+        raise ValueError(f"{folder / name} lists no image")
+    if absent := [image for image in images if not (folder / "Images" / image).is_file()]:
+        raise ValueError(
+            f"{folder / name} lists {absent[0]}, which is not in {folder / 'Images'}; "
+            f"{len(absent)} such in all. Unpack the images again, or take the lines out"
+        )
+    return images
 
 
 def _picture(file: Path) -> Tensor:
     try:  # by content: some files are GIF or PNG and named .jpg
-        with Image.open(file) as picture:
-            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
+        return rgb(file)
     except Exception as error:  # PIL raises many kinds on damaged files
         raise ValueError(
-            f"{file} does not decode: {error}. Repair or replace it; images are never skipped in "
-            "silence"
+            f"{file} does not decode: {error}. Repair or replace it; "
+            "images are never skipped in silence"
         ) from error

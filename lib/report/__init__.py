@@ -1,8 +1,10 @@
-"""Records in, figures and tables out. Nothing here computes a result, reads a file or needs torch.
+"""Turns records into figures and tables. Nothing here computes a result, or needs torch to draw.
 
-`style` is the one look and puts a figure on the page with caption and alt text; `figures` draws
-curves and points, `maps` where classes and tokens go; `tables` keeps published, reproduced and this
-build apart; `explorer` is for live notebooks.
+`style` gives figures one look and puts them onto the page with caption and alt text. `figures`
+draws curves and points, `relations` one quantity against another, `maps` where classes go,
+`overlays` images under the experts of their patches, `routes` whole models; `process` and
+`schematic` draw how a method works. `tables` keeps published, reproduced and this build apart,
+`text` writes sentences with numbers, `explorer` is for live notebooks.
 """
 
 # Set against the theme, whose captions are pale, thin and centred.

@@ -1,9 +1,11 @@
-"""A live look at routing: image, layer and expert as controls, the token overlay as the answer.
+"""Lets a reader of a live notebook choose image, layer and expert, and shows the token overlay.
 
 On a published page nothing answers to a control, so the same views stand there as a figure: the
 explorer displays as widgets where a kernel serves them, and as the static figure where not. For the
 second case the display bundle carries both; a book leaves the widget view out by its Sphinx setting
 `nb_mime_priority_overrides: [["html", "application/vnd.jupyter.widget-view+json", null]]`.
+
+Axis letters: **P** probe images, **M** MoE layers from the shallowest to the deepest, **N** tokens.
 """
 
 from __future__ import annotations
@@ -13,15 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from .maps import probe_images, token_maps, token_view
+from .overlays import probe_images, token_maps, token_view
 from .style import Shown, figure, png, show, style
 
 __all__ = ["Explorer", "explorer", "of_record"]
 
 
 class Explorer:
-    """Shows one image and one layer at a time. `widget` is None without ipywidgets; `static` is
-    always there."""
+    """Shows one image and one layer at a time.
+
+    widget: the controls and the picture, None without ipywidgets; static: the figure of a page.
+    """
 
     def __init__(
         self,
@@ -45,8 +49,10 @@ class Explorer:
         self.widget = self._build()
 
     def view(self, image: int, layer: int, expert: int | None = None) -> bytes:
-        """PNG of one image at one layer (index into the MoE layers); expert: colour its patches
-        only."""
+        """Draws one image at one layer (index into the MoE layers) as PNG.
+
+        expert: colours its patches only; None = all.
+        """
         with style():
             fig, axes = figure(height=4.0, width=4.2)
             token_view(
@@ -58,12 +64,13 @@ class Explorer:
                 grid=self.grid,
                 highlight=expert,
             )
-            patches = self.token_expert[layer, image][self.prefix :]
-            patches = patches[patches >= 0]
-            count = ""
+            title = f"{self.names[image]}, block {self.blocks[layer] + 1}"
             if expert is not None:
-                count = f", {int((patches == expert).sum())} of {patches.size} patches to expert {expert}"
-            axes[0, 0].set_title(f"{self.names[image]}, block {self.blocks[layer] + 1}{count}")
+                patches = self.token_expert[layer, image][self.prefix :]
+                patches = patches[patches >= 0]
+                count = int((patches == expert).sum())
+                title += f", {count} of {patches.size} patches to expert {expert}"
+            axes[0, 0].set_title(title)
         return png(fig, dpi=110)
 
     def _build(self) -> Any:
@@ -104,9 +111,10 @@ class Explorer:
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         bundle: dict[str, Any] = {"text/html": self.static.html, "text/plain": self.static.alt}
         if self.widget is not None:
-            made = self.widget._repr_mimebundle_(**kwargs)
-            made = made[0] if isinstance(made, tuple) else made
-            bundle = {**(made or {}), **bundle}
+            of_widget = self.widget._repr_mimebundle_(**kwargs)
+            if isinstance(of_widget, tuple):  # with metadata
+                of_widget = of_widget[0]
+            bundle = {**(of_widget or {}), **bundle}
         return bundle
 
 
@@ -123,18 +131,17 @@ def explorer(
     grid: tuple[int, int] | None = None,
     shown: int = 4,
 ) -> Explorer:
-    """Explorer of probe images, to be the value of a cell.
+    """Makes an explorer of probe images, to be the value of a cell.
 
     images: (P, ...); token_expert: (M, P, N) of a record; blocks: (M,) 0-based; names: (P,), such
     as the true classes. caption, alt: of the static figure, which shows the first `shown` images at
     up to four layers.
     """
     token_expert = np.asarray(token_expert)
-    names = (
-        [f"image {i}" for i in range(len(images))]
-        if names is None
-        else [f"{i}: {n}" for i, n in enumerate(names)]
-    )
+    if names is None:
+        names = [f"image {i}" for i in range(len(images))]
+    else:
+        names = [f"{i}: {name}" for i, name in enumerate(names)]
     shown = min(shown, len(images))
     fig = token_maps(
         images[:shown],
@@ -150,36 +157,31 @@ def explorer(
 
 
 def of_record(record: Any, shown: int = 4) -> Explorer:
-    """Explorer of a record's probe images. Where the data set is not at hand the maps stand alone,
-    on grey.
+    """Makes an explorer of a record's probe images.
 
-    Raises ValueError if the record has no MoE layer.
+    Where the data set is not at hand the maps stand alone, on grey. Raises ValueError if the record
+    has no MoE layer.
     """
     if not record.moe:
         raise ValueError(f"record {record.id} has no MoE layer: give a record whose spec has moe")
     maps, index = record.arrays["token_expert"], record.arrays["probe_index"]
     caption = (
-        f"Probe images of the test split and the expert that each patch goes to first, for layers from shallow to deep; "
-        f"{record.spec.data.name}, run {record.id}."
+        "Probe images of the test split and the expert that each patch goes to first, "
+        f"for layers from shallow to deep; {record.spec.data.name}, run {record.id}."
     )
-    names = None
-    found = probe_images(record, len(index))
-    if found is not None:
-        images, names = (
-            [image for image, _ in found],
-            [record.class_names[label] for _, label in found],
-        )
-    else:
+    images_and_labels = probe_images(record, len(index))
+    if images_and_labels is None:
+        names = None
         images = [np.full((8, 8), 200, np.uint8)] * len(index)
         caption += " The images are not on the machine that built this page (MOE_DATA)."
-    size = min({image.shape for image in images})
-    uniform = (
-        np.stack(images)
-        if len({image.shape for image in images}) == 1
-        else np.stack([image[..., : size[-2], : size[-1]] for image in images])
-    )
+    else:
+        names = [record.class_names[label] for _, label in images_and_labels]
+        images = [image for image, _ in images_and_labels]
+    # images of several sizes are cut to one
+    height = min(image.shape[-2] for image in images)
+    width = min(image.shape[-1] for image in images)
     return explorer(
-        uniform,
+        np.stack([image[..., :height, :width] for image in images]),
         maps,
         [m["block"] for m in record.moe],
         len(record.moe[-1]["load"]),

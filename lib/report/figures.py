@@ -1,9 +1,10 @@
-"""Curves and points: records, or values with intervals, in; a matplotlib Figure out. Heatmaps and
-token maps are in `maps`.
+"""Draws curves and points from records, or from values with intervals.
 
 Published values and ours are never drawn into one panel: data, resolution and training differ, so
 only shapes compare. Every function takes absent records (None) and says in the panel what is
 missing.
+
+Axis letters: **L** MoE layers of a model, **M** MoE layers from the shallowest to the deepest.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from textwrap import fill
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -36,26 +38,23 @@ Value = float | Interval | None
 
 
 def _parts(values: Sequence[Value]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Means, and the distances down and up to the interval's ends (nan: no interval)."""
+    """Gives means, and the distances down and up to the interval's ends (nan: no interval)."""
     rows = [(v.mean, v.low, v.high) if isinstance(v, Interval) else (v, None, None) for v in values]
-    mean, low, high = (
-        np.array([[np.nan if x is None else x for x in row] for row in rows], float)
-        .reshape(-1, 3)
-        .T
-    )
+    table = np.array(rows, float).reshape(-1, 3)  # None becomes nan
+    mean, low, high = table.T
     return mean, mean - low, high - mean
 
 
 def _errorbar(ax, x, values: Sequence[Value], **kwargs) -> bool:
-    """Points with bars where an interval is known; False if there is nothing to draw."""
+    """Draws points, with bars where an interval is known; False if there is nothing to draw."""
     mean, down, up = _parts(values)
-    here = np.isfinite(mean)
-    if not here.any():
+    is_known = np.isfinite(mean)
+    if not is_known.any():
         return False
-    bars = np.nan_to_num(np.stack([down, up])[:, here], nan=0.0)
+    bars = np.nan_to_num(np.stack([down, up])[:, is_known], nan=0.0)
     ax.errorbar(
-        np.asarray(x, float)[here],
-        mean[here],
+        np.asarray(x, float)[is_known],
+        mean[is_known],
         yerr=bars if bars.any() else None,
         capsize=2.5,
         elinewidth=1,
@@ -69,8 +68,10 @@ def _errorbar(ax, x, values: Sequence[Value], **kwargs) -> bool:
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a scan. hue chooses colour and marker (such as E), variant the line style (such
-    as shared or not)."""
+    """Is one line of a scan.
+
+    hue: chooses colour and marker (such as E); variant: the line style (such as shared or not).
+    """
 
     x: Sequence[float]
     y: Sequence[Value]  # accuracy in percent; None = no record
@@ -79,6 +80,7 @@ class Curve:
 
     @property
     def label(self) -> str:
+        """Names the line in the legend."""
         return f"{self.hue}, {self.variant}" if self.variant else str(self.hue)
 
 
@@ -91,12 +93,12 @@ def scan(
     baseline_label: str = "no MoE layer",
     missing: str = "no record yet",
 ) -> Figure:
-    """Accuracy against L, one panel a source (published, reproduced, this build), each with its own
-    scale.
+    """Draws accuracy against L, one panel a source, each with its own scale.
 
-    A label has one look in all panels; markers are filled, hollow and grey for the first, second
-    and later variants. baselines: {panel: value}, drawn as a horizontal line. missing: text for a
-    panel without a value, best the command that fills it.
+    Sources are published, reproduced, this build. A label has one look in all panels; markers are
+    filled, hollow and grey for the first, second and later variants. baselines: {panel: value},
+    drawn as a horizontal line. missing: text for a panel without a value, best the command that
+    fills it.
     """
     hues = list(dict.fromkeys(c.hue for curves in panels.values() for c in curves))
     variants = list(dict.fromkeys(c.variant for curves in panels.values() for c in curves))
@@ -129,9 +131,8 @@ def scan(
                 ax.axhline(level, color="#555555", linewidth=1, label=baseline_label)
             if drawn:
                 ticks = sorted({x for c in curves for x in c.x})
-                if (
-                    all(float(x).is_integer() for x in ticks) and len(ticks) <= 16
-                ):  # others would run into each other
+                # others would run into each other
+                if all(float(x).is_integer() for x in ticks) and len(ticks) <= 16:
                     ax.set_xticks(ticks)
             else:
                 note(ax, missing)
@@ -156,15 +157,14 @@ _HISTORY = {
 
 
 def training_curves(
-    groups: dict[str, Sequence[Any]],
+    records_of_label: dict[str, Sequence[Any]],
     values: Sequence[str] = ("val_top1", "train_loss"),
     missing: str = "no record yet",
 ) -> Figure:
-    """History over epochs, one panel a value: the mean over seeds as a line with markers, each seed
-    as a thin line.
+    """Draws the history over epochs, one panel a value: the mean over seeds, and each seed thin.
 
-    groups: {label: records, one per seed}. values: keys of the history; the mean stops where the
-    first seed stops.
+    records_of_label: one record per seed for each line. values: keys of the history; the mean stops
+    where the first seed stops. Raises ValueError for a key that is none.
     """
     unknown = [v for v in values if v not in _HISTORY]
     if unknown:
@@ -176,38 +176,42 @@ def training_curves(
         for ax, key in zip(axes[0], values, strict=True):
             ax.set(xlabel="epoch", ylabel=_HISTORY[key])
             ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
-            for i, (label, records) in enumerate(groups.items()):
-                look = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]}
-                rows = [
-                    [(h["epoch"], h[key]) for h in r.history if h.get(key) is not None]
+            for i, (label, records) in enumerate(records_of_label.items()):
+                curves = [
+                    [(row["epoch"], row[key]) for row in r.history if row.get(key) is not None]
                     for r in finished(records)
                 ]
-                rows = [np.array(row) for row in rows if row]
-                if not rows:
-                    continue
-                if len(rows) > 1:
-                    for row in rows:
-                        ax.plot(
-                            *row.T,
-                            color=look["color"],
-                            linewidth=0.6,
-                            alpha=0.6,
-                            marker="",
-                            linestyle="-",
-                        )
-                length = min(map(len, rows))
-                mean = np.mean([row[:length] for row in rows], axis=0)
-                ax.plot(
-                    *mean.T,
-                    marker=MARKERS[i % len(MARKERS)],
-                    markevery=max(1, length // 10),
-                    **look,
-                    label=f"{label} (n={len(rows)})",
-                )
+                curves = [np.array(curve) for curve in curves if curve]
+                if curves:
+                    every = max(1, min(map(len, curves)) // 10)  # ten markers or so on a line
+                    _draw_seeds_and_mean(ax, curves, i, label, markevery=every)
             if not ax.lines:
                 note(ax, missing)
         legend_above(fig, axes[0], columns=3)
     return fig
+
+
+def _draw_seeds_and_mean(
+    ax: Axes, curves: list[np.ndarray], number: int, label: str, **of_mean
+) -> None:
+    """Draws curves (points, 2), one per seed, thin, and their mean as far as the shortest goes.
+
+    number: of the line in the panel, which chooses its look.
+    """
+    colour = COLOURS[number % len(COLOURS)]
+    if len(curves) > 1:
+        for curve in curves:
+            ax.plot(*curve.T, color=colour, linewidth=0.6, alpha=0.6, marker="", linestyle="-")
+    shortest = min(map(len, curves))
+    mean = np.mean([curve[:shortest] for curve in curves], axis=0)
+    ax.plot(
+        *mean.T,
+        color=colour,
+        marker=MARKERS[number % len(MARKERS)],
+        linestyle=LINES[number % len(LINES)],
+        label=f"{label} (n={len(curves)})",
+        **of_mean,
+    )
 
 
 # ---------------------------------------------------------------- information by depth
@@ -216,27 +220,30 @@ def training_curves(
 def depth_information(
     record: Any, about: str = "class", corrected: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(M,) 1-based blocks and (M,) normalised information of class (or position) and expert,
-    shallow to deep.
+    """Computes the normalised information of class (or position) and expert in each block.
 
-    The class table counts one sample per test image, since the tokens of an image are not
-    independent draws.
+    (M,) 1-based blocks and (M,) values, shallow to deep. The class table counts one sample per test
+    image, since the tokens of an image are not independent draws. Raises ValueError for another
+    word in `about`.
     """
     if about not in ("class", "position"):
         raise ValueError(f"about={about!r} is unknown: use 'class' or 'position'")
     tables = record.arrays[f"{about}_expert"]
-    found = [information(t, samples=record.test["n"] if about == "class" else None) for t in tables]
-    values = np.array([i.corrected if corrected else i.normalised for i in found])
+    samples = record.test["n"] if about == "class" else None
+    of_layers = [information(table, samples=samples) for table in tables]
+    values = np.array([i.corrected if corrected else i.normalised for i in of_layers])
     return np.array([m["block"] + 1 for m in record.moe]), values
 
 
 def information_by_depth(
-    groups: dict[str, Sequence[Any]], threshold: float | None = None, missing: str = "no record yet"
+    records_of_label: dict[str, Sequence[Any]],
+    threshold: float | None = None,
+    missing: str = "no record yet",
 ) -> Figure:
-    """Normalised mutual information of expert with class and with position against depth, mean over
-    seeds, seeds thin.
+    """Draws the information of expert with class, and with position, over depth.
 
-    groups: {label: records, one per seed}. threshold: dotted line in the class panel, as for
+    Normalised mutual information: the mean over seeds, and each seed thin. records_of_label: one
+    record per seed for each line. threshold: dotted line in the class panel, as for
     `suggested_layers`.
     """
     with style():
@@ -250,25 +257,15 @@ def information_by_depth(
             )
             ax.yaxis.set_tick_params(labelleft=True)
             blocks: set[int] = set()
-            for i, (label, records) in enumerate(groups.items()):
-                rows = [depth_information(r, about) for r in finished(records) if r.moe]
-                if not rows:
-                    continue
-                x, colour = rows[0][0], COLOURS[i % len(COLOURS)]
-                blocks |= set(x.tolist())
-                if len(rows) > 1:
-                    for _, y in rows:
-                        ax.plot(
-                            x, y, color=colour, linewidth=0.6, alpha=0.6, marker="", linestyle="-"
-                        )
-                ax.plot(
-                    x,
-                    np.mean([y for _, y in rows], axis=0),
-                    color=colour,
-                    marker=MARKERS[i % len(MARKERS)],
-                    linestyle=LINES[i % len(LINES)],
-                    label=f"{label} (n={len(rows)})",
-                )
+            for i, (label, records) in enumerate(records_of_label.items()):
+                curves = [
+                    np.stack(depth_information(r, about), axis=1)
+                    for r in finished(records)
+                    if r.moe
+                ]
+                if curves:
+                    blocks |= {int(block) for block in curves[0][:, 0]}
+                    _draw_seeds_and_mean(ax, curves, i, label)
             if blocks:
                 ax.set_xticks(range(min(blocks), max(blocks) + 1))
             else:
@@ -290,10 +287,10 @@ def information_by_depth(
 
 @dataclass(frozen=True)
 class Point:
-    """A model of the frontier: params_m active parameters in millions, macs_g multiply-adds in 10^9
-    per image, top1 in percent.
+    """Is a model of the frontier.
 
-    highlight: drawn larger and filled, as the method that the page is about.
+    params_m: active parameters in millions; macs_g: multiply-adds in 10^9 per image; top1: in
+    percent; highlight: drawn larger and filled, as the method that the page is about.
     """
 
     label: str
@@ -307,8 +304,10 @@ _COSTS = {"params_m": "active parameters (million)", "macs_g": "multiply-adds (1
 
 
 def frontier(panels: dict[str, Sequence[Point]], missing: str = "no record yet") -> Figure:
-    """Accuracy against active parameters and multiply-adds, one row of panels a source. A label has
-    one look in all rows."""
+    """Draws accuracy against active parameters and multiply-adds, one row of panels a source.
+
+    A label has one look in all rows.
+    """
     labels = list(dict.fromkeys(p.label for points in panels.values() for p in points))
     markers = "osD^v<>PX*hp"
     with style():
@@ -336,9 +335,8 @@ def frontier(panels: dict[str, Sequence[Point]], missing: str = "no record yet")
                     )
                     seen.add(p.label)
                 ax.margins(0.12)
-                ax.xaxis.set_major_locator(
-                    MaxNLocator(nbins=4)
-                )  # small models have long numbers, which must not touch
+                # small models have long numbers, which must not touch
+                ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
                 ax.ticklabel_format(axis="x", useOffset=False)
                 values = [getattr(p, key) for p in points if p.top1 is not None]
                 if values and max(values) - min(values) < 0.04 * max(values):
@@ -355,8 +353,10 @@ def frontier(panels: dict[str, Sequence[Point]], missing: str = "no record yet")
 def cost_ratio(
     ratios: dict[str, float], tolerance: float = 0.005, xlabel: str = "ours / paper"
 ) -> Figure:
-    """Ratio of our count to the printed one, a dot a cell of a table; filled where it lies within
-    `tolerance` of 1."""
+    """Draws the ratio of our count to the printed one, a dot a cell of a table.
+
+    A dot is filled where it lies within `tolerance` of 1. Raises ValueError without a ratio.
+    """
     if not ratios:
         raise ValueError("ratios is empty: give {cell: ours / paper}")
     names, values = list(ratios), np.array(list(ratios.values()), float)

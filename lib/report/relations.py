@@ -1,5 +1,4 @@
-"""One quantity against another: points, compute against storage, pairs of experts, clusters and
-their tree."""
+"""Draws one quantity against another: points, costs, pairs of experts, clusters and their tree."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-from .style import COLOURS, LINES, MAP, MARKERS, figure, legend_above, style, text_colour
+from .style import COLOURS, LINES, MAP, MARKERS, figure, legend_above, print_values, style
 
 __all__ = ["Spot", "cluster_tree", "clouds", "front", "matrices", "scatter", "surface"]
 
@@ -23,8 +22,10 @@ def scatter(
     ylabel: str,
     log: bool = False,
 ) -> Figure:
-    """One value against another, a point each, one panel a comparison: {title: (x, y)}. log: both
-    axes; only x, y > 0 show."""
+    """Draws one value against another, as points, one panel a comparison: {title: (x, y)}.
+
+    log: makes both axes logarithmic; only x, y > 0 show.
+    """
     with style():
         fig, axes = figure(1, len(panels), height=3.0)
         for ax, (title, (x, y)) in zip(axes[0], panels.items(), strict=True):
@@ -37,8 +38,11 @@ def scatter(
 
 @dataclass(frozen=True)
 class Spot:
-    """One model in `surface`: its shares of the dense model's compute and storage in percent, and
-    its accuracy in percent."""
+    """Is one model in `surface`.
+
+    active, stored: its shares of the dense model's compute and storage in percent; top1: accuracy
+    in percent; mixture: False for a static model.
+    """
 
     label: str
     active: float
@@ -48,33 +52,35 @@ class Spot:
 
 
 def front(costs: Sequence[tuple[float, ...]]) -> list[bool]:
-    """Which of the tuples no other one beats in one entry without losing in another; small is good,
-    equals are all on it."""
-    return [
-        not any(
-            all(a <= b for a, b in zip(other, mine, strict=True)) and other != mine
-            for other in costs
-        )
-        for mine in costs
-    ]
+    """Tells which tuples are on the Pareto front: no other is at least as small in all entries.
+
+    Equal tuples are all on it.
+    """
+
+    def beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+        return one != other and all(a <= b for a, b in zip(one, other, strict=True))
+
+    return [not any(beats(rival, cost) for rival in costs) for cost in costs]
 
 
 def surface(panels: dict[str, Sequence[Spot]]) -> Figure:
-    """Compute, storage and accuracy of many models, one panel a source: accuracy is the colour,
-    squares are static, and models on the `front` of the three are large."""
+    """Draws compute, storage and accuracy of many models, one panel a source.
+
+    Accuracy is the colour, squares are static, and models on the `front` of the three are large.
+    """
     with style():
         fig, axes = figure(1, len(panels), height=3.8)
         for ax, (title, spots) in zip(axes[0], panels.items(), strict=True):
-            best = front([(s.active, s.stored, -s.top1) for s in spots])
+            is_on_front = front([(s.active, s.stored, -s.top1) for s in spots])
             low, high = min(s.top1 for s in spots), max(s.top1 for s in spots)
             for mixture, marker in ((False, "s"), (True, "o")):
-                own = [(s, on) for s, on in zip(spots, best, strict=True) if s.mixture == mixture]
-                drawn = ax.scatter(
-                    [s.active for s, _ in own],
-                    [s.stored for s, _ in own],
-                    c=[s.top1 for s, _ in own],
+                chosen = [i for i, spot in enumerate(spots) if spot.mixture == mixture]
+                points = ax.scatter(
+                    [spots[i].active for i in chosen],
+                    [spots[i].stored for i in chosen],
+                    c=[spots[i].top1 for i in chosen],
                     marker=marker,
-                    s=[70 if on else 24 for _, on in own],
+                    s=[70 if is_on_front[i] else 24 for i in chosen],
                     cmap=MAP,
                     vmin=low,
                     vmax=high,
@@ -85,9 +91,8 @@ def surface(panels: dict[str, Sequence[Spot]]) -> Figure:
                 )
             ends = np.geomspace(min(s.active for s in spots), max(s.active for s in spots), 30)
             ax.plot(ends, ends, color="#888888", linewidth=0.8, linestyle=LINES[1], marker="")
-            ax.set_yscale(
-                "log", base=2
-            )  # most models store about what the dense one does, a few many times that
+            # most models store about what the dense one does, a few many times that
+            ax.set_yscale("log", base=2)
             ax.yaxis.set_major_locator(
                 FixedLocator([25, 50, 75, 100, 150, 200, 300, 400, 600, 800, 1600])
             )
@@ -99,14 +104,16 @@ def surface(panels: dict[str, Sequence[Spot]]) -> Figure:
                 xlabel="multiply-adds (% of dense)",
                 ylabel="stored parameters (% of dense)",
             )
-            fig.colorbar(drawn, ax=ax, label="accuracy (%)", aspect=24)
+            fig.colorbar(points, ax=ax, label="accuracy (%)", aspect=24)
         legend_above(fig, axes[0])
     return fig
 
 
 def matrices(panels: dict[str, Sequence[Sequence[float]]], label: str, low: float = 0.0) -> Figure:
-    """Square tables of pairs of experts, one panel a layer; colours from `low` to 1, values printed
-    where there is room."""
+    """Draws square tables of pairs of experts, one panel a layer; colours go from `low` to 1.
+
+    label: what the values are. They are printed where there is room.
+    """
     with style():
         fig, axes = figure(1, len(panels), height=2.6, width=min(7.2, 1.2 + 2.0 * len(panels)))
         for ax, (title, table) in zip(axes[0], panels.items(), strict=True):
@@ -116,53 +123,52 @@ def matrices(panels: dict[str, Sequence[Sequence[float]]], label: str, low: floa
             ax.set_xticks(range(0, len(table), 1 if len(table) <= 8 else max(4, len(table) // 4)))
             ax.set_yticks(ax.get_xticks())
             ax.grid(False)
-            for (i, j), value in np.ndenumerate(table if len(table) <= 6 else np.empty((0, 0))):
-                ax.text(
-                    j,
-                    i,
-                    f"{value:.2f}".replace("0.", "."),
-                    ha="center",
-                    va="center",
-                    fontsize=7,
-                    color=text_colour(image.cmap(image.norm(value))[:3]),
-                )
+            if len(table) <= 6:
+                print_values(ax, image, table, _short, 7)
         fig.colorbar(image, ax=list(axes[0]), label=label, aspect=18)
     return fig
 
 
+def _short(value: float) -> str:
+    return f"{value:.2f}".replace("0.", ".")
+
+
 def clouds(
-    groups: dict[str, tuple[Sequence[float], Sequence[float]]], *, xlabel: str, ylabel: str
+    points_of_label: dict[str, tuple[Sequence[float], Sequence[float]]], *, xlabel: str, ylabel: str
 ) -> Figure:
-    """Points of several groups in one panel, by colour and marker; the first group is the ground,
-    small and grey."""
+    """Draws several sets of points in one panel, by colour and marker: {label: (x, y)}.
+
+    The first is the ground, small and grey.
+    """
+    ground = {"color": "#b8b8b8", "marker": "o", "markersize": 2}
+    looks = [
+        {"color": colour, "marker": marker, "markersize": 3.5}
+        for colour, marker in zip(COLOURS, MARKERS, strict=True)
+    ]
     with style():
         fig, axes = figure(height=3.6, width=5.4)
-        for i, (label, (x, y)) in enumerate(groups.items()):
-            look = (
-                {"color": "#b8b8b8", "markersize": 2}
-                if i == 0
-                else {
-                    "color": COLOURS[(i - 1) % len(COLOURS)],
-                    "marker": MARKERS[(i - 1) % len(MARKERS)],
-                    "markersize": 3.5,
-                }
-            )
-            axes[0, 0].plot(x, y, linestyle="", alpha=0.7, label=label, **{"marker": "o"} | look)
+        for i, (label, (x, y)) in enumerate(points_of_label.items()):
+            look = looks[(i - 1) % len(looks)] if i else ground
+            axes[0, 0].plot(x, y, linestyle="", alpha=0.7, label=label, **look)
         axes[0, 0].set(xlabel=xlabel, ylabel=ylabel)
         legend_above(fig, [axes[0, 0]])
     return fig
 
 
 def cluster_tree(tree: np.ndarray, tokens: int) -> Figure:
-    """HDBSCAN's condensed tree, fields parent, child, lambda_val, child_size: a bar a branch over
-    density (1 / distance)."""
+    """Draws HDBSCAN's condensed tree: a bar a branch, over density (1 / distance).
+
+    tree: an array with the fields parent, child, lambda_val, child_size; tokens: how many were
+    clustered, which is also the number of the root. A bar is as wide as its share of the tokens.
+    """
     branches = tree[tree["child_size"] > 1]
-    born = {tokens: 0.0} | {int(row["child"]): float(row["lambda_val"]) for row in branches}
+    start = {tokens: 0.0} | {int(row["child"]): float(row["lambda_val"]) for row in branches}
     size = {tokens: tokens} | {int(row["child"]): int(row["child_size"]) for row in branches}
-    place: dict[int, float] = {}
+    centre: dict[int, float] = {}
 
     def put(node: int, left: float) -> None:
-        place[node] = left + size[node] / tokens / 2
+        """Places a branch from `left` on, and those that leave it within its width."""
+        centre[node] = left + size[node] / tokens / 2
         for child in (int(row["child"]) for row in branches if row["parent"] == node):
             put(child, left)
             left += size[child] / tokens
@@ -170,14 +176,14 @@ def cluster_tree(tree: np.ndarray, tokens: int) -> Figure:
     put(tokens, 0.0)
     with style():
         fig, axes = figure(height=3.4, width=5.4)
-        for node, x in place.items():
+        for node, x in centre.items():
             ends = tree["lambda_val"][tree["parent"] == node]
-            end = float(ends[np.isfinite(ends)].max(initial=born[node]))
+            end = float(ends[np.isfinite(ends)].max(initial=start[node]))
             axes[0, 0].bar(
                 x,
-                end - born[node],
+                end - start[node],
                 size[node] / tokens,
-                bottom=born[node],
+                bottom=start[node],
                 color=COLOURS[0],
                 alpha=0.35,
                 edgecolor=COLOURS[0],

@@ -1,30 +1,29 @@
-"""Where whole models send things: shares by layer, main routes of classes, maps by position, the
-checkerboard, GradCAM by expert.
+"""Draws where whole models send tokens: by layer, class, position, checkerboard and GradCAM.
 
 Axis letters: **M** MoE layers from the shallowest to the deepest, **C** classes, **E** experts,
-**N** tokens.
+**P** probe images, **N** tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from ..measure.routing import load_share
-from .maps import (
+from .maps import class_names
+from .overlays import (
     as_picture,
     bare,
-    class_names,
     expert_bar,
     probe_images,
     spread,
     token_grid,
     token_view,
 )
-from .style import WIDTH, expert_colours, figure, style, text_colour
+from .style import WIDTH, centred_text, expert_colours, figure, print_values, style
 
 __all__ = [
     "cam_masks",
@@ -39,15 +38,13 @@ __all__ = [
 
 
 def layer_shares(records: dict[str, Any]) -> Figure:
-    """Share of assignments by layer and expert, a panel a model (Durham, Figures 5 and 6): rows are
-    blocks, columns experts."""
+    """Draws the share of assignments by layer and expert, a panel a model.
+
+    After Durham, Figures 5 and 6: rows are blocks, columns experts.
+    """
+    layers = max(len(record.moe) for record in records.values())
     with style():
-        fig, axes = figure(
-            1,
-            len(records),
-            height=max(2.4, 1.2 + 0.28 * max(len(r.moe) for r in records.values())),
-            sharey=True,
-        )
+        fig, axes = figure(1, len(records), height=max(2.4, 1.2 + 0.28 * layers), sharey=True)
         for ax, (label, record) in zip(axes[0], records.items(), strict=True):
             table = np.array([m["load"] for m in record.moe])
             image = ax.imshow(100 * table, vmin=0, vmax=100, aspect="auto")
@@ -55,35 +52,28 @@ def layer_shares(records: dict[str, Any]) -> Figure:
             ax.set_xticks(range(table.shape[1]))
             ax.set_yticks(range(len(table)), [m["block"] + 1 for m in record.moe])
             ax.grid(False)
-            for (i, j), share in np.ndenumerate(table):
-                ax.text(
-                    j,
-                    i,
-                    f"{100 * share:.0f}",
-                    ha="center",
-                    va="center",
-                    fontsize=7.5,
-                    color=text_colour(image.cmap(image.norm(100 * share))[:3]),
-                )
+            print_values(ax, image, 100 * table, "{:.0f}".format, 7.5)
         axes[0, 0].set_ylabel("block (1 = first)")
         fig.colorbar(image, ax=list(axes[0]), label="share of assignments (%)", aspect=18)
     return fig
 
 
 def main_route(record: Any, label: int) -> tuple[list[int], list[float]]:
-    """(M,) the expert that gets most of a class's tokens in each layer, shallow to deep, and (M,)
-    its share."""
+    """Finds the expert that gets most of a class's tokens in each layer, and its share.
+
+    (M,) each, shallow to deep.
+    """
     share = load_share(record.arrays["class_expert"][:, label])
     return share.argmax(1).tolist(), share.max(1).tolist()
 
 
 def routes(record: Any, labels: Sequence[int]) -> Figure:
-    """The main route of some classes through the layers (Durham, Figures 7 to 9). The width of a
-    step is the share it carries."""
-    names, experts = (
-        class_names(record, len(record.arrays["class_expert"][0])),
-        max(len(m["load"]) for m in record.moe),
-    )
+    """Draws the main route of some classes through the layers, a panel a class.
+
+    After Durham, Figures 7 to 9. The width of a step is the share it carries.
+    """
+    names = class_names(record, len(record.arrays["class_expert"][0]))
+    experts = _most_experts([record])
     with style():
         fig, axes = figure(1, len(labels), height=max(2.6, 0.9 + 0.45 * experts), sharey=True)
         for ax, label in zip(axes[0], labels, strict=True):
@@ -119,34 +109,43 @@ def routes(record: Any, labels: Sequence[int]) -> Figure:
 
 
 def shared_routes(record: Any, least: int = 2) -> list[dict[str, Any]]:
-    """Classes with the same main route through all layers, largest groups first; groups of fewer
-    than `least` are left out."""
-    names, groups = class_names(record, len(record.arrays["class_expert"][0])), {}
-    for label in range(len(names)):
-        groups.setdefault(tuple(main_route(record, label)[0]), []).append(names[label])
-    ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
+    """Lists the main routes that classes share, those of most classes first.
+
+    A row of the table is a route through all layers; one of fewer than `least` classes is left out.
+    """
+    names = class_names(record, len(record.arrays["class_expert"][0]))
+    classes_of_route: dict[tuple[int, ...], list[str]] = {}
+    for label, name in enumerate(names):
+        route, _ = main_route(record, label)
+        classes_of_route.setdefault(tuple(route), []).append(name)
+    ordered = sorted(classes_of_route.items(), key=lambda item: (-len(item[1]), item[0]))
     return [
         {
             "route (expert in each block)": " → ".join(map(str, route)),
-            "classes": len(own),
-            "which": ", ".join(own),
+            "classes": len(classes),
+            "which": ", ".join(classes),
         }
-        for route, own in ordered
-        if len(own) >= least
+        for route, classes in ordered
+        if len(classes) >= least
     ]
+
+
+def _most_experts(records: Iterable[Any]) -> int:
+    """Counts the experts of the widest layer."""
+    return max(len(layer["load"]) for record in records for layer in record.moe)
 
 
 def position_maps(
     records: dict[str, Any], layers: Sequence[int] | None = None, prefix: int = 1
 ) -> Figure:
-    """Which expert a patch's place leads to, on average: a row a model, a column a layer.
+    """Draws which expert a patch's place leads to, on average: a row a model, a column a layer.
 
     Colour: the expert with the largest share at a place; strength: that share. Even maps of full
     colour mean routing by place.
     """
     first = next(iter(records.values()))
     chosen = spread(len(first.moe)) if layers is None else list(layers)
-    experts = max(len(m["load"]) for r in records.values() for m in r.moe)
+    experts = _most_experts(records.values())
     side = (WIDTH - 1.6) / max(len(chosen), 4)
     with style():
         fig, axes = figure(
@@ -159,20 +158,14 @@ def position_maps(
             for ax, layer in zip(row, chosen, strict=True):
                 share = load_share(record.arrays["position_expert"][layer][prefix:])
                 rows, columns = token_grid(len(share) + prefix, prefix, None)
-                best, strength = share.argmax(1), share.max(1)[:, None]
-                colour = strength * np.array(expert_colours(experts))[best] + (1 - strength)
+                favourite, strength = share.argmax(1), share.max(1)[:, None]
+                # (patches, 3): from white, where no expert is preferred, to the favourite's colour
+                colour = strength * np.array(expert_colours(experts))[favourite] + (1 - strength)
                 ax.imshow(colour.reshape(rows, columns, 3))
-                for place, expert in enumerate(best):
-                    if max(rows, columns) <= 8:
-                        ax.text(
-                            place % columns,
-                            place // columns,
-                            str(expert),
-                            ha="center",
-                            va="center",
-                            fontsize=8,
-                            color=text_colour(colour[place]),
-                        )
+                if max(rows, columns) <= 8:
+                    for place, expert in enumerate(favourite):
+                        row_of_place, column = divmod(place, columns)
+                        centred_text(ax, column, row_of_place, str(expert), colour[place], 8)
                 bare(ax)
             row[0].set_ylabel(label, fontsize=8.5)
         for ax, layer in zip(axes[0], chosen, strict=True):
@@ -182,13 +175,15 @@ def position_maps(
 
 
 def checker_maps(records: dict[str, Any], cells: int = 4, prefix: int = 1) -> Figure:
-    """Routing of the two-colour checkerboard (Durham, Figure 12): a row a model, the image and a
-    column a layer."""
+    """Draws the routing of the two-colour checkerboard: a row a model, the image, a column a layer.
+
+    After Durham, Figure 12. cells: of the board, in a row.
+    """
     first = next(iter(records.values()))
-    where = np.arange(8 * cells) // 8
-    board = np.where((where[:, None] + where) % 2, 0.75, 0.25)
+    cell_of_pixel = np.arange(8 * cells) // 8
+    board = np.where((cell_of_pixel[:, None] + cell_of_pixel) % 2, 0.75, 0.25)
     chosen = spread(len(first.moe))
-    experts = max(len(m["load"]) for r in records.values() for m in r.moe)
+    experts = _most_experts(records.values())
     side = (WIDTH - 1.6) / max(1 + len(chosen), 4)
     with style():
         fig, axes = figure(
@@ -205,36 +200,37 @@ def checker_maps(records: dict[str, Any], cells: int = 4, prefix: int = 1) -> Fi
                 token_view(
                     ax, board, record.arrays["checker_expert"][layer], experts, prefix=prefix
                 )
-        for ax, title in zip(
-            axes[0], ["image", *(f"block {first.moe[i]['block'] + 1}" for i in chosen)], strict=True
-        ):
+        titles = ["image", *(f"block {first.moe[layer]['block'] + 1}" for layer in chosen)]
+        for ax, title in zip(axes[0], titles, strict=True):
             ax.set_title(title)
         expert_bar(fig, list(axes.ravel()), experts)
     return fig
 
 
 def cam_shares(record: Any, layer: int, prefix: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """(E,) share of the GradCAM of all probe images that lies on each expert's patches, and (E,)
-    share of the patches.
+    """Computes (E,) the share of the GradCAM on each expert's patches, and (E,) of the patches.
 
-    Raises ValueError if the record holds no GradCAM.
+    Over all probe images. Raises ValueError if the record holds no GradCAM.
     """
-    heat, experts = _heat(record, prefix), len(record.moe[layer]["load"])
-    chosen = record.arrays["token_expert"][layer][:, prefix:]
-    mass = np.array([heat[chosen == e].sum() for e in range(experts)])
-    return mass / max(mass.sum(), 1e-12), np.array([(chosen == e).mean() for e in range(experts)])
+    heat = _heat_of_patches(record, prefix)
+    experts = range(len(record.moe[layer]["load"]))
+    expert_of_patch = record.arrays["token_expert"][layer][:, prefix:]  # (P, patches)
+    heat_of_expert = np.array([heat[expert_of_patch == e].sum() for e in experts])
+    share_of_patches = np.array([(expert_of_patch == e).mean() for e in experts])
+    return heat_of_expert / max(heat_of_expert.sum(), 1e-12), share_of_patches
 
 
 def cam_masks(record: Any, layer: int = -1, shown: int = 4, prefix: int = 1) -> Figure:
-    """Probe images, their GradCAM, and the GradCAM on the patches of each expert alone (Leiden,
-    Figures 3 to 5), a row each."""
-    heat, maps = (
-        _heat(record, prefix)[:shown],
-        record.arrays["token_expert"][layer][:shown, prefix:],
-    )
-    experts, found = len(record.moe[layer]["load"]), probe_images(record, shown)
+    """Draws probe images, their GradCAM, and the GradCAM on the patches of each expert alone.
+
+    After Leiden, Figures 3 to 5; a row an image. Raises ValueError if the record holds no GradCAM.
+    """
+    heat = _heat_of_patches(record, prefix)[:shown]
+    expert_of_patch = record.arrays["token_expert"][layer][:shown, prefix:]
+    experts = range(len(record.moe[layer]["load"]))
+    images = probe_images(record, shown)
     side = int(round(heat.shape[1] ** 0.5))
-    titles = ["image"] * (found is not None) + ["GradCAM", *(f"expert {e}" for e in range(experts))]
+    titles = ["image"] * (images is not None) + ["GradCAM", *(f"expert {e}" for e in experts)]
     with style():
         fig, axes = figure(
             len(heat),
@@ -243,16 +239,18 @@ def cam_masks(record: Any, layer: int = -1, shown: int = 4, prefix: int = 1) -> 
             width=min(WIDTH, 0.9 + 1.05 * len(titles)),
         )
         for i, row in enumerate(axes):
-            cells = [heat[i], *(np.where(maps[i] == e, heat[i], np.nan) for e in range(experts))]
+            masked = [np.where(expert_of_patch[i] == e, heat[i], np.nan) for e in experts]
+            cells = [heat[i], *masked]
             for ax, cell in zip(row[-len(cells) :], cells, strict=True):
                 image = ax.imshow(cell.reshape(side, side), vmin=0, vmax=1)
                 ax.set_facecolor("#d9d9d9")  # patches of other experts
                 ax.set(xticks=[], yticks=[])
                 ax.grid(False)
-            if found is not None:
-                row[0].imshow(as_picture(found[i][0]))
+            if images is not None:
+                picture, label = images[i]
+                row[0].imshow(as_picture(picture))
                 bare(row[0])
-                row[0].set_ylabel(class_names(record, 1 + found[i][1])[found[i][1]], fontsize=8.5)
+                row[0].set_ylabel(class_names(record, 1 + label)[label], fontsize=8.5)
         for ax, title in zip(axes[0], titles, strict=True):
             ax.set_title(title)
         fig.colorbar(
@@ -267,13 +265,14 @@ def cam_masks(record: Any, layer: int = -1, shown: int = 4, prefix: int = 1) -> 
     return fig
 
 
-def _heat(record: Any, prefix: int) -> np.ndarray:
-    """(P, patches) mean GradCAM over the pixels of each patch."""
+def _heat_of_patches(record: Any, prefix: int) -> np.ndarray:
+    """Averages the GradCAM over the pixels of each patch: (P, patches)."""
     if "cam" not in record.arrays:
         raise ValueError(
             f"record {record.id} holds no GradCAM: give a record whose spec has cam_probe"
         )
     cam = record.arrays["cam"].astype(float)
     rows, columns = token_grid(record.arrays["token_expert"].shape[-1], prefix, None)
+    # (P, h, w) -> (P, rows, pixels, columns, pixels): one cell a patch
     cells = cam.reshape(len(cam), rows, cam.shape[1] // rows, columns, cam.shape[2] // columns)
     return cells.mean(axis=(2, 4)).reshape(len(cam), -1)

@@ -1,4 +1,4 @@
-"""Drawings of how a method works, in our own hand: boxes and arrows, no numbers."""
+"""Draws how a method works, in our own hand: boxes and arrows, no numbers."""
 
 from __future__ import annotations
 
@@ -6,9 +6,79 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from .style import expert_colours, figure, style, text_colour
+from .style import centred_text, expert_colours, figure, style
 
 __all__ = ["moe_layer"]
+
+LINE = {"color": "#333333", "linewidth": 1.1, "marker": ""}  # not the cycle of the plots
+
+# Where the columns of boxes stand; rows are one apart.
+TOKENS_X, ROUTER_X, EXPERT_X, SUM_X = 0.6, 3.0, 6.1, 9.6
+
+
+def moe_layer(experts: int = 3) -> Figure:
+    """Draws one MoE layer, read from left to right.
+
+    Its parts: router, dispatcher, experts, shared expert and weighted sum. Raises ValueError for
+    fewer than two experts.
+    """
+    if experts < 2:
+        raise ValueError(f"experts={experts}: a drawing of routing needs at least two")
+    # experts from the top, the shared one at the bottom
+    *expert_rows, shared_row = (float(i) for i in range(experts, -1, -1))
+    middle = (expert_rows[0] + expert_rows[-1]) / 2
+    router_row = experts + 1.15
+    with style():
+        fig, axes = figure(height=0.85 * (experts + 2), width=7.4)
+        ax = axes[0, 0]
+        ax.set(xlim=(-0.4, 10.6), ylim=(-0.6, experts + 1.75), aspect="auto")
+        ax.axis("off")
+        _box(ax, TOKENS_X, middle, "tokens\n$x$: (T, D)", width=1.6, height=0.8)
+        _box(ax, ROUTER_X, router_row, "router\nsoftmax, top-K", width=2.0, height=0.8)
+        _box(ax, ROUTER_X, middle, "dispatcher\nsort by expert", width=2.0, height=0.8)
+        _box(ax, SUM_X, middle, "sum\n$y$: (T, D)", width=1.5, height=0.8)
+        _draw_experts(ax, expert_rows, middle)
+        _box(ax, EXPERT_X, shared_row, "shared expert", "#ffffff")
+        _draw_router_arrows(ax, experts, middle, router_row)
+        _draw_shared_path(ax, shared_row, middle)
+    return fig
+
+
+def _draw_experts(ax: Axes, expert_rows: list[float], middle: float) -> None:
+    """Draws each expert, with an arrow from the dispatcher and one, with its weight, to the sum."""
+    colours = expert_colours(len(expert_rows))
+    for i, y in enumerate(expert_rows):
+        _box(ax, EXPERT_X, y, f"expert {i + 1}", colours[i])
+        _arrow(ax, (4.05, middle), (5.2, y))
+        _arrow(ax, (7.0, y), (8.8, middle + 0.18 * (y - middle)))
+        above_or_below = 0.2 if y >= middle else -0.2
+        ax.text(7.35, y + above_or_below, f"$w_{i + 1}$", fontsize=9, ha="center", va="center")
+
+
+def _draw_router_arrows(ax: Axes, experts: int, middle: float, router_row: float) -> None:
+    """Draws what the router gets, the tokens, and what it gives: experts, and weights (dashed)."""
+    _arrow(ax, (1.45, middle), (1.95, middle))
+    _arrow(ax, (0.9, middle + 0.45), (2.0, experts + 1.1))
+    _arrow(ax, (ROUTER_X, experts + 0.7), (ROUTER_X, middle + 0.45))
+    halfway = (experts + 0.7 + middle + 0.45) / 2
+    ax.text(3.12, halfway, "experts", fontsize=8.5, va="center", ha="left")
+    ax.plot([4.05, SUM_X], [router_row] * 2, linestyle="--", **LINE)
+    _arrow(ax, (SUM_X, router_row), (SUM_X, middle + 0.45), dashed=True)
+    ax.text(6.8, experts + 1.3, "weights $w$", fontsize=8.5, ha="center", va="bottom")
+
+
+def _draw_shared_path(ax: Axes, shared_row: float, middle: float) -> None:
+    """Draws the way of all tokens through the shared expert to the sum."""
+    ax.plot(
+        [TOKENS_X, TOKENS_X, 5.2],
+        [middle - 0.45, shared_row, shared_row],
+        linestyle="-",
+        **LINE,
+    )
+    _arrow(ax, (5.1, shared_row), (5.2, shared_row))
+    ax.plot([7.0, SUM_X], [shared_row] * 2, linestyle="-", **LINE)
+    _arrow(ax, (SUM_X, shared_row), (SUM_X, middle - 0.45))
+    ax.text(8.3, shared_row + 0.14, "weight 1", fontsize=8.5, ha="center", va="bottom")
 
 
 def _box(
@@ -20,6 +90,7 @@ def _box(
     width: float = 1.7,
     height: float = 0.62,
 ) -> None:
+    """Draws a box with a text around the point (x, y)."""
     ax.add_patch(
         FancyBboxPatch(
             (x - width / 2, y - height / 2),
@@ -31,7 +102,7 @@ def _box(
             linewidth=1,
         )
     )
-    ax.text(x, y, text, ha="center", va="center", fontsize=9, color=text_colour(colour))
+    centred_text(ax, x, y, text, colour, 9)
 
 
 def _arrow(
@@ -50,70 +121,3 @@ def _arrow(
             shrinkB=0,
         )
     )
-
-
-def moe_layer(experts: int = 3) -> Figure:
-    """One MoE layer with router, dispatcher, experts, shared expert and weighted sum, read from
-    left to right."""
-    if experts < 2:
-        raise ValueError(f"experts={experts}: a drawing of routing needs at least two")
-    colours = expert_colours(experts)
-    rows = [
-        1.0 * i for i in range(experts, -1, -1)
-    ]  # experts from the top, the shared one at the bottom
-    middle = (rows[0] + rows[-2]) / 2
-    line = {
-        "color": "#333333",
-        "linewidth": 1.1,
-        "linestyle": "-",
-        "marker": "",
-    }  # not the cycle of the plots
-    with style():
-        fig, axes = figure(height=0.85 * (experts + 2), width=7.4)
-        ax = axes[0, 0]
-        ax.set(xlim=(-0.4, 10.6), ylim=(-0.6, experts + 1.75), aspect="auto")
-        ax.axis("off")
-        _box(ax, 0.6, middle, "tokens\n$x$: (T, D)", width=1.6, height=0.8)
-        _box(ax, 3.0, experts + 1.15, "router\nsoftmax, top-K", width=2.0, height=0.8)
-        _box(ax, 3.0, middle, "dispatcher\nsort by expert", width=2.0, height=0.8)
-        _box(ax, 9.6, middle, "sum\n$y$: (T, D)", width=1.5, height=0.8)
-        for i, y in enumerate(rows[:-1]):
-            _box(ax, 6.1, y, f"expert {i + 1}", colours[i])
-            _arrow(ax, (4.05, middle), (5.2, y))
-            _arrow(ax, (7.0, y), (8.8, middle + 0.18 * (y - middle)))
-            ax.text(
-                7.35,
-                y + (0.2 if y >= middle else -0.2),
-                f"$w_{i + 1}$",
-                fontsize=9,
-                ha="center",
-                va="center",
-            )
-        _box(ax, 6.1, rows[-1], "shared expert", "#ffffff")
-        _arrow(ax, (1.45, middle), (1.95, middle))
-        _arrow(ax, (0.9, middle + 0.45), (2.0, experts + 1.1))
-        _arrow(ax, (3.0, experts + 0.7), (3.0, middle + 0.45))
-        ax.text(
-            3.12,
-            (experts + 0.7 + middle + 0.45) / 2,
-            "experts",
-            fontsize=8.5,
-            va="center",
-            ha="left",
-        )
-        ax.plot(
-            [4.05, 9.6],
-            [experts + 1.15] * 2,
-            color="#333333",
-            linewidth=1.1,
-            linestyle="--",
-            marker="",
-        )
-        _arrow(ax, (9.6, experts + 1.15), (9.6, middle + 0.45), dashed=True)
-        ax.text(6.8, experts + 1.3, "weights $w$", fontsize=8.5, ha="center", va="bottom")
-        ax.plot([0.6, 0.6, 5.2], [middle - 0.45, rows[-1], rows[-1]], **line)
-        _arrow(ax, (5.1, rows[-1]), (5.2, rows[-1]))
-        ax.plot([7.0, 9.6], [rows[-1]] * 2, **line)
-        _arrow(ax, (9.6, rows[-1]), (9.6, middle - 0.45))
-        ax.text(8.3, rows[-1] + 0.14, "weight 1", fontsize=8.5, ha="center", va="bottom")
-    return fig

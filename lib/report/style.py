@@ -1,4 +1,4 @@
-"""The one look of all figures, and the way a figure gets onto a page.
+"""Gives all figures one look, and puts them onto a page.
 
 Colours come with a marker and a line style each, differ in lightness (greyscale print) and avoid
 red against green alone. Figures are made without pyplot: no global state, nothing left open, no
@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from . import CAPTION_STYLE
 
@@ -29,11 +30,13 @@ __all__ = [
     "MARKERS",
     "WIDTH",
     "Shown",
+    "centred_text",
     "expert_colours",
     "figure",
     "luma",
     "note",
     "png",
+    "print_values",
     "show",
     "style",
     "text_colour",
@@ -43,7 +46,7 @@ WIDTH = 7.2  # inches; 691 CSS pixels, the text width of the book
 DPI = 180  # about twice the CSS resolution, sharp on phones and when zoomed
 MAP = "cividis"  # for shares and counts: made for colour-blind readers, lightness rises evenly
 
-# Dark to light; neighbours differ by at least 0.08 in luma (tests/test_report.py).
+# Dark to light; neighbours differ by at least 0.08 in luma.
 COLOURS = ("#1f2f56", "#8c2a6b", "#c2542c", "#35b395", "#62b1e3", "#e3c14a")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 LINES = (
@@ -82,8 +85,10 @@ _RC = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """matplotlib settings for the time of a with block. Ticks are made while drawing, so drawing
-    needs it too (`png`)."""
+    """Sets matplotlib's settings for the time of a with block.
+
+    Ticks are made while drawing, so drawing needs it too (`png`).
+    """
     with mpl.rc_context({**mpl.rcParamsDefault, "backend": mpl.rcParams["backend"], **_RC}):
         yield
 
@@ -91,11 +96,10 @@ def style() -> Iterator[None]:
 def figure(
     rows: int = 1, columns: int = 1, height: float = 3.0, width: float = WIDTH, **subplots
 ) -> tuple[Figure, np.ndarray]:
-    """A figure of `width` x `height` inches with a (rows, columns) array of axes; call it inside
-    `style()`.
+    """Makes a figure of `width` x `height` inches with a (rows, columns) array of axes.
 
-    subplots: further arguments of `Figure.subplots` (sharey, width_ratios, ...). The constrained
-    layout keeps labels inside.
+    To be called inside `style()`. subplots: further arguments of `Figure.subplots` (sharey,
+    width_ratios, ...). The constrained layout keeps labels inside.
     """
     fig = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(fig)
@@ -118,30 +122,44 @@ def note(ax: Axes, text: str) -> None:
 
 
 def luma(colour) -> float:
-    """Lightness of a colour in greyscale, 0 black to 1 white (Rec. 601)."""
+    """Computes the lightness of a colour in greyscale, 0 black to 1 white (Rec. 601)."""
     r, g, b = mpl.colors.to_rgb(colour)
     return 0.299 * r + 0.587 * g + 0.114 * b
 
 
 def text_colour(background) -> str:
-    """Black or white, whichever reads better on the background."""
+    """Chooses black or white, whichever reads better on the background."""
     return "black" if luma(background) > 0.5 else "white"
 
 
+def centred_text(ax: Axes, x: float, y: float, text: str, background, size: float) -> None:
+    """Writes a text around a point, black or white as the background asks."""
+    ax.text(x, y, text, ha="center", va="center", fontsize=size, color=text_colour(background))
+
+
+def print_values(
+    ax: Axes, image: AxesImage, values: np.ndarray, text_of: Callable[[float], str], size: float
+) -> None:
+    """Writes each value (rows, columns) of a heatmap into its cell, as `text_of` makes it."""
+    for (row, column), value in np.ndenumerate(values):
+        background = image.cmap(image.norm(value))[:3]
+        centred_text(ax, column, row, text_of(value), background, size)
+
+
 def expert_colours(experts: int) -> list[tuple[float, float, float]]:
-    """One colour for each of E experts, evenly spaced in lightness; pictures print the expert's
-    number as well."""
-    return [
-        tuple(mpl.colormaps[MAP](v)[:3])
-        for v in (np.linspace(0, 1, experts) if experts > 1 else [0.5])
-    ]
+    """Gives each of E experts a colour, evenly spaced in lightness.
+
+    Pictures print the expert's number as well.
+    """
+    places = np.linspace(0, 1, experts) if experts > 1 else [0.5]
+    return [tuple(mpl.colormaps[MAP](place)[:3]) for place in places]
 
 
 # ---------------------------------------------------------------- onto the page
 
 
 def png(fig: Figure, dpi: int = DPI) -> bytes:
-    """The drawn figure. The software tag is left out, so that equal figures are equal bytes."""
+    """Draws the figure as PNG, without the software's tag: equal figures are equal bytes."""
     out = io.BytesIO()
     with style():
         fig.savefig(out, format="png", dpi=dpi, metadata={"Software": None})
@@ -150,7 +168,7 @@ def png(fig: Figure, dpi: int = DPI) -> bytes:
 
 @dataclass(frozen=True)
 class Shown:
-    """What a cell displays: HTML where it is understood, the alternative text elsewhere."""
+    """Is what a cell displays: HTML where it is understood, the alternative text elsewhere."""
 
     html: str
     alt: str
@@ -163,25 +181,27 @@ class Shown:
 
 
 def show(fig: Figure, caption: str, alt: str) -> Shown:
-    """A figure as the value of a cell: inline PNG with alternative text and caption, never wider
-    than the screen.
+    """Makes a figure the value of a cell: a PNG with alternative text and caption.
 
-        show(figures.scan(...), "Top-1 against L.", "Line plot: without a shared expert accuracy falls from L = 4 on, ...")
+        show(figures.scan(...), "Top-1 against L.", "Line plot: without a shared expert ...")
 
-    caption: what is drawn, with n; plain text. alt: what it shows, for those who do not see it.
-    Both are required. Written as HTML and not through cell metadata, because that is kept by
-    papermill, by nbclient and by Sphinx alike.
+    It is never wider than the screen. caption: what is drawn, with n; plain text. alt: what it
+    shows, for those who do not see it. Raises ValueError where one of them is empty. Written as
+    HTML and not through cell metadata, because that is kept by papermill, nbclient and Sphinx
+    alike.
     """
     if not caption.strip() or not alt.strip():
         raise ValueError(
-            f"a figure needs a caption and an alternative text, got caption={caption!r} and alt={alt!r}"
+            "a figure needs a caption and an alternative text, "
+            f"got caption={caption!r} and alt={alt!r}"
         )
     data = base64.b64encode(png(fig)).decode()
     width = round(fig.get_size_inches()[0] * 96)
     # "dark-light" keeps the book theme from dimming a picture that brings its own white background.
     return Shown(
-        f'<figure style="margin:1em 0;max-width:100%"><img class="dark-light" alt="{html.escape(alt, quote=True)}" '
-        f'src="data:image/png;base64,{data}" style="width:{width}px;max-width:100%;height:auto;background:#fff">'
+        '<figure style="margin:1em 0;max-width:100%"><img class="dark-light" '
+        f'alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{data}" '
+        f'style="width:{width}px;max-width:100%;height:auto;background:#fff">'
         f'<figcaption style="{CAPTION_STYLE}">{html.escape(caption)}</figcaption>'
         f"</figure>",
         alt,
@@ -189,25 +209,24 @@ def show(fig: Figure, caption: str, alt: str) -> Shown:
 
 
 def legend_above(fig: Figure, axes: Iterable[Axes], columns: int = 4) -> None:
-    """One legend for all panels, above them; each label once, in fewer columns where long labels
-    would leave the figure."""
-    found: dict[str, object] = {}
+    """Puts one legend for all panels above them, with each label once.
+
+    columns: at most; fewer where long labels would leave the figure.
+    """
+    handle_of_label: dict[str, object] = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    if found:
-        columns = max(
-            1, min(columns, 125 // (max(map(len, found)) + 10))
-        )  # letters to a book's width, and to a handle
-        # Row order: matplotlib fills columns first.
-        labels = _row_order(list(found), columns)
-        fig.legend(
-            [found[label] for label in labels],
-            labels,
-            loc="outside upper left",
-            ncols=min(columns, len(labels)),
-        )
-
-
-def _row_order(items: Sequence[str], columns: int) -> list[str]:
-    return [items[i] for c in range(columns) for i in range(c, len(items), columns)]
+            handle_of_label.setdefault(label, handle)
+    if not handle_of_label:
+        return
+    longest = max(map(len, handle_of_label))
+    columns = max(1, min(columns, 125 // (longest + 10)))  # letters to a width, and to a handle
+    # matplotlib fills columns first: labels are dealt to them so that rows read in order
+    labels = list(handle_of_label)
+    labels = [label for column in range(columns) for label in labels[column::columns]]
+    fig.legend(
+        [handle_of_label[label] for label in labels],
+        labels,
+        loc="outside upper left",
+        ncols=min(columns, len(labels)),
+    )

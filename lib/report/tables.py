@@ -1,9 +1,8 @@
-"""Tables that keep their sources apart: published, reproduced, this build. HTML that scrolls
-sideways on a phone.
+"""Makes tables that keep their sources apart: published, reproduced, this build.
 
-A cell is a number, an Interval (printed with interval and n), a text, None (no value) or
-`secondary(...)`. The cell of a missing record stays empty but for a mark; the note below the table
-says which command fills it.
+They are HTML that scrolls sideways on a phone. A cell is a number, an Interval (printed with
+interval and n), a text, None (no value) or `secondary(...)`. The cell of a missing record stays
+empty but for a mark; the note below the table says which command fills it.
 """
 
 from __future__ import annotations
@@ -42,22 +41,20 @@ _NUMERALS = "¹²³⁴⁵⁶⁷⁸⁹"
 
 @dataclass(frozen=True)
 class Secondary:
-    """A published value that was not read from its source but from a third party's account."""
+    """Is a published value that was not read from its source but in a third party's account."""
 
     value: Any
     source: str
 
 
 def secondary(value: Any, source: str) -> Secondary:
-    """Marks a published value as retold: printed with a dagger and a note naming the source that
-    retells it."""
+    """Marks a published value as retold: a dagger and a note name the source that retells it."""
     return Secondary(value, source)
 
 
 @dataclass(frozen=True)
 class Table:
-    """The formatted cells, ready to be displayed. frame: strings only; notes: lines below the
-    table."""
+    """Holds formatted cells, ready to be displayed. frame: texts only; notes: lines below it."""
 
     frame: pd.DataFrame
     caption: str
@@ -66,8 +63,7 @@ class Table:
 
     @property
     def html(self) -> str:
-        """Scrollable table with caption and notes. Times of the build stay out, so equal tables are
-        equal text."""
+        """Writes a scrollable table with caption and notes; equal tables are equal text."""
         styler = (
             self.frame.style.format(escape="html")
             .format_index(escape="html", axis=1)
@@ -121,7 +117,7 @@ class Table:
 
 
 def _look(cell: str) -> str:
-    """CSS of a cell: numbers to the right, long texts wrapped, missing and retold values paler."""
+    """Styles a cell: numbers to the right, long texts wrapped, missing and retold values paler."""
     numeric = cell[:1] in "+-–0123456789" and len(cell) <= 40
     return (
         ("text-align:right;" if numeric else "text-align:left;")
@@ -137,7 +133,7 @@ def _absent(value: Any) -> bool:
 
 
 def _number(value: Any, decimals: int) -> str:
-    """One value as text; floats get `decimals`, booleans yes and no, texts and whole numbers stay."""
+    """Writes one value; floats get `decimals`, booleans yes and no, texts and integers stay."""
     if _absent(value):
         return ""
     if isinstance(value, Interval):
@@ -148,13 +144,10 @@ def _number(value: Any, decimals: int) -> str:
 
 
 def _setting(value: Any) -> str:
-    """A setting as text: pandas turns whole numbers into floats where a column has a gap, so 8.0 is
-    printed as 8."""
-    return (
-        f"{value:g}"
-        if isinstance(value, float | np.floating) and not _absent(value)
-        else _number(value, 1)
-    )
+    """Writes a setting; 8.0 is printed as 8, since pandas makes floats of integers with a gap."""
+    if isinstance(value, float | np.floating) and not _absent(value):
+        return f"{value:g}"
+    return _number(value, 1)
 
 
 class _Notes:
@@ -163,25 +156,35 @@ class _Notes:
     def __init__(self) -> None:
         self.commands: list[str] = []
         self.sources: list[str] = []
+        self.interval_methods: list[str] = []
 
     def missing(self, command: str) -> str:
+        """Marks the cell of a missing record with the number of the command that fills it."""
         if command not in self.commands:
             self.commands.append(command)
         i = self.commands.index(command)
         return MISSING + (_NUMERALS[i] if i < len(_NUMERALS) else f"({i + 1})")
 
     def retold(self, source: str) -> str:
+        """Marks a retold value with the daggers of its source."""
         if source not in self.sources:
             self.sources.append(source)
         return "†" * (self.sources.index(source) + 1)
 
+    def interval(self, value: Any) -> None:
+        """Notes how an interval was made, where one is printed."""
+        if isinstance(value, Interval) and value.low is not None:
+            if value.method not in self.interval_methods:
+                self.interval_methods.append(value.method)
+
     def lines(self) -> list[str]:
-        out = [
-            f"{self.missing(command)} no record yet; filled by: {command}"
-            for command in self.commands
-        ]
-        return out + [
-            f"{self.retold(source)} secondary: as retold in {source}" for source in self.sources
+        """Writes the notes below a table."""
+        methods = ", ".join(self.interval_methods)
+        intervals = f"Intervals: {methods} over n seeds; none where n is below 3."
+        return [
+            *([intervals] if methods else []),
+            *(f"{self.missing(c)} no record yet; filled by: {c}" for c in self.commands),
+            *(f"{self.retold(s)} secondary: as retold in {s}" for s in self.sources),
         ]
 
 
@@ -192,32 +195,34 @@ def table(
     notes: Sequence[str] = (),
     wrap: bool = False,
 ) -> Table:
-    """A plain table of numbers, intervals and texts with a caption; units belong into the column
-    names.
+    """Makes a plain table of numbers, intervals and texts; units belong into the column names.
 
-    decimals: for all columns, or {column: decimals} (1 where a column is not named). wrap: break
-    long cells over lines.
+    decimals: for all columns, or {column: decimals} (1 where a column is not named). wrap: breaks
+    long cells over lines. Raises ValueError without a caption.
     """
     if not caption.strip():
         raise ValueError("a table needs a caption: what is shown, on which data, with which n")
-    found = _Notes()
-    places = decimals if isinstance(decimals, Mapping) else dict.fromkeys(frame, decimals)
+    below = _Notes()
+    decimals_of = decimals if isinstance(decimals, Mapping) else dict.fromkeys(frame, decimals)
     cells = {
-        column: [_cell(v, places.get(column, 1), found) for v in frame[column]] for column in frame
+        column: [_cell(value, decimals_of.get(column, 1), below) for value in frame[column]]
+        for column in frame
     }
-    out = pd.DataFrame(cells, dtype=object)
-    out.columns = frame.columns
-    empty = () if len(out) else ("No record yet.",)
-    return Table(out, caption, (*notes, *empty, *found.lines()), wrap)
+    texts = pd.DataFrame(cells, dtype=object)
+    texts.columns = frame.columns
+    empty = () if len(texts) else ("No record yet.",)
+    return Table(texts, caption, (*notes, *empty, *below.lines()), wrap)
 
 
 def _cell(value: Any, decimals: int, notes: _Notes) -> str:
+    """Writes a cell that is no missing record, and notes the source of a retold value."""
     if isinstance(value, Secondary):
         return _number(value.value, decimals) + notes.retold(value.source)
     return _number(value, decimals)
 
 
 Columns = Mapping[str, Sequence[Any]]
+FillCommand = str | Mapping[str, str] | Callable[[int, str], str | None]
 
 
 def three_groups(
@@ -225,28 +230,34 @@ def three_groups(
     published: Columns,
     reproduced: Columns,
     build: Columns,
-    fill_command: str | Mapping[str, str] | Callable[[int, str], str | None],
+    fill_command: FillCommand,
     *,
     caption: str = "",
     decimals: int = 1,
     notes: Sequence[str] = (),
 ) -> Table:
-    """Published · reproduced · this build beside each other, never mixed.
+    """Puts published, reproduced and this build beside each other, never mixed.
+
+        three_groups(
+            pd.DataFrame({"E": [8], "L": [2]}),
+            {"top-1 (%)": [91.3]},
+            {"top-1 (%)": [accuracy_interval(records)]},
+            {"top-1 (%)": [None]},
+            "PROFILE=quick make book",
+            caption="CIFAR-100 top-1.",
+        )
 
     index_frame: the settings, one row each (E, L, shared, ...). published, reproduced, build:
     {column: one cell a row}; an empty mapping leaves the group out of sight for published and gives
     one empty column for the others. fill_command: what fills an empty cell of the last two groups:
     one command; {group: command}; or a function of row number and group that returns one, or None
     where no run is planned (the cell then stays blank). The interval is named in a note wherever
-    one is printed.
-
-        three_groups(pd.DataFrame({"E": [8], "L": [2]}), {"top-1 (%)": [91.3]}, {"top-1 (%)": [accuracy_interval(records)]},
-                     {"top-1 (%)": [None]}, "PROFILE=quick make book", caption="CIFAR-100 top-1.")
+    one is printed. Raises ValueError for a column of another length, or a group without a command.
     """
-    rows, found, methods = len(index_frame), _Notes(), []
+    rows, below = len(index_frame), _Notes()
     cells: dict[tuple[str, str], list[str]] = {}
     for name in index_frame:
-        cells["setting", str(name)] = [_setting(v) for v in index_frame[name]]
+        cells["setting", str(name)] = [_setting(value) for value in index_frame[name]]
     for group, columns in zip(GROUPS, (published, reproduced, build), strict=True):
         if not columns and group != "published":
             columns = {next(iter(published), "value"): [None] * rows}
@@ -256,41 +267,36 @@ def three_groups(
                     f"column {name!r} of group {group!r} has {len(values)} cells for {rows} rows: "
                     "give one cell a row, None where there is no value"
                 )
-            column = []
-            for row, value in enumerate(values):
-                text = _cell(value, decimals, found)
-                if _absent(value) and group != "published":
-                    command = _command(fill_command, row, group)
-                    text = found.missing(command) if command else ""
-                if (
-                    isinstance(value, Interval)
-                    and value.low is not None
-                    and value.method not in methods
-                ):
-                    methods.append(value.method)
-                column.append(text)
-            cells[group, name] = column
+            cells[group, name] = [
+                _cell_of_group(value, decimals, below, group, row, fill_command)
+                for row, value in enumerate(values)
+            ]
     frame = pd.DataFrame(cells, dtype=object)
     frame.columns = pd.MultiIndex.from_tuples(list(cells))
-    intervals = (
-        [f"Intervals: {', '.join(methods)} over n seeds; none where n is below 3."]
-        if methods
-        else []
-    )
-    return Table(
-        frame,
-        caption or "Published, reproduced and this build.",
-        (*notes, *intervals, *found.lines()),
-    )
+    caption = caption or "Published, reproduced and this build."
+    return Table(frame, caption, (*notes, *below.lines()))
 
 
-def _command(fill_command: Any, row: int, group: str) -> str | None:
+def _cell_of_group(
+    value: Any, decimals: int, notes: _Notes, group: str, row: int, fill_command: FillCommand
+) -> str:
+    """Writes a cell of `three_groups`; an absent value of a run gets the mark of its command."""
+    notes.interval(value)
+    if not _absent(value) or group == "published":
+        return _cell(value, decimals, notes)
+    command = _command(fill_command, row, group)
+    return notes.missing(command) if command else ""
+
+
+def _command(fill_command: FillCommand, row: int, group: str) -> str | None:
+    """Finds the command that fills an empty cell."""
     if callable(fill_command):
         return fill_command(row, group)
     if isinstance(fill_command, str):
         return fill_command
     if group not in fill_command:
         raise ValueError(
-            f"fill_command names no command for group {group!r}: it has {', '.join(fill_command) or 'none'}"
+            f"fill_command names no command for group {group!r}: "
+            f"it has {', '.join(fill_command) or 'none'}"
         )
     return fill_command[group]

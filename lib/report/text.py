@@ -1,4 +1,4 @@
-"""Sentences that carry numbers: written by a cell from records, never typed into prose."""
+"""Writes sentences that carry numbers: a cell makes them from records, prose never holds them."""
 
 from __future__ import annotations
 
@@ -19,64 +19,49 @@ __all__ = ["RULE", "answer", "gaps", "say", "verdicts"]
 
 
 def gaps(records: dict[str, list], command: str) -> str:
-    """A sentence for a caption: which command fills the records that are absent; nothing if all are
-    there."""
-    absent = sum(record is None for group in records.values() for record in group)
-    total = sum(len(group) for group in records.values())
+    """Says in a sentence for a caption which command fills absent records; "" if all are there."""
+    wanted = [record for records_of_arm in records.values() for record in records_of_arm]
+    absent, total = sum(record is None for record in wanted), len(wanted)
     return f" {absent} of {total} records are not there yet; filled by: {command}" if absent else ""
 
 
 def say(*sentences: str) -> Markdown:
-    """Sentences as one paragraph of the page. Pass f-strings over records; Markdown works inside."""
+    """Puts sentences into one paragraph of the page; Markdown works inside.
+
+    Pass f-strings over records.
+    """
     return Markdown(" ".join(sentences))
 
 
-def verdicts(
-    found: Iterable[Verdict],
-    caption: str = RULE,
-) -> Table:
-    """A table of claims: what was claimed, the verdict, the numbers behind it."""
-    rows = [(v.claim, v.verdict, v.text) for v in found]
-    return table(
-        pd.DataFrame(rows, columns=["claim", "verdict", "in our records"]), caption, wrap=True
-    )
+def verdicts(judged: Iterable[Verdict], caption: str = RULE) -> Table:
+    """Makes a table of claims: what was claimed, the verdict, the numbers behind it."""
+    rows = [(v.claim, v.verdict, v.text) for v in judged]
+    frame = pd.DataFrame(rows, columns=["claim", "verdict", "in our records"])
+    return table(frame, caption, wrap=True)
 
 
-def answer(found: Iterable[Verdict], source: str = "Reproduced") -> Markdown:
-    """The claims of a page by verdict, as a list for its head. source: what the records are; taken
-    off the claims.
+def answer(judged: Iterable[Verdict], source: str = "Reproduced") -> Markdown:
+    """Lists the claims of a page by verdict, for its head.
 
-    What is decided comes one claim a line with its interval, the rest in one line a verdict. The
-    claims go with the list as data, which the page of all verdicts reads (`lib.pages.ledger`).
+    source: what the records are; taken off the beginning of the claims. What is decided comes one
+    claim a line with its interval, the rest in one line a verdict. The claims go with the list as
+    data, which the page of all verdicts reads (`lib.pages.ledger`).
     """
-    told: dict[str, list[Verdict]] = {verdict: [] for verdict in COUNTED}
-    found = [replace(v, claim=v.claim.removeprefix(f"{source}: ")) for v in found]
-    data = {"source": source, "claims": [asdict(v) for v in found]}
-    for v in found:
-        told[v.verdict].append(v)
-    if not any(claims for verdict, claims in told.items() if verdict != "not tested"):
+    judged = [replace(v, claim=v.claim.removeprefix(f"{source}: ")) for v in judged]
+    data = {"source": source, "claims": [asdict(v) for v in judged]}
+    by_verdict = {verdict: [v for v in judged if v.verdict == verdict] for verdict in COUNTED}
+    untested = len(by_verdict["not tested"])
+    if untested == len(judged):
         return Markdown(
-            f"**{source}, in short.** None of this page's {len(told['not tested'])} claims has its records yet.",
+            f"**{source}, in short.** None of this page's {untested} claims has its records yet.",
             metadata=data,
         )
-    lines = [
-        f"- *{name.capitalize()}:* {v.claim}: {v.text.partition(';')[0]}"
-        for name in ("holds", "does not hold")
-        for v in told[name]
-    ]
-    if told["undecided"]:
-        lines.append(f"- *Undecided:* {'; '.join(v.claim for v in told['undecided'])}.")
-    if told["not tested"]:
-        lines.append(
-            f"- *Not tested* for want of records: {len(told['not tested'])} of {len(found)} claims."
-        )
-    return Markdown(
-        "\n".join(
-            [
-                f"**{source}, in short.** The table of verdicts below has all the numbers.",
-                "",
-                *lines,
-            ]
-        ),
-        metadata=data,
-    )
+    lines = [f"**{source}, in short.** The table of verdicts below has all the numbers.", ""]
+    for verdict in ("holds", "does not hold"):
+        for v in by_verdict[verdict]:
+            lines.append(f"- *{verdict.capitalize()}:* {v.claim}: {v.text.partition(';')[0]}")
+    if by_verdict["undecided"]:
+        lines.append(f"- *Undecided:* {'; '.join(v.claim for v in by_verdict['undecided'])}.")
+    if untested:
+        lines.append(f"- *Not tested* for want of records: {untested} of {len(judged)} claims.")
+    return Markdown("\n".join(lines), metadata=data)

@@ -1,13 +1,14 @@
-"""One computes, the others wait: an exclusive lock on a run.
+"""One process computes a run, the others wait: an exclusive lock on a run.
 
-On a local disk the kernel's `flock` does it: it is gone the moment its holder dies, however it
-dies. Shared storage often lacks a trustworthy flock; there (MOE_LOCK=lease) a lease file does it,
-whose holder renews it and which counts as abandoned once it has not been renewed for LEASE_SECONDS.
+On a local disk filelock does it by the kernel's `flock`: the lock is gone the moment its holder
+dies, however it dies. Shared storage often lacks a trustworthy flock; there (MOE_LOCK=lease) a
+lease file does it, whose holder renews it and which counts as abandoned once it has not been
+renewed for LEASE_SECONDS. (filelock's own leases are not used: each who waits must watch a dead
+holder's for its whole duration, where a look at the age of the file tells at once.)
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import threading
@@ -16,14 +17,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 LEASE_SECONDS = 60.0
 POLL_SECONDS = 0.5
 
 
 @contextmanager
 def held(file: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold the lock `file`; waits for whoever holds it, calling `waiting` once. MOE_LOCK chooses
-    flock (default) or lease."""
+    """Holds the lock `file` for the time of a with block, once nobody else holds it.
+
+    waiting: called once if somebody else holds it. MOE_LOCK chooses flock (default) or lease;
+    raises ValueError for any other word. The file of a flock stays: were it removed, a third
+    process could lock a new file of the same name beside a waiting second one.
+    """
     kind = os.environ.get("MOE_LOCK", "flock")
     if kind not in ("flock", "lease"):
         raise ValueError(
@@ -35,50 +42,56 @@ def held(file: Path, waiting: Callable[[], None] | None = None) -> Iterator[None
 
 
 def is_held(file: Path) -> bool:
-    """True while somebody holds the lock; never waits."""
+    """Tells whether somebody holds the lock; never waits."""
     if not file.exists():
         return False
     if os.environ.get("MOE_LOCK") == "lease":
         return not _abandoned(file)
-    with open(file) as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        return False
+    try:
+        with _kernel_lock(file).acquire(blocking=False):
+            return False
+    except Timeout:
+        return True
+
+
+def _kernel_lock(file: Path) -> FileLock:
+    # A lock object for each use, so that two threads of one process exclude each other, too.
+    # Without flock there is an error: a file as a substitute would outlive its process.
+    return FileLock(file, fallback_to_soft=False)
 
 
 @contextmanager
 def _flock(file: Path, waiting: Callable[[], None] | None) -> Iterator[None]:
-    with open(file, "a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if waiting is not None:
-                waiting()
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        # The file stays: removing it would let a third process lock a new file of the same name
-        # beside a waiting second one.
+    file.touch()  # with the permissions of the umask: filelock's are for its owner to write alone
+    lock = _kernel_lock(file)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        if waiting is not None:
+            waiting()
+        lock.acquire(poll_interval=POLL_SECONDS)
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextmanager
 def _lease(file: Path, waiting: Callable[[], None] | None) -> Iterator[None]:
     owner = f"{socket.gethostname()} {os.getpid()} {threading.get_ident()} {time.time_ns()}"
-    told = False
+    has_called_waiting = False
     while not _take(file, owner):
-        if waiting is not None and not told:
+        if waiting is not None and not has_called_waiting:
             waiting()
-            told = True
+            has_called_waiting = True
         time.sleep(POLL_SECONDS)
     stop = threading.Event()
 
     def renew() -> None:
         while not stop.wait(LEASE_SECONDS / 6):
             try:
-                if (
-                    file.read_text() == owner
-                ):  # else it was taken over while this process was stopped
+                # Another owner took it over while this process was stopped: the lease is theirs.
+                if file.read_text() == owner:
                     os.utime(file)
             except FileNotFoundError:
                 return
@@ -95,15 +108,16 @@ def _lease(file: Path, waiting: Callable[[], None] | None) -> Iterator[None]:
 
 
 def _take(file: Path, owner: str) -> bool:
-    """Create the lease, or move an abandoned one aside first. Creation is exclusive, so one of
-    several wins."""
+    """Creates the lease and tells whether it did; an abandoned one is moved aside first.
+
+    Creation is exclusive, so one of several who try wins.
+    """
     if file.exists() and _abandoned(file):
         aside = file.with_name(f"{file.name}.{time.time_ns()}.abandoned")
         try:
             os.replace(file, aside)
-            if not _abandoned(
-                aside
-            ):  # another process took over between the look and the move: give its lease back
+            # Another process took over between the look and the move: its lease is given back.
+            if not _abandoned(aside):
                 os.link(aside, file)
             aside.unlink()
         except (FileNotFoundError, FileExistsError):
@@ -118,6 +132,7 @@ def _take(file: Path, owner: str) -> bool:
 
 
 def _abandoned(file: Path) -> bool:
+    """Tells whether a lease was not renewed for LEASE_SECONDS; one that is not there is not."""
     try:
         return time.time() - file.stat().st_mtime > LEASE_SECONDS
     except FileNotFoundError:

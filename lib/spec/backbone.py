@@ -1,4 +1,4 @@
-"""A timm model and its starting weights."""
+"""Describes the model that a run starts from."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from .base import Positive, Share, Spec
 
 
 class BackboneSpec(Spec):
-    """A timm model and its starting weights."""
+    """Describes a timm model and its starting weights."""
 
     name: str = "vit_tiny_patch16_224"  # timm architecture
-    weights: str | None = (
-        # None = random | dinov2-s14-saliency | timm | file:NAME or pth:NAME@SHA256 in MOE_WEIGHTS
-        None
-    )
+    # None = random | dinov2-s14-saliency | timm | file:NAME or pth:NAME@SHA256 in MOE_WEIGHTS
+    weights: str | None = None
     patch: Positive | None = None  # pixels; None = the architecture's own (as are the next three)
     width: Positive | None = None  # D
     depth: Positive | None = None  # blocks

@@ -1,5 +1,7 @@
-"""What all descriptions share: frozen, strict, and named by a hash of what differs from the
-defaults."""
+"""Gives all descriptions what they share: they are frozen, strict, and named by a hash.
+
+Which rules keep old hashes valid stands in `lib.spec`.
+"""
 
 from __future__ import annotations
 
@@ -14,41 +16,41 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Spec(BaseModel):
-    """Base of all descriptions: frozen, strict about types, closed to unknown names."""
+    """Is the base of all descriptions: frozen, strict about types, closed to unknown names."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-    semantics: ClassVar[int] = 1
-    unhashed: ClassVar[frozenset[str]] = frozenset()
+    semantics: ClassVar[int] = 1  # bumped when a change to the code would alter results
+    unhashed: ClassVar[frozenset[str]] = frozenset()  # fields that decide no result
 
     def canonical(self) -> dict[str, Any]:
-        """The hashed content: fields that differ from their default, and the semantics of every
-        part."""
-        out: dict[str, Any] = {"semantics": type(self).semantics}
+        """Lists what is hashed: the fields that differ from their default, and every semantics."""
+        content: dict[str, Any] = {"semantics": type(self).semantics}
         for name, field in type(self).model_fields.items():
-            value = getattr(self, name)
-            nested = isinstance(
-                value, Spec
-            )  # always in, at its default too: its semantics number belongs to the hash
-            if name in self.unhashed or (
-                value == field.get_default(call_default_factory=True) and not nested
-            ):
+            if name in self.unhashed:
                 continue
-            out[name] = value.canonical() if nested else value
-        return out
+            value = getattr(self, name)
+            if isinstance(value, Spec):
+                # in at its default, too: its semantics number belongs to the hash
+                content[name] = value.canonical()
+            elif value != field.get_default(call_default_factory=True):
+                content[name] = value
+        return content
 
     @property
     def id(self) -> str:
-        """16 hexadecimal digits of the SHA-256 of the canonical content."""
+        """Names the description: 16 hexadecimal digits of the SHA-256 of its canonical content."""
         text = json.dumps(self.canonical(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def but(self, **changes: Any):
-        """A validated copy with some fields changed; a dict for a nested spec changes fields inside
-        it."""
-        merged = {name: getattr(self, name) for name in type(self).model_fields}
+        """Gives a validated copy with some fields changed.
+
+        A dict for a nested spec changes fields inside it.
+        """
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
         for name, value in changes.items():
-            old = merged.get(name)
-            merged[name] = (
-                old.but(**value) if isinstance(old, Spec) and isinstance(value, dict) else value
-            )
-        return type(self)(**merged)
+            old = fields.get(name)
+            if isinstance(old, Spec) and isinstance(value, dict):
+                value = old.but(**value)
+            fields[name] = value
+        return type(self)(**fields)

@@ -1,17 +1,4 @@
-"""What a run is: a frozen, validated, hashable description.
-
-A `RunSpec` says everything that decides a result: data, backbone, surgery, training, seed, dtype
-and threads. Its `id` names the record that the run leaves. Two rules keep old records valid while
-the project grows:
-
-- fields at their default value stay out of the hash, so a new field with a default that means "as
-  before" changes no id;
-- each class carries a `semantics` number that is always hashed; it is bumped when a change to the
-  code would alter results.
-
-Axis letters, here and in all of `lib`: **B** images, **N** tokens of an image, **T** = B*N, **D**
-width, **H** expert hidden width, **E** experts, **K** experts per token.
-"""
+"""Describes the images of a run, and deals its classes to experts."""
 
 from __future__ import annotations
 
@@ -23,7 +10,10 @@ from .base import Positive, Spec
 
 
 class DataSpec(Spec):
-    """Images and how many of them. Subsets are class-balanced and depend on `subset_seed` alone."""
+    """Describes the images of a run, and how many of them there are.
+
+    Subsets are class-balanced and depend on `subset_seed` alone.
+    """
 
     # mnist5k | a folder under MOE_DATA: parquet, classes, GEO-Bench, MIT Indoor | hub:owner/name
     name: str = "mnist5k"
@@ -36,13 +26,15 @@ class DataSpec(Spec):
     # training images only; auto: flip_crop and the CIFAR-10 policy of AutoAugment (1805.09501)
     augment: Literal["none", "flip", "shift", "flip_crop", "resized_crop", "auto"] = "none"
     subset_seed: int = 0  # chooses the subset; not the training seed
-    # first class and one past the last that are kept and
+    # first class and one past the last of those that stay, numbered anew from 0; None = all
     classes: tuple[Annotated[int, Field(ge=0)], Positive] | None = None
 
 
 def class_groups(classes: int, experts: int) -> tuple[tuple[int, ...], ...]:
-    """The classes of each expert, in index order: 67 over 4 are 17, 17, 17 and 16. Fewer classes
-    than experts go round."""
+    """Deals the classes to the experts in index order: 67 to 4 are 17, 17, 17 and 16.
+
+    Fewer classes than experts go round. Raises ValueError for less than one of either.
+    """
     if classes < 1 or experts < 1:
         raise ValueError(f"classes={classes} over experts={experts}: both must be at least 1")
     if classes < experts:

@@ -1,8 +1,4 @@
-"""Descriptions of what is cut out of a trained model before a run trains: neurons, whole experts,
-or a mixture out of MLPs.
-
-Axis letters: **D** width, **H** hidden width, **E** experts, **K** clusters.
-"""
+"""Describes what is removed from a trained model before a run trains: neurons or whole experts."""
 
 from __future__ import annotations
 
@@ -14,19 +10,22 @@ from .base import Positive, Share, Spec
 
 
 class PruneSpec(Spec):
-    """What is cut out of the model before it trains: hidden neurons and attention dimensions
-    (Leiden thesis, section 4)."""
+    """Describes the removal of hidden neurons and attention dimensions before training.
 
-    # that goes, of the neurons of each MLP and expert and of the dimensions of each head
+    Source: Leiden thesis, section 4.
+    """
+
+    # of the neurons of each MLP and expert, and of the dimensions of each head, that are removed
     share: Share = 0.5
-    # the score; the lowest go first
+    # the score; neurons with the lowest are removed
     kind: Literal["taylor", "molchanov", "magnitude", "random"] = "taylor"
-    # None = all that the model has experts: each by images of its own class group, or all by the
-    # same ones; forced through it
+    # None = all that the model has
     parts: tuple[Literal["mlp", "attention", "experts"], ...] | None = None
+    # each expert is scored by images of its own class group, or all by the same ones; the images
+    # are forced through it
     by_class: bool = True
     images: Positive = 80  # calibration images, of each class group where experts have them
-    batches: Positive = 1  # that the images are cut into; scores are averaged over them
+    batches: Positive = 1  # into which the images are divided; scores are averaged over them
     structured: bool = True  # False: single weights become zero and stay so, nothing gets smaller
 
     @model_validator(mode="after")
@@ -35,17 +34,22 @@ class PruneSpec(Spec):
             raise ValueError(f"batches={self.batches} cannot be cut out of images={self.images}")
         if not self.structured and self.kind != "taylor":
             raise ValueError(
-                "structured=False scores single weights by (gradient x weight)^2: set kind='taylor', "
-                f"got {self.kind!r}"
+                "structured=False scores single weights by (gradient x weight)^2: "
+                f"set kind='taylor', got {self.kind!r}"
             )
         return self
 
 
 class DropSpec(Spec):
-    """Whole experts taken out of the parent's mixture before the run trains (2405.16646, and rival
-    scores)."""
+    """Describes the dropping of whole experts from the parent's mixture before training.
 
-    share: Share = 0.5  # of the experts of each layer (and member) that goes; must come out whole
+    Source: 2405.16646, and rival scores.
+    """
+
+    # of the experts of each layer (and member) that are dropped; must be a whole number of experts
+    share: Share = 0.5
+    # experts with the lowest are dropped; changes are counted from the parent's own parent; dern
+    # and merge recombine dropped experts with those that stay
     score: Literal[
         "router_norm_change",
         "router_norm_change_abs",
@@ -63,11 +67,9 @@ class DropSpec(Spec):
         "dern",
         "merge",
     ] = "router_norm_change"
-    # the lowest go; changes are counted from the parent's own parent; dern and merge recombine what
-    # goes with what stays
     # what a token gets that chose a dropped expert
     missing: Literal["zero_update", "reroute"] = "zero_update"
-    images: Positive = 512  # class-balanced calibration images, of the scores that are measured
+    images: Positive = 512  # class-balanced calibration images, for the scores that are measured
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -77,7 +79,7 @@ class DropSpec(Spec):
 
     @property
     def compares(self) -> bool:
-        """Whether the score needs the model before finetuning."""
+        """Tells whether the score needs the model before finetuning."""
         return self.score in (
             "router_norm_change",
             "router_norm_change_abs",

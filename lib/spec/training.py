@@ -1,4 +1,4 @@
-"""How a model is trained: masked pretraining, and one stage of optimisation."""
+"""Describes how a model is trained: masked pretraining, and one stage of optimisation."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from .base import Positive, Share, Spec
 
 
 class MaskSpec(Spec):
-    """Masked-autoencoder pretraining (MAE, 2111.06377): what is hidden, and the decoder that fills
-    it in."""
+    """Describes masked pretraining: what is hidden, and the decoder that fills it in.
+
+    Source: masked autoencoders (MAE), 2111.06377.
+    """
 
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75  # share of the patches that is hidden
-    width: Positive = 192  # of the decoder
+    width: Positive = 192  # D of the decoder
     depth: Positive = 4  # decoder blocks
     heads: Positive = 6  # decoder attention heads; must divide the decoder width
 
@@ -22,21 +24,23 @@ class MaskSpec(Spec):
     def _consistent(self):
         if self.width % self.heads or self.width % 4:
             raise ValueError(
-                f"decoder width={self.width} must be a multiple of heads={self.heads} and of 4 (its fixed "
-                "two-dimensional position table)"
+                f"decoder width={self.width} must be a multiple of heads={self.heads} and of 4 "
+                "(its fixed two-dimensional position table)"
             )
         return self
 
 
 class TrainSpec(Spec):
-    """One stage of training. AdamW, warm-up and cosine per step, layer-wise learning-rate decay
-    (timm)."""
+    """Describes one stage of training.
+
+    AdamW, warm-up and cosine per step, learning rates that decay from layer to layer (timm).
+    """
 
     # passes over the training images; may be fractional
     epochs: Annotated[float, Field(gt=0)] = 3.0
     batch: Positive = 64  # images a step
     lr: Annotated[float, Field(gt=0)] = 3e-4  # peak learning rate of the head
-    # not on biases, norms and position embeddings
+    # AdamW's; none on biases, norms and position embeddings
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     # lr factor a block, from the head down (ViMoE: 0.65)
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -45,11 +49,12 @@ class TrainSpec(Spec):
     clip: Annotated[float, Field(gt=0)] | None = 1.0  # largest gradient norm
     ema: Share | None = None  # decay of the weight average that is evaluated; None = no average
     mask: MaskSpec | None = None  # pretraining by reconstruction instead of classification
-    # routers, head: everything else is frozen
+    # routers, head: everything else is frozen; no_attention: attention alone is
     trainable: Literal["all", "routers", "head", "no_attention"] = "all"
     # the parent's gates as target: their argmax or softmax
     distil: Literal["none", "choice", "probabilities"] = "none"
     # weight of the parent's logits as target, the rest is the labels'
     distil_logits: Annotated[float, Field(ge=0, le=1)] = 0.0
-    # share of the steps in which experts are dropped one
+    # share of the steps in which experts are dropped one after the other, until each MoE layer has
+    # one (2206.00277: 0.5); None = all stay
     single_expert_at: Annotated[float, Field(gt=0, le=1)] | None = None

@@ -1,4 +1,4 @@
-"""From records to numbers and verdicts: intervals, claims, routing tables.
+"""Turns records into numbers and verdicts: intervals, claims, what routing tables say, costs.
 
 Nothing here imports torch.
 """

@@ -1,4 +1,4 @@
-"""From a published claim to a verdict, by one stated rule.
+"""Judges published claims, by one stated rule.
 
 | what the records say | verdict |
 | --- | --- |
@@ -27,8 +27,11 @@ Direction = Literal["greater", "less", "equal"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """claim: the published sentence. verdict: see the table above. text: the numbers behind it. n:
-    seeds."""
+    """Says what the records make of a claim.
+
+    claim: the published sentence. verdict: see the table above. text: the numbers behind it.
+    n: number of seeds.
+    """
 
     claim: str
     verdict: Literal["holds", "does not hold", "undecided", "not tested"]
@@ -39,7 +42,7 @@ class Verdict:
         return f"{self.claim}: {self.verdict} ({self.text})"
 
     def said_of(self, source: str) -> Verdict:
-        """Returns the same verdict with its claim headed by what it was judged on."""
+        """Returns the same verdict, its claim headed by the source that it was judged on."""
         return replace(self, claim=f"{source}: {self.claim}")
 
 
@@ -51,26 +54,25 @@ def judge(
     unit: str = "points",
     decimals: int = 1,
 ) -> Verdict:
-    """The rule. estimate: a difference or a slope, in `unit`; None = no records.
+    """Judges an estimate by the rule above.
 
-    direction: "greater" and "less" compare with +margin and -margin; "equal" asks for the band
-    between and needs margin > 0.
+    estimate: a difference or a slope, in `unit`; None = no records. direction: "greater" and "less"
+    compare with +margin and -margin; "equal" asks for the band between and needs margin > 0.
+    Raises ValueError for another direction or margin.
     """
     if direction not in ("greater", "less", "equal"):
         raise ValueError(f"direction={direction!r} is unknown: use 'greater', 'less' or 'equal'")
     if margin < 0 or (direction == "equal" and margin == 0):
         raise ValueError(
-            f"margin={margin} with direction={direction!r}: give a margin above 0 for 'equal' (no finite "
-            "sample shows exact equality) and 0 or more otherwise"
+            f"margin={margin} with direction={direction!r}: give a margin above 0 for 'equal' "
+            "(no finite sample shows exact equality) and 0 or more otherwise"
         )
     if estimate is None:
         return Verdict(claim, "not tested", "no records", 0)
-    interval = format_interval(estimate, decimals, signed=True)
-    text = (
-        f"{interval} {unit}".replace(", n=", f" {unit}, n=").removesuffix(f" {unit}")
-        if unit
-        else interval
-    )
+    text = format_interval(estimate, decimals, signed=True)
+    if unit:  # +1.2 [0.3, 2.1] points, n=3
+        value, _, seeds = text.rpartition(", n=")
+        text = f"{value} {unit}, n={seeds}"
     if estimate.low is None:
         few = (
             "one seed claims no order"
@@ -80,6 +82,13 @@ def judge(
         return Verdict(claim, "undecided", f"{text}; {few}", estimate.n)
     if isinstance(estimate, Difference) and estimate.share_above is not None:
         text += f"; {100 * estimate.share_above:.1f}% of draws above 0"
+    if direction == "equal":
+        text += f"; band of {margin:g} {unit}"
+    return Verdict(claim, _verdict_of(estimate, direction, margin), text, estimate.n)
+
+
+def _verdict_of(estimate: Interval, direction: Direction, margin: float) -> str:
+    """Compares an interval, which must be there, with the claimed side of the margin."""
     low, high = estimate.low, estimate.high
     if direction == "greater":
         holds, fails = low > margin, high < margin
@@ -87,10 +96,9 @@ def judge(
         holds, fails = high < -margin, low > -margin
     else:
         holds, fails = -margin < low and high < margin, low > margin or high < -margin
-        text += f"; band of {margin:g} {unit}"
-    return Verdict(
-        claim, "holds" if holds else "does not hold" if fails else "undecided", text, estimate.n
-    )
+    if holds:
+        return "holds"
+    return "does not hold" if fails else "undecided"
 
 
 def compare(
@@ -100,7 +108,7 @@ def compare(
     direction: Direction,
     margin: float = 0.0,
 ) -> Verdict:
-    """Verdict on test top-1 of a against b, one record per seed on each side, in points."""
+    """Judges test top-1 of a against b, one record per seed on each side, in points."""
     return judge(claim, paired_difference(records_a, records_b), direction, margin)
 
 
@@ -113,6 +121,9 @@ def compare_trend(
     unit: str = "per block",
     decimals: int = 3,
 ) -> Verdict:
-    """Verdict on the slope of y over x; rows: (S, J), one row per seed, such as information by
-    depth. No rows: not tested."""
+    """Judges the slope of y over x.
+
+    x: (J,) positions, such as block numbers; rows: (S, J) values of y, such as information by
+    depth, one row per seed. Without rows the claim is not tested.
+    """
     return judge(claim, trend(x, rows) if len(rows) else None, direction, margin, unit, decimals)

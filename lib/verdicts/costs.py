@@ -1,4 +1,4 @@
-"""What records say of size and speed, as rows of a table."""
+"""Reads size and speed from records, as rows of a table."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ def cost_rows(
     limit: str | None = None,
     keys: Sequence[str] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yields one row for each name with a finished record: parameters and multiply-adds in
-    millions and billions, images a second in training and evaluation, of its first seed.
+    """Yields one row for each name with a finished record, of its first seed.
 
-    limit: name of the dense runs that bound the others: their training speed times the ratio of
-    multiply-adds, "limit (images/s)", and the share of it that is reached. keys: names; None = all.
+    A row has the parameters in millions, the multiply-adds in billions, and the images a second in
+    training and evaluation. limit: name of the dense runs that bound the others; rows then also
+    have "limit (images/s)", the dense training speed times the ratio of multiply-adds, and the
+    share of it that is reached. keys: the names in their order; None = all.
     """
     bound = finished(records.get(limit, []))[:1] if limit else []
     for name in records if keys is None else [key for key in keys if key in records]:

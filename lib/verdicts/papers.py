@@ -1,5 +1,7 @@
-"""Published values and claims, read from `data/papers/NAME.yaml`: each value set with its source,
-units and confidence."""
+"""Reads published values and claims from `data/papers/NAME.yaml`.
+
+Each set of values comes with its source, units and confidence.
+"""
 
 from __future__ import annotations
 
@@ -12,32 +14,34 @@ from .. import paths
 
 
 def names() -> list[str]:
-    """The papers that there are."""
+    """Lists the papers that there are."""
     return sorted(path.stem for path in paths.PAPERS.glob("*.yaml"))
 
 
 def load(name: str) -> dict[str, Any]:
-    """The content of one file: paper, tables, numbers, claims. Raises ValueError for an unknown
-    name."""
+    """Reads one file: paper, tables, numbers, claims. Raises ValueError for an unknown name."""
     path = paths.PAPERS / f"{name}.yaml"
     if name not in names():
         raise ValueError(
-            f"no published values called {name!r}: known are {', '.join(names()) or 'none'}; a new paper is a "
-            f"file {path.relative_to(paths.ROOT)}"
+            f"no published values called {name!r}: known are {', '.join(names()) or 'none'}; "
+            f"a new paper is a file {path.relative_to(paths.ROOT)}"
         )
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def table(name: str, table_id: str) -> pd.DataFrame:
-    """One value set as a frame; `.attrs` holds its source, units, confidence and what it is about."""
+    """Gives one set of values as a frame.
+
+    Its `.attrs` hold source, units, confidence and what it is about. Raises ValueError for an
+    unknown paper or table.
+    """
     tables = load(name)["tables"]
     if table_id not in tables:
         raise ValueError(f"{name} has no table {table_id!r}: it has {', '.join(tables)}")
     entry = dict(tables[table_id])
     frame = pd.DataFrame(entry.pop("rows"), columns=entry.pop("columns"))
-    for column in frame.columns.intersection(["experts"]):
-        frame[column] = frame[column].astype(
-            "Int64"
-        )  # integers with gaps: dense rows have no number of experts
+    if "experts" in frame:
+        # integers with gaps: dense rows have no number of experts
+        frame["experts"] = frame["experts"].astype("Int64")
     frame.attrs = entry
     return frame

@@ -1,12 +1,11 @@
-"""Probes of routing: how even, how sure, how specialised. Functions of a `Routing` or of a count
-table, nothing else.
+"""Measures routing from the count tables of a record: how even and how specialised it is.
 
-The table functions need numpy alone, so a record is enough to redraw every number; `RoutingProbe`
-fills such tables while a model is evaluated. Entropies and informations are in nats.
+The functions need numpy alone, so a record is enough to redraw every number;
+`lib.measure.routing.RoutingProbe` fills the tables while a model is evaluated. Entropies and
+informations are in nats.
 
-Axis letters: **B** images, **N** tokens of an image (the class token is position 0), **T** = B*N,
-**E** experts, **K** experts per token, **C** classes, **M** MoE layers from the shallowest to the
-deepest.
+Axis letters: **E** experts, **K** experts per token, **L** MoE layers of a model, **C** classes,
+**M** MoE layers from the shallowest to the deepest.
 """
 
 from __future__ import annotations
@@ -14,33 +13,33 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..measure.routing import entropy, load_share
 
-if TYPE_CHECKING:  # torch is not needed to read records
-    pass
-
 
 def cv(load: np.ndarray) -> float:
-    """Coefficient of variation of the load (E,): population standard deviation / mean. 0 = even,
-    sqrt(E-1) = one expert."""
+    """Computes the coefficient of variation of the load (E,): population deviation over mean.
+
+    0 = even, sqrt(E - 1) = all on one expert.
+    """
     load = np.asarray(load, float)
     return float(load.std() / load.mean())
 
 
 def max_vio(load: np.ndarray) -> float:
-    """Largest excess (max - mean) / mean of the load (E,). 0 = even, E-1 = one expert (loss-free
-    balancing, 2408.15664)."""
+    """Computes the largest excess, (max - mean) / mean, of the load (E,).
+
+    0 = even, E - 1 = all on one expert (MaxVio of loss-free balancing, 2408.15664).
+    """
     load = np.asarray(load, float)
     return float(load.max() / load.mean() - 1)
 
 
 @dataclass(frozen=True)
 class Information:
-    """What a table of attribute by expert says about specialisation.
+    """Says how far an attribute, such as the class, and the expert determine each other.
 
     mutual: plug-in I(attribute; expert) in nats. normalised: I / H(expert). corrected: the same
     after the Miller-Madow term was taken from I, cut at 0. bias: that term in nats (positive: the
@@ -55,8 +54,9 @@ class Information:
 
 
 def information(counts: np.ndarray, samples: int | None = None) -> Information:
-    """Mutual information between rows (classes or positions) and experts of a count table (rows,
-    E).
+    """Estimates the mutual information between rows and experts of a count table (rows, E).
+
+    Rows are classes or positions. Raises ValueError for a table without counts.
 
     Normalised by H(expert) (Theil's U): 1 if and only if the row decides the expert, 0 if and only
     if they are independent. The symmetric 2I / (H(row) + H(expert)) is not used: with 100 classes
@@ -71,8 +71,8 @@ def information(counts: np.ndarray, samples: int | None = None) -> Information:
     table = np.asarray(counts, float)
     if table.ndim != 2 or (table < 0).any() or not table.sum() > 0:
         raise ValueError(
-            f"counts must be a (rows, E) table of non-negative numbers with a positive sum, got shape "
-            f"{table.shape} and sum {table.sum() if table.size else 0}"
+            "counts must be a (rows, E) table of non-negative numbers with a positive sum, "
+            f"got shape {table.shape} and sum {table.sum() if table.size else 0}"
         )
     n = table.sum() if samples is None else samples
     p = table / table.sum()
@@ -87,11 +87,10 @@ def information(counts: np.ndarray, samples: int | None = None) -> Information:
 
 
 def sharpness(counts: np.ndarray) -> float:
-    """Mean share of a class's assignments that go to its favourite expert; (C, E) counts, classes
-    with no image left out.
+    """Averages over classes the share of assignments that go to the class's favourite expert.
 
-    Between 1/E (blurred) and 1 (each class has one expert). Unlike mutual information it is also 1
-    if all classes share one expert.
+    counts: (C, E); classes without an image are left out. Between 1/E (blurred) and 1 (each class
+    has one expert). Unlike mutual information it is also 1 if all classes share one expert.
     """
     table = np.asarray(counts, float)
     table = table[table.sum(1) > 0]
@@ -99,8 +98,10 @@ def sharpness(counts: np.ndarray) -> float:
 
 
 def routing_degree(experts: int, top_k: int, layers: int) -> int:
-    """C(E, K)^L: the number of different expert combinations that an image can meet (ViMoE, section
-    4.3)."""
+    """Counts the different combinations of experts that an image can meet: C(E, K)^L.
+
+    ViMoE, section 4.3. Raises ValueError unless 1 <= K <= E and L >= 0.
+    """
     if not 1 <= top_k <= experts or layers < 0:
         raise ValueError(
             f"need 1 <= top_k <= experts and layers >= 0, got experts={experts}, top_k={top_k}, "
@@ -110,8 +111,10 @@ def routing_degree(experts: int, top_k: int, layers: int) -> int:
 
 
 def layers_for_degree(experts: int, top_k: int, degree: int) -> int:
-    """Smallest L with C(E, K)^L >= degree. With C(E, K) = 1 no L suffices beyond degree 1:
-    ValueError."""
+    """Finds the smallest L with C(E, K)^L >= degree.
+
+    Raises ValueError where no L suffices: C(E, K) = 1 and a degree beyond 1.
+    """
     if routing_degree(experts, top_k, 1) == 1 and degree > 1:
         raise ValueError(
             f"experts={experts}, top_k={top_k} has one combination at any depth: "
@@ -124,8 +127,9 @@ def layers_for_degree(experts: int, top_k: int, degree: int) -> int:
 
 
 def suggested_layers(values: Sequence[float], threshold: float = 0.3) -> int:
-    """Number of MoE layers worth having: the unbroken run of deepest layers that exceed the
-    threshold.
+    """Counts the deepest layers that exceed the threshold without a break.
+
+    That many MoE layers are worth having.
 
     values: (M,) normalised information of class and expert, shallow to deep. The run starts at the
     deepest layer since L counts from there; a lone sharp layer further up cannot be had without
@@ -137,13 +141,3 @@ def suggested_layers(values: Sequence[float], threshold: float = 0.3) -> int:
             break
         layers += 1
     return layers
-
-
-def plateau_layers(accuracy: dict[int, float], tolerance: float) -> int:
-    """Smallest L whose accuracy is within `tolerance` (same unit) of the best of {L: accuracy}."""
-    if not accuracy:
-        raise ValueError(
-            "accuracy is empty: give {number of MoE layers: accuracy} with at least one entry"
-        )
-    best = max(accuracy.values())
-    return min(layers for layers, value in accuracy.items() if value >= best - tolerance)

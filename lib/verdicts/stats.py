@@ -1,5 +1,6 @@
-"""Means with intervals, and paired comparisons of runs. Accuracies are in percent, differences in
-points.
+"""Computes means with intervals, and compares runs in pairs.
+
+Accuracies are in percent, differences in points.
 
 A comparison has two sources of chance: the seed of a run and the draw of the test images. Records
 keep the prediction for each test image, so both are seen. Write y[s, i] for seed s and image i
@@ -52,8 +53,10 @@ RESAMPLES = 4000
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over n seeds; low and high are None where n is below MIN_SEEDS. method names the
-    interval."""
+    """Holds a mean over n seeds and the ends of its interval.
+
+    low, high: None where n is below MIN_SEEDS. method: the name of the interval.
+    """
 
     mean: float
     low: float | None
@@ -67,41 +70,45 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference(Interval):
-    """Mean difference a - b. share_above: share of bootstrap draws above 0 (ties count half), None
-    without interval. paired: True if the seeds of the two sides were paired, too (test images
-    always are)."""
+    """Holds a mean difference a - b.
+
+    share_above: share of bootstrap draws above 0 (ties count half), None without interval.
+    paired: whether the seeds of the two sides were paired, too (test images always are).
+    """
 
     share_above: float | None = None
     paired: bool = True
 
 
 def format_interval(value: Interval | None, decimals: int = 1, signed: bool = False) -> str:
-    """`71.3 [70.8, 71.9], n=5`; `71.3, n=1` without interval; an empty string for None."""
+    """Writes `71.3 [70.8, 71.9], n=5`; `71.3, n=1` without interval; an empty string for None."""
     if value is None:
         return ""
     sign = "+" if signed else ""
-    # -0.0 would print a sign that means nothing
-    mean, low, high = (
-        None if v is None else round(v, decimals) + 0.0 for v in (value.mean, value.low, value.high)
-    )
-    if low is None:
-        return f"{mean:{sign}.{decimals}f}, n={value.n}"
-    return f"{mean:{sign}.{decimals}f} [{low:{sign}.{decimals}f}, {high:{sign}.{decimals}f}], n={value.n}"
+
+    def number(x: float) -> str:
+        # + 0.0 makes 0.0 of -0.0, whose sign means nothing
+        return f"{round(x, decimals) + 0.0:{sign}.{decimals}f}"
+
+    if value.low is None:
+        return f"{number(value.mean)}, n={value.n}"
+    return f"{number(value.mean)} [{number(value.low)}, {number(value.high)}], n={value.n}"
 
 
 def mean_interval(
     values: Sequence[float], method: str | None = None, rng: np.random.Generator | None = None
 ) -> Interval:
-    """Mean of one number per seed and its 95% interval.
+    """Computes the mean of one number per seed and its 95% interval.
 
     method: "t" (Student), "bca" (bias-corrected bootstrap, scipy), None = t below 10 values, bca
-    from there on: with a handful of values a bootstrap interval is too narrow. ValueError for no
-    values or values that are not finite.
+    from there on: with a handful of values a bootstrap interval is too narrow. Raises ValueError
+    for no values, values that are not finite, and another method.
     """
     x = np.asarray(list(values), float)
     if x.size == 0 or not np.isfinite(x).all():
         raise ValueError(
-            f"values must be finite and at least one, got {x.tolist()}: leave failed and absent runs out first"
+            f"values must be finite and at least one, got {x.tolist()}: "
+            "leave failed and absent runs out first"
         )
     if method not in (None, "t", "bca"):
         raise ValueError(f"method={method!r} is unknown: use 't', 'bca' or None")
@@ -126,32 +133,36 @@ def mean_interval(
 
 
 def finished(records: Sequence[Any]) -> list[Any]:
-    """The records that are there and ended well, in order. ValueError if one seed comes twice: it
-    is not a second seed."""
-    out = [r for r in records if r is not None and r.status == "ok"]
-    seeds = [r.spec.seed for r in out]
+    """Keeps the records that are there and ended well, in order.
+
+    Raises ValueError if one seed comes twice: a repetition is not a second seed.
+    """
+    finished_records = [r for r in records if r is not None and r.status == "ok"]
+    seeds = [r.spec.seed for r in finished_records]
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds repeat: {seeds}. Give the records of one setting, one per seed")
-    return out
+    return finished_records
 
 
-def _correct(records: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """(S, I) correctness as 0 and 1, and the (I,) labels, which must be the same for all."""
+def _correct(records: Sequence[Any]) -> np.ndarray:
+    """Gives the (S, I) correctness as 0.0 and 1.0; the (I,) labels must be the same for all."""
     labels = np.asarray(records[0].arrays["test_label"])
     for r in records:
         if not np.array_equal(r.arrays["test_label"], labels):
             raise ValueError(
                 f"records {records[0].id} and {r.id} were tested on different images "
-                f"({labels.size} and {np.size(r.arrays['test_label'])}): only equal test splits can be paired"
+                f"({labels.size} and {np.size(r.arrays['test_label'])}): "
+                "only equal test splits can be paired"
             )
-    return np.stack([np.asarray(r.arrays["test_pred"]) == labels for r in records]).astype(
-        float
-    ), labels
+    right = [np.asarray(r.arrays["test_pred"]) == labels for r in records]
+    return np.stack(right).astype(float)
 
 
 def _seed_variance(y: np.ndarray) -> float:
-    """Variance of the mean of y (S, I) that is due to the seeds alone, from mean squares; never
-    negative."""
+    """Estimates the variance of the mean of y (S, I) that is due to the seeds alone.
+
+    From mean squares of a two-way analysis of variance; never negative.
+    """
     s, i = y.shape
     rows, columns, mean = y.mean(1), y.mean(0), y.mean()
     ms_seed = i * ((rows - mean) ** 2).sum() / (s - 1)
@@ -160,22 +171,24 @@ def _seed_variance(y: np.ndarray) -> float:
 
 
 def _draw_images(values: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
-    """(size,) bootstrap means of (I,) values. A mean over S seeds takes few values, so their counts
-    are drawn: same law."""
+    """Draws (size,) bootstrap means of (I,) values."""
+    # A mean over S seeds takes few different values: drawing how often each of them comes follows
+    # the same law as drawing I images, and is much faster.
     unique, counts = np.unique(values.round(12), return_counts=True)
     return rng.multinomial(values.size, counts / values.size, size=size) @ unique / values.size
 
 
 def _draw_seeds(y: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
-    """(size,) deviations of the mean of y (S, I) due to seeds."""
+    """Draws (size,) deviations of the mean of y (S, I) that are due to seeds."""
     return np.sqrt(_seed_variance(y)) * rng.standard_t(y.shape[0] - 1, size=size)
 
 
 def accuracy_interval(
     records: Sequence[Any], rng: np.random.Generator | None = None
 ) -> Interval | None:
-    """Test top-1 in percent over the seeds of one setting, with the hierarchical bootstrap 95%
-    interval.
+    """Computes test top-1 over the seeds of one setting, in percent, with its 95% interval.
+
+    The interval is the hierarchical bootstrap's.
 
     records: one per seed; absent and failed ones are left out (n shows it). None if nothing is
     left. rng: default generator 0, so that a page prints the same digits each time.
@@ -183,14 +196,14 @@ def accuracy_interval(
     records = finished(records)
     if not records:
         return None
-    y, _ = _correct(records)
+    y = _correct(records)
     return _around(float(y.mean()), y, rng)
 
 
 def paired_difference(
     records_a: Sequence[Any], records_b: Sequence[Any], rng: np.random.Generator | None = None
 ) -> Difference | None:
-    """Test top-1 of a minus b in points, paired over test images, and over seeds where they match.
+    """Computes test top-1 of a minus b in points, paired over test images and, if possible, seeds.
 
     Seeds are paired if the two sides share at least three, or have the same ones; runs with other
     seeds are then left out. Otherwise the two sides vary independently, and n is the smaller count.
@@ -205,7 +218,7 @@ def paired_difference(
         a, b = (
             [next(r for r in side if r.spec.seed == seed) for seed in shared] for side in (a, b)
         )
-    y, _ = _correct([*a, *b])
+    y = _correct([*a, *b])
     ya, yb = y[: len(a)], y[len(a) :]
     mean, n = 100 * float(ya.mean() - yb.mean()), min(len(a), len(b))
     if n < MIN_SEEDS:
@@ -224,21 +237,20 @@ def paired_difference(
 def retained(
     records: Sequence[Any], whole: Sequence[Any], rng: np.random.Generator | None = None
 ) -> Interval | None:
-    """Test top-1 of the records in percent of that of the model they were cut from, the first
-    finished one of `whole`.
+    """Computes test top-1 of the records in percent of that of the model they were made from.
 
-    The interval is the hierarchical bootstrap's, over test images (of both, paired) and over seeds
-    of the cut: the model is one. None if a side has no finished record.
+    whole: records of that model, of which the first finished one counts. The interval is the
+    hierarchical bootstrap's, over test images (of both, paired) and over seeds of the records: the
+    model is one. None if a side has no finished record.
     """
-    done, base = finished(records), finished(whole)[:1]
-    if not done or not base:
+    smaller_models, whole_model = finished(records), finished(whole)[:1]
+    if not smaller_models or not whole_model:
         return None
-    y, _ = _correct([*done, *base])
-    own, full = y[:-1], y[-1].mean()
-    kept = float(own.mean() / full)
-    return _around(
-        kept, (own - kept * y[-1]) / full, rng
-    )  # how the ratio moves with an image, to first order
+    y = _correct([*smaller_models, *whole_model])
+    y_smaller, y_whole = y[:-1], y[-1]
+    ratio = float(y_smaller.mean() / y_whole.mean())
+    # how the ratio moves with an image, to first order
+    return _around(ratio, (y_smaller - ratio * y_whole) / y_whole.mean(), rng)
 
 
 def beyond_line(
@@ -248,32 +260,39 @@ def beyond_line(
     size: str = "params_stored",
     rng: np.random.Generator | None = None,
 ) -> Interval | None:
-    """Test top-1 of the records less what a family of rivals reaches at the same size, in points,
-    paired over test images.
+    """Computes test top-1 of the records less what a rival reaches at their size, in points.
 
-    family: groups of records, a group a level of the rival; of each the record of the same seed is
-    taken, or its only one, and the first finished one of `whole` closes the line. Between two of
-    them the rival is a straight line over size, an entry of `cost`; beyond the whole model it is
-    the whole model. Left out: a record smaller than all of the line, or with a seed that a group of
-    several lacks. The interval is the hierarchical bootstrap's. None if nothing is left.
+    family: the rival's records, a sequence for each of its sizes. Of each, the record of the same
+    seed is taken, or the only one; the first finished one of `whole` closes the line. Between two
+    of them the rival is a straight line over size, an entry of `cost`; beyond the whole model it is
+    the whole model. Left out: a record smaller than all of the line, or with a seed that several
+    records of one size lack. The interval is the hierarchical bootstrap's, paired over test images.
+    None if nothing is left.
     """
-    base, levels, apart = finished(whole)[:1], [finished(group) for group in family], []
+    whole_model = finished(whole)[:1]
+    levels = [finished(level) for level in family]
+    differences = []  # (I,) for each record that has a line
     for r in finished(records):
         line = [
-            x for group in levels for x in group if len(group) == 1 or x.spec.seed == r.spec.seed
-        ] + base
-        line.sort(key=lambda x: x.cost[size])
+            x for level in levels for x in level if len(level) == 1 or x.spec.seed == r.spec.seed
+        ]
+        line = sorted(line + whole_model, key=lambda x: x.cost[size])
         sizes = [x.cost[size] for x in line]
-        if len(line) == len(family) + 1 and base and sizes[0] <= r.cost[size]:
-            weight = [np.interp(r.cost[size], sizes, unit) for unit in np.eye(len(line))]
-            y, _ = _correct([r, *line])
-            apart.append(y[0] - weight @ y[1:])
-    return _around(float(np.mean(apart)), np.stack(apart), rng) if apart else None
+        if len(line) == len(family) + 1 and whole_model and sizes[0] <= r.cost[size]:
+            # weights of the points of the line at the record's size: at most two are not 0
+            weights = [np.interp(r.cost[size], sizes, unit) for unit in np.eye(len(line))]
+            y = _correct([r, *line])
+            differences.append(y[0] - weights @ y[1:])
+    if not differences:
+        return None
+    return _around(float(np.mean(differences)), np.stack(differences), rng)
 
 
 def _around(mean: float, y: np.ndarray, rng: np.random.Generator | None) -> Interval:
-    """`mean` in percent with the spread of the mean of y (S, I) over images and seeds; no interval
-    for few seeds."""
+    """Puts an interval around a mean by the spread of the mean of y (S, I) over images and seeds.
+
+    mean, y: as shares; the interval is in percent, and absent with few seeds.
+    """
     if len(y) < MIN_SEEDS:
         return Interval(100 * mean, None, None, len(y))
     rng = rng or np.random.default_rng(0)
@@ -285,7 +304,7 @@ def _around(mean: float, y: np.ndarray, rng: np.random.Generator | None) -> Inte
 
 
 def trend(x: Sequence[float], rows: Sequence[Sequence[float]]) -> Interval:
-    """Least-squares slope of y over x, one slope per seed, and the interval of their mean.
+    """Fits a least-squares slope of y over x for each seed, and computes their mean's interval.
 
     x: (J,) positions, such as block numbers; rows: (S, J) values, one row per seed. Unit: that of y
     per that of x.
@@ -293,7 +312,8 @@ def trend(x: Sequence[float], rows: Sequence[Sequence[float]]) -> Interval:
     x, y = np.asarray(x, float), np.asarray(rows, float)
     if y.ndim != 2 or y.shape[1] != x.size or np.ptp(x) == 0:
         raise ValueError(
-            f"need x (J,) with two different values and rows (S, J), got shapes {x.shape} and {y.shape}"
+            "need x (J,) with two different values and rows (S, J), "
+            f"got shapes {x.shape} and {y.shape}"
         )
     centred = x - x.mean()
     return mean_interval(y @ centred / (centred @ centred), method="t")

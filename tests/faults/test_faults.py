@@ -252,6 +252,29 @@ def test_lock_of_a_killed_process_is_free(tmp_path):
     assert not locks.is_held(file)
 
 
+@pytest.mark.parametrize("kind", ["flock", "lease"])
+def test_two_threads_of_one_process_exclude_each_other(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("MOE_LOCK", kind)
+    monkeypatch.setattr(locks, "POLL_SECONDS", 0.02)
+    file, events, inside = tmp_path / "lock", [], threading.Event()
+
+    def holder():
+        with locks.held(file):
+            inside.set()
+            time.sleep(0.3)
+            events.append("released")
+
+    thread = threading.Thread(target=holder)
+    thread.start()
+    inside.wait()
+    assert locks.is_held(file)
+    with locks.held(file, waiting=lambda: events.append("waiting")):
+        events.append("taken")
+    thread.join()
+    assert events == ["waiting", "released", "taken"]
+    assert file.exists() == (kind == "flock") and not locks.is_held(file)
+
+
 def test_unknown_kind_of_lock(tmp_path, monkeypatch):
     monkeypatch.setenv("MOE_LOCK", "nfs")
     with pytest.raises(

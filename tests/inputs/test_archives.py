@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lib.inputs import folders
+from lib.inputs import sources
 from lib.inputs.splits import load_splits
 from lib.spec import DataSpec
 
@@ -21,7 +21,7 @@ from lib.spec import DataSpec
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("MOE_DATA", str(tmp_path))
     monkeypatch.setenv("MOE_CACHE", str(tmp_path / "cache"))
-    folders.sources_of.cache_clear()
+    sources.sources_of.cache_clear()
     return tmp_path
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from lib import paths
-from lib.inputs import augment, folders, splits
+from lib.inputs import augment, sources, splits
 from lib.inputs.splits import load_splits
 from lib.spec import DataSpec
 
@@ -28,9 +28,9 @@ def home(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.setenv("MOE_DATA", str(folder))
     monkeypatch.setenv("MOE_CACHE", str(tmp_path / "cache"))
-    folders.sources_of.cache_clear()
+    sources.sources_of.cache_clear()
     yield folder
-    folders.sources_of.cache_clear()
+    sources.sources_of.cache_clear()
 
 
 def encoded(value: int, size=(8, 8), kind: str = "PNG") -> bytes:
@@ -53,8 +53,7 @@ def counts(split: splits.Split) -> list[int]:
     return torch.bincount(split.labels).tolist()
 
 
-# ---- splits and subsets
-# -------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- splits and subsets
 
 
 def test_mnist_splits_are_fixed_balanced_and_disjoint():
@@ -99,7 +98,7 @@ def test_subset_depends_on_its_own_seed_and_size_alone():
 
 def test_balanced_rule_by_hand():
     labels = np.array([0, 0, 0, 0, 1, 1, 2])
-    picked = splits._balanced(labels, np.arange(7), 5, seed=0, what="")
+    picked = splits._balanced(labels, np.arange(7), 5, seed=0, request="")
     # Rank 0 of each class first (3 images), then rank 1 of the two classes that have one.
     assert np.bincount(labels[picked]).tolist() == [2, 2, 1] and picked.tolist() == sorted(picked)
 
@@ -112,8 +111,7 @@ def test_more_images_than_there_are(split, there):
         load_splits(DataSpec(**{split: 4001}))
 
 
-# ---- the ways to a data set
-# ---------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- the ways to a data set
 
 
 def test_parquet_folder(home):
@@ -240,8 +238,7 @@ def test_hub_without_network_teaches(home, monkeypatch):
     )
 
 
-# ---- damage
-# -------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- damage
 
 
 def test_truncated_image_names_split_and_row(home):
@@ -286,8 +283,7 @@ def test_truncated_parquet_file_is_named(home):
         load_splits(DataSpec(name="cut"))
 
 
-# ---- the real sets, where they are
-# --------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- the real sets, where they are
 
 REAL = {  # name: (label column, (train, val, test), some class names in place)
     "cifar100": (
@@ -304,10 +300,10 @@ REAL = {  # name: (label column, (train, val, test), some class names in place)
 def test_real_sets(name, monkeypatch):
     if not GIVEN or not (Path(GIVEN) / name).is_dir():
         pytest.skip(f"MOE_DATA has no {name}")
-    folders.sources_of.cache_clear()
+    sources.sources_of.cache_clear()
     label, sizes, names = REAL[name]
     splits = load_splits(DataSpec(name=name, label=label, image_size=32, train=100))
-    pools = splits._pools(folders.sources_of(name, label, paths.data_home())[0])
+    pools = splits._rows_of_splits(sources.sources_of(name, label, paths.data_home())[0])
     assert tuple(len(pools[split][1]) for split in ("train", "val", "test")) == sizes
     assert {number: splits.class_names[number] for number in names} == names
     if name == "cifar100":
@@ -318,18 +314,19 @@ def test_real_sets(name, monkeypatch):
     assert images.shape == (4, 3, 32, 32) and images.std() > 0.1
 
 
-# ---- augmentation and resizing
-# ------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- augmentation and resizing
 
 
 def split_of(images: list[torch.Tensor]) -> splits.Split:
-    source = folders.Source(np.zeros(len(images)), images.__getitem__, images[0].shape[0])
+    source = sources.Source(np.zeros(len(images)), images.__getitem__, images[0].shape[0])
     return splits.Split(source, np.arange(len(images)), torch.zeros(len(images), dtype=torch.long))
 
 
 def test_shift_by_hand():
     image = torch.arange(1.0, 10.0).view(1, 1, 3, 3)
-    moved = [augment.shift(image, 1, torch.Generator().manual_seed(seed)) for seed in range(200)]
+    moved = [
+        augment.random_shift(image, 1, torch.Generator().manual_seed(seed)) for seed in range(200)
+    ]
     seen = {tuple(each.flatten().int().tolist()) for each in moved}
     assert len(seen) == 9  # each of the 3 x 3 offsets occurs
     assert (1, 2, 3, 4, 5, 6, 7, 8, 9) in seen  # not moved
@@ -341,14 +338,14 @@ def test_each_image_of_a_batch_has_its_own_shift_and_keeps_its_channels():
     image = torch.stack(
         [torch.eye(4), 2 * torch.eye(4)]
     )  # 2 channels: the second is twice the first
-    out = augment.shift(image.expand(64, 2, 4, 4), 1, torch.Generator().manual_seed(0))
+    out = augment.random_shift(image.expand(64, 2, 4, 4), 1, torch.Generator().manual_seed(0))
     assert torch.equal(out[:, 1], 2 * out[:, 0])
     assert len({tuple(each.flatten().tolist()) for each in out}) > 3
 
 
 def test_flip_by_hand():
     image = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]).expand(64, 1, 2, 2)
-    out = augment.flip(image, torch.Generator().manual_seed(0))
+    out = augment.random_flip(image, torch.Generator().manual_seed(0))
     mirrored = (out == torch.tensor([[2.0, 1.0], [4.0, 3.0]])).flatten(1).all(1)
     kept = (out == image).flatten(1).all(1)
     assert bool((mirrored ^ kept).all()) and 16 < int(mirrored.sum()) < 48
@@ -363,7 +360,7 @@ def test_resized_crop_is_a_part_of_the_image():
     )
     areas, aspects = [], []
     for seed in range(60):
-        out = augment.resized_crop(image, 16, torch.Generator().manual_seed(seed))
+        out = augment.random_resized_crop(image, 16, torch.Generator().manual_seed(seed))
         assert out.shape == (3, 16, 16) and 0 <= out.min() and out.max() <= 1
         wide, high = (
             out[0, 0, -1] - out[0, 0, 0],
@@ -459,16 +456,16 @@ def test_centre_of_an_oblong_image():
     # the middle 14 are cut out.
     image = torch.zeros(3, 8, 32, dtype=torch.uint8)
     image[:, :, 11:21] = 255
-    out = augment.fitted(image, 14)
+    out = augment.resize_and_crop_centre(image, 14)
     assert out.shape == (3, 14, 14) and torch.allclose(out, torch.ones_like(out), atol=1e-3)
 
 
 def test_decoded_images_are_kept_up_to_a_limit(monkeypatch):
     calls = []
-    source = folders.Source(
+    source = sources.Source(
         np.zeros(3), lambda row: calls.append(row) or torch.zeros(1, 4, 4, dtype=torch.uint8), 1
     )
-    monkeypatch.setattr(folders, "CACHED_BYTES", 32)  # two images of 16 bytes
+    monkeypatch.setattr(sources, "CACHED_BYTES", 32)  # two images of 16 bytes
     for row in (0, 1, 2, 0, 1, 2):
         source.image(row)
     assert calls == [0, 1, 2, 2]

@@ -87,11 +87,9 @@ def test_routing_degree_of_the_paper():
         tables.routing_degree(2, 3, 1)
 
 
-def test_suggested_and_plateau_layers():
+def test_suggested_layers():
     assert tables.suggested_layers([0.9, 0.1, 0.5, 0.6], 0.3) == 2
     assert tables.suggested_layers([0.1, 0.2], 0.3) == 0
-    assert tables.plateau_layers({1: 91.4, 2: 91.5, 4: 91.3}, 0.1) == 1
-    assert tables.plateau_layers({1: 91.0, 2: 91.5, 4: 91.6}, 0.15) == 2
 
 
 def test_probe_image_level_by_hand():

@@ -1,5 +1,4 @@
-"""Figures and tables from synthetic records: labelled, inside the canvas, readable in grey, honest
-about n."""
+"""Figures from synthetic records: labelled, inside the canvas, readable in grey."""
 
 import re
 import subprocess
@@ -8,7 +7,6 @@ from itertools import pairwise
 
 import matplotlib
 import numpy as np
-import pandas as pd
 import pytest
 from factory import record
 from matplotlib.text import Text
@@ -17,16 +15,14 @@ from lib.report import (
     explorer,
     figures,
     maps,
+    overlays,
     process,
     relations,
     routes,
     schematic,
     style,
-    tables,
-    text,
 )
-from lib.verdicts.claims import Verdict
-from lib.verdicts.stats import Interval, accuracy_interval
+from lib.verdicts.stats import Interval
 
 LONG = [f"sweet_pepper_{c}" for c in range(100)]
 IMAGES = np.random.default_rng(0).random((4, 28, 28))
@@ -114,7 +110,7 @@ FIGURES = {
     "heatmap, 32 experts": lambda: maps.class_expert_heatmap(record(0, experts=32), layers=[-1]),
     "loads": lambda: maps.expert_loads(record(0, blocks=range(12), experts=8)),
     "loads of one layer": lambda: maps.expert_loads(record(0, blocks=[11])),
-    "tokens": lambda: maps.token_maps(IMAGES, *tokens(), names=LONG[:4]),
+    "tokens": lambda: overlays.token_maps(IMAGES, *tokens(), names=LONG[:4]),
     "layer shares": lambda: routes.layer_shares(
         {"proposed": record(0), "expert choice": record(1)}
     ),
@@ -163,7 +159,7 @@ FIGURES = {
         np.eye(6),
     ),
     "cluster tree": lambda: relations.cluster_tree(TREE, 20),
-    "tokens, image level": lambda: maps.token_maps(
+    "tokens, image level": lambda: overlays.token_maps(
         IMAGES, *tokens(per_image=True, tokens=257, experts=8)
     ),
 }
@@ -242,7 +238,7 @@ def test_front_by_hand():
 
 def test_cluster_tree_by_hand():
     bars = [p for p in relations.cluster_tree(TREE, 20).axes[0].patches]
-    found = [
+    places = [
         (
             round(b.get_x(), 3),
             round(b.get_width(), 3),
@@ -251,12 +247,13 @@ def test_cluster_tree_by_hand():
         )
         for b in bars
     ]
-    assert found == [(0.0, 1.0, 0.0, 0.5), (0.0, 0.4, 0.5, 1.0), (0.4, 0.35, 0.5, 0.4)]
+    assert places == [(0.0, 1.0, 0.0, 0.5), (0.0, 0.4, 0.5, 1.0), (0.4, 0.35, 0.5, 0.4)]
 
 
 def test_report_needs_no_torch_and_leaves_matplotlib_alone():
     code = (
-        "import sys, lib.report.figures, lib.report.maps, lib.report.tables, lib.report.explorer, lib.verdicts.claims\n"
+        "import sys, lib.report.figures, lib.report.maps, lib.report.tables\n"
+        "import lib.report.explorer, lib.verdicts.claims\n"
         "assert 'torch' not in sys.modules and 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -346,12 +343,12 @@ def test_depth_information_of_a_sharp_layer():
     [
         (lambda: figures.training_curves({}, ["accuracy"]), "val_top1"),
         (lambda: maps.class_expert_heatmap(THREE[0], [9]), "0..3"),
-        (lambda: maps.token_maps(IMAGES, np.zeros((1, 4, 15), int), [0], 2), "15 tokens"),
-        (lambda: maps.token_maps(IMAGES, np.zeros((1, 3, 17), int), [0], 2), "4 images"),
+        (lambda: overlays.token_maps(IMAGES, np.zeros((1, 4, 15), int), [0], 2), "15 tokens"),
+        (lambda: overlays.token_maps(IMAGES, np.zeros((1, 3, 17), int), [0], 2), "4 images"),
         (lambda: figures.depth_information(THREE[0], "colour"), "'colour'"),
         (lambda: figures.cost_ratio({}), "empty"),
         (
-            lambda: maps.token_maps(np.zeros((4, 2, 2, 7)), np.zeros((1, 4, 17), int), [0], 2),
+            lambda: overlays.token_maps(np.zeros((4, 2, 2, 7)), np.zeros((1, 4, 17), int), [0], 2),
             "channels|must be",
         ),
     ],
@@ -361,95 +358,56 @@ def test_figures_refuse(make, message):
         make()
 
 
-# ---------------------------------------------------------------- tables
-
-
-def three():
-    settings = pd.DataFrame({"E": [8, 8, 8], "L": [1, 2, 12], "shared": [False, True, True]})
-    return tables.three_groups(
-        settings,
-        {"top-1 (%)": [91.5, tables.secondary(91.3, "a survey <2024>"), None]},
-        {
-            "top-1 (%)": [
-                accuracy_interval(THREE),
-                accuracy_interval(THREE[:1]),
-                accuracy_interval([None]),
-            ]
-        },
-        {"top-1 (%)": [60.04, None, None]},
-        {
-            "reproduced": "python -m lib run vimoe/layer_scan --profile small",
-            "this build": "PROFILE=quick make book",
-        },
-        caption="CIFAR-100 & top-1",
+def test_routes_by_hand():
+    """Two layers, two experts, three classes: classes 0 and 2 take the same way."""
+    two_layers = record(0, blocks=[0, 1], experts=2, classes=3, class_names=["a", "b", "c"])
+    two_layers.arrays["class_expert"] = np.array(
+        [[[9, 1], [2, 8], [6, 4]], [[0, 5], [5, 0], [1, 4]]]
     )
-
-
-def test_three_groups_cells():
-    t = three()
-    assert [c[0] for c in t.frame.columns] == ["setting"] * 3 + list(tables.GROUPS)
-    published, reproduced, build = (t.frame[g, "top-1 (%)"].tolist() for g in tables.GROUPS)
-    assert published == ["91.5", "91.3†", ""]
-    assert re.fullmatch(r"\d\d\.\d \[\d\d\.\d, \d\d\.\d\], n=3", reproduced[0])
-    assert re.fullmatch(r"\d\d\.\d, n=1", reproduced[1]) and reproduced[2] == "–¹"
-    assert build == ["60.0", "–²", "–²"] and t.frame["setting", "shared"].tolist() == [
-        "no",
-        "yes",
-        "yes",
+    assert routes.main_route(two_layers, 0) == ([0, 1], [0.9, 1.0])
+    assert routes.shared_routes(two_layers) == [
+        {"route (expert in each block)": "0 → 1", "classes": 2, "which": "a, c"}
     ]
-    assert t.notes == (
-        "Intervals: hierarchical bootstrap 95% over n seeds; none where n is below 3.",
-        "–¹ no record yet; filled by: python -m lib run vimoe/layer_scan --profile small",
-        "–² no record yet; filled by: PROFILE=quick make book",
-        "† secondary: as retold in a survey <2024>",
+    assert len(routes.shared_routes(two_layers, least=1)) == 2
+
+
+def test_reconstructions_need_a_masked_pretraining():
+    without_pictures = record(0)
+    del without_pictures.arrays["picture"]
+    with pytest.raises(ValueError, match="train.mask"):
+        maps.reconstructions(without_pictures)
+
+
+def test_the_process_of_extraction_draws_the_largest_clusters():
+    rng = np.random.default_rng(0)
+    labels = np.repeat([-1, 0, 1, 2, 3, 4, 5, 6], [9, 2, 8, 7, 6, 5, 4, 3])
+    variance = rng.random((7, 12))
+    fig = process.extraction(
+        rng.random((len(labels), 2)), labels, variance, variance > 0.5, np.eye(7)
     )
-
-
-def test_table_html_scrolls_is_escaped_and_stable():
-    text = three().html
-    assert (
-        "overflow-x:auto" in text
-        and "CIFAR-100 &amp; top-1" in text
-        and "survey &lt;2024&gt;" in text
-    )
-    assert 'colspan="3"' in text and 'scope="col"' in text and text == three().html
-    assert "make book" in repr(three())
-    other = tables.table(pd.DataFrame({"a": [1]}), "Another").html
-    ids = [set(re.findall(r'id="(\w+)"', page)) for page in (text, other)]
-    assert ids[0] and not ids[0] & ids[1]  # two tables of a page do not share style rules
-
-
-def test_no_planned_run_stays_blank_and_missing_groups_are_empty_columns():
-    t = tables.three_groups(
-        pd.DataFrame({"L": [1, 2]}),
-        {"a": [1.0, 2.0]},
-        {},
-        {"a": [None, 3.0]},
-        lambda row, group: None if row == 0 else f"fill {group}",
-    )
-    assert t.frame["reproduced", "a"].tolist() == ["", "–¹"] and t.frame[
-        "this build", "a"
-    ].tolist() == ["", "3.0"]
-
-
-def test_plain_table():
-    gap = tables.three_groups(pd.DataFrame({"E": [8, None]}), {"a": [1, 2]}, {}, {}, "x")
-    assert gap.frame["setting", "E"].tolist() == ["8", ""]
-    assert tables.table(pd.DataFrame({"a": np.array([0.25], "float32")}), "c", 2).frame[
-        "a"
-    ].tolist() == ["0.25"]
-    t = tables.table(
-        pd.DataFrame({"cell": ["a", "b"], "ratio": [1.0, float("nan")], "n": [3, 4]}),
-        "Ratios",
-        decimals=2,
-    )
-    assert t.frame["ratio"].tolist() == ["1.00", ""] and t.frame["n"].tolist() == ["3", "4"]
-    with pytest.raises(ValueError, match="caption"):
-        tables.table(pd.DataFrame({"a": [1]}), " ")
-    with pytest.raises(ValueError, match="2 cells for 1 rows"):
-        tables.three_groups(pd.DataFrame({"L": [1]}), {"a": [1, 2]}, {}, {}, "x")
-    with pytest.raises(ValueError, match="no command for group 'reproduced'"):
-        tables.three_groups(pd.DataFrame({"L": [1]}), {"a": [1]}, {}, {}, {"this build": "x"})
+    tokens, variance_panel, neurons, sent = fig.axes[:4]
+    assert [text.get_text() for text in tokens.get_legend().get_texts()] == [
+        "1",
+        "2",
+        "3",
+        "4",
+        "5",
+        "6",
+    ]  # 0 is the smallest
+    assert len(tokens.lines[0].get_xdata()) == 9 + 2  # in no cluster, or in one that is not drawn
+    drawn = neurons.images[0].get_array()
+    assert drawn.shape == (6, 12) and drawn.sum() == (variance[1:] > 0.5).sum()
+    most = variance_panel.images[0].get_array().argmax(axis=0)
+    assert list(most) == sorted(most), "neurons stand by the cluster on which they vary most"
+    assert np.array_equal(sent.images[0].get_array(), 100 * np.eye(6))
+    with pytest.raises(ValueError, match="no cluster: nothing was extracted from"):
+        process.extraction(
+            np.zeros((3, 2)),
+            np.full(3, -1),
+            np.zeros((0, 12)),
+            np.zeros((0, 12), bool),
+            np.zeros((0, 0)),
+        )
 
 
 # ---------------------------------------------------------------- explorer
@@ -479,87 +437,3 @@ def test_explorer_without_widgets(monkeypatch):
         IMAGES, token_expert, blocks, experts, caption="Tokens.", alt="Overlay."
     )
     assert still.widget is None and set(still._repr_mimebundle_()) == {"text/html", "text/plain"}
-
-
-def test_routes_by_hand():
-    """Two layers, two experts, three classes: classes 0 and 2 take the same way."""
-    made = record(0, blocks=[0, 1], experts=2, classes=3, class_names=["a", "b", "c"])
-    made.arrays["class_expert"] = np.array([[[9, 1], [2, 8], [6, 4]], [[0, 5], [5, 0], [1, 4]]])
-    assert routes.main_route(made, 0) == ([0, 1], [0.9, 1.0])
-    assert routes.shared_routes(made) == [
-        {"route (expert in each block)": "0 → 1", "classes": 2, "which": "a, c"}
-    ]
-    assert len(routes.shared_routes(made, least=1)) == 2
-
-
-def test_gaps_name_the_command():
-    assert (
-        text.gaps({"a": [record(0), None]}, "make it").strip()
-        == "1 of 2 records are not there yet; filled by: make it"
-    )
-    assert text.gaps({"a": [record(0)]}, "make it") == ""
-    with pytest.raises(ValueError, match="train.mask"):
-        made = record(0)
-        del made.arrays["picture"]
-        maps.reconstructions(made)
-
-
-def test_answer_sorts_the_claims_by_verdict():
-    found = [
-        Verdict("Reproduced: b", "undecided", "", 1),
-        Verdict("Reproduced: a", "holds", "+1 [0, 2]; all above 0", 3),
-        Verdict("c", "does not hold", "-1", 3),
-        Verdict("d", "not tested", "", 0),
-        Verdict("e", "undecided", "", 1),
-    ]
-    told = text.answer(found).data
-    assert told.split("\n")[2:] == [
-        "- *Holds:* a: +1 [0, 2]",
-        "- *Does not hold:* c: -1",
-        "- *Undecided:* b; e.",
-        "- *Not tested* for want of records: 1 of 5 claims.",
-    ]
-    assert text.answer(found).metadata["claims"][0] == {
-        "claim": "b",
-        "verdict": "undecided",
-        "text": "",
-        "n": 1,
-    }
-    assert text.answer(found, "In this model").metadata["source"] == "In this model"
-    untested = [Verdict("Reproduced: a", "not tested", "", 0)] * 2
-    assert (
-        text.answer(untested).data
-        == "**Reproduced, in short.** None of this page's 2 claims has its records yet."
-    )
-
-
-def test_the_process_of_extraction_draws_the_largest_clusters():
-    rng = np.random.default_rng(0)
-    labels = np.repeat([-1, 0, 1, 2, 3, 4, 5, 6], [9, 2, 8, 7, 6, 5, 4, 3])
-    variance = rng.random((7, 12))
-    fig = process.extraction(
-        rng.random((len(labels), 2)), labels, variance, variance > 0.5, np.eye(7)
-    )
-    tokens, spread, kept, sent = fig.axes[:4]
-    assert [text.get_text() for text in tokens.get_legend().get_texts()] == [
-        "1",
-        "2",
-        "3",
-        "4",
-        "5",
-        "6",
-    ]  # 0 is the smallest
-    assert len(tokens.lines[0].get_xdata()) == 9 + 2  # in no cluster, or in one that is not drawn
-    drawn = kept.images[0].get_array()
-    assert drawn.shape == (6, 12) and drawn.sum() == (variance[1:] > 0.5).sum()
-    most = spread.images[0].get_array().argmax(axis=0)
-    assert list(most) == sorted(most), "neurons stand by the cluster on which they vary most"
-    assert np.array_equal(sent.images[0].get_array(), 100 * np.eye(6))
-    with pytest.raises(ValueError, match="no cluster: nothing was cut out"):
-        process.extraction(
-            np.zeros((3, 2)),
-            np.full(3, -1),
-            np.zeros((0, 12)),
-            np.zeros((0, 12), bool),
-            np.zeros((0, 0)),
-        )

@@ -1,0 +1,229 @@
+"""Draws images with the expert of each patch over them, and with them what a page shows of images.
+
+Axis letters: **M** MoE layers from the shallowest to the deepest, **E** experts, **P** probe
+images, **N** tokens (prefix tokens first), **h**, **w** height and width. Blocks are printed
+1-based; experts keep their number, from 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from .style import WIDTH, centred_text, expert_colours, figure, style
+
+OPACITY = 0.6  # of an expert's colour over the image
+
+__all__ = [
+    "as_picture",
+    "bare",
+    "expert_bar",
+    "probe_images",
+    "spread",
+    "token_grid",
+    "token_maps",
+    "token_view",
+]
+
+
+def spread(count: int, most: int = 4) -> list[int]:
+    """Chooses up to `most` of `count` layers, evenly spaced, the first and the last included."""
+    if not count:
+        return []
+    return sorted({int(i) for i in np.linspace(0, count - 1, min(count, most)).round()})
+
+
+def as_picture(image: np.ndarray) -> np.ndarray:
+    """Turns any usual image into (h, w, 3) floats in 0..1.
+
+    It may be (h, w), channels last or first, uint8 or floats in 0..1; ValueError for other shapes.
+    """
+    image = np.asarray(image)
+    if image.ndim == 3 and image.shape[0] in (1, 3) and image.shape[-1] not in (1, 3):
+        image = np.moveaxis(image, 0, -1)
+    if image.ndim == 2:
+        image = image[..., None]
+    if image.ndim != 3 or image.shape[-1] not in (1, 3):
+        raise ValueError(
+            f"an image must be (h, w), (h, w, 1 or 3) or (1 or 3, h, w), got {image.shape}"
+        )
+    image = image / 255 if image.dtype == np.uint8 else np.clip(image.astype(float), 0, 1)
+    return np.broadcast_to(image, (*image.shape[:2], 3))
+
+
+def token_grid(tokens: int, prefix: int, grid: tuple[int, int] | None) -> tuple[int, int]:
+    """Finds the rows and columns of the patches among `tokens`; a square unless `grid` is given.
+
+    Raises ValueError where the patches do not fill it.
+    """
+    side = int(round((tokens - prefix) ** 0.5))
+    grid = grid or (side, side)
+    if grid[0] * grid[1] != tokens - prefix or tokens <= prefix:
+        raise ValueError(
+            f"{tokens} tokens with {prefix} prefix tokens do not fill a {grid[0]} x {grid[1]} "
+            "grid: give prefix (class and register tokens) and, for images that are not square, "
+            "grid=(rows, columns)"
+        )
+    return grid
+
+
+def token_view(
+    ax: Axes,
+    image: np.ndarray,
+    expert_of_token: np.ndarray,
+    experts: int,
+    *,
+    prefix: int = 1,
+    grid: tuple[int, int] | None = None,
+    highlight: int | None = None,
+) -> None:
+    """Draws one image with the expert of each patch over it.
+
+    expert_of_token: (N,) first choices, -1 = none. highlight: colours the patches of this expert
+    only. Prefix tokens have no place in the image; the first is named below it. Numbers are printed
+    up to an 8 x 8 grid, and once if all patches agree.
+    """
+    rows, columns = token_grid(len(expert_of_token), prefix, grid)
+    picture = as_picture(image)
+    height, width = picture.shape[:2]
+    grey = picture @ [0.299, 0.587, 0.114]
+    # A light grey image keeps shapes visible below the colours.
+    ax.imshow(
+        0.35 + 0.65 * np.repeat(grey[..., None], 3, -1),
+        extent=(0, columns, rows, 0),
+        aspect=height * columns / (width * rows),
+    )
+    colours = expert_colours(experts)
+    expert_of_patch = np.asarray(expert_of_token)[prefix:].reshape(rows, columns)
+    all_agree = np.ptp(expert_of_patch) == 0
+    for (i, j), expert in np.ndenumerate(expert_of_patch):
+        if expert < 0 or (highlight is not None and expert != highlight):
+            continue
+        ax.add_patch(
+            Rectangle(
+                (j, i),
+                1,
+                1,
+                facecolor=colours[expert],
+                alpha=OPACITY,
+                edgecolor="white",
+                linewidth=0 if all_agree else 0.5,
+            )
+        )
+        if max(rows, columns) <= 8 and not all_agree:
+            _print_expert(ax, j + 0.5, i + 0.5, expert, colours[expert], 8)
+    expert = int(expert_of_patch[0, 0])
+    if all_agree and expert >= 0 and highlight in (None, expert):
+        _print_expert(ax, columns / 2, rows / 2, expert, colours[expert], 13)
+    if prefix and expert_of_token[0] >= 0:
+        ax.set_xlabel(f"class token: {int(expert_of_token[0])}", fontsize=8, labelpad=2)
+    ax.set(xlim=(0, columns), ylim=(rows, 0))
+    bare(ax)
+
+
+def bare(ax: Axes) -> None:
+    """Takes ticks, grid and frame away, which say nothing of a picture."""
+    ax.set(xticks=[], yticks=[])
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+
+
+def _print_expert(ax: Axes, x: float, y: float, expert: int, colour, size: float) -> None:
+    # what the eye sees: the colour over the image, whose pixels are 0.7 or so
+    background = OPACITY * np.array(colour) + (1 - OPACITY) * 0.7
+    centred_text(ax, x, y, str(expert), background, size)
+
+
+def token_maps(
+    images: np.ndarray,
+    token_expert: np.ndarray,
+    blocks: Sequence[int],
+    experts: int,
+    *,
+    names: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
+    prefix: int = 1,
+    grid: tuple[int, int] | None = None,
+) -> Figure:
+    """Draws images with the first-choice expert of each patch, a row an image, a column a layer.
+
+    images: (P, ...) in any usual layout; token_expert: (M, P, N); blocks: (M,) 0-based blocks;
+    names: (P,) row labels. layers: indices into M, default up to four, spread. The colour bar names
+    the experts; small grids print numbers as well. Raises ValueError for shapes that do not fit.
+    """
+    token_expert = np.asarray(token_expert)
+    if (
+        token_expert.ndim != 3
+        or len(images) != token_expert.shape[1]
+        or len(blocks) != len(token_expert)
+        or not len(images)
+    ):
+        raise ValueError(
+            f"token_expert must be (M, P, N) for {len(blocks)} blocks and {len(images)} images, "
+            f"got {token_expert.shape}"
+        )
+    chosen = spread(len(blocks)) if layers is None else list(layers)
+    columns = 1 + len(chosen)
+    side = (WIDTH - 0.9) / max(columns, 4)
+    with style():
+        fig, axes = figure(
+            len(images),
+            columns,
+            height=0.5 + len(images) * (side + 0.22),
+            width=0.9 + side * columns,
+        )
+        for p, row in enumerate(axes):
+            row[0].imshow(as_picture(images[p]))
+            bare(row[0])
+            name = f"image {p}" if names is None else str(names[p]).replace("_", " ")
+            row[0].set_ylabel(name, fontsize=8.5)
+            for ax, layer in zip(row[1:], chosen, strict=True):
+                token_view(ax, images[p], token_expert[layer, p], experts, prefix=prefix, grid=grid)
+        titles = ["image", *(f"block {blocks[layer] + 1}" for layer in chosen)]
+        for ax, title in zip(axes[0], titles, strict=True):
+            ax.set_title(title)
+        expert_bar(fig, list(axes.ravel()), experts)
+    return fig
+
+
+def expert_bar(fig: Figure, axes: list[Axes], experts: int) -> None:
+    """Puts the colours of the experts below the axes, as a bar with their numbers."""
+    mappable = ScalarMappable(
+        BoundaryNorm(np.arange(experts + 1) - 0.5, experts), ListedColormap(expert_colours(experts))
+    )
+    bar = fig.colorbar(
+        mappable,
+        ax=axes,
+        location="bottom",
+        aspect=40,
+        shrink=0.6,
+        pad=0.15 / fig.get_figheight(),
+        label="expert (overlay shown paler)",
+    )
+    bar.set_ticks(range(0, experts, 1 if experts <= 16 else experts // 8))
+    bar.ax.grid(False)
+
+
+def probe_images(record: Any, count: int) -> list[tuple[np.ndarray, int]] | None:
+    """Reads the record's first probe images with their labels.
+
+    None where the data set is not at hand.
+    """
+    # here, since it needs torch: images are read only to be looked at, and no number needs them
+    from ..inputs.splits import load_splits
+
+    try:
+        source = load_splits(record.spec.data).test.source
+    except FileNotFoundError:
+        return None
+    return [
+        (source.image(int(row)).numpy(), int(source.labels[row]))
+        for row in record.arrays["probe_index"][:count]
+    ]

@@ -1,0 +1,142 @@
+"""Tables and sentences from synthetic records: sources apart, honest about n."""
+
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from factory import record
+
+from lib.report import tables, text
+from lib.verdicts.claims import Verdict
+from lib.verdicts.stats import accuracy_interval
+
+THREE = [record(s) for s in range(3)]
+
+
+def three():
+    settings = pd.DataFrame({"E": [8, 8, 8], "L": [1, 2, 12], "shared": [False, True, True]})
+    return tables.three_groups(
+        settings,
+        {"top-1 (%)": [91.5, tables.secondary(91.3, "a survey <2024>"), None]},
+        {
+            "top-1 (%)": [
+                accuracy_interval(THREE),
+                accuracy_interval(THREE[:1]),
+                accuracy_interval([None]),
+            ]
+        },
+        {"top-1 (%)": [60.04, None, None]},
+        {
+            "reproduced": "python -m lib run vimoe/layer_scan --profile small",
+            "this build": "PROFILE=quick make book",
+        },
+        caption="CIFAR-100 & top-1",
+    )
+
+
+def test_three_groups_cells():
+    t = three()
+    assert [c[0] for c in t.frame.columns] == ["setting"] * 3 + list(tables.GROUPS)
+    published, reproduced, build = (t.frame[g, "top-1 (%)"].tolist() for g in tables.GROUPS)
+    assert published == ["91.5", "91.3†", ""]
+    assert re.fullmatch(r"\d\d\.\d \[\d\d\.\d, \d\d\.\d\], n=3", reproduced[0])
+    assert re.fullmatch(r"\d\d\.\d, n=1", reproduced[1]) and reproduced[2] == "–¹"
+    assert build == ["60.0", "–²", "–²"] and t.frame["setting", "shared"].tolist() == [
+        "no",
+        "yes",
+        "yes",
+    ]
+    assert t.notes == (
+        "Intervals: hierarchical bootstrap 95% over n seeds; none where n is below 3.",
+        "–¹ no record yet; filled by: python -m lib run vimoe/layer_scan --profile small",
+        "–² no record yet; filled by: PROFILE=quick make book",
+        "† secondary: as retold in a survey <2024>",
+    )
+
+
+def test_table_html_scrolls_is_escaped_and_stable():
+    text = three().html
+    assert (
+        "overflow-x:auto" in text
+        and "CIFAR-100 &amp; top-1" in text
+        and "survey &lt;2024&gt;" in text
+    )
+    assert 'colspan="3"' in text and 'scope="col"' in text and text == three().html
+    assert "make book" in repr(three())
+    other = tables.table(pd.DataFrame({"a": [1]}), "Another").html
+    ids = [set(re.findall(r'id="(\w+)"', page)) for page in (text, other)]
+    assert ids[0] and not ids[0] & ids[1]  # two tables of a page do not share style rules
+
+
+def test_no_planned_run_stays_blank_and_missing_groups_are_empty_columns():
+    t = tables.three_groups(
+        pd.DataFrame({"L": [1, 2]}),
+        {"a": [1.0, 2.0]},
+        {},
+        {"a": [None, 3.0]},
+        lambda row, group: None if row == 0 else f"fill {group}",
+    )
+    assert t.frame["reproduced", "a"].tolist() == ["", "–¹"] and t.frame[
+        "this build", "a"
+    ].tolist() == ["", "3.0"]
+
+
+def test_plain_table():
+    gap = tables.three_groups(pd.DataFrame({"E": [8, None]}), {"a": [1, 2]}, {}, {}, "x")
+    assert gap.frame["setting", "E"].tolist() == ["8", ""]
+    assert tables.table(pd.DataFrame({"a": np.array([0.25], "float32")}), "c", 2).frame[
+        "a"
+    ].tolist() == ["0.25"]
+    t = tables.table(
+        pd.DataFrame({"cell": ["a", "b"], "ratio": [1.0, float("nan")], "n": [3, 4]}),
+        "Ratios",
+        decimals=2,
+    )
+    assert t.frame["ratio"].tolist() == ["1.00", ""] and t.frame["n"].tolist() == ["3", "4"]
+    with pytest.raises(ValueError, match="caption"):
+        tables.table(pd.DataFrame({"a": [1]}), " ")
+    with pytest.raises(ValueError, match="2 cells for 1 rows"):
+        tables.three_groups(pd.DataFrame({"L": [1]}), {"a": [1, 2]}, {}, {}, "x")
+    with pytest.raises(ValueError, match="no command for group 'reproduced'"):
+        tables.three_groups(pd.DataFrame({"L": [1]}), {"a": [1]}, {}, {}, {"this build": "x"})
+
+
+# ---------------------------------------------------------------- sentences
+
+
+def test_gaps_name_the_command():
+    assert (
+        text.gaps({"a": [record(0), None]}, "make it").strip()
+        == "1 of 2 records are not there yet; filled by: make it"
+    )
+    assert text.gaps({"a": [record(0)]}, "make it") == ""
+
+
+def test_answer_sorts_the_claims_by_verdict():
+    judged = [
+        Verdict("Reproduced: b", "undecided", "", 1),
+        Verdict("Reproduced: a", "holds", "+1 [0, 2]; all above 0", 3),
+        Verdict("c", "does not hold", "-1", 3),
+        Verdict("d", "not tested", "", 0),
+        Verdict("e", "undecided", "", 1),
+    ]
+    lines = text.answer(judged).data
+    assert lines.split("\n")[2:] == [
+        "- *Holds:* a: +1 [0, 2]",
+        "- *Does not hold:* c: -1",
+        "- *Undecided:* b; e.",
+        "- *Not tested* for want of records: 1 of 5 claims.",
+    ]
+    assert text.answer(judged).metadata["claims"][0] == {
+        "claim": "b",
+        "verdict": "undecided",
+        "text": "",
+        "n": 1,
+    }
+    assert text.answer(judged, "In this model").metadata["source"] == "In this model"
+    untested = [Verdict("Reproduced: a", "not tested", "", 0)] * 2
+    assert (
+        text.answer(untested).data
+        == "**Reproduced, in short.** None of this page's 2 claims has its records yet."
+    )
