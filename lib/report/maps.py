@@ -114,11 +114,8 @@ def class_expert_heatmap(record: Any, layers: Sequence[int] | None = None) -> Fi
             range(classes), [names[c] for c in order], fontsize=7 if classes > 40 else 8.5
         )
         axes[0, 0].set_ylabel("class")
-        unit = (
-            "images"
-            if getattr(getattr(record.spec, "moe", None), "router", "") == "image"
-            else "tokens"
-        )
+        moe = getattr(record.spec, "moe", None)
+        unit = "images" if moe is not None and moe.per_image else "tokens"
         fig.colorbar(
             image,
             ax=list(axes[0]),

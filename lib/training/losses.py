@@ -61,10 +61,10 @@ def losses(
         mine, theirs = out.float().log_softmax(dim=-1), wanted.log_softmax(dim=-1)
         parts["distil_loss"] = F.kl_div(mine, theirs, reduction="batchmean", log_target=True)
         total = torch.lerp(total, parts["distil_loss"], spec.train.distil_logits)
-    if spec.moe is not None and spec.moe.router not in ("all", "manual"):
+    if spec.moe is not None and spec.moe.learns:
         routings = tape.routings()
         parts["balance_loss"] = torch.stack([switch_loss(routing) for routing in routings]).mean()
-        if spec.moe.router in ("token", "expert_choice", "priority"):
+        if not any(routing.per_image for routing in routings):
             parts["batch_variation"] = torch.stack(
                 [batch_variation(routing) for routing in routings]
             ).mean()

@@ -32,7 +32,8 @@ def moe_of(row):
     if not row["layers"]:
         return {}
     if row.get("kind") == "dense":
-        return {"layers": row["layers"], "experts": 2, "top_k": 2, "router": "all"}
+        dense = {"router": "all", "balance": "none"}
+        return {"layers": row["layers"], "experts": 2, "top_k": 2} | dense
     return {
         "layers": row["layers"],
         "experts": int(row["experts"]),
@@ -205,7 +206,7 @@ def test_moe_layers_off_the_plain_vit(name):
     "moe, rows, touched",
     [
         (
-            {"router": "all", "top_k": 3, "gate": "renormalised"},
+            {"router": "all", "top_k": 3, "gate": "renormalised", "balance": "none"},
             3 * 17,
             3,
         ),  # every expert as often: the mean is exact
