@@ -60,8 +60,9 @@ class CompeteLayer(MoELayer):
         if not self.training or torch.rand(()) >= self.rate:
             return routing
         b, n, d = tokens.shape
-        response = responses(self.experts, tokens.reshape(b * n, d))  # (T, E, D)
-        affinity = response.float().norm(dim=-1).softmax(dim=-1)  # (T, E)
+        # (T, E, D) -> (T, E); without a name the responses are freed at once
+        norms = responses(self.experts, tokens.reshape(b * n, d)).float().norm(dim=-1)
+        affinity = norms.softmax(dim=-1)
         return self.router.route(affinity, routing.logits, (b, n))
 
 
