@@ -222,8 +222,7 @@ def _twin(model: nn.Module) -> nn.Module:
 
 
 class _Ledger(TorchFunctionMode):
-    """Books each product under the module that owns the weight, or that runs it if no weight is a
-    parameter."""
+    """Books each product under the module that owns its weight, or that runs it if none does."""
 
     def __init__(self, twin: nn.Module):
         super().__init__()
@@ -301,23 +300,30 @@ def _dense_rows(twin: nn.Module, ledger: _Ledger) -> list[Row]:
     """Makes the rows of all modules outside of MoE layers."""
     rows, unknown = [], []
     for name, module in twin.named_modules():
-        held = sum(p.numel() for p in module.parameters(recurse=False))
+        stored = sum(p.numel() for p in module.parameters(recurse=False))
         if isinstance(module, nn.LayerNorm):
             kind = "norm"
         elif isinstance(module, nn.Linear):
             kind = "linear"
         elif isinstance(module, nn.Conv2d):
             kind = "patch" if name.startswith(("patch_embed.", "stem.")) else "conv"
-        elif held and not _elementwise(module):
+        elif stored and not _elementwise(module):
             unknown.append(f"{name or 'the model itself'} ({type(module).__name__})")
             continue
         else:
             kind = "other"
         if name in ledger.attention:
             rows.append(Row(name, "attention", 0, 0, ledger.attention[name]))
-        if held or name in ledger.elements:
+        if stored or name in ledger.elements:
             rows.append(
-                Row(name, kind, held, held, ledger.macs.get(name, 0), ledger.elements.get(name, 0))
+                Row(
+                    name,
+                    kind,
+                    stored,
+                    stored,
+                    ledger.macs.get(name, 0),
+                    ledger.elements.get(name, 0),
+                )
             )
     if unknown:
         raise ValueError(
@@ -329,6 +335,7 @@ def _dense_rows(twin: nn.Module, ledger: _Ledger) -> list[Row]:
 
 
 def _elementwise(module: nn.Module) -> bool:
+    """Says whether a module's parameters are only added or multiplied elementwise."""
     return any(
         c.__name__ in ELEMENTWISE or f"{c.__module__}.{c.__qualname__}" in ELEMENTWISE
         for c in type(module).__mro__

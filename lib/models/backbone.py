@@ -111,7 +111,7 @@ def _with_own_routers(model: nn.Module, state: dict[str, Tensor]) -> dict[str, T
                 for key in list(state)
                 if key.startswith(prefix)
             }
-            state |= {prefix + key: held for key, held in module.taken_over(parent).items()}
+            state |= {prefix + key: tensor for key, tensor in module.taken_over(parent).items()}
     return state
 
 
@@ -191,12 +191,13 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], origin: str) -> Non
     if wrong or absent:
         raise ValueError(
             f"weights of {origin} do not fit {type(model).__name__}: "
-            f"{len(wrong)} do not match (first {wrong[:3]}), {len(absent)} are absent (first {absent[:3]})"
+            f"{len(wrong)} do not match (first {wrong[:3]}), "
+            f"{len(absent)} are absent (first {absent[:3]})"
         )
     model.load_state_dict(state, strict=False)
 
 
 def _sized(name: str) -> bool:
-    """Architectures that are built for one input size take `img_size`; convolutional ones do not."""
+    """Says whether an architecture is built for one input size; convolutional ones are not."""
     module = timm.model_entrypoint(name).__module__
     return any(kind in module for kind in ("vision_transformer", "deit", "beit", "swin"))

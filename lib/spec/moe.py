@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,8 +14,7 @@ from .base import Positive, Share, Spec
 class RouterWord:
     """Says what a specification must know of a router; its class stands in `lib.routers`."""
 
-    # fields, of MoESpec and TrainSpec, that other routers do not understand; all that are in no
-    # router's list are free
+    # of the fields of MoESpec and TrainSpec that not every router understands, those that it does
     takes: frozenset[str]
     needs: frozenset[str] = frozenset()  # of these the ones that have no default
     learns: bool = True  # False: it has nothing that an auxiliary loss could teach
@@ -44,8 +43,10 @@ ROUTERS: dict[str, RouterWord] = {
 
 
 class MoESpec(Spec):
-    """MoE layers in place of the MLPs of the last `layers` blocks, or of named ones (ViMoE, section
-    3; `semantics` guards its meaning)."""
+    """Describes the MoE layers that stand in the place of MLPs, and how their routers are balanced.
+
+    ViMoE, section 3; `semantics` guards its meaning.
+    """
 
     layers: Positive = 1  # L: blocks counted from the last one
     # numbers of the L blocks, 1 at the input, rising; None = the last ones
@@ -144,10 +145,9 @@ class MoESpec(Spec):
 
     @model_validator(mode="after")
     def _router_takes_what_is_set(self):
-        for name, field in type(self).model_fields.items():
-            takers = [word for word, router in ROUTERS.items() if name in router.takes]
-            default = field.get_default()
-            if takers and self.router not in takers and getattr(self, name) != default:
+        for name, default in options_without(self.router).items():
+            if getattr(self, name) != default:
+                takers = [word for word, router in ROUTERS.items() if name in router.takes]
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is for router={_either(takers)}; "
                     f"router={self.router!r} does not take it: leave it at {default!r}"
@@ -219,6 +219,16 @@ class MoESpec(Spec):
                 + "".join(f", {name}={getattr(self, name)}" for name in asked)
             )
         return self
+
+
+def options_without(word: str) -> dict[str, Any]:
+    """Lists the options of MoESpec that a router does not take, with their defaults."""
+    options = frozenset().union(*(router.takes for router in ROUTERS.values()))
+    return {
+        name: field.get_default()
+        for name, field in MoESpec.model_fields.items()
+        if name in options and name not in ROUTERS[word].takes
+    }
 
 
 def _either(words: list[str]) -> str:
