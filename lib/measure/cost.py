@@ -24,17 +24,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..models.experts import Experts
-from ..models.moe import MoELayer, RoutedLayer
+from ..models.moe import MoELayer
 from ..models.pruned import PrunedLayer
 from ..models.shared_experts import SharedExperts
-from ..models.soft import SoftMoELayer
-from ..routers.all import AllExperts
-from ..routers.base import LinearRouter, capacity
-from ..routers.expert_choice import ExpertChoiceRouter
-from ..routers.hard import HardRouter
-from ..routers.manual import ManualRouter
-from ..routers.priority import PriorityRouter
-from ..routers.top_k import TopKRouter
+from ..routers.base import Router
 
 PRODUCTS = {"linear", "conv", "patch", "attention", "router"}  # kinds whose MACs count
 # Modules that hold parameters which are only added or multiplied elementwise: stored and active,
@@ -54,11 +47,11 @@ NORM_OPERATIONS = 5
 
 @dataclass(frozen=True)
 class Row:
-    """One module. `active`: parameters that one image touches; None if that depends on data and was
-    not given.
+    """Holds what one module costs.
 
-    `macs`: multiply-adds for the counted images. `elements`: of the input, for norms only, for the
-    same images.
+    active: parameters that one image touches; None if that depends on data and was not given. macs:
+    multiply-adds for the counted images. elements: of the input, for norms only, for the same
+    images.
     """
 
     module: str
@@ -71,12 +64,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Cost:
-    """The rows of a model and their totals. Own rule for MACs: linear layers, convolutions, patch
-    embedding, attention products and routers, one multiply-add each; a MoE layer counts the K
-    experts (and the shared one) that a token passes, as if no capacity refused any; after experts
-    were dropped without rerouting those that it measurably passes. Among experts of unequal width
-    each one passed, or touched by an image, counts as their mean: which ones it is, only data
-    decide. Where all are passed equally often (all experts, expert choice, Soft MoE) that is exact.
+    """Holds the rows of a model, and sums them up.
+
+    Own rule for MACs: linear layers, convolutions, patch embedding, attention products and routers,
+    one multiply-add each; a MoE layer counts the K experts (and the shared one) that a token
+    passes, as if no capacity refused any; after experts were dropped without rerouting those that
+    it measurably passes. Among experts of unequal width each one passed, or touched by an image,
+    counts as their mean: which ones it is, only data decide. Where all are passed equally often
+    (all experts, expert choice, Soft MoE) that is exact.
     """
 
     rows: tuple[Row, ...]
@@ -84,46 +79,48 @@ class Cost:
 
     @property
     def params_stored(self) -> int:
-        """All parameters."""
+        """Counts all parameters."""
         return sum(row.stored for row in self.rows)
 
     @property
     def params_active(self) -> float:
-        """Parameters that one image touches. ValueError if token-level routing leaves that open."""
+        """Counts the parameters that one image touches. ValueError if that was not measured."""
         if open_rows := [row.module for row in self.rows if row.active is None]:
             raise ValueError(
-                f"under token-level routing an image touches a number of experts that only data decide "
-                f"({', '.join(open_rows)}): measure it and pass count(..., experts_per_image=...)"
+                "under token-level routing an image touches a number of experts that only data "
+                f"decide ({', '.join(open_rows)}): measure it and pass "
+                "count(..., experts_per_image=...)"
             )
         return sum(row.active for row in self.rows)
 
     @property
     def macs(self) -> int:
-        """Multiply-adds of all counted images under the own rule."""
+        """Counts the multiply-adds of all counted images under the own rule."""
         return sum(row.macs for row in self.rows)
 
     def by_kind(self) -> dict[str, int]:
-        """MACs of each kind."""
+        """Sums the MACs of each kind."""
         out: dict[str, int] = {}
         for row in self.rows:
             out[row.kind] = out.get(row.kind, 0) + row.macs
         return out
 
     def table(self) -> pd.DataFrame:
-        """The rows as a frame: module, kind, stored, active, macs, elements."""
+        """Makes a frame of the rows: module, kind, stored, active, macs, elements."""
         return pd.DataFrame([vars(row) for row in self.rows])
 
 
 def printed_gflops(cost: Cost, convention: str = "small") -> float:
-    """The "FLOPs" column of ViMoE's Tables 1 to 3 in G per image: multiply-adds, plus 5 operations
-    per LayerNorm element.
+    """Computes the "FLOPs" column of ViMoE's Tables 1 to 3, in G per image.
 
-    convention="small" leaves the attention products out, as the table's ViT-S rows do; "base" has
-    them in, as its ViT-B rows do. The two are not comparable; show both.
+    These are multiply-adds, plus 5 operations per LayerNorm element. convention="small" leaves the
+    attention products out, as the table's ViT-S rows do; "base" has them in, as its ViT-B rows do.
+    The two are not comparable; show both.
     """
     if convention not in ("small", "base"):
         raise ValueError(
-            f"convention={convention!r} is unknown: 'small' (without attention products) or 'base' (with them)"
+            f"convention={convention!r} is unknown: 'small' (without attention products) or 'base' "
+            "(with them)"
         )
     macs = sum(row.macs for row in cost.rows if convention == "base" or row.kind != "attention")
     return (macs + NORM_OPERATIONS * sum(row.elements for row in cost.rows)) / cost.images / 1e9
@@ -138,10 +135,10 @@ def count(
     loads: Sequence[Sequence[float]] | None = None,
     unserved: Sequence[float] | None = None,
 ) -> Cost:
-    """Count a model on `images` square images of `image_size` pixels. The model is left as it is
-    and may lie on any device.
+    """Counts a model on `images` square images of `image_size` pixels.
 
-    experts_per_image: for token-level routing, how many experts an image touches on average, summed
+    The model is left as it is and may lie on any device. experts_per_image: where
+    `needs_measured_experts`, how many experts an image touches on average, summed
     over all MoE layers and with shared experts counted (the column of ViMoE's Table 4); spread
     evenly over the layers. MACs do not depend on it. loads: of each MoE layer, shallow to deep, the
     share of the assignments by expert: experts of unequal width then count by it. unserved: of each
@@ -152,7 +149,7 @@ def count(
     """
     twin = _twin(model)
     stands = {
-        name: _Stand() for name, module in twin.named_modules() if isinstance(module, RoutedLayer)
+        name: _Stand() for name, module in twin.named_modules() if isinstance(module, MoELayer)
     }
     layers = {name: twin.get_submodule(name) for name in stands}
     for name, stand in stands.items():
@@ -171,29 +168,41 @@ def count(
     _agree(ledger, torch_count)
 
     rows = _dense_rows(twin, ledger)
+    share = None
     if experts_per_image is not None:
-        _check_share(experts_per_image, layers)
+        _check_share(experts_per_image, list(layers.values()))
+        share = experts_per_image / len(layers)
     for i, (name, layer) in enumerate(layers.items()):
-        share = None if experts_per_image is None else experts_per_image / len(layers)
-        served = 1 - unserved[i] if unserved is not None and isinstance(layer, PrunedLayer) else 1
-        rows += _moe_rows(
-            name,
-            layer,
-            stands[name].shape,
-            images,
-            share,
-            None if loads is None else loads[i],
-            served,
-        )
+        tokens = math.prod(stands[name].shape[:-1])  # (B, ..., D)
+        lost = unserved[i] if unserved is not None and isinstance(layer, PrunedLayer) else 0
+        load = None if loads is None else loads[i]
+        rows += _moe_rows(name, layer, _Seen(images, tokens, share, load, 1 - lost))
     order = {name: at for at, (name, _) in enumerate(model.named_modules())}
     return Cost(tuple(sorted(rows, key=lambda row: order[row.module])), images)
+
+
+def needs_measured_experts(model: nn.Module) -> bool:
+    """Says whether only data decide how many experts of some MoE layer an image touches."""
+    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+    return any(layer.router.experts_per_image() is None for layer in layers)
 
 
 # ---- counting
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What one MoE layer saw, and what was measured of it."""
+
+    images: int
+    tokens: int  # of all images
+    experts_per_image: float | None  # with the shared expert; None: not measured
+    load: Sequence[float] | None  # share of the assignments by expert, (E,); None: not measured
+    served: float  # share of the choices that an expert computes
+
+
 class _Stand(nn.Module):
-    """In the place of a MoE layer: keeps the input's shape and lets the input through."""
+    """Stands in the place of a MoE layer: keeps the input's shape and lets the input through."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.shape = tuple(x.shape)
@@ -201,23 +210,19 @@ class _Stand(nn.Module):
 
 
 def _twin(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode whose tensors lie on the meta device: all the structure and none of
-    the memory."""
+    """Copies a model, in evaluation mode, to the meta device: all the structure, no memory."""
     memo = {
         id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()
     }
     memo |= {id(b): b.detach().to("meta") for b in model.buffers()}
     memo |= {
-        id(m.tape): None
-        for m in model.modules()
-        if isinstance(m, RoutedLayer) and m.tape is not None
+        id(m.tape): None for m in model.modules() if isinstance(m, MoELayer) and m.tape is not None
     }
     return copy.deepcopy(model, memo).eval()
 
 
 class _Ledger(TorchFunctionMode):
-    """Books each product under the module that owns the weight, or that runs it if no weight is a
-    parameter."""
+    """Books each product under the module that owns its weight, or that runs it if none does."""
 
     def __init__(self, twin: nn.Module):
         super().__init__()
@@ -268,8 +273,7 @@ class _Ledger(TorchFunctionMode):
 
 
 def _agree(ledger: _Ledger, torch_count: FlopCounterMode) -> None:
-    """Torch's counter sees every product of the meta forward: a difference is a product that the
-    ledger does not know."""
+    """Raises ValueError if torch's counter, which sees all products, saw some that have no row."""
     booked = sum(ledger.macs.values()) + sum(ledger.attention.values())
     if 2 * booked == torch_count.get_total_flops():
         return
@@ -293,184 +297,127 @@ def _agree(ledger: _Ledger, torch_count: FlopCounterMode) -> None:
 
 
 def _dense_rows(twin: nn.Module, ledger: _Ledger) -> list[Row]:
+    """Makes the rows of all modules outside of MoE layers."""
     rows, unknown = [], []
     for name, module in twin.named_modules():
-        held = sum(p.numel() for p in module.parameters(recurse=False))
+        stored = sum(p.numel() for p in module.parameters(recurse=False))
         if isinstance(module, nn.LayerNorm):
             kind = "norm"
         elif isinstance(module, nn.Linear):
             kind = "linear"
         elif isinstance(module, nn.Conv2d):
             kind = "patch" if name.startswith(("patch_embed.", "stem.")) else "conv"
-        elif held and not _elementwise(module):
+        elif stored and not _elementwise(module):
             unknown.append(f"{name or 'the model itself'} ({type(module).__name__})")
             continue
         else:
             kind = "other"
         if name in ledger.attention:
             rows.append(Row(name, "attention", 0, 0, ledger.attention[name]))
-        if held or name in ledger.elements:
+        if stored or name in ledger.elements:
             rows.append(
-                Row(name, kind, held, held, ledger.macs.get(name, 0), ledger.elements.get(name, 0))
+                Row(
+                    name,
+                    kind,
+                    stored,
+                    stored,
+                    ledger.macs.get(name, 0),
+                    ledger.elements.get(name, 0),
+                )
             )
     if unknown:
         raise ValueError(
-            f"modules with parameters that cost.count does not know: {'; '.join(unknown)}. Known are Linear, "
-            f"Conv2d, LayerNorm, MoELayer and {', '.join(sorted(ELEMENTWISE))} of timm"
+            f"modules with parameters that cost.count does not know: {'; '.join(unknown)}. Known "
+            "are Linear, Conv2d, LayerNorm, MoELayer and "
+            f"{', '.join(sorted(ELEMENTWISE))} of timm"
         )
     return rows
 
 
 def _elementwise(module: nn.Module) -> bool:
+    """Says whether a module's parameters are only added or multiplied elementwise."""
     return any(
         c.__name__ in ELEMENTWISE or f"{c.__module__}.{c.__qualname__}" in ELEMENTWISE
         for c in type(module).__mro__
     )
 
 
-def _moe_rows(
-    name: str,
-    layer: RoutedLayer,
-    shape: tuple[int, ...],
-    images: int,
-    touched: float | None,
-    load: Sequence[float] | None = None,
-    served: float = 1,
-) -> list[Row]:
-    """Rows of one MoE layer that saw (B, ..., D). `touched`: experts an image touches under token
-    routing, with the shared; `served`: share of the choices that an expert computes."""
-    experts, rows = layer.experts, []
-    tokens, shared = math.prod(shape[:-1]), getattr(layer, "shared", None)
-    if type(experts) not in (Experts, SharedExperts):
-        raise ValueError(f"{name}: cost.count does not know the experts {type(experts).__name__}")
-    if isinstance(layer, SoftMoELayer):
-        slots = experts.experts * layer.slots
-        # Logits from tokens and slot vectors, the slots' inputs, and the way back: three products
-        # of N x S x D an image.
-        rows.append(
-            Row(
-                name,
-                "router",
-                layer.phi.numel() + 1,
-                layer.phi.numel() + 1,
-                3 * tokens * slots * experts.width,
-            )
-        )
-        passed, active = images * slots, float(experts.experts)
-    else:
-        router = layer.router
-        passed, active = _passed(name, router, tokens, images)
-        if isinstance(router, LinearRouter):
-            decisions = images if getattr(router, "per_image", False) else tokens
-            rows.append(
-                Row(
-                    f"{name}.router",
-                    "router",
-                    router.weight.numel(),
-                    router.weight.numel(),
-                    decisions * router.weight.numel(),
-                )
-            )
-        if isinstance(router, HardRouter):
-            held = _held(router)
-            rows.append(
-                Row(
-                    f"{name}.router",
-                    "router",
-                    held,
-                    held,
-                    tokens * sum(t.numel() for t in _matrices(router)),
-                )
-            )
-    if active is None and touched is not None:
-        active = touched - (shared is not None)
-    width, share = experts.width, load or [1 / experts.experts] * experts.experts
-    even = sum(experts.widths) % experts.experts == 0 and load is None
-    mean = (
-        sum(experts.widths) // experts.experts
-        if even
-        else sum(s * h for s, h in zip(share, experts.widths, strict=True))
+def _moe_rows(name: str, layer: MoELayer, seen: _Seen) -> list[Row]:
+    """Makes the rows of one MoE layer: router, experts, shared expert."""
+    if type(layer.experts) not in (Experts, SharedExperts):
+        kind = type(layer.experts).__name__
+        raise ValueError(f"{name}: cost.count does not know the experts {kind}")
+    rows = [
+        *_router_rows(f"{name}.router", layer.router, seen),
+        *_expert_rows(f"{name}.experts", layer, seen),
+        *_shared_rows(f"{name}.shared", layer.shared, seen),
+    ]
+    outside = sum(p.numel() for p in layer.parameters()) - sum(
+        p.numel() for p in layer.router.parameters()
     )
-    for part, one in (("fc1", mean * (width + 1)), ("fc2", mean * width + width)):
-        stack = getattr(experts, part)
-        held = stack.weight.numel() + stack.bias.numel()
-        rows.append(
-            Row(
-                f"{name}.experts.{part}",
-                "linear",
-                held,
-                None if active is None else min(held, active * one),
-                round(passed * served * mean * width),
-            )
-        )
-    if shared is not None:
-        for part in ("fc1", "fc2"):
-            linear = getattr(shared, part)
-            held = sum(p.numel() for p in linear.parameters())
-            rows.append(
-                Row(f"{name}.shared.{part}", "linear", held, held, tokens * linear.weight.numel())
-            )
-    beside = (
-        _held(layer.router) - sum(p.numel() for p in layer.router.parameters())
-        if hasattr(layer, "router")
-        else 0
-    )
-    if sum(row.stored for row in rows) != beside + sum(p.numel() for p in layer.parameters()):
+    if sum(row.stored for row in rows) != outside + layer.router.stored_numbers():
         raise ValueError(
-            f"{name}: parameters beside router, fc1 and fc2 (an activation with parameters?) have no row in "
-            "cost.count"
+            f"{name}: parameters beside router, fc1 and fc2 (an activation with parameters?) have "
+            "no row in cost.count"
         )
     return rows
 
 
-def _passed(name: str, router: nn.Module, tokens: int, images: int) -> tuple[int, float | None]:
-    """Rows that a layer's experts compute for `tokens` tokens, and the experts that one image
-    touches (None: data decide)."""
-    if isinstance(router, TopKRouter | AllExperts):
-        free = (
-            isinstance(router, TopKRouter)
-            and not router.per_image
-            and router.top_k < router.experts
-        )
-        return tokens * router.top_k, None if free else router.top_k
-    if isinstance(router, ExpertChoiceRouter):
-        groups = images if router.group == "image" else 1
-        slots = min(tokens // groups, capacity(router.choices, 1, tokens // groups, router.experts))
-        return groups * slots * router.experts, float(
-            router.experts
-        ) if router.group == "image" else None
-    if isinstance(router, HardRouter):
-        return tokens * router.top_k, None if router.top_k < router.experts else float(router.top_k)
-    if isinstance(router, PriorityRouter):
-        return tokens, None
-    if isinstance(router, ManualRouter):
-        return tokens, 1.0
-    raise ValueError(f"{name}: cost.count does not know the router {type(router).__name__}")
+def _router_rows(name: str, router: Router, seen: _Seen) -> list[Row]:
+    """Makes the router's own row, none for a router that neither stores nor computes anything."""
+    stored, macs = router.stored_numbers(), router.decision_macs(seen.tokens, seen.images)
+    return [Row(name, "router", stored, stored, macs)] if stored or macs else []
 
 
-def _held(router: nn.Module) -> int:
-    """Numbers that a router stores: its parameters, and centres that are buffers because nothing
-    trains them."""
-    fixed = router.buffers() if isinstance(router, HardRouter) else ()
-    return sum(t.numel() for t in (*router.parameters(), *fixed))
+def _expert_rows(name: str, layer: MoELayer, seen: _Seen) -> list[Row]:
+    """Makes a row each for the first and the second maps of all routed experts."""
+    experts, router, rows = layer.experts, layer.router, []
+    passed = router.expert_rows(seen.tokens, seen.images) * seen.served
+    touched = router.experts_per_image()
+    if touched is None and seen.experts_per_image is not None:
+        touched = seen.experts_per_image - (layer.shared is not None)
+    width, hidden = experts.width, _mean_hidden(experts, seen.load)
+    for part, numbers_of_one in (("fc1", hidden * (width + 1)), ("fc2", hidden * width + width)):
+        stack = getattr(experts, part)
+        stored = stack.weight.numel() + stack.bias.numel()
+        active = None if touched is None else min(stored, touched * numbers_of_one)
+        rows.append(Row(f"{name}.{part}", "linear", stored, active, round(passed * hidden * width)))
+    return rows
 
 
-def _matrices(router: nn.Module) -> list[Tensor]:
-    return [t for t in (*router.parameters(), *router.buffers()) if t.ndim == 2]
+def _mean_hidden(experts: Experts, load: Sequence[float] | None) -> float:
+    """Computes the mean hidden width of the experts, weighted by their load where it is known."""
+    if load is not None:
+        return sum(share * h for share, h in zip(load, experts.widths, strict=True))
+    mean, rest = divmod(sum(experts.widths), experts.experts)
+    if not rest:
+        return mean  # a whole number, which keeps all counts whole
+    return sum(1 / experts.experts * h for h in experts.widths)
 
 
-def _check_share(experts_per_image: float, layers: dict[str, RoutedLayer]) -> None:
-    routed = [layer for layer in layers.values() if isinstance(layer, MoELayer)]
+def _shared_rows(name: str, shared: nn.Module | None, seen: _Seen) -> list[Row]:
+    """Makes a row each for the two maps of the shared expert, if there is one."""
+    rows = []
+    for part in ("fc1", "fc2") if shared is not None else ():
+        linear = getattr(shared, part)
+        stored = sum(p.numel() for p in linear.parameters())
+        macs = seen.tokens * linear.weight.numel()
+        rows.append(Row(f"{name}.{part}", "linear", stored, stored, macs))
+    return rows
+
+
+def _check_share(experts_per_image: float, layers: Sequence[MoELayer]) -> None:
+    """Raises ValueError if the model cannot touch so many experts an image."""
     # Expert choice over a batch may leave an image without any expert, and so may experts that were
     # dropped.
     least = sum(
         (0 if isinstance(layer, PrunedLayer) else getattr(layer.router, "top_k", 0))
         + (layer.shared is not None)
-        for layer in routed
+        for layer in layers
     )
-    most = sum(layer.experts.experts + (layer.shared is not None) for layer in routed)
+    most = sum(layer.experts.experts + (layer.shared is not None) for layer in layers)
     if not least <= experts_per_image <= most:
         raise ValueError(
-            f"experts_per_image={experts_per_image} is summed over all {len(layers)} MoE layers, shared "
-            f"experts included: valid is {least} to {most}"
+            f"experts_per_image={experts_per_image} is summed over all {len(layers)} MoE layers, "
+            f"shared experts included: valid is {least} to {most}"
         )

@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from ..inputs import weights
-from ..routers.base import LinearRouter
+from ..routers.base import Router
 from ..spec import BackboneSpec, MoESpec, RunSpec
 from .ensemble import ensemble
 from .mae import MaskedAutoencoder
@@ -55,10 +55,10 @@ def build(
             upcycle(model, spec.moe, generator)
         if parent is not None and grown:
             model = model if fit is None else fit(model, parent)
-            load_weights(model, _routers_of(model, parent), f"run {spec.init.id}")
+            load_weights(model, _with_own_routers(model, parent), f"run {spec.init.id}")
         if spec.fresh_routers:
             for module in model.modules():
-                if isinstance(module, LinearRouter):
+                if isinstance(module, Router):
                     module.reset(generator)
         if spec.train is not None and spec.train.mask is not None:
             model = MaskedAutoencoder(model, spec.train.mask)
@@ -100,18 +100,19 @@ def _handed_on(state: dict[str, Tensor], spec: RunSpec, head: str) -> dict[str, 
     return state
 
 
-def _routers_of(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The parent's state with the entries that this model's routers have: another strategy keeps
-    other buffers."""
-
-    def decides(name: str) -> bool:
-        return ".router." in name or name.endswith(
-            (".mlp.phi", ".mlp.scale")
-        )  # the latter two are Soft MoE's
-
-    mine = {name: tensor for name, tensor in model.state_dict().items() if decides(name)}
-    theirs = {name: tensor for name, tensor in state.items() if decides(name) and name in mine}
-    return {name: tensor for name, tensor in state.items() if not decides(name)} | mine | theirs
+def _with_own_routers(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Replaces the routers in a parent's state by those of `model`, which take over what fits."""
+    state = dict(state)
+    for name, module in model.named_modules():
+        if isinstance(module, Router):
+            prefix = f"{name}."
+            parent = {
+                key.removeprefix(prefix): state.pop(key)
+                for key in list(state)
+                if key.startswith(prefix)
+            }
+            state |= {prefix + key: tensor for key, tensor in module.taken_over(parent).items()}
+    return state
 
 
 def create(spec: BackboneSpec, image_size: int, classes: int, channels: int) -> nn.Module:
@@ -190,12 +191,13 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], origin: str) -> Non
     if wrong or absent:
         raise ValueError(
             f"weights of {origin} do not fit {type(model).__name__}: "
-            f"{len(wrong)} do not match (first {wrong[:3]}), {len(absent)} are absent (first {absent[:3]})"
+            f"{len(wrong)} do not match (first {wrong[:3]}), "
+            f"{len(absent)} are absent (first {absent[:3]})"
         )
     model.load_state_dict(state, strict=False)
 
 
 def _sized(name: str) -> bool:
-    """Architectures that are built for one input size take `img_size`; convolutional ones do not."""
+    """Says whether an architecture is built for one input size; convolutional ones are not."""
     module = timm.model_entrypoint(name).__module__
     return any(kind in module for kind in ("vision_transformer", "deit", "beit", "swin"))

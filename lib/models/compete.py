@@ -1,4 +1,4 @@
-"""Routing by competition (CompeteSMoE; Pham et al. 2024, 2402.02526): experts with the largest
+"""Routes by competition (CompeteSMoE; Pham et al. 2024, 2402.02526): the experts with the largest
 response win, a router learns who.
 
 Axis letters: **B** images, **N** tokens of an image, **T** = B*N, **D** width, **E** experts, **K**
@@ -17,8 +17,7 @@ from .moe import MoELayer
 
 
 class CompeteLayer(MoELayer):
-    """A MoE layer that routes by ||E_i(x)|| in a share `rate` of the training steps, and by its
-    linear router in all others.
+    """Routes by ||E_i(x)|| in a share `rate` of the training steps, by its router in all others.
 
     In a step of competition every expert runs on every token; the affinities are the softmax of the
     response norms, and the K largest win, weighted as the router's `gate` says. The router takes no
@@ -39,50 +38,47 @@ class CompeteLayer(MoELayer):
         super().__init__(router, experts, shared, dropout)
         if not 0 < rate <= 1:
             raise ValueError(
-                f"rate={rate} is the chance that a training step competes: valid is above 0 and at most 1"
+                f"rate={rate} is the chance that a training step competes: "
+                "valid is above 0 and at most 1"
             )
         if router.per_image:
             raise ValueError(
-                "competition compares responses to single tokens: give it a router with per_image=False"
+                "competition compares responses to single tokens: "
+                "give it a router with per_image=False"
             )
         if router.noise:
             raise ValueError(
-                f"noise={router.noise} would count as an error of the router's prediction: set noise=0"
+                f"noise={router.noise} would count as an error of the router's prediction: "
+                "set noise=0"
             )
         self.rate = rate
 
     def decide(self, tokens: Tensor) -> Routing:
-        """tokens: (B, N, D) -> a Routing; its logits are the router's, its probabilities those that
+        """Decides on tokens, (B, N, D): the logits are the router's, the probabilities those that
         decided."""
         routing = self.router(tokens)
         if not self.training or torch.rand(()) >= self.rate:
             return routing
         b, n, d = tokens.shape
-        probs = (
-            responses(self.experts, tokens.reshape(b * n, d)).float().norm(dim=-1).softmax(dim=-1)
-        )
-        choice = self.router.choose(probs)
-        weight = self.router.weigh(probs.gather(1, choice))
-        first = probs.detach().amax(dim=-1) if self.router.batch_priority else None
-        return assign(
-            choice, weight, probs, routing.logits, (b, n), self.router.capacity_factor, first
-        )
+        # (T, E, D) -> (T, E); without a name the responses are freed at once
+        norms = responses(self.experts, tokens.reshape(b * n, d)).float().norm(dim=-1)
+        affinity = norms.softmax(dim=-1)
+        return self.router.route(affinity, routing.logits, (b, n))
 
 
 def responses(experts: Experts, rows: Tensor) -> Tensor:
-    """rows: (T, D) -> (T, E, D), what every expert makes of every row."""
+    """Runs every expert on every row: rows, (T, D) -> (T, E, D)."""
     t, e = rows.shape[0], experts.experts
-    every = torch.arange(e, device=rows.device).repeat(t).unsqueeze(1)
+    every_expert = torch.arange(e, device=rows.device).repeat(t).unsqueeze(1)  # (T*E, 1)
     blank = rows.new_zeros(1, 1).expand(t * e, e)  # probabilities that nobody reads
-    routing = assign(every, rows.new_ones(t * e, 1), blank, blank, (t * e, 1))
+    routing = assign(every_expert, rows.new_ones(t * e, 1), blank, blank, (t * e, 1))
     return experts(rows.repeat_interleave(e, dim=0), routing).view(t, e, -1)
 
 
 def competition_loss(routing: Routing) -> Tensor:
-    """Mean squared difference between the router's softmax and the affinities that decided
-    (2402.02526, router loss).
+    """Computes the mean squared difference of the router's softmax to the affinities that decided.
 
-    The affinities are a target without gradient. Zero in a step without competition, where both are
-    the same.
+    2402.02526, router loss. The affinities are a target without gradient. Zero in a step without
+    competition, where both are the same.
     """
     return (routing.logits.softmax(dim=-1) - routing.probs.detach()).square().mean()

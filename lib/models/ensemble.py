@@ -17,15 +17,13 @@ import math
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..routers.group import GroupRouter
-from ..routers.top_k import TopKRouter
+from ..routers.group import GroupRouter, check_members
 from .moe import MoELayer
 from .upcycle import before_blocks
 
 
 class Ensemble(nn.Module):
-    """A timm ViT with MoE layers as M members; made by `ensemble`. The model is `vit`, and its
-    layers stay its own.
+    """Runs a timm ViT with MoE layers as M members; made by `ensemble`. The model is `vit`.
 
     Under a RoutingTape each routing is of M*B images, member by member: labels and probes need M
     copies of the batch.
@@ -41,7 +39,10 @@ class Ensemble(nn.Module):
         )
 
     def members(self, images: Tensor) -> Tensor:
-        """images: (B, channels, height, width) -> (M, B, C) logits, for a loss on each member."""
+        """Computes the logits of each member, for a loss on each.
+
+        images: (B, channels, height, width) -> (M, B, C).
+        """
         vit = self.vit
         x = before_blocks(vit, images)
         for i, block in enumerate(vit.blocks):
@@ -50,14 +51,16 @@ class Ensemble(nn.Module):
         return logits.view(self.size, len(images), -1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: (B, channels, height, width) -> (B, C) logarithms of the members' mean
-        probabilities, valid as logits."""
-        each = self.members(images).float().log_softmax(dim=-1)
-        return each.logsumexp(dim=0) - math.log(self.size)
+        """Computes the logarithms of the members' mean probabilities, valid as logits.
+
+        images: (B, channels, height, width) -> (B, C).
+        """
+        log_probs = self.members(images).float().log_softmax(dim=-1)  # (M, B, C)
+        return log_probs.logsumexp(dim=0) - math.log(self.size)
 
 
 def ensemble(model: nn.Module, members: int) -> Ensemble:
-    """`model` as an ensemble of M members, its routers replaced in place.
+    """Makes an ensemble of M members out of `model`, replacing its routers in place.
 
     Raises ValueError if it is no timm ViT, checkpoints its blocks, has no MoE layer, or has one
     whose router is not top-k, whose experts M does not divide, or whose K is more than the E / M
@@ -65,12 +68,13 @@ def ensemble(model: nn.Module, members: int) -> Ensemble:
     """
     if not isinstance(model, VisionTransformer):
         raise ValueError(
-            f"{type(model).__name__} cannot be an ensemble: the batch is tiled between the blocks of a timm "
-            "VisionTransformer"
+            f"{type(model).__name__} cannot be an ensemble: "
+            "the batch is tiled between the blocks of a timm VisionTransformer"
         )
     if model.grad_checkpointing:
         raise ValueError(
-            "an ensemble runs the blocks one by one, without checkpointing: set_grad_checkpointing(False) first"
+            "an ensemble runs the blocks one by one, without checkpointing: "
+            "set_grad_checkpointing(False) first"
         )
     layers = {
         name: module for name, module in model.named_modules() if isinstance(module, MoELayer)
@@ -80,25 +84,7 @@ def ensemble(model: nn.Module, members: int) -> Ensemble:
             f"{type(model).__name__} has no MoE layer to split into groups: upcycle it first"
         )
     for name, layer in layers.items():
-        _check(name, layer.router, members)
+        check_members(name, layer.router, members)
     for layer in layers.values():
         layer.router = GroupRouter.of(layer.router, members)
     return Ensemble(model, members)
-
-
-def _check(name: str, router: nn.Module, members: int) -> None:
-    if type(router) is not TopKRouter:
-        raise ValueError(
-            f"{name} has a {type(router).__name__}: members are told apart by a mask on the logits of a TopKRouter"
-        )
-    if members < 1 or router.experts % members:
-        valid = [m for m in range(1, router.experts + 1) if router.experts % m == 0]
-        raise ValueError(
-            f"members={members} does not divide the {router.experts} experts of {name}: valid is "
-            f"{', '.join(map(str, valid))}"
-        )
-    if router.top_k > router.experts // members:
-        raise ValueError(
-            f"{name} sends a token to top_k={router.top_k} experts, a group has {router.experts // members} "
-            f"({router.experts} experts, members={members}): lower one of the two"
-        )

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..routers.base import Routing
+from ..routers.base import Router, Routing
 from .experts import Experts
 
 
@@ -35,11 +35,9 @@ class RoutingTape:
         # Order of definition in the model, so entries come out from the shallowest layer to the
         # deepest.
         self.layers = {
-            module: name
-            for name, module in model.named_modules()
-            if isinstance(module, RoutedLayer)
+            module: name for name, module in model.named_modules() if isinstance(module, MoELayer)
         }
-        self._entries: dict[RoutedLayer, Routing] = {}
+        self._entries: dict[MoELayer, Routing] = {}
 
     def __enter__(self) -> RoutingTape:
         busy = [name for layer, name in self.layers.items() if layer.tape is not None]
@@ -52,20 +50,20 @@ class RoutingTape:
         self._entries.clear()
         return self
 
-    def __getitem__(self, layer: RoutedLayer) -> Routing:
-        """The Routing of one layer; KeyError if it did not run under this tape."""
+    def __getitem__(self, layer: MoELayer) -> Routing:
+        """Looks up the Routing of one layer; KeyError if it did not run under this tape."""
         return self._entries[layer]
 
     def __exit__(self, *exc) -> None:
         for layer in self.layers:
             layer.tape = None
 
-    def write(self, layer: RoutedLayer, routing: Routing) -> None:
-        """Called by the layer."""
+    def write(self, layer: MoELayer, routing: Routing) -> None:
+        """Takes in the Routing of one layer; called by the layer."""
         self._entries[layer] = routing
 
     def __iter__(self):
-        """(name, Routing) of each MoE layer that ran, from the input to the output of the model."""
+        """Yields (name, Routing) of each MoE layer that ran, from the input of the model on."""
         return (
             (name, self._entries[layer])
             for layer, name in self.layers.items()
@@ -73,20 +71,12 @@ class RoutingTape:
         )
 
     def routings(self) -> list[Routing]:
-        """The routings alone, from the input to the output of the model."""
+        """Lists the routings alone, from the input of the model on."""
         return [routing for _, routing in self]
 
 
-class RoutedLayer(nn.Module):
-    """A layer that hands its `Routing` to the open tape, if there is one."""
-
-    def __init__(self):
-        super().__init__()
-        self.tape: RoutingTape | None = None
-
-
-class MoELayer(RoutedLayer):
-    """Router, experts and an optional shared expert in the place of an MLP.
+class MoELayer(nn.Module):
+    """Puts a router, experts and an optional shared expert in the place of an MLP.
 
     Without shared expert y = sum_k w_k E_k(x); with it y = E_s(x) + sum_k w_k E_k(x) (ViMoE, eqs 4
     and 5). dropout: chance that an image passes the layer without its routed experts, in training.
@@ -96,17 +86,18 @@ class MoELayer(RoutedLayer):
 
     def __init__(
         self,
-        router: nn.Module,
+        router: Router,
         experts: Experts,
         shared: nn.Module | None = None,
         dropout: float = 0.0,
     ):
         super().__init__()
         self.router, self.experts, self.shared, self.dropout = router, experts, shared, dropout
-        self.off = False
+        self.tape: RoutingTape | None = None
+        self.off = False  # see `without_experts`
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, ..., D) -> same shape; hands the Routing to the open tape, if there is one."""
+        """Runs x, (B, ..., D), to the same shape; hands the Routing to the open tape, if any."""
         b, d = x.shape[0], x.shape[-1]
         tokens = x.reshape(b, math.prod(x.shape[1:-1]), d)  # -1 would not do for an empty batch
         routing = self.decide(tokens)
@@ -115,28 +106,26 @@ class MoELayer(RoutedLayer):
         if self.off:
             return torch.zeros_like(x) if self.shared is None else self.shared(x)
         if self.training and self.dropout:
-            kept = (
-                torch.rand(b, device=x.device) >= self.dropout
-            )  # whole images, so that attention must do without
-            routing = replace(
-                routing, weight=routing.weight * kept[routing.token // tokens.shape[1]]
-            )
+            # Whole images, (B,), so that attention must do without.
+            passes = torch.rand(b, device=x.device) >= self.dropout
+            image_of_assignment = routing.token // tokens.shape[1]
+            routing = replace(routing, weight=routing.weight * passes[image_of_assignment])
         out = self.serve(tokens.reshape(-1, d), routing).view(x.shape)
         return out if self.shared is None else out + self.shared(x)
 
     def decide(self, tokens: Tensor) -> Routing:
-        """tokens: (B, N, D) -> the Routing that goes to the tape."""
+        """Decides on tokens, (B, N, D); the Routing goes to the tape."""
         return self.router(tokens)
 
     def serve(self, rows: Tensor, routing: Routing) -> Tensor:
-        """rows: (T, D) -> (T, D), the weighted sums over the assignments of each row."""
-        return self.experts(rows, routing)
+        """Carries out a Routing: rows, (T, D) -> (T, D)."""
+        return self.router.serve(self.experts, rows, routing)
 
 
 @contextmanager
 def without_experts(model: nn.Module) -> Iterator[None]:
-    """Inside, the routed experts of every MoE layer are off: what is left is attention and shared
-    experts."""
+    """Switches the routed experts of every MoE layer off inside: attention and shared experts are
+    left."""
     layers = [module for module in model.modules() if isinstance(module, MoELayer)]
     for layer in layers:
         layer.off = True

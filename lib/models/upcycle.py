@@ -1,9 +1,13 @@
-"""Sparse upcycling: swap the MLPs of a timm model for MoE layers whose experts start as copies
+"""Sparse upcycling: swaps the MLPs of a timm model for MoE layers whose experts start as copies
 (2212.05055).
 
-import timm; from lib import MoESpec, upcycle model =
-upcycle(timm.create_model("vit_small_patch14_dinov2", img_size=56), MoESpec(layers=2, experts=8,
-shared=True))
+    import timm
+    from lib import MoESpec, upcycle
+
+    vit = timm.create_model("vit_small_patch14_dinov2", img_size=56)
+    model = upcycle(vit, MoESpec(layers=2, experts=8, shared=True))
+
+Axis letters: **B** images, **N** tokens of an image, **D** width, **E** experts.
 """
 
 from __future__ import annotations
@@ -15,16 +19,11 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..routers.all import AllExperts
-from ..routers.expert_choice import ExpertChoiceRouter
-from ..routers.manual import ManualRouter
-from ..routers.priority import PriorityRouter
-from ..routers.top_k import TopKRouter
+from ..routers import ROUTER_CLASSES
 from ..spec import MoESpec
 from .compete import CompeteLayer
 from .experts import Experts
-from .moe import MoELayer, RoutedLayer
-from .soft import SoftMoELayer
+from .moe import MoELayer
 
 REFUSED = {
     "GluMlp": "a gated (GLU) MLP",
@@ -37,22 +36,24 @@ REFUSED = {
 
 
 def before_blocks(vit: VisionTransformer, images: Tensor) -> Tensor:
-    """images: (B, channels, height, width) -> (B, N, D), what a timm ViT hands to its first block."""
+    """Computes what a timm ViT hands to its first block.
+
+    images: (B, channels, height, width) -> (B, N, D).
+    """
     return vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
 
 
 def block_mlps(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(name, module) of the MLP of each block, in order. MLPs inside pooling heads are not blocks
-    and stay out."""
-    found = []
-    for name, module in model.named_modules():
-        if name.endswith(".mlp") and not any(part in name for part in ("attn_pool", "head")):
-            found.append((name, module))
-    return found
+    """Lists (name, module) of the MLP of each block, in order; MLPs of pooling heads stay out."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if name.endswith(".mlp") and not any(part in name for part in ("attn_pool", "head"))
+    ]
 
 
 def upcycle(model: nn.Module, spec: MoESpec, generator: torch.Generator | None = None) -> nn.Module:
-    """Swap the MLPs of the last `spec.layers` blocks, or of `spec.blocks`, in place; returns the
+    """Swaps the MLPs of the last `spec.layers` blocks, or of `spec.blocks`, in place; returns the
     model.
 
     Works on models of timm whose block MLP is `timm.layers.Mlp` with Linear fc1 and fc2 and no
@@ -61,101 +62,67 @@ def upcycle(model: nn.Module, spec: MoESpec, generator: torch.Generator | None =
     kind, or if image-level routing finds no class token and `spec.pool` is not "mean". Nothing is
     changed when it raises.
     """
-    mlps = block_mlps(model)
-    if not mlps:
-        raise ValueError(
-            f"{type(model).__name__} has no block MLP to swap: a timm ViT, DeiT, BEiT, Swin or ConvNeXt has"
-        )
-    if spec.layers > len(mlps):
-        raise ValueError(
-            f"layers={spec.layers} is beyond the depth: {type(model).__name__} has {len(mlps)} blocks, "
-            f"valid is 1 to {len(mlps)}"
-        )
-    if spec.blocks is not None and spec.blocks[-1] > len(mlps):
-        raise ValueError(
-            f"blocks={spec.blocks} goes beyond the depth: {type(model).__name__} has {len(mlps)} blocks, "
-            f"valid is 1 to {len(mlps)}"
-        )
-    chosen = (
-        mlps[-spec.layers :]
-        if spec.blocks is None
-        else [mlps[number - 1] for number in spec.blocks]
-    )
-    for name, mlp in chosen:
+    mlps = _chosen_mlps(model, spec)
+    for name, mlp in mlps:
         _check(name, mlp)
-    if (
-        spec.router == "image"
-        and spec.pool == "class"
-        and not getattr(model, "num_prefix_tokens", 0)
-    ):
+    if spec.reads_class_token and not getattr(model, "num_prefix_tokens", 0):
         raise ValueError(
             f"image-level routing reads the class token, and {type(model).__name__} has none: "
             "ask for the mean token with pool='mean', or for router='token'"
         )
-    for name, mlp in chosen:
+    for name, mlp in mlps:
         parent = model.get_submodule(name.rpartition(".")[0])
         parent.mlp = moe_layer(mlp, spec, generator)
     return model
 
 
-def moe_layer(mlp: nn.Module, spec: MoESpec, generator: torch.Generator | None = None) -> nn.Module:
-    """One MoE layer from one MLP: E copies or fresh experts, a fresh router, and a copy as shared
-    expert if asked for."""
+def moe_layer(mlp: nn.Module, spec: MoESpec, generator: torch.Generator | None = None) -> MoELayer:
+    """Makes a MoE layer from an MLP: E copies or fresh experts, a fresh router, and a copy as
+    shared expert if asked for."""
     experts = Experts.copies(mlp, spec.experts)
     if spec.fresh_experts:
         experts.reset(generator)
     if spec.copy_noise:
         experts.perturb(spec.copy_noise, generator)
-    if spec.router == "soft":
-        return SoftMoELayer(experts, spec.slots, generator).to(mlp.fc1.weight.device)
-    made = router(spec, experts.width, generator).to(mlp.fc1.weight.device)
-    parts = (made, experts, copy.deepcopy(mlp) if spec.shared else None, spec.expert_dropout)
-    return (
-        MoELayer(*parts)
-        if spec.compete_rate is None
-        else CompeteLayer(*parts, rate=spec.compete_rate)
-    )
+    router = ROUTER_CLASSES[spec.router].from_spec(spec, experts.width, generator)
+    shared = copy.deepcopy(mlp) if spec.shared else None
+    parts = (router.to(mlp.fc1.weight.device), experts, shared, spec.expert_dropout)
+    if spec.compete_rate is not None:
+        return CompeteLayer(*parts, rate=spec.compete_rate)
+    return MoELayer(*parts)
 
 
-def router(spec: MoESpec, width: int, generator: torch.Generator | None = None) -> nn.Module:
-    """The router that a spec names, drawn where the generator lies, usually the CPU."""
-    if spec.router == "all":
-        return AllExperts(spec.experts, spec.gate)
-    if spec.router == "manual":
-        return ManualRouter(
-            spec.experts, {c: e for e, classes in enumerate(spec.groups) for c in classes}
+def _chosen_mlps(model: nn.Module, spec: MoESpec) -> list[tuple[str, nn.Module]]:
+    """Lists (name, module) of the MLPs that are swapped; ValueError if blocks are not there."""
+    mlps, kind = block_mlps(model), type(model).__name__
+    if not mlps:
+        raise ValueError(
+            f"{kind} has no block MLP to swap: a timm ViT, DeiT, BEiT, Swin or ConvNeXt has"
         )
-    shared = {
-        "gate": spec.gate,
-        "noise": spec.noise,
-        "std": spec.router_std,
-        "generator": generator,
-    }
-    if spec.router == "expert_choice":
-        return ExpertChoiceRouter(
-            width, spec.experts, choices=spec.choices, group=spec.group, **shared
+    if spec.layers > len(mlps):
+        raise ValueError(
+            f"layers={spec.layers} is beyond the depth: {kind} has {len(mlps)} blocks, "
+            f"valid is 1 to {len(mlps)}"
         )
-    if spec.router == "priority":
-        return PriorityRouter(width, spec.experts, group=spec.group, **shared)
-    return TopKRouter(
-        width,
-        spec.experts,
-        spec.top_k,
-        per_image=spec.router == "image",
-        pool=spec.pool,
-        capacity_factor=spec.capacity_factor,
-        batch_priority=spec.batch_priority,
-        **shared,
-    )
+    if spec.blocks is None:
+        return mlps[-spec.layers :]
+    if spec.blocks[-1] > len(mlps):
+        raise ValueError(
+            f"blocks={spec.blocks} goes beyond the depth: {kind} has {len(mlps)} blocks, "
+            f"valid is 1 to {len(mlps)}"
+        )
+    return [mlps[number - 1] for number in spec.blocks]
 
 
 def _check(name: str, mlp: nn.Module) -> None:
+    """Raises ValueError if the MLP of a block cannot be upcycled."""
     kind = type(mlp).__name__
-    if isinstance(mlp, RoutedLayer):
+    if isinstance(mlp, MoELayer):
         raise ValueError(f"{name} is a MoE layer already: upcycle a model with plain MLPs")
     if kind in REFUSED:
         raise ValueError(
-            f"{name} is {REFUSED[kind]} ({kind}); upcycling takes timm.layers.Mlp with Linear fc1 and fc2"
+            f"{name} is {REFUSED[kind]} ({kind}); "
+            "upcycling takes timm.layers.Mlp with Linear fc1 and fc2"
         )
     plain = (
         isinstance(mlp, Mlp) and isinstance(mlp.fc1, nn.Linear) and isinstance(mlp.fc2, nn.Linear)
@@ -167,10 +134,11 @@ def _check(name: str, mlp: nn.Module) -> None:
         )
     if not isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity):
         raise ValueError(
-            f"{name} has a norm inside the MLP, which copies of fc1 and fc2 would lose: cannot be upcycled"
+            f"{name} has a norm inside the MLP, which copies of fc1 and fc2 would lose: "
+            "cannot be upcycled"
         )
     if getattr(mlp, "drop1", None) is not None and (mlp.drop1.p or mlp.drop2.p):
         raise ValueError(
-            f"{name} has dropout inside the MLP (p={mlp.drop1.p}, {mlp.drop2.p}), which experts do not carry: "
-            "build the model with proj_drop=0"
+            f"{name} has dropout inside the MLP (p={mlp.drop1.p}, {mlp.drop2.p}), "
+            "which experts do not carry: build the model with proj_drop=0"
         )

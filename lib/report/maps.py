@@ -122,7 +122,7 @@ def _draw_shares(ax: Axes, table: np.ndarray, edges: np.ndarray) -> AxesImage:
 def _unit_of_routing(record: Any) -> str:
     """Names what a router decides about: whole images, or tokens."""
     moe = getattr(record.spec, "moe", None)
-    return "images" if getattr(moe, "router", "") == "image" else "tokens"
+    return "images" if moe is not None and moe.per_image else "tokens"
 
 
 def classes_by_expert(record: Any, layer: int = -1) -> list[dict[str, Any]]:

@@ -1,25 +1,32 @@
 """Routers: who goes where. Every strategy ends in one `Routing`; no router touches expert weights.
 
 Axis letters: **B** images, **N** tokens of an image, **T** = B*N, **D** width, **E** experts, **K**
-experts per token, **A** assignments (T*K minus what was dropped).
+experts per token, **A** assignments (T*K minus what was dropped), **R** rows that are decided on:
+T, or B if one decision serves a whole image.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..spec import MoESpec
 
 
 @dataclass(frozen=True)
 class Routing:
-    """What a router decided, and nothing else. Tensors are live: losses differentiate through them.
+    """Holds what a router decided, and nothing else. Tensors are live: losses differentiate them.
 
     token: (A,) row of the (T, D) input; expert: (A,) its expert; weight: (A,) factor on the
-    expert's output. probs: (R, E) router probabilities and logits: (R, E), where R = T, or B if one
-    decision serves a whole image. choice: (R, K) chosen experts before any dropping, best first; -1
-    where a token has fewer (expert choice). dropped: (T,) number of refused choices of a token.
+    expert's output. probs: (R, E) router probabilities and logits: (R, E). choice: (R, K) chosen
+    experts before any dropping, best first; -1 where a token has fewer (expert choice). dropped:
+    (T,) number of refused choices of a token.
     """
 
     token: Tensor
@@ -33,21 +40,23 @@ class Routing:
 
     @property
     def experts(self) -> int:
-        """E."""
+        """Counts the experts, E."""
         return self.probs.shape[-1]
 
     @property
     def per_image(self) -> bool:
-        """True if one decision serves all tokens of an image."""
+        """Says whether one decision serves all tokens of an image."""
         return self.probs.shape[0] == self.shape[0] and self.shape[1] > 1
 
     def load(self) -> Tensor:
-        """(E,) assignments that each expert got."""
+        """Counts the assignments that each expert got, (E,)."""
         return torch.bincount(self.expert, minlength=self.experts)
 
     def token_choice(self) -> Tensor:
-        """(B, N, K) chosen experts of each token, best first; image-level decisions are repeated
-        over tokens."""
+        """Gives each token its chosen experts, best first: (B, N, K).
+
+        A decision on a whole image is repeated over its tokens.
+        """
         b, n = self.shape
         k = self.choice.shape[-1]
         if self.per_image:
@@ -55,8 +64,74 @@ class Routing:
         return self.choice.view(b, n, k)
 
 
-class LinearRouter(nn.Module):
-    """The part that linear routers share: a weight (E, D), float32 logits, softmax over experts.
+class Router(nn.Module, ABC):
+    """Decides which tokens go to which experts: the contract that every router fulfils.
+
+    Nothing outside this room asks which router it has. A router that a spec can name has a line in
+    `lib.spec.ROUTERS`, a line in `lib.routers.ROUTER_CLASSES`, and `from_spec`; the others are made
+    by what needs them (extraction, dropping of experts, scores).
+    """
+
+    # True: experts get mixtures of tokens, so no token can be sent to an expert
+    mixes_tokens: ClassVar[bool] = False
+
+    def __init__(self, experts: int):
+        super().__init__()
+        self.experts = experts
+
+    @classmethod
+    def from_spec(cls, spec: MoESpec, width: int, generator: torch.Generator | None) -> Self:
+        """Makes the router of a MoE layer of this width, drawn where the generator lies.
+
+        generator: None is the global one. Raises TypeError for a router that no spec can name.
+        """
+        raise TypeError(f"{cls.__name__} is not made from a MoESpec: call the class itself")
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Routing:
+        """Decides on x, (B, N, D), the normed input of the MLP."""
+
+    # ---- the ledger of costs
+
+    @abstractmethod
+    def expert_rows(self, tokens: int, images: int) -> int:
+        """Counts the rows that all experts together compute for so many tokens of so many images,
+        as if no capacity refused any."""
+
+    @abstractmethod
+    def experts_per_image(self) -> float | None:
+        """Counts the experts that one image touches; None where only data decide."""
+
+    @abstractmethod
+    def decision_macs(self, tokens: int, images: int) -> int:
+        """Counts the multiply-adds of the decisions on so many tokens of so many images."""
+
+    def stored_numbers(self) -> int:
+        """Counts the weights of the router: its parameters, and buffers that are weights."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    # ---- weights and experts
+
+    def reset(self, generator: torch.Generator | None = None) -> None:  # noqa: B027
+        """Draws anew what training starts from; does nothing in a router without such weights."""
+
+    def taken_over(self, parent: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Completes the state of a parent's router, of any strategy, to a state of this one.
+
+        What both have comes from the parent; what only the parent has is left out.
+        """
+        mine = self.state_dict()
+        return {name: parent.get(name, tensor) for name, tensor in mine.items()}
+
+    def serve(
+        self, experts: Callable[[Tensor, Routing], Tensor], rows: Tensor, routing: Routing
+    ) -> Tensor:
+        """Carries out a Routing of this router: rows, (T, D) -> outputs of the experts, (T, D)."""
+        return experts(rows, routing)
+
+
+class LinearRouter(Router):
+    """Holds what linear routers share: a weight (E, D), float32 logits, softmax over experts.
 
     noise: std of normal logit noise in training, in units of 1/E (V-MoE uses 1). std: of the normal
     initialisation.
@@ -71,45 +146,70 @@ class LinearRouter(nn.Module):
         std: float = 0.02,
         generator: torch.Generator | None = None,
     ):
-        super().__init__()
-        self.experts, self.noise, self.std = experts, noise, std
+        super().__init__(experts)
+        self.noise, self.std = noise, std
         self.weight = nn.Parameter(torch.empty(experts, width))
         self.reset(generator)
 
+    @torch.no_grad()
     def reset(self, generator: torch.Generator | None = None) -> None:
-        """Draw the router anew: normal with `std`; zero std leaves ties, which a choice breaks by
+        """Draws the weight anew, normal with `std`; zeros leave ties, which a choice breaks by
         index."""
-        with torch.no_grad():
-            self.weight.normal_(
-                0.0, self.std, generator=generator
-            ) if self.std else self.weight.zero_()
+        if self.std:
+            self.weight.normal_(0.0, self.std, generator=generator)
+        else:
+            self.weight.zero_()
 
     def scores(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """rows: (R, D) -> probabilities (R, E), with noise in training, and logits (R, E) without."""
+        """Scores the experts for rows, (R, D): probabilities and logits, both (R, E).
+
+        Noise, which is for training, is in the probabilities alone. Experts that a row cannot reach
+        get probability 0.
+        """
         # Router arithmetic stays in float32 under autocast: bf16 logits flip close decisions
         # (Switch, section 2.4).
         with torch.autocast(rows.device.type, enabled=False):
             logits = rows.float() @ self.weight.float().t()
-        mine = self.reachable(len(rows))
-        noisy = logits
+        reachable = self.reachable(len(rows))
+        noisy_logits = logits
         if self.training and self.noise:
-            count = self.experts if mine is None else mine.sum(dim=-1, keepdim=True)
-            noisy = logits + torch.randn_like(logits) * (self.noise / count)
-        if mine is None:
-            return noisy.softmax(dim=-1), logits
-        return noisy.masked_fill(~mine, -torch.inf).softmax(dim=-1), logits.masked_fill(
-            ~mine, -torch.inf
-        )
+            count = self.experts if reachable is None else reachable.sum(dim=-1, keepdim=True)
+            noisy_logits = logits + torch.randn_like(logits) * (self.noise / count)
+        if reachable is None:
+            return noisy_logits.softmax(dim=-1), logits
+        noisy_logits = noisy_logits.masked_fill(~reachable, -torch.inf)
+        return noisy_logits.softmax(dim=-1), logits.masked_fill(~reachable, -torch.inf)
 
     def reachable(self, rows: int) -> Tensor | None:
-        """(R, E) or (E,) bool, the experts that each of R rows may reach; None: all. The others get
-        probability zero."""
+        """Says which experts each of R rows may reach: bool, (R, E) or (E,); None is all."""
         return None
+
+    def decision_macs(self, tokens: int, images: int) -> int:
+        """Counts one product with the weight a token."""
+        return tokens * self.weight.numel()
 
 
 def capacity(factor: float, top_k: int, tokens: int, experts: int) -> int:
-    """Slots per expert: ceil(factor * K * T / E), at least one."""
+    """Computes the slots of each expert: ceil(factor * K * T / E), at least one."""
     return max(1, -int(-factor * top_k * tokens // experts))
+
+
+def check_pool(group: str) -> None:
+    """Raises ValueError if `group` does not name the tokens that compete for experts."""
+    if group not in ("image", "batch"):
+        raise ValueError(
+            f"group={group!r} is unknown: tokens compete within an 'image' or within the 'batch'"
+        )
+
+
+def fixed(choice: Tensor, experts: int, shape: tuple[int, int]) -> Routing:
+    """Makes the Routing of decisions without a gate: probability and weight 1, logits 0.
+
+    choice: (R, 1), the one expert of each row. shape: (B, N).
+    """
+    probs = F.one_hot(choice[:, 0], experts).float()
+    weight = torch.ones(choice.shape, device=choice.device)
+    return assign(choice, weight, probs, torch.zeros_like(probs), shape)
 
 
 def assign(
@@ -121,35 +221,40 @@ def assign(
     capacity_factor: float | None = None,
     priority: Tensor | None = None,
 ) -> Routing:
-    """Chosen experts -> Routing. choice, weight: (R, K), with R = T, or R = B for one decision an
-    image.
+    """Makes the Routing of chosen experts. choice, weight: (R, K); probs, logits: (R, E).
 
     Assignments are listed choice by choice (all first choices, then all second ones), and tokens by
     falling `priority`, (T,), or in their order, so that a full expert refuses the last tokens and
-    lower choices first.
+    lower choices first. shape: (B, N). capacity_factor: as `capacity` takes it; None refuses none.
     """
     b, n = shape
     tokens, top_k = b * n, choice.shape[-1]
-    if choice.shape[0] == b and n > 1:
-        choice_t = choice.repeat_interleave(n, dim=0)
-        weight_t = weight.repeat_interleave(n, dim=0)
+    if choice.shape[0] == b and n > 1:  # (B, K) -> (T, K)
+        choice_of_token = choice.repeat_interleave(n, dim=0)
+        weight_of_token = weight.repeat_interleave(n, dim=0)
     else:
-        choice_t, weight_t = choice, weight
+        choice_of_token, weight_of_token = choice, weight
     queue = torch.arange(tokens, device=choice.device)
     if priority is not None:
         queue = priority.argsort(descending=True, stable=True)
-        choice_t, weight_t = choice_t[queue], weight_t[queue]
-    expert, flat_weight = choice_t.t().reshape(-1), weight_t.t().reshape(-1)
+        choice_of_token, weight_of_token = choice_of_token[queue], weight_of_token[queue]
+    # (T, K) -> (A,), all first choices first
+    expert, flat_weight = choice_of_token.t().reshape(-1), weight_of_token.t().reshape(-1)
     token = queue.repeat(top_k)
     dropped = torch.zeros(tokens, dtype=torch.long, device=choice.device)
     if capacity_factor is not None:
         slots = capacity(capacity_factor, top_k, tokens, probs.shape[-1])
-        order = torch.argsort(expert, stable=True)
-        counts = torch.bincount(expert, minlength=probs.shape[-1])
-        start = counts.cumsum(0) - counts
-        rank = torch.empty_like(expert)
-        rank[order] = torch.arange(expert.numel(), device=expert.device) - start[expert[order]]
-        keep = rank < slots
-        dropped.index_add_(0, token[~keep], torch.ones_like(token[~keep]))
-        token, expert, flat_weight = token[keep], expert[keep], flat_weight[keep]
+        served = _place_in_line(expert, probs.shape[-1]) < slots
+        dropped.index_add_(0, token[~served], torch.ones_like(token[~served]))
+        token, expert, flat_weight = token[served], expert[served], flat_weight[served]
     return Routing(token, expert, flat_weight, probs, logits, choice, dropped, shape)
+
+
+def _place_in_line(expert: Tensor, experts: int) -> Tensor:
+    """Numbers the assignments of each expert from 0, in the order of expert, (A,)."""
+    order = torch.argsort(expert, stable=True)
+    counts = torch.bincount(expert, minlength=experts)
+    start = counts.cumsum(0) - counts
+    place = torch.empty_like(expert)
+    place[order] = torch.arange(expert.numel(), device=expert.device) - start[expert[order]]
+    return place

@@ -13,11 +13,10 @@ from .hard import HardRouter
 
 
 class CentroidRouter(HardRouter):
-    """The expert whose centre is nearest: weight (E, D) and bias (E,) are buffers, so no finetuning
-    moves them.
+    """Chooses the experts whose centres are nearest.
 
-    All three measures order experts by a linear function of the token, since its own norm does not
-    change the order.
+    weight (E, D) and bias (E,) are buffers, so no finetuning moves them. All three measures order
+    experts by a linear function of the token, since its own norm does not change the order.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, top_k: int = 1):
@@ -29,9 +28,11 @@ class CentroidRouter(HardRouter):
     def of(
         cls, means: Tensor, measure: str = "cosine", centre: Tensor | None = None, top_k: int = 1
     ) -> CentroidRouter:
-        """means: (E, D) mean inputs of the clusters. measure: "cosine", as in MoEE; "centred", the
-        cosine after `centre` (D,), the mean of all tokens, was taken from both; "nearest",
-        Euclidean. ValueError for another one."""
+        """Makes the router of clusters whose mean inputs are means, (E, D).
+
+        measure: "cosine", as in MoEE; "centred", the cosine after `centre` (D,), the mean of all
+        tokens, was taken from both; "nearest", Euclidean. Raises ValueError for another one.
+        """
         if measure == "nearest":
             return cls(means, -means.square().sum(dim=1) / 2, top_k)
         if measure not in ("cosine", "centred"):
@@ -43,5 +44,5 @@ class CentroidRouter(HardRouter):
         return cls(unit, -unit @ centre, top_k)
 
     def scores(self, rows: Tensor) -> Tensor:
-        """rows: (T, D) -> (T, E)."""
+        """Scores the centres for rows, (T, D): (T, E), largest for the nearest."""
         return F.linear(rows, self.weight.float(), self.bias.float())

@@ -14,28 +14,32 @@ from .hard import HardRouter
 
 
 class RandomRouter(HardRouter):
-    """Experts drawn without looking, the control. The draw depends on the place in the batch alone,
-    so that it repeats."""
+    """Draws experts without looking at the tokens: the control.
+
+    The draw depends on the place in the batch alone, so that it repeats.
+    """
 
     def scores(self, rows: Tensor) -> Tensor:
-        """rows: (T, D) -> (T, E)."""
+        """Draws (T, E) uniform scores for rows, (T, D)."""
         generator = torch.Generator().manual_seed(0)
         return torch.rand(len(rows), self.experts, generator=generator).to(rows.device)
 
 
 class OracleRouter(HardRouter):
-    """The control at the other end: the cluster that the token's hidden activations are nearest to.
-    It computes the whole dense layer to find out, so it saves nothing. centres: (E, H); weight (H,
-    D), bias (H,): of the dense first layer."""
+    """Chooses the cluster that a token's hidden activations are nearest to: the other control.
+
+    It computes the whole dense first layer to find out, so it saves nothing. centres: (E, H);
+    weight (H, D), bias (H,): of that layer.
+    """
 
     def __init__(self, centres: Tensor, weight: Tensor, bias: Tensor, act: nn.Module):
         super().__init__(len(centres))
-        for name, held in (("centres", centres), ("weight", weight), ("bias", bias)):
-            self.register_buffer(name, held.detach().float().clone())
+        for name, tensor in (("centres", centres), ("weight", weight), ("bias", bias)):
+            self.register_buffer(name, tensor.detach().float().clone())
         self.act = act
 
     def scores(self, rows: Tensor) -> Tensor:
-        """rows: (T, D) -> (T, E)."""
+        """Scores the clusters for rows, (T, D): (T, E), largest for the nearest."""
         centres = self.centres.float()
         hidden = self.act(F.linear(rows, self.weight.float(), self.bias.float()))
         return F.linear(hidden, centres, -centres.square().sum(dim=1) / 2)

@@ -1,25 +1,27 @@
-"""Further routing strategies: expert choice, priority, hand-made, and Soft MoE. All end in one
-`Routing`.
+"""Expert choice (2202.09368): experts choose their tokens, not tokens their experts.
 
-Axis letters: **B** images, **N** tokens of an image, **T** = B*N, **D** width, **E** experts, **S**
-slots, **G** groups.
+Axis letters: **B** images, **N** tokens of an image, **T** = B*N, **D** width, **E** experts, **P**
+pools of competing tokens, **C** tokens that an expert takes from each pool.
 """
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor
 
-from .base import LinearRouter, Routing, capacity
+from ..spec import MoESpec
+from .base import LinearRouter, Routing, capacity, check_pool
 
 
 class ExpertChoiceRouter(LinearRouter):
-    """Each expert takes its top C = c T / E tokens by softmax probability (2202.09368); a token may
-    get 0 to E experts.
+    """Lets each expert take its top C = c T / E tokens by softmax probability (2202.09368); a token
+    may get 0 to E experts.
 
     choices: c, experts a token gets on average. group: "image" or "batch", the tokens that compete
-    with each other. A batch as group makes an image's result depend on its neighbours, at
-    evaluation too. gate: "printed", or "renormalised" over the experts that took a token.
+    with each other. A batch as pool makes an image's result depend on its neighbours, at evaluation
+    too. gate: "printed", or "renormalised" over the experts that took a token.
     """
 
     def __init__(
@@ -35,36 +37,54 @@ class ExpertChoiceRouter(LinearRouter):
         generator: torch.Generator | None = None,
     ):
         super().__init__(width, experts, noise=noise, std=std, generator=generator)
-        if group not in ("image", "batch"):
-            raise ValueError(
-                f"group={group!r} is unknown: tokens compete within an 'image' or within the 'batch'"
-            )
+        check_pool(group)
         if not 0 < choices <= experts:
             raise ValueError(f"choices={choices} must be above 0 and at most experts={experts}")
         self.choices, self.group, self.gate = choices, group, gate
 
+    @classmethod
+    def from_spec(cls, spec: MoESpec, width: int, generator: torch.Generator | None) -> Self:
+        """Makes the router, drawn from the generator."""
+        return cls(
+            width,
+            spec.experts,
+            choices=spec.choices,
+            group=spec.group,
+            gate=spec.gate,
+            noise=spec.noise,
+            std=spec.router_std,
+            generator=generator,
+        )
+
     def forward(self, x: Tensor) -> Routing:
-        """x: (B, N, D) -> a Routing in which every expert serves equally many tokens of each group."""
+        """Lets every expert take equally many tokens of each pool of x, (B, N, D)."""
         b, n, d = x.shape
         probs, logits = self.scores(x.reshape(b * n, d))
-        groups = b if self.group == "image" else 1
-        size = b * n // groups
-        slots = min(size, capacity(self.choices, 1, size, self.experts))
-        scores = probs.view(groups, size, self.experts)
-        taken = (
-            scores.detach().topk(slots, dim=1).indices
-        )  # (G, C, E): which tokens each expert takes
-        chosen = (
-            torch.zeros_like(scores, dtype=torch.bool)
-            .scatter_(1, taken, True)
-            .view(b * n, self.experts)
-        )
+        pools = b if self.group == "image" else 1
+        scores = probs.view(pools, b * n // pools, self.experts)  # (P, T / P, E)
+        slots = self._slots(scores.shape[1])
+        taken = scores.detach().topk(slots, dim=1).indices  # (P, C, E): which tokens
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, taken, True)
+        chosen = chosen.view(b * n, self.experts)
         token, expert = chosen.nonzero(as_tuple=True)
         weight = probs[token, expert]
         if self.gate == "renormalised":
             weight = weight / (probs * chosen).sum(dim=-1)[token]
+        # Experts that did not take a token come last in its list, as -1.
         ranked = probs.detach().masked_fill(~chosen, -1.0).sort(dim=-1, descending=True)
         choice = ranked.indices.masked_fill(ranked.values < 0, -1)
-        return Routing(
-            token, expert, weight, probs, logits, choice, torch.zeros_like(choice[:, 0]), (b, n)
-        )
+        dropped = torch.zeros_like(choice[:, 0])
+        return Routing(token, expert, weight, probs, logits, choice, dropped, (b, n))
+
+    def _slots(self, pool_size: int) -> int:
+        """Computes C, the tokens that each expert takes from a pool."""
+        return min(pool_size, capacity(self.choices, 1, pool_size, self.experts))
+
+    def expert_rows(self, tokens: int, images: int) -> int:
+        """Counts C rows an expert and pool."""
+        pools = images if self.group == "image" else 1
+        return pools * self._slots(tokens // pools) * self.experts
+
+    def experts_per_image(self) -> float | None:
+        """Counts all experts where each image is a pool; in a pool of a batch data decide."""
+        return float(self.experts) if self.group == "image" else None

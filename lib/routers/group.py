@@ -1,26 +1,24 @@
-"""An efficient ensemble of sparse mixtures (E3; Allingham et al. 2022, 2110.03360): one network, M
-predictions.
+"""Routes the members of an efficient ensemble (E3; Allingham et al. 2022, 2110.03360), each among
+the experts of its own group.
 
-The experts of each MoE layer are split into M groups of E / M. The batch is tiled M times before
-the first MoE layer, member m is routed among the experts of group m alone, and the members' class
-probabilities are averaged. Patches, attention and all blocks before the first MoE layer are shared,
-so the stored size is that of one model.
-
-Axis letters: **M** members, **B** images, **N** tokens of an image, **C** classes, **E** experts,
-**D** width, **K** experts a token; **R** rows that a router decides on, M*B*N or M*B.
+Axis letters: **M** members, **B** images, **N** tokens of an image, **E** experts, **D** width,
+**K** experts a token; **R** rows that a router decides on, M*B*N or M*B.
 """
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor
 
+from .base import Router
 from .top_k import TopKRouter
 
 
 class GroupRouter(TopKRouter):
-    """A top-k router whose rows come from M members, one after another, each restricted to the
-    experts of its group.
+    """Chooses for the rows of M members, one after another, among the experts of each member's
+    group.
 
     `group`: (E,) member that each expert belongs to. A member's probabilities are the softmax over
     its group and zero elsewhere, as M routers of E / M rows each would give (the paper's form).
@@ -32,9 +30,8 @@ class GroupRouter(TopKRouter):
         self.register_buffer("group", torch.arange(members).repeat_interleave(experts // members))
 
     @classmethod
-    def of(cls, router: TopKRouter, members: int) -> GroupRouter:
-        """The same router, its parameter included, with the experts split into `members` runs of
-        equal length."""
+    def of(cls, router: TopKRouter, members: int) -> Self:
+        """Makes the same router, parameter included, with the experts split into equal groups."""
         out = cls.like(router, members)
         out.group = torch.arange(members, device=router.weight.device).repeat_interleave(
             router.experts // members
@@ -42,11 +39,35 @@ class GroupRouter(TopKRouter):
         return out
 
     def reachable(self, rows: int) -> Tensor:
-        """(R, E) which experts each row may reach. ValueError if R is no multiple of M."""
+        """Says which experts each of R rows may reach, (R, E).
+
+        Raises ValueError if R is no multiple of M.
+        """
         if rows % self.members:
             raise ValueError(
-                f"{rows} rows do not split among {self.members} members: run the model inside its Ensemble, which "
-                "tiles the batch"
+                f"{rows} rows do not split among {self.members} members: "
+                "run the model inside its Ensemble, which tiles the batch"
             )
         members = torch.arange(self.members, device=self.group.device)
         return (members.unsqueeze(1) == self.group).repeat_interleave(rows // self.members, dim=0)
+
+
+def check_members(name: str, router: Router, members: int) -> None:
+    """Raises ValueError if the router of layer `name` cannot be split among M members."""
+    if type(router) is not TopKRouter:
+        raise ValueError(
+            f"{name} has a {type(router).__name__}: "
+            "members are told apart by a mask on the logits of a TopKRouter"
+        )
+    if members < 1 or router.experts % members:
+        valid = [m for m in range(1, router.experts + 1) if router.experts % m == 0]
+        raise ValueError(
+            f"members={members} does not divide the {router.experts} experts of {name}: "
+            f"valid is {', '.join(map(str, valid))}"
+        )
+    if router.top_k > router.experts // members:
+        raise ValueError(
+            f"{name} sends a token to top_k={router.top_k} experts, a group has "
+            f"{router.experts // members} ({router.experts} experts, members={members}): "
+            "lower one of the two"
+        )

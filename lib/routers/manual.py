@@ -1,22 +1,24 @@
 """Sends each image to the expert that its class is mapped to, by hand (Durham report, Table 6).
 
-Axis letters: **B** images, **N** tokens of an image, **E** experts.
+Axis letters: **B** images, **N** tokens of an image, **D** width, **E** experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from .base import Routing, assign
+from ..spec import MoESpec
+from .base import Router, Routing, fixed
 
 
-class ManualRouter(nn.Module):
-    """Experts by hand: all tokens of an image go to the expert that its class is mapped to (Durham
-    report, Table 6).
+class ManualRouter(Router):
+    """Sends all tokens of an image to the expert that its class is mapped to (Durham report, Table
+    6).
 
     experts_of: {class: expert}. The classes of a batch are handed over by whoever runs the model:
 
@@ -25,24 +27,32 @@ class ManualRouter(nn.Module):
     """
 
     def __init__(self, experts: int, experts_of: dict[int, int]):
-        super().__init__()
+        super().__init__(experts)
         if not experts_of or set(experts_of.values()) - set(range(experts)):
             raise ValueError(f"the map {experts_of} must send classes to experts 0..{experts - 1}")
         if sorted(experts_of) != list(range(len(experts_of))):
             absent = sorted(set(range(max(experts_of) + 1)) - set(experts_of))
             raise ValueError(
-                f"the map has no expert for class {', '.join(map(str, absent))}: every class needs one"
+                f"the map has no expert for class {', '.join(map(str, absent))}: "
+                "every class needs one"
             )
-        self.experts, self.top_k = experts, 1
+        self.top_k = 1
         self.register_buffer("table", torch.tensor([experts_of[c] for c in range(len(experts_of))]))
         self._labels: Tensor | None = None
 
+    @classmethod
+    def from_spec(cls, spec: MoESpec, width: int, generator: torch.Generator | None) -> Self:
+        """Makes the router; draws nothing."""
+        experts_of = {c: expert for expert, classes in enumerate(spec.groups) for c in classes}
+        return cls(spec.experts, experts_of)
+
     @contextmanager
     def given(self, labels: Tensor) -> Iterator[None]:
-        """labels: (B,) classes of the images that run inside."""
+        """Tells the router the (B,) classes of the images that run inside."""
         if labels.numel() and int(labels.max()) >= self.table.numel():
             raise ValueError(
-                f"class {int(labels.max())} is not in the map, which ends at class {self.table.numel() - 1}"
+                f"class {int(labels.max())} is not in the map, which ends at class "
+                f"{self.table.numel() - 1}"
             )
         self._labels = labels
         try:
@@ -51,22 +61,31 @@ class ManualRouter(nn.Module):
             self._labels = None
 
     def forward(self, x: Tensor) -> Routing:
-        """x: (B, N, D) -> one decision an image, with weight one."""
+        """Decides for each image of x, (B, N, D), with weight one."""
         b, n, _ = x.shape
         if self._labels is None or self._labels.shape != (b,):
             raise RuntimeError(
-                "manual routing needs the classes of this batch: run the model inside `with router.given(labels)`"
+                "manual routing needs the classes of this batch: "
+                "run the model inside `with router.given(labels)`"
             )
-        choice = self.table[self._labels].unsqueeze(1)
-        probs = torch.nn.functional.one_hot(choice[:, 0], self.experts).float()
-        return assign(
-            choice, torch.ones(b, 1, device=x.device), probs, torch.zeros_like(probs), (b, n)
-        )
+        return fixed(self.table[self._labels].unsqueeze(1), self.experts, (b, n))
+
+    def expert_rows(self, tokens: int, images: int) -> int:
+        """Counts every token once."""
+        return tokens
+
+    def experts_per_image(self) -> float:
+        """Counts the one expert of its class."""
+        return 1.0
+
+    def decision_macs(self, tokens: int, images: int) -> int:
+        """Counts nothing: a decision is a look at a table."""
+        return 0
 
 
 @contextmanager
 def labelled(model: nn.Module, labels: Tensor) -> Iterator[None]:
-    """Inside, all manual routers of a model know the (B,) classes of the images that run."""
+    """Tells all manual routers of a model the (B,) classes of the images that run inside."""
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, ManualRouter):

@@ -12,7 +12,7 @@ from .hard import HardRouter
 
 
 class PredictorRouter(HardRouter):
-    """Two linear maps with tanh between, trained to predict which groups of neurons respond
+    """Predicts which groups of neurons respond, by two linear maps with tanh between
     (MoEfication)."""
 
     def __init__(self, width: int, experts: int, top_k: int):
@@ -20,6 +20,6 @@ class PredictorRouter(HardRouter):
         self.fc1, self.fc2 = nn.Linear(width, experts), nn.Linear(experts, experts)
 
     def scores(self, rows: Tensor) -> Tensor:
-        """rows: (T, D) -> (T, E)."""
+        """Predicts the responses to rows, (T, D): (T, E)."""
         hidden = F.linear(rows, self.fc1.weight.float(), self.fc1.bias.float()).tanh()
         return F.linear(hidden, self.fc2.weight.float(), self.fc2.bias.float())

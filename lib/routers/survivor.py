@@ -1,16 +1,12 @@
-"""Dropping experts during one finetuning run (Chen et al. 2022, 2206.00277), until each MoE layer
-has one.
+"""Routes among the experts that are still alive while experts are dropped during a finetuning run
+(Chen et al. 2022, 2206.00277).
 
-    drop = ProgressiveDrop(model, steps)
-    ... after step t:  drop.after(t, tape)
-    drop.finish()
-
-While it runs, dropped experts are masked in the router and keep their place, so that the optimiser
-goes on as it is; at the end they are removed. Axis letters: **A** assignments, **E** experts of a
-layer.
+Axis letters: **E** experts of a layer.
 """
 
 from __future__ import annotations
+
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -19,11 +15,14 @@ from .top_k import TopKRouter
 
 
 class SurvivorRouter(TopKRouter):
-    """A top-k router whose softmax and choice are over the experts that are `alive`, (E,) bool."""
+    """Chooses, and takes the softmax, among the experts that are `alive`, (E,) bool.
+
+    Dropped experts are masked and keep their place, so that the optimiser goes on as it is.
+    """
 
     @classmethod
-    def of(cls, router: TopKRouter) -> SurvivorRouter:
-        """The same router, its parameter included, with all experts alive."""
+    def of(cls, router: TopKRouter) -> Self:
+        """Makes the same router, parameter included, with all experts alive."""
         out = cls.like(router)
         out.register_buffer(
             "alive", torch.ones(router.experts, dtype=torch.bool, device=router.weight.device)
@@ -31,5 +30,5 @@ class SurvivorRouter(TopKRouter):
         return out
 
     def reachable(self, rows: int) -> Tensor:
-        """(E,) the same for all rows."""
+        """Says which experts are alive, (E,), the same for all rows."""
         return self.alive

@@ -6,14 +6,17 @@ or B), **D** width, **E** experts, **K** experts per token.
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor
 
+from ..spec import MoESpec
 from .base import LinearRouter, Routing, assign
 
 
 class TopKRouter(LinearRouter):
-    """Linear router with softmax and top-k choice, for each token or for each image.
+    """Chooses the K experts with the largest softmax probability, for each token or each image.
 
     Token level (V-MoE 2106.05974; Switch 2101.03961) reads every token; image level (ViMoE, section
     3.1) reads the class token of the normed MLP input, or the mean token, and its decision is
@@ -49,23 +52,48 @@ class TopKRouter(LinearRouter):
         # 2408.15664).
         self.register_buffer("choice_bias", torch.zeros(experts))
 
+    @classmethod
+    def from_spec(cls, spec: MoESpec, width: int, generator: torch.Generator | None) -> Self:
+        """Makes the router, drawn from the generator."""
+        return cls(
+            width,
+            spec.experts,
+            spec.top_k,
+            per_image=spec.per_image,
+            pool=spec.pool,
+            gate=spec.gate,
+            capacity_factor=spec.capacity_factor,
+            batch_priority=spec.batch_priority,
+            noise=spec.noise,
+            std=spec.router_std,
+            generator=generator,
+        )
+
     def forward(self, x: Tensor) -> Routing:
-        """x: (B, N, D) input of the MLP -> the Routing of its T = B*N tokens."""
+        """Decides on x, (B, N, D), token by token or image by image."""
         b, n, d = x.shape
         if self.per_image:
             rows = x[:, 0] if self.pool == "class" else x.mean(dim=1)
         else:
             rows = x.reshape(b * n, d)
-        probs, logits = self.scores(rows)
+        return self.route(*self.scores(rows), (b, n))
+
+    def route(self, probs: Tensor, logits: Tensor, shape: tuple[int, int]) -> Routing:
+        """Chooses and weighs experts by probs, (R, E), as this router's options say.
+
+        logits: (R, E) that the Routing keeps for losses; shape: (B, N).
+        """
         choice = self.choose(probs)
         weight = self.weigh(probs.gather(1, choice))
         first = probs.detach().amax(dim=-1) if self.batch_priority else None
-        return assign(choice, weight, probs, logits, (b, n), self.capacity_factor, first)
+        return assign(choice, weight, probs, logits, shape, self.capacity_factor, first)
 
     @classmethod
-    def like(cls, router: TopKRouter, *sizes: int) -> TopKRouter:
-        """A router of this class with the parameter, bias and options of `router`. sizes: what its
-        class asks for beyond K."""
+    def like(cls, router: TopKRouter, *sizes: int) -> Self:
+        """Makes a router of this class with the parameter, bias and options of `router`.
+
+        sizes: what its class asks for beyond K.
+        """
         options = {
             name: getattr(router, name)
             for name in (
@@ -84,23 +112,35 @@ class TopKRouter(LinearRouter):
         return out.train(router.training)
 
     def choose(self, probs: Tensor) -> Tensor:
-        """probs: (R, E) -> (R, K) chosen experts, best first; a choice bias cannot lead out of
-        those that a row may reach."""
-        score, mine = probs.detach() + self.choice_bias, self.reachable(len(probs))
-        return (
-            (score if mine is None else score.masked_fill(~mine, -torch.inf))
-            .topk(self.top_k, dim=-1)
-            .indices
-        )
+        """Chooses the K experts of each row, best first: probs, (R, E) -> (R, K).
+
+        A choice bias cannot lead out of the experts that a row may reach.
+        """
+        biased, reachable = probs.detach() + self.choice_bias, self.reachable(len(probs))
+        if reachable is not None:
+            biased = biased.masked_fill(~reachable, -torch.inf)
+        return biased.topk(self.top_k, dim=-1).indices
 
     def weigh(self, gates: Tensor) -> Tensor:
-        """gates: (R, K) probabilities of the chosen experts -> (R, K) factors on their outputs, as
-        `gate` says."""
+        """Turns the probabilities of the chosen experts, (R, K), into factors on their outputs,
+        (R, K), as `gate` says."""
         if self.gate == "printed":
             return gates
         if self.top_k == 1:
             return gates / gates.detach()
         return gates / gates.sum(dim=-1, keepdim=True)
+
+    def expert_rows(self, tokens: int, images: int) -> int:
+        """Counts every token once for each of its K experts."""
+        return tokens * self.top_k
+
+    def experts_per_image(self) -> int | None:
+        """Counts K where all tokens of an image share a decision or pass all; else data decide."""
+        return self.top_k if self.per_image or self.top_k == self.experts else None
+
+    def decision_macs(self, tokens: int, images: int) -> int:
+        """Counts one product with the weight a decision."""
+        return super().decision_macs(images if self.per_image else tokens, images)
 
     def extra_repr(self) -> str:
         level = f"image ({self.pool} token)" if self.per_image else "token"

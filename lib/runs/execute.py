@@ -180,9 +180,7 @@ def _run(
         with paths.written_whole(states / f"{spec.id}.safetensors") as part:
             save_file({name: tensor.contiguous().cpu() for name, tensor in state.items()}, part)
     timing |= {"eval_images_per_s": result.images_per_s, "peak_rss_mib": clock.peak_rss_mib()}
-    by_token = bool(blocks) and (
-        spec.moe is None or spec.moe.router in ("token", "expert_choice", "priority")
-    )
+    by_token = cost.needs_measured_experts(model)
     shared = sum(getattr(layer, "shared", None) is not None for layer in RoutingTape(model).layers)
     touched = sum(row["experts_per_image"] for row in body["moe"]) + shared if by_token else None
     loads = [row["load"] for row in body["moe"]] if spec.extracted else None

@@ -17,12 +17,13 @@ from .backbone import BackboneSpec
 from .base import Positive, Share, Spec
 from .data import DataSpec, class_groups
 from .extraction import CalibrationSpec, ClusterSpec, CorrectionSpec, ExtractSpec, NeuronSpec
-from .moe import MoESpec
+from .moe import ROUTERS, MoESpec, RouterWord
 from .pruning import DropSpec, PruneSpec
 from .run import RunSpec
 from .training import MaskSpec, TrainSpec
 
 __all__ = [
+    "ROUTERS",
     "BackboneSpec",
     "CalibrationSpec",
     "ClusterSpec",
@@ -35,6 +36,7 @@ __all__ = [
     "NeuronSpec",
     "Positive",
     "PruneSpec",
+    "RouterWord",
     "RunSpec",
     "Share",
     "Spec",

@@ -2,27 +2,60 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from .base import Positive, Share, Spec
 
 
+@dataclass(frozen=True)
+class RouterWord:
+    """Says what a specification must know of a router; its class stands in `lib.routers`."""
+
+    # of the fields of MoESpec and TrainSpec that not every router understands, those that it does
+    takes: frozenset[str]
+    needs: frozenset[str] = frozenset()  # of these the ones that have no default
+    learns: bool = True  # False: it has nothing that an auxiliary loss could teach
+    per_image: bool = False  # one decision for all tokens of an image
+    every_expert: bool = False  # top_k must be E
+
+
+_LAYER = frozenset({"shared", "expert_dropout"})
+_GATE = _LAYER | {"gate", "noise", "router_std"}
+_TOP_K = _GATE | {"top_k", "bias_rate"}  # bias_rate: balance='loss_free'
+_COMPETE = {"compete_rate", "compete_weight"}
+_CAPACITY = {"capacity_factor", "batch_priority"}
+
+# Every router: its word in a spec, and what may be said of it there.
+ROUTERS: dict[str, RouterWord] = {
+    "token": RouterWord(_TOP_K | _CAPACITY | _COMPETE | {"members", "single_expert_at"}),
+    "image": RouterWord(_TOP_K | {"pool"}, per_image=True),
+    "all": RouterWord(_LAYER | {"gate", "top_k"}, learns=False, every_expert=True),
+    "expert_choice": RouterWord(_GATE | {"choices", "group"}),
+    "priority": RouterWord(_GATE | {"group"}),
+    "manual": RouterWord(
+        _LAYER | {"groups"}, needs=frozenset({"groups"}), learns=False, per_image=True
+    ),
+    "soft": RouterWord(frozenset({"slots"})),
+}
+
+
 class MoESpec(Spec):
-    """MoE layers in place of the MLPs of the last `layers` blocks, or of named ones (ViMoE, section
-    3; `semantics` guards its meaning)."""
+    """Describes the MoE layers that stand in the place of MLPs, and how their routers are balanced.
+
+    ViMoE, section 3; `semantics` guards its meaning.
+    """
 
     layers: Positive = 1  # L: blocks counted from the last one
     # numbers of the L blocks, 1 at the input, rising; None = the last ones
     blocks: tuple[Positive, ...] | None = None
     experts: Positive = 8  # E, the shared expert not counted
     top_k: Positive = 1  # K
-    router: Literal["token", "image", "all", "expert_choice", "priority", "manual", "soft"] = (
-        "image"
-    )
-    # image: one decision from the class token; all: no router; token with top_k = experts: the
+    # image: one decision from the class token; all: no choice; token with top_k = experts: the
     # dense softmax mixture
+    router: Literal[tuple(ROUTERS)] = "image"
     # what an image-level router reads; mean for models without class token
     pool: Literal["class", "mean"] = "class"
     shared: bool = False  # one more expert that every token passes, added with weight 1
@@ -45,9 +78,9 @@ class MoESpec(Spec):
     # expert_choice: experts that a token gets on average
     choices: Annotated[float, Field(gt=0)] = 1.0
     slots: Positive = 1  # soft: slots an expert
-    # manual: the classes of each expert, in the order of the experts experts drawn anew instead of
-    # copied; copies stay alike where nothing tells them apart
+    # manual: the classes of each expert, in the order of the experts
     groups: tuple[tuple[int, ...], ...] | None = None
+    # experts drawn anew instead of copied; copies stay alike where nothing tells them apart
     fresh_experts: bool = False
     # normal noise on copied experts, in standard deviations of each weight
     copy_noise: Annotated[float, Field(ge=0)] = 0.0
@@ -71,79 +104,134 @@ class MoESpec(Spec):
     # with compete_rate: of the loss that pulls the router after them
     compete_weight: Annotated[float, Field(ge=0)] = 1.0
 
+    @property
+    def learns(self) -> bool:
+        """Says whether the router has weights that training moves."""
+        return ROUTERS[self.router].learns
+
+    @property
+    def per_image(self) -> bool:
+        """Says whether one decision serves all tokens of an image."""
+        return ROUTERS[self.router].per_image
+
+    @property
+    def reads_class_token(self) -> bool:
+        """Says whether the router decides from the class token, which a model may lack."""
+        return self.takes("pool") and self.pool == "class"
+
+    def takes(self, field: str) -> bool:
+        """Says whether the router understands a field that only some routers do."""
+        return field in ROUTERS[self.router].takes
+
     @model_validator(mode="after")
-    def _consistent(self):
+    def _layers_fit(self):
         if self.top_k > self.experts:
             raise ValueError(
-                f"top_k={self.top_k} needs at least {self.top_k} experts, got experts={self.experts}"
+                f"top_k={self.top_k} needs at least {self.top_k} experts, "
+                f"got experts={self.experts}"
             )
         if self.blocks is not None and (
             list(self.blocks) != sorted(set(self.blocks)) or len(self.blocks) != self.layers
         ):
             raise ValueError(
-                f"blocks={self.blocks} must be layers={self.layers} different numbers in rising order"
-            )
-        if self.balance_weights is not None and (
-            len(self.balance_weights) != self.layers or self.balance != "switch"
-        ):
-            raise ValueError(
-                f"balance_weights has {len(self.balance_weights)} values: it takes layers={self.layers}, with "
-                f"balance='switch', got balance={self.balance!r}"
+                f"blocks={self.blocks} must be layers={self.layers} different numbers "
+                "in rising order"
             )
         if self.copy_noise and self.fresh_experts:
             raise ValueError(
                 "copy_noise is added to copies; fresh_experts=True makes none: set one of them"
             )
-        if self.router == "all" and self.top_k != self.experts:
+        return self
+
+    @model_validator(mode="after")
+    def _router_takes_what_is_set(self):
+        for name, default in options_without(self.router).items():
+            if getattr(self, name) != default:
+                takers = [word for word, router in ROUTERS.items() if name in router.takes]
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is for router={_either(takers)}; "
+                    f"router={self.router!r} does not take it: leave it at {default!r}"
+                )
+        for name in ROUTERS[self.router].needs:
+            if getattr(self, name) is None:
+                raise ValueError(f"router={self.router!r} needs {name}, got None: set it")
+        if ROUTERS[self.router].every_expert and self.top_k != self.experts:
             raise ValueError(
-                f"router='all' sends each token to every expert: set top_k={self.experts}, got {self.top_k}"
+                f"router={self.router!r} sends each token to every expert: "
+                f"set top_k={self.experts}, got {self.top_k}"
             )
-        if self.router == "all" and self.balance == "loss_free":
-            raise ValueError(
-                "balance='loss_free' moves a router's choice; router='all' has none: set balance='none'"
-            )
-        if self.capacity_factor is not None and self.router != "token":
-            raise ValueError(
-                f"capacity_factor is for router='token'; router={self.router!r} never drops tokens"
-            )
+        return self
+
+    @model_validator(mode="after")
+    def _options_fit_each_other(self):
         if self.batch_priority and self.capacity_factor is None:
             raise ValueError(
                 "batch_priority=True orders tokens for full experts: it needs a capacity_factor"
             )
         if self.choices > self.experts:
             raise ValueError(
-                f"choices={self.choices} is more than experts={self.experts}: a token cannot have an expert twice"
-            )
-        if self.router in ("priority", "manual") and self.top_k != 1:
-            raise ValueError(
-                f"router={self.router!r} gives a token one expert: set top_k=1, got {self.top_k}"
-            )
-        if (self.router == "manual") != (self.groups is not None):
-            raise ValueError(
-                "groups, the classes of each expert, go with router='manual' and with no other"
+                f"choices={self.choices} is more than experts={self.experts}: "
+                "a token cannot have an expert twice"
             )
         if self.groups is not None and len(self.groups) != self.experts:
             raise ValueError(f"groups names {len(self.groups)} experts, experts={self.experts}")
-        if self.balance == "loss_free" and self.router not in ("token", "image"):
+        if self.members > 1 and (self.experts % self.members or self.compete_rate):
             raise ValueError(
-                f"balance='loss_free' moves a top-k choice; router={self.router!r} has none"
-            )
-        if self.router == "soft" and (self.shared or self.expert_dropout):
-            raise ValueError("router='soft' has no shared expert and no expert_dropout")
-        if self.members > 1 and (
-            self.router != "token" or self.experts % self.members or self.compete_rate
-        ):
-            raise ValueError(
-                f"members={self.members} must divide experts={self.experts}, with router='token', no compete_rate, "
-                f"got {self.router!r}"
+                f"members={self.members} must divide experts={self.experts}, "
+                f"with no compete_rate, got compete_rate={self.compete_rate}"
             )
         if self.top_k > self.experts // self.members:
             raise ValueError(
-                f"top_k={self.top_k} is more than the {self.experts // self.members} experts of each of "
-                f"members={self.members}"
+                f"top_k={self.top_k} is more than the {self.experts // self.members} experts "
+                f"of each of members={self.members}"
             )
-        if self.compete_rate is not None and (self.router != "token" or self.noise):
+        if self.compete_rate is not None and self.noise:
             raise ValueError(
-                "compete_rate compares responses to single tokens, without noise: set router='token', noise=0"
+                "compete_rate compares responses to single tokens, without noise: set noise=0, "
+                f"got noise={self.noise}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _balance_fits(self):
+        if self.balance_weights is not None and (
+            len(self.balance_weights) != self.layers or self.balance != "switch"
+        ):
+            raise ValueError(
+                f"balance_weights has {len(self.balance_weights)} values: it takes "
+                f"layers={self.layers}, with balance='switch', got balance={self.balance!r}"
+            )
+        if self.balance == "loss_free" and not self.takes("bias_rate"):
+            raise ValueError(
+                f"balance='loss_free' moves a top-k choice; router={self.router!r} has none: "
+                "set balance='none'"
+            )
+        asked = [
+            name
+            for name in ("z_weight", "sharpness_weight", "variation_weight")
+            if getattr(self, name)
+        ]
+        if not self.learns and (asked or self.balance != "none"):
+            raise ValueError(
+                f"router={self.router!r} has nothing to learn, so no auxiliary loss can teach it: "
+                "set balance='none', and leave z_weight, sharpness_weight and variation_weight "
+                f"at 0; got balance={self.balance!r}"
+                + "".join(f", {name}={getattr(self, name)}" for name in asked)
+            )
+        return self
+
+
+def options_without(word: str) -> dict[str, Any]:
+    """Lists the options of MoESpec that a router does not take, with their defaults."""
+    options = frozenset().union(*(router.takes for router in ROUTERS.values()))
+    return {
+        name: field.get_default()
+        for name, field in MoESpec.model_fields.items()
+        if name in options and name not in ROUTERS[word].takes
+    }
+
+
+def _either(words: list[str]) -> str:
+    """Lists words as "'a', 'b' or 'c'"."""
+    quoted = [repr(word) for word in words]
+    return " or ".join([", ".join(quoted[:-1]), quoted[-1]] if quoted[1:] else quoted)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .extraction import ExtractSpec
+from .moe import options_without
 from .run import RunSpec
 from .training import MaskSpec
 
@@ -53,14 +54,14 @@ def warmed_up(run: RunSpec, groups: Sequence[Sequence[int]], share: float) -> Ru
     share: of the run's passes that the warm-up takes. What `run` prunes is cut before the warm-up.
     """
     epochs = run.train.epochs
-    by_class = {
+    by_class = options_without("manual") | {
         "router": "manual",
-        "top_k": 1,
         "groups": tuple(map(tuple, groups)),
         "balance": "none",
         "balance_weights": None,
-        "capacity_factor": None,
-        "batch_priority": False,
+        "z_weight": 0.0,
+        "sharpness_weight": 0.0,
+        "variation_weight": 0.0,
     }
     first = run.but(moe=by_class, train={"epochs": epochs * share})
     return run.but(init=first, prune=None, train={"epochs": epochs * (1 - share)})

@@ -159,7 +159,7 @@ class RunSpec(Spec):
             and self.train.single_expert_at
             and (
                 self.moe is None
-                or self.moe.router != "token"
+                or not self.moe.takes("single_expert_at")
                 or self.moe.members > 1
                 or self.moe.top_k > 1
                 or self.train.ema

@@ -1,4 +1,7 @@
-"""What is minimised: the task's loss, the auxiliary losses on routings, and the distilled gates."""
+"""What is minimised: the task's loss, the auxiliary losses on routings, and the distilled gates.
+
+Axis letters: **B** images, **M** members of an ensemble, **L** MoE layers.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,10 @@ from .bfloat16 import products
 
 @contextlib.contextmanager
 def autocast(spec: RunSpec):
-    """The arithmetic that the spec names: weights stay float32, bfloat16 applies to matrix products
-    and activations."""
+    """Switches to the arithmetic that the spec names, inside.
+
+    Weights stay float32; bfloat16 applies to matrix products and activations.
+    """
     with (
         products(spec),
         torch.autocast(spec.device, dtype=torch.bfloat16, enabled=spec.dtype == "bfloat16"),
@@ -38,39 +43,41 @@ def losses(
     tape: RoutingTape,
     teacher: nn.Module | None = None,
 ) -> dict[str, Tensor]:
-    """The parts of the training loss, and their sum under `loss`. teacher: the dense parent, where
-    gates are distilled.
+    """Computes the parts of the training loss, and their weighted sum under `loss`.
 
-    An ensemble's loss is the mean of its members' losses.
+    images: (B, channels, height, width); labels: (B,). teacher: the parent, where its gates or
+    logits are distilled. An ensemble's loss is the mean of its members' losses.
     """
     with tape, autocast(spec), labelled(model, labels):
         out = model.members(images).flatten(0, 1) if isinstance(model, Ensemble) else model(images)
     if spec.train.mask is not None:
         parts = {"task_loss": out.loss}
     else:
-        wanted = labels.repeat(len(out) // len(labels))
-        parts = {
-            "task_loss": F.cross_entropy(
-                out.float(), wanted, label_smoothing=spec.train.label_smoothing
-            )
-        }
+        targets = labels.repeat(len(out) // len(labels))  # once for each member: (M*B,)
+        smoothing = spec.train.label_smoothing
+        task_loss = F.cross_entropy(out.float(), targets, label_smoothing=smoothing)
+        parts = {"task_loss": task_loss}
     total = parts["task_loss"]
     if spec.train.distil_logits:
         with torch.no_grad(), autocast(spec):
-            wanted = teacher(images).float()
-        mine, theirs = out.float().log_softmax(dim=-1), wanted.log_softmax(dim=-1)
-        parts["distil_loss"] = F.kl_div(mine, theirs, reduction="batchmean", log_target=True)
+            teacher_log_probs = teacher(images).float().log_softmax(dim=-1)
+        parts["distil_loss"] = F.kl_div(
+            out.float().log_softmax(dim=-1),
+            teacher_log_probs,
+            reduction="batchmean",
+            log_target=True,
+        )
         total = torch.lerp(total, parts["distil_loss"], spec.train.distil_logits)
-    if spec.moe is not None and spec.moe.router not in ("all", "manual"):
+    if spec.moe is not None and spec.moe.learns:
         routings = tape.routings()
         parts["balance_loss"] = torch.stack([switch_loss(routing) for routing in routings]).mean()
-        if spec.moe.router in ("token", "expert_choice", "priority"):
+        if not any(routing.per_image for routing in routings):
             parts["batch_variation"] = torch.stack(
                 [batch_variation(routing) for routing in routings]
             ).mean()
-        for weights, each in _auxiliary(spec.moe):
-            found = torch.stack([each(routing) for routing in routings])
-            total = total + (found * found.new_tensor(weights)).sum()
+        for weights, auxiliary_loss in _auxiliary(spec.moe):
+            loss_of_layer = torch.stack([auxiliary_loss(routing) for routing in routings])  # (L,)
+            total = total + (loss_of_layer * loss_of_layer.new_tensor(weights)).sum()
         if spec.train.distil != "none":
             parts["distil_loss"] = _distilled(routings, teacher, images, spec)
             total = total + parts["distil_loss"]
@@ -78,8 +85,10 @@ def losses(
 
 
 def _auxiliary(moe: MoESpec) -> list[tuple[float | tuple[float, ...], Callable]]:
-    """(weight, loss) of the auxiliary losses in force; each is summed over the MoE layers, with one
-    weight or one a layer."""
+    """Lists (weight, loss) of the auxiliary losses in force.
+
+    Each is summed over the MoE layers, with one weight for all or one a layer.
+    """
     balance = moe.balance_weights or moe.balance_weight
     listed = [
         (balance if moe.balance == "switch" else 0.0, switch_loss),
@@ -92,20 +101,20 @@ def _auxiliary(moe: MoESpec) -> list[tuple[float | tuple[float, ...], Callable]]
 
 
 def _distilled(routings: list, teacher: nn.Module, images: Tensor, spec: RunSpec) -> Tensor:
-    """Mean over layers of the cross-entropy to the teacher's choice, or of the divergence from its
-    probabilities, in nats.
+    """Computes the mean over layers of the cross-entropy to the teacher's choice, or of the
+    divergence from its probabilities, in nats.
 
     The teacher sees the same images through its own layers, so the target is what the dense model
     decides.
     """
     with torch.no_grad(), RoutingTape(teacher) as tape, autocast(spec):
         teacher(images)
-    found = []
-    for mine, theirs in zip(routings, tape.routings(), strict=True):
+    loss_of_layer = []
+    for student, target in zip(routings, tape.routings(), strict=True):
         if spec.train.distil == "choice":
-            found.append(F.cross_entropy(mine.logits, theirs.probs.argmax(dim=-1)))
+            loss = F.cross_entropy(student.logits, target.probs.argmax(dim=-1))
         else:
-            found.append(
-                F.kl_div(mine.logits.log_softmax(dim=-1), theirs.probs, reduction="batchmean")
-            )
-    return torch.stack(found).mean()
+            log_probs = student.logits.log_softmax(dim=-1)
+            loss = F.kl_div(log_probs, target.probs, reduction="batchmean")
+        loss_of_layer.append(loss)
+    return torch.stack(loss_of_layer).mean()

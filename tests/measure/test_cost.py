@@ -13,6 +13,7 @@ from lib.measure import cost, timing
 from lib.models.experts import Experts
 from lib.models.moe import MoELayer, RoutingTape
 from lib.models.upcycle import upcycle
+from lib.pruning.neurons.scores import forced
 from lib.spec import MoESpec
 from lib.verdicts import papers
 
@@ -32,7 +33,8 @@ def moe_of(row):
     if not row["layers"]:
         return {}
     if row.get("kind") == "dense":
-        return {"layers": row["layers"], "experts": 2, "top_k": 2, "router": "all"}
+        dense = {"router": "all", "balance": "none"}
+        return {"layers": row["layers"], "experts": 2, "top_k": 2} | dense
     return {
         "layers": row["layers"],
         "experts": int(row["experts"]),
@@ -151,6 +153,43 @@ def test_token_routing_leaves_active_open():
         cost.count(vit_s14(layers=2, experts=8, router="token"), 224, experts_per_image=17)
 
 
+@pytest.mark.parametrize(
+    "moe, open_to_data",
+    [
+        ({"router": "token"}, True),
+        ({"router": "token", "top_k": 3}, False),  # all of them
+        ({"router": "image"}, False),
+        ({"router": "all", "top_k": 3, "balance": "none"}, False),
+        ({"router": "expert_choice"}, False),  # each expert takes tokens of each image
+        ({"router": "expert_choice", "group": "batch"}, True),
+        ({"router": "priority"}, True),
+        ({"router": "manual", "groups": ((0,), (1,), (2,)), "balance": "none"}, False),
+        ({"router": "soft"}, False),
+    ],
+)
+def test_whose_touched_experts_must_be_measured(moe, open_to_data):
+    with torch.device("meta"):
+        model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
+        assert not cost.needs_measured_experts(model)
+        upcycle(model, MoESpec(layers=2, experts=3, **moe))
+    assert cost.needs_measured_experts(model) == open_to_data
+    got = cost.count(model, 32, images=2)
+    if open_to_data:
+        with pytest.raises(ValueError, match="experts_per_image"):
+            _ = got.params_active
+        got = cost.count(model, 32, images=2, experts_per_image=4.0)
+    assert got.params_active <= got.params_stored
+
+
+def test_tokens_forced_to_one_expert_cost_what_a_dense_model_costs():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
+    dense = cost.count(model, 32)
+    upcycle(model, MoESpec(layers=1, experts=3, router="token"))
+    with forced(model, 1):
+        got = cost.count(model, 32)
+    assert (got.macs, got.params_active) == (dense.macs, dense.params_active)
+
+
 DENSE = [
     "vit_tiny_patch16_224",
     "deit_tiny_distilled_patch16_224",
@@ -205,7 +244,7 @@ def test_moe_layers_off_the_plain_vit(name):
     "moe, rows, touched",
     [
         (
-            {"router": "all", "top_k": 3, "gate": "renormalised"},
+            {"router": "all", "top_k": 3, "gate": "renormalised", "balance": "none"},
             3 * 17,
             3,
         ),  # every expert as often: the mean is exact

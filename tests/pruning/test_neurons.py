@@ -367,7 +367,7 @@ def test_kept_number(count, share, kept):
         ),
         (
             lambda m: forced(build(moe=moe(router="soft")), 0).__enter__(),
-            r"blocks.1.mlp \(SoftMoELayer\) has no router",
+            "blocks.1.mlp has a SoftRouter, which sends no token to an expert",
         ),
         (lambda m: class_groups(0, 4), "classes=0 over experts=4"),
         (

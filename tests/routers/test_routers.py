@@ -1,21 +1,29 @@
-"""Routing strategies and the losses on them, by hand: two images, three tokens each, two experts."""
+"""Routing strategies and the losses on them, by hand: two images, three tokens each, two experts.
+
+And the contract that all routers fulfil."""
 
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from lib.models.balance import batch_variation, sharpness_loss, variation_loss
 from lib.models.experts import Experts
-from lib.models.moe import RoutingTape
-from lib.models.soft import SoftMoELayer
-from lib.routers.base import assign
+from lib.models.moe import MoELayer, RoutingTape
+from lib.routers import ROUTER_CLASSES
+from lib.routers.base import Router, assign
+from lib.routers.centroid import CentroidRouter
 from lib.routers.expert_choice import ExpertChoiceRouter
-from lib.routers.manual import ManualRouter
+from lib.routers.forced import ForcedRouter
+from lib.routers.manual import ManualRouter, labelled
 from lib.routers.priority import PriorityRouter, balanced_match
+from lib.routers.soft import SoftRouter
 from lib.routers.top_k import TopKRouter
+from lib.spec import ROUTERS, MoESpec
 
 # (B=2, N=3, D=2); with the identity as router weight, token x has logits x. Differences: 2, -1, 1 |
 # -3, -1, 3.
@@ -167,8 +175,9 @@ def test_manual_routing_follows_labels():
 
 def test_soft_moe_weights_sum_to_one_and_match_the_plain_form():
     experts = Experts(2, 2, 3)
-    layer = SoftMoELayer(experts, slots=2, generator=torch.Generator().manual_seed(0))
-    dispatch, combine = layer.weights(X)
+    router = SoftRouter(2, 2, slots=2, generator=torch.Generator().manual_seed(0))
+    layer = MoELayer(router, experts)
+    dispatch, combine = router.weights(X)
     torch.testing.assert_close(dispatch.sum(dim=1), torch.ones(2, 4))
     torch.testing.assert_close(combine.sum(dim=2), torch.ones(2, 3))
     slots = torch.einsum("bns,bnd->bsd", dispatch, X)
@@ -191,6 +200,131 @@ def test_soft_moe_weights_sum_to_one_and_match_the_plain_form():
         torch.testing.assert_close(layer(X), torch.einsum("bns,bsd->bnd", combine, done))
     [routing] = tape.routings()
     torch.testing.assert_close(routing.probs, combine.view(6, 2, 2).sum(-1))
+
+
+def soft_moe_by_formula(x, phi, scale, experts, slots):
+    """2308.00951, section 2, with normalised tokens and slot vectors, step by step."""
+    b, n, d = x.shape
+    unit = torch.nn.functional.normalize(x.float(), dim=-1)
+    logits = scale * unit @ torch.nn.functional.normalize(phi.float(), dim=0)
+    dispatch, combine = logits.softmax(dim=1), logits.softmax(dim=2)
+    rows = (dispatch.transpose(1, 2) @ x).reshape(-1, d)
+    expert = torch.arange(experts.experts).repeat_interleave(slots).repeat(b).unsqueeze(1)
+    of_slot = torch.nn.functional.one_hot(expert[:, 0], experts.experts).float()
+    routing = assign(
+        expert, torch.ones(expert.shape), of_slot, torch.zeros_like(of_slot), (len(rows), 1)
+    )
+    return combine @ experts(rows, routing).view(b, -1, d)
+
+
+def test_soft_moe_equals_its_formula_in_value_and_gradient():
+    draw = torch.Generator().manual_seed(3)
+    x, target = torch.randn(3, 5, 4, generator=draw), torch.randn(3, 5, 4, generator=draw)
+    layer = MoELayer(
+        SoftRouter(4, 3, slots=2, generator=torch.Generator().manual_seed(0)), Experts(3, 4, 6)
+    )
+    # The one draw of the slot vectors: (D, S), normal with std 1 / sqrt(D).
+    drawn = torch.empty(4, 6).normal_(0.0, 0.5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(layer.router.phi, drawn) and layer.router.scale.item() == 1.0
+    given = x.clone().requires_grad_()
+    out = layer(given)
+    (out * target).sum().backward()
+    found = {name: p.grad.clone() for name, p in layer.named_parameters()} | {"x": given.grad}
+    layer.zero_grad()
+    given = x.clone().requires_grad_()
+    wanted = soft_moe_by_formula(given, layer.router.phi, layer.router.scale, layer.experts, 2)
+    (wanted * target).sum().backward()
+    assert torch.equal(out, wanted)
+    for name, parameter in layer.named_parameters():
+        assert torch.equal(found[name], parameter.grad) and parameter.grad.abs().max() > 0, name
+    assert torch.equal(found["x"], given.grad)
+
+
+# ---- the contract
+
+
+def spec_of(word):
+    """The smallest spec of a word, of two experts."""
+    return MoESpec(
+        router=word,
+        experts=2,
+        top_k=2 if ROUTERS[word].every_expert else 1,
+        groups=((0,), (1,)) if "groups" in ROUTERS[word].needs else None,
+        balance="none",
+    )
+
+
+def test_words_and_classes_go_together():
+    assert ROUTERS.keys() == ROUTER_CLASSES.keys()
+
+
+@pytest.mark.parametrize("word", ROUTERS)
+def test_a_word_says_what_its_router_is(word):
+    spec = spec_of(word)
+    router = ROUTER_CLASSES[word].from_spec(spec, 2, torch.Generator().manual_seed(0))
+    assert isinstance(router, Router) and router.experts == 2
+    assert spec.learns == (sum(p.numel() for p in router.parameters()) > 0)
+    with labelled(router, torch.tensor([0, 1])):
+        routing = router(X)
+    assert routing.per_image == spec.per_image
+    served = {
+        image: set(routing.expert[routing.token // 3 == image].tolist()) for image in range(2)
+    }
+    touched = router.experts_per_image()
+    assert touched is None or all(len(experts) == touched for experts in served.values())
+    if not router.mixes_tokens:
+        assert router.expert_rows(tokens=6, images=2) == len(routing.token)
+    assert router.stored_numbers() >= sum(p.numel() for p in router.parameters())
+    assert (router.decision_macs(tokens=6, images=2) > 0) == spec.learns
+
+
+@pytest.mark.parametrize("word", [word for word, router in ROUTERS.items() if router.learns])
+def test_reset_draws_what_the_spec_draws(word):
+    router = ROUTER_CLASSES[word].from_spec(spec_of(word), 2, torch.Generator().manual_seed(0))
+    first = {name: p.detach().clone() for name, p in router.named_parameters()}
+    router.reset(torch.Generator().manual_seed(1))
+    assert any(not torch.equal(p, first[name]) for name, p in router.named_parameters())
+    router.reset(torch.Generator().manual_seed(0))
+    assert all(torch.equal(p, first[name]) for name, p in router.named_parameters())
+
+
+def test_a_router_of_unknown_cost_cannot_exist():
+    class Costless(Router):
+        def forward(self, x):
+            return x
+
+    with pytest.raises(TypeError, match="decision_macs.*expert_rows.*experts_per_image"):
+        Costless(2)
+    with pytest.raises(TypeError, match="ForcedRouter is not made from a MoESpec"):
+        ForcedRouter.from_spec(MoESpec(), 2, None)
+
+
+def test_what_a_router_takes_over():
+    top_k, choice = TopKRouter(2, 2, 1), ExpertChoiceRouter(2, 2)
+    parent = {"weight": torch.eye(2), "choice_bias": torch.ones(2), "alive": torch.ones(2)}
+    assert set(top_k.taken_over(parent)) == {"weight", "choice_bias"}
+    assert set(choice.taken_over(parent)) == {"weight"}
+    assert torch.equal(choice.taken_over(parent)["weight"], torch.eye(2))
+    assert torch.equal(top_k.taken_over({})["weight"], top_k.weight)
+
+
+def test_centres_are_weights_although_nothing_trains_them():
+    router = CentroidRouter(torch.eye(3, 4), torch.zeros(3))
+    assert not list(router.parameters()) and router.stored_numbers() == 3 * 4 + 3
+    assert router.decision_macs(tokens=10, images=2) == 10 * 3 * 4
+
+
+def test_nothing_outside_the_room_asks_for_a_routers_word():
+    root = Path(__file__).resolve().parents[2] / "lib"
+    asks = re.compile(r"moe\.router\s*(==|!=|in\b|not\b)|isinstance\(.*\.router, TopKRouter")
+    wrong = [
+        f"{file.relative_to(root)}: {line.strip()}"
+        for file in root.rglob("*.py")
+        if file.parent.name not in ("routers", "spec")
+        for line in file.read_text().splitlines()
+        if asks.search(line)
+    ]
+    assert not wrong
 
 
 def routing_of(probs):

@@ -126,7 +126,7 @@ def test_new_field_keeps_ids_and_new_semantics_changes_them():
     "make, message",
     [
         (lambda: MoESpec(experts=2, top_k=4), "top_k=4 needs at least 4 experts, got experts=2"),
-        (lambda: MoESpec(capacity_factor=1.0), "router='image' never drops tokens"),
+        (lambda: MoESpec(capacity_factor=1.0), "router='image' does not take it"),
         (lambda: MoESpec(router="all", top_k=8, balance="loss_free"), "router='all' has none"),
         (lambda: BackboneSpec(width=10, heads=3), "heads=3 must divide width=10"),
         (lambda: BackboneSpec(drop_path=1.0), "drop_path\n.*less than 1"),

@@ -135,14 +135,18 @@ def test_manual_routing_sends_classes_to_their_expert(where):
         upcycle(
             create(BASE.backbone, 28, 10, 1),
             MoESpec(
-                layers=1, experts=1, router="manual", groups=((0, 1, 2, 3, 4, 5, 6, 7, 8, 10),)
+                layers=1,
+                experts=1,
+                router="manual",
+                groups=((0, 1, 2, 3, 4, 5, 6, 7, 8, 10),),
+                balance="none",
             ),
         )
     assert any(
         isinstance(m, ManualRouter)
         for m in upcycle(
             create(BASE.backbone, 28, 10, 1),
-            MoESpec(layers=1, experts=2, router="manual", groups=groups),
+            MoESpec(layers=1, experts=2, router="manual", groups=groups, balance="none"),
         ).modules()
     )
 
@@ -202,12 +206,12 @@ def test_the_reports_model_has_its_printed_size():
         (lambda: MAE.but(init=BASE), "not from init"),
         (lambda: MAE.but(train={"layer_decay": 0.5}), "counts layers from a head"),
         (lambda: BASE.but(train={"distil": "choice"}), "needs a parent with gates"),
-        (lambda: MoESpec(router="priority", top_k=2), "gives a token one expert"),
+        (lambda: MoESpec(router="priority", top_k=2), "top_k=2 is for .* leave it at 1"),
         (lambda: MoESpec(router="manual"), "groups"),
         (lambda: MoESpec(router="manual", experts=2, groups=((0,),)), "names 1 experts"),
         (lambda: MoESpec(router="token", batch_priority=True), "needs a capacity_factor"),
         (lambda: MoESpec(router="expert_choice", experts=2, choices=3.0), "more than experts=2"),
-        (lambda: MoESpec(router="soft", shared=True), "no shared expert"),
+        (lambda: MoESpec(router="soft", shared=True), "shared=True is for .* leave it at False"),
         (lambda: BackboneSpec(hidden=448), "set width"),
         (lambda: MoESpec(router="expert_choice", balance="loss_free"), "moves a top-k choice"),
     ],

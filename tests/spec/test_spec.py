@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 from pydantic import ValidationError
 
-from lib.spec import BackboneSpec, DataSpec, MoESpec, RunSpec, Spec, TrainSpec
+from lib.spec import ROUTERS, BackboneSpec, DataSpec, MoESpec, RunSpec, Spec, TrainSpec
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,25 @@ from lib.spec import BackboneSpec, DataSpec, MoESpec, RunSpec, Spec, TrainSpec
         (lambda: MoESpec(router="all", experts=3), "set top_k=3, got 1"),
         (
             lambda: MoESpec(router="image", capacity_factor=1.0),
-            "capacity_factor is for router='token'",
+            "capacity_factor=1.0 is for router='token'",
+        ),
+        (
+            lambda: MoESpec(router="token", choices=2.0),
+            "choices=2.0 is for router='expert_choice'; router='token' does not take it: "
+            "leave it at 1.0",
+        ),
+        (
+            lambda: MoESpec(router="soft", expert_dropout=0.5),
+            "expert_dropout=0.5 is for router='token', .* or 'manual'; router='soft'",
+        ),
+        (lambda: MoESpec(router="manual"), "router='manual' needs groups"),
+        (
+            lambda: MoESpec(router="token", experts=4, members=3),
+            "members=3 must divide experts=4",
+        ),
+        (
+            lambda: MoESpec(router="token", compete_rate=0.5, noise=1.0),
+            "without noise: set noise=0, got noise=1.0",
         ),
         (lambda: MoESpec(expertz=2), "expertz"),
         (
@@ -50,6 +68,37 @@ from lib.spec import BackboneSpec, DataSpec, MoESpec, RunSpec, Spec, TrainSpec
 def test_refused(make, words):
     with pytest.raises(ValidationError, match=words):
         make()
+
+
+@pytest.mark.parametrize(
+    "word, given",
+    [
+        ("all", {"experts": 2, "top_k": 2}),
+        ("manual", {"experts": 2, "groups": ((0,), (1,))}),
+    ],
+)
+@pytest.mark.parametrize(
+    "asked, says",
+    [
+        ({}, "got balance='switch'"),  # the default
+        ({"balance": "switch", "balance_weights": (0.1,)}, "got balance='switch'"),
+        ({"balance": "none", "z_weight": 1e-3}, "balance='none', z_weight=0.001"),
+        ({"balance": "none", "sharpness_weight": 1e-3}, "balance='none', sharpness_weight=0.001"),
+        ({"balance": "none", "variation_weight": 1e-3}, "balance='none', variation_weight=0.001"),
+    ],
+)
+def test_no_loss_can_be_asked_of_a_router_that_learns_nothing(word, given, asked, says):
+    says = f"router='{word}' has nothing to learn.*set balance='none'.*{says}"
+    with pytest.raises(ValidationError, match=says):
+        MoESpec(router=word, **given, **asked)
+    silent = MoESpec(router=word, **given, balance="none")
+    assert not silent.learns and MoESpec().learns
+
+
+def test_every_field_that_a_router_takes_exists():
+    for word, router in ROUTERS.items():
+        assert router.takes <= MoESpec.model_fields.keys() | TrainSpec.model_fields.keys(), word
+        assert router.needs <= router.takes
 
 
 def test_frozen_and_closed():

@@ -24,7 +24,7 @@ from timm.layers import Attention, Mlp
 from torch import Tensor, nn
 
 from ...models.experts import Experts
-from ...models.moe import RoutedLayer
+from ...models.moe import MoELayer
 from ...models.upcycle import REFUSED, block_mlps
 
 PARTS = ("mlp", "attention", "experts")
@@ -76,7 +76,7 @@ def supported(model: nn.Module) -> dict[str, nn.Module]:
 def _candidates(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
     """Yields (part, name, module) of each layer of a kind that is pruned, if only its form fits."""
     for name, mlp in block_mlps(model):
-        if not isinstance(mlp, RoutedLayer):
+        if not isinstance(mlp, MoELayer):
             yield "mlp", name, mlp
             continue
         yield "experts", f"{name}.experts", mlp.experts

@@ -24,8 +24,8 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from ...models.experts import Experts
-from ...models.moe import MoELayer, RoutedLayer
-from ...routers.base import Routing, assign
+from ...models.moe import MoELayer
+from ...routers.forced import ForcedRouter
 from .groups import NamedSets, groups_of, prunable, shapes_of, supported
 
 Batches = Sequence[tuple[Tensor, Tensor]]  # images (B, channels, height, width) and labels (B,)
@@ -156,7 +156,7 @@ def forced(model: nn.Module, expert: int) -> Iterator[None]:
     expert, if it mixes by slots (Soft MoE), and if there is no MoE layer.
     """
     layers = {
-        name: module for name, module in model.named_modules() if isinstance(module, RoutedLayer)
+        name: module for name, module in model.named_modules() if isinstance(module, MoELayer)
     }
     if not layers:
         raise ValueError(
@@ -164,38 +164,21 @@ def forced(model: nn.Module, expert: int) -> Iterator[None]:
             f"{expert}"
         )
     for name, layer in layers.items():
-        if not isinstance(layer, MoELayer):  # Soft MoE
+        if layer.router.mixes_tokens:  # Soft MoE
             raise ValueError(
-                f"{name} ({type(layer).__name__}) has no router that sends tokens to experts: "
+                f"{name} has a {type(layer.router).__name__}, which sends no token to an expert: "
                 "score its experts as they run, with neuron_scores(..., parts=('experts',))"
             )
         if not 0 <= expert < layer.experts.experts:
             raise ValueError(f"{name} has experts 0..{layer.experts.experts - 1}, not {expert}")
     routers = {name: layer.router for name, layer in layers.items()}
     for layer in layers.values():
-        layer.router = _OneExpert(layer.experts.experts, expert)
+        layer.router = ForcedRouter(layer.experts.experts, expert)
     try:
         yield
     finally:
         for name, router in routers.items():
             layers[name].router = router
-
-
-class _OneExpert(nn.Module):
-    def __init__(self, experts: int, expert: int):
-        super().__init__()
-        self.experts, self.expert = experts, expert
-
-    def forward(self, x: Tensor) -> Routing:
-        choice = torch.full((x.shape[0] * x.shape[1], 1), self.expert, device=x.device)
-        probs = F.one_hot(choice[:, 0], self.experts).float()
-        return assign(
-            choice,
-            torch.ones(choice.shape, device=x.device),
-            probs,
-            torch.zeros_like(probs),
-            x.shape[:2],
-        )
 
 
 # ---- which groups stay
