@@ -60,7 +60,7 @@ class CompeteLayer(MoELayer):
         if not self.training or torch.rand(()) >= self.rate:
             return routing
         b, n, d = tokens.shape
-        # (T, E, D) -> (T, E); without a name the responses are freed at once
+        # (T, E, D) -> (T, E)
         norms = responses(self.experts, tokens.reshape(b * n, d)).float().norm(dim=-1)
         affinity = norms.softmax(dim=-1)
         return self.router.route(affinity, routing.logits, (b, n))
