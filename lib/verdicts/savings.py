@@ -1,0 +1,38 @@
+"""What models made from a dense one save of its multiply-adds and parameters, from records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .stats import Interval, finished
+from .values import value_interval
+
+
+def saved_percent(
+    records: Sequence[Any], dense: Sequence[Any], cost: Callable[[Any], float]
+) -> Interval | None:
+    """Computes the percent of a dense model's cost that others save, and its interval over seeds.
+
+    dense: the first finished one counts. cost: from a record to its cost. Negative where a model
+    costs more. None if either side has no finished record.
+    """
+    base = finished(dense)[:1]
+    if not base:
+        return None
+    return value_interval(records, lambda record: 100 * (1 - cost(record) / cost(base[0])))
+
+
+def one_store_parameters(record: Any) -> float:
+    """Counts the parameters of a model whose experts are sets of neurons in one store a layer.
+
+    As copies, experts store `stored` neurons; in one store each of the `union` neurons is there
+    once. A neuron has 2 D + 1 parameters: a row of the first map, its bias entry, a column of the
+    second one. A layer that stayed dense has no union, and a dense model no extracted layer.
+    """
+    stored_twice = sum(
+        (layer["stored"] - layer["union"]) * (2 * layer["width"] + 1)
+        for layer in getattr(record, "extract", [])
+        if "union" in layer
+    )
+    return record.cost["params_stored"] - stored_twice

@@ -1,0 +1,42 @@
+"""Numbers of layers: which ones are averaged, and over what."""
+
+from operator import itemgetter
+
+import pytest
+
+from lib.verdicts.layers import layer_intervals, layer_mean, pair_mean
+from lib.verdicts.stats import mean_interval
+
+NOISE = itemgetter("noise")
+
+
+def layers(*values):
+    return [{"noise": value} for value in values]
+
+
+def test_mean_is_over_the_layers_that_have_the_number():
+    assert layer_mean(layers(1.0, None, 4.0), NOISE) == 2.5
+    assert layer_mean(layers(0.0, None), NOISE) == 0.0  # zero is a number
+    assert layer_mean(layers(None, None), NOISE) is None
+    assert layer_mean([], NOISE) is None
+
+
+def test_each_layer_has_its_own_interval_over_seeds():
+    seeds = [layers(1.0, 10.0, None), layers(2.0, None, None), layers(6.0, 20.0, None)]
+    first, second, third = layer_intervals(seeds, NOISE)
+    assert first == mean_interval([1.0, 2.0, 6.0])
+    assert second == mean_interval([10.0, 20.0]) and second.n == 2
+    assert third is None
+    assert layer_intervals([], NOISE) == []
+
+
+def test_records_with_different_numbers_of_layers_are_refused():
+    with pytest.raises(ValueError):
+        layer_intervals([layers(1.0, 2.0), layers(1.0)], NOISE)
+
+
+def test_pairs_leave_out_the_diagonal():
+    assert pair_mean([[1.0, 0.2, 0.3], [0.2, 1.0, 0.7], [0.3, 0.7, 1.0]]) == pytest.approx(0.4)
+    assert pair_mean([[5.0, -1.0], [-1.0, 5.0]]) == -1.0
+    assert pair_mean([[1.0]]) is None
+    assert pair_mean([]) is None

@@ -1,0 +1,46 @@
+"""What is saved of a dense model, and parameters of experts in one store."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from lib.verdicts.savings import one_store_parameters, saved_percent
+from lib.verdicts.stats import mean_interval
+
+
+def run(seed=0, macs=100.0, stored=1000, status="ok", **fields):
+    cost = {"macs": macs, "params_stored": stored}
+    return SimpleNamespace(
+        status=status, spec=SimpleNamespace(seed=seed), cost=cost, extract=[], **fields
+    )
+
+
+def macs(record):
+    return record.cost["macs"]
+
+
+def test_percent_of_the_dense_cost():
+    dense = [None, run(macs=200.0)]
+    smaller = [run(0, 150.0), None, run(1, 100.0), run(2, 50.0), run(3, 1.0, status="failed")]
+    assert saved_percent(smaller, dense, macs) == mean_interval([25.0, 50.0, 75.0])
+    assert saved_percent([run(macs=300.0)], dense, macs).mean == -50  # it costs more
+
+
+def test_nothing_is_said_without_both_sides():
+    assert saved_percent([run()], [None], macs) is None
+    assert saved_percent([None], [run()], macs) is None
+    assert saved_percent([], [], macs) is None
+
+
+def test_a_neuron_of_several_experts_counts_once_in_one_store():
+    record = run(stored=10_000)
+    record.extract = [
+        {"stored": 30, "union": 20, "width": 8},  # 10 copies of 2 * 8 + 1 parameters
+        {"stored": 16, "width": 8, "dense": True},
+        {"stored": 12, "union": 12, "width": 8},  # no neuron is in two experts
+    ]
+    assert one_store_parameters(record) == 10_000 - 10 * 17
+    dense = SimpleNamespace(status="ok", spec=SimpleNamespace(seed=0), cost=run().cost)
+    assert one_store_parameters(dense) == 1000
+    saved = saved_percent([record], [run(stored=20_000)], one_store_parameters)
+    assert saved.mean == pytest.approx(100 * (1 - 9830 / 20_000))
