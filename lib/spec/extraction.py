@@ -154,10 +154,12 @@ class ExtractSpec(Spec):
     @model_validator(mode="after")
     def _neurons_fit_clusters(self):
         of, neurons, correction = self.clusters.of, self.neurons, self.correction
-        if of == "nothing" and (self.router != "cosine" or neurons.statistics != "cluster"):
+        routed = self.router != "cosine" or neurons.statistics != "cluster"
+        if of == "nothing" and (routed or neurons.common or correction.pooled):
             raise ValueError(
-                "clusters.of='nothing' makes one MLP for all tokens, which nothing routes: leave "
-                "router and neurons.statistics at their defaults"
+                "clusters.of='nothing' makes one MLP for all tokens, without a router and without "
+                "clusters that have something in common: leave router, neurons.statistics, "
+                "neurons.common and correction.pooled at their defaults"
             )
         if neurons.budget == "cluster" and of != "tokens":
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Experts cut out of MLPs: by hand, against the dense layer, against formulas, and through runs."""
+"""Experts extracted from MLPs: by hand, against the dense layer and formulas, through runs."""
 
 from __future__ import annotations
 
@@ -13,18 +13,27 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from timm.layers import Mlp
 
-from lib.extraction import closed_form, extract
-from lib.extraction import layer as cutting
+from lib.extraction import calibrate, closed_form, extract, saved, token_clusters
+from lib.extraction import neurons as choosing
 from lib.extraction import record as recording
-from lib.extraction.closed_form import moments, pooled, regression, shared_out, survivors
-from lib.extraction.layer import Cut, cut_layer
-from lib.extraction.record import Recorded
+from lib.extraction.closed_form import (
+    keep_by_update,
+    moments_of,
+    moments_of_union,
+    ridge_regression,
+    share_out_neurons,
+)
+from lib.extraction.layer import extract_layer
+from lib.extraction.record import LayerCalibration, RecordedTokens
+from lib.extraction.report import relative_error
+from lib.extraction.step import ExtractStep
 from lib.inputs.splits import load_splits
 from lib.measure import pictures
 from lib.measure.cost import count
 from lib.models.backbone import build
 from lib.models.moe import MoELayer, RoutingTape
 from lib.models.shared_experts import SharedExperts
+from lib.models.step import StepInputs
 from lib.pruning import surgery
 from lib.routers.centroid import CentroidRouter
 from lib.routers.controls import OracleRouter, RandomRouter
@@ -49,7 +58,7 @@ def tokens(mlp, n=600, seed=1, groups=3):
     centre = 3 * torch.randn(groups, D, generator=generator)
     x = centre[torch.arange(n) % groups] + 0.4 * torch.randn(n, D, generator=generator)
     with torch.no_grad():
-        return Cut(Recorded(x, mlp.act(mlp.fc1(x)), torch.arange(n)), mlp(x))
+        return LayerCalibration(RecordedTokens(x, mlp.act(mlp.fc1(x)), torch.arange(n)), mlp(x))
 
 
 def rules(**parts):
@@ -68,7 +77,7 @@ def cut(mlp, found, given, width=None):
         if width is not None or given.neurons.active is None
         else round(given.neurons.active * H)
     )
-    return cut_layer(copy.deepcopy(mlp), found, given, width, seed=0)
+    return extract_layer(copy.deepcopy(mlp), found, given, width, seed=0)
 
 
 def run(made, x):
@@ -203,27 +212,31 @@ def test_moments_of_some_neurons_and_mixed_ones_by_hand():
         torch.randn(60, 4, generator=generator),
         torch.randn(60, 2, generator=generator),
     )
-    own, everyone = moments(hidden[:20], target[:20]), moments(hidden, target)
+    own, everyone = moments_of(hidden[:20], target[:20]), moments_of(hidden, target)
     some = torch.tensor([3, 1])
-    for got, want in zip(own.of(some), moments(hidden[:20][:, some], target[:20]), strict=True):
+    for got, want in zip(
+        own.of_neurons(some), moments_of(hidden[:20][:, some], target[:20]), strict=True
+    ):
         torch.testing.assert_close(got, want)
-    mixed = own.mixed(everyone, 0.25)
+    mixed = own.mixed_with(everyone, 0.25)
     cov = [np.cov(np.hstack([hidden[:n], target[:n]]).T, bias=True) for n in (20, 60)]
     want = torch.tensor(0.75 * cov[0] + 0.25 * cov[1], dtype=torch.float32)
     torch.testing.assert_close(
-        torch.cat([mixed.square, mixed.cross], dim=1), want[:4], atol=1e-5, rtol=0
+        torch.cat([mixed.covariance, mixed.cross_covariance], dim=1), want[:4], atol=1e-5, rtol=0
     )
-    assert torch.equal(mixed.mean, own.mean) and torch.equal(mixed.wanted, own.wanted)
+    assert torch.equal(mixed.mean_hidden, own.mean_hidden) and torch.equal(
+        mixed.mean_target, own.mean_target
+    )
     for got, want in zip(
-        pooled([own, moments(hidden[20:], target[20:])], torch.tensor([20, 40])),
+        moments_of_union([own, moments_of(hidden[20:], target[20:])], torch.tensor([20, 40])),
         everyone,
         strict=True,
     ):
         torch.testing.assert_close(got, want)
-    exact = own._replace(square=own.square.double())
-    regression(exact, 0.5)
+    exact = own._replace(covariance=own.covariance.double())
+    ridge_regression(exact, 0.5)
     assert torch.equal(
-        exact.square.float(), own.square
+        exact.covariance.float(), own.covariance
     )  # a penalty is not left in what it was given
 
 
@@ -241,12 +254,12 @@ def test_the_neuron_that_goes_is_the_one_whose_loss_the_others_make_up_for():
 
     without = [left([i for i in range(5) if i != j]) for j in range(5)]
     one = torch.ones(1)
-    kept = survivors([moments(hidden, target)], one, 4, 1e-9)[0].tolist()
+    kept = keep_by_update([moments_of(hidden, target)], one, 4, 1e-9)[0].tolist()
     assert kept == [i for i in range(5) if i != int(np.argmin(without))]
     twins = torch.cat(
         [hidden, 3 * hidden[:, :1] + 1e-3 * torch.randn(400, 1, generator=generator)], dim=1
     )
-    found = survivors([moments(twins, 5 * twins[:, 5:] + target)], one, 5, 1e-9)[0].tolist()
+    found = keep_by_update([moments_of(twins, 5 * twins[:, 5:] + target)], one, 5, 1e-9)[0].tolist()
     assert found in (
         [0, 1, 2, 3, 4],
         [1, 2, 3, 4, 5],
@@ -289,12 +302,12 @@ def test_moments_made_in_pieces_are_those_of_the_whole():
         torch.randn(n, 2, generator=generator),
     )
     found, want = (
-        moments(hidden, target),
+        moments_of(hidden, target),
         np.cov(torch.cat([hidden, target], dim=1).double().numpy().T, bias=True),
     )
-    np.testing.assert_allclose(found.square, want[:s, :s], atol=2e-6)
-    np.testing.assert_allclose(found.cross, want[:s, s:], atol=2e-6)
-    assert torch.equal(found.square, found.square.t())
+    np.testing.assert_allclose(found.covariance, want[:s, :s], atol=2e-6)
+    np.testing.assert_allclose(found.cross_covariance, want[:s, s:], atol=2e-6)
+    assert torch.equal(found.covariance, found.covariance.t())
 
 
 def test_groups_lean_on_the_same_moments_whether_made_of_theirs_or_anew():
@@ -302,24 +315,28 @@ def test_groups_lean_on_the_same_moments_whether_made_of_theirs_or_anew():
     everyone = torch.arange(60)
     for score in ("update", "weighted"):
         given = rules(correction={"method": "ridge", "pooled": 0.3}, neurons={"score": score})
-        groups = [cutting._Group(found.tokens.hidden, found.target, half, given) for half in halves]
-        cutting._lean(groups, found.tokens.hidden, found.target, everyone)
-        want = moments(found.tokens.hidden[:60], found.target[:60])
-        for part in (part for group in groups for part in zip(group.every, want, strict=True)):
+        groups = [
+            choosing.ExpertTokens(found.tokens.hidden, found.target, half, given) for half in halves
+        ]
+        choosing.pool_moments(groups, found.tokens.hidden, found.target, everyone)
+        want = moments_of(found.tokens.hidden[:60], found.target[:60])
+        for part in (
+            part for group in groups for part in zip(group.moments_of_all_tokens, want, strict=True)
+        ):
             torch.testing.assert_close(*part)
 
 
 def test_a_layer_s_neurons_are_shared_out_over_its_clusters():
     scores = [torch.tensor([9.0, 4.0, 1.0, 0.5]), torch.tensor([3.0, 2.0, 0.1, 0.2])]
-    found = shared_out(
+    found = share_out_neurons(
         scores, torch.tensor([0.25, 0.75]), 2
     )  # 0.25 + 0.25 + 0.75 + 0.75 tokens' worth of neurons
     assert [part.tolist() for part in found] == [[0, 1], [0, 1]]
-    assert [part.tolist() for part in shared_out(scores, torch.tensor([0.9, 0.1]), 1)] == [
+    assert [part.tolist() for part in share_out_neurons(scores, torch.tensor([0.9, 0.1]), 1)] == [
         [0],
         [0],
     ]  # 0.9 + 0.1
-    assert [part.tolist() for part in shared_out(scores, torch.tensor([0.5, 0.5]), 1)] == [
+    assert [part.tolist() for part in share_out_neurons(scores, torch.tensor([0.5, 0.5]), 1)] == [
         [0, 1],
         [0],
     ]  # none goes empty
@@ -357,15 +374,17 @@ def test_what_chooses_and_corrects_stays_where_the_tokens_are():
         torch.empty(50, H, device="meta"),
         torch.empty(50, D, device="meta"),
     )
-    assert cutting.scores_of(mlp, hidden, rules(neurons={"score": "weighted"})).is_meta
-    assert cutting.scores_of(
+    assert choosing.variance_scores(mlp, hidden, rules(neurons={"score": "weighted"})).is_meta
+    assert choosing.variance_scores(
         mlp, hidden, rules(neurons={"score": "weighted"}), torch.ones(D, device="meta")
     ).is_meta
-    assert cutting.layer_scale(
+    assert choosing.layer_scale_of(
         timm.create_model("vit_tiny_patch16_224", depth=1).to("meta"), "blocks.0.mlp"
     ).is_meta
-    found = moments(hidden, target)
-    w2, b2 = regression(found.mixed(found, 0.3).of(torch.arange(H, device="meta")), 1e-3)
+    found = moments_of(hidden, target)
+    w2, b2 = ridge_regression(
+        found.mixed_with(found, 0.3).of_neurons(torch.arange(H, device="meta")), 1e-3
+    )
     assert w2.is_meta and b2.is_meta and w2.shape == (D, H)
 
 
@@ -442,7 +461,7 @@ def test_without_clusters_the_layer_stays_dense():
     mlp = layer()
     x = torch.rand(200, D, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        found = Cut(Recorded(x, mlp.act(mlp.fc1(x)), torch.arange(200)), mlp(x))
+        found = LayerCalibration(RecordedTokens(x, mlp.act(mlp.fc1(x)), torch.arange(200)), mlp(x))
     made, report = cut(
         mlp, found, rules(clusters={"method": "hdbscan", "smallest_share": 0.3, "sample": 200})
     )
@@ -457,8 +476,10 @@ def test_without_clusters_the_layer_stays_dense():
 
 def belongings(mlp, found, given):
     """(labels of the sample, centres, cluster of each token)."""
-    clustered, _ = cutting._clustered(found.tokens, given, seed=0)
-    return clustered.labels, *cutting._members(found.tokens, clustered, given, seed=0)
+    clustered, _ = token_clusters.cluster_tokens(found.tokens, given.clusters, seed=0)
+    return clustered.labels, *token_clusters.centres_and_members(
+        found.tokens, clustered, given.clusters, seed=0
+    )
 
 
 def test_tokens_that_were_not_clustered_join_the_nearest_centre_or_none():
@@ -505,7 +526,7 @@ def test_random_directions_are_the_centres_that_route():
         ),
     )
     made, report = cut(mlp, found, given)
-    centres = cutting._directions(found.tokens, given, 0)
+    centres = token_clusters.random_directions(found.tokens, 3, 0)
     torch.testing.assert_close(made.router.weight, centres)
     nearest = (
         torch.cdist(found.tokens.inputs, centres).argmin(1).bincount(minlength=len(centres)) / 600
@@ -526,7 +547,7 @@ def test_groups_of_neurons_compute_all_or_some():
         mlp, found, rules(clusters=OF_NEURONS, neurons={"active": 0.5}, router="trained")
     )
     assert half.router.top_k == 2 and isinstance(learnt.router, PredictorRouter)
-    assert cutting._error(learnt, found) < 1 and cutting._error(whole, found) < 1e-6
+    assert relative_error(learnt, found) < 1 and relative_error(whole, found) < 1e-6
 
 
 # ---------------------------------------------------------------- routers
@@ -727,21 +748,21 @@ def test_a_stream_records_what_a_pass_through_the_whole_model_would(where):
     )
     batches = [splits.train.batch(part, BASE.data) for part in torch.arange(40).split(16)]
     drawn = {"per_image": 5, "limit": 120, "seed": 1}
-    dense, changed = extract._streams(model, batches)
-    for name in extract.mlps_of(model):
+    dense, changed = calibrate.streams_of(model, batches)
+    for name in recording.mlps_of(model):
         for stream, vit in ((dense, dense.vit), (changed, model)):
             names = {name: vit.get_submodule(name)}
             there = {name: vit.get_submodule(name.removesuffix("mlp") + "norm2")}
             want, got = (
-                recording.record(vit, batches, names, norms=there, **drawn)[name],
+                recording.record_tokens(vit, batches, names, norms=there, **drawn)[name],
                 stream.record(name, **drawn),
             )
-            for field in ("inputs", "hidden", "image", "before"):
+            for field in ("inputs", "hidden", "image", "residual"):
                 torch.testing.assert_close(getattr(got, field), getattr(want, field))
         model.get_submodule(
             name
         ).fc2.bias.data += 0.1  # a cut layer: what follows it is seen by one of the streams
-    assert model.training and not torch.allclose(dense.parts[0], changed.parts[0])
+    assert model.training and not torch.allclose(dense.batches[0], changed.batches[0])
 
 
 def test_layers_are_ranked_by_what_they_add_to_the_stream(where):
@@ -778,7 +799,7 @@ def test_layers_are_ranked_by_what_they_add_to_the_stream(where):
         whole.blocks[quiet].mlp.fc2.weight.data *= 1e-4
         widths, apart = left(whole, spec)
         assert (
-            widths[quiet] == cutting.LEAST
+            widths[quiet] == choosing.LEAST
             and widths[1 - quiet] == 24
             and left(whole, even)[0] == [12, 12]
         )
@@ -822,19 +843,39 @@ def test_a_broken_off_extraction_goes_on(where, tmp_path, monkeypatch, sequentia
         if done:
             raise KeyboardInterrupt
         done.append(1)
-        return cut_layer(*args, **kwargs)
+        return extract_layer(*args, **kwargs)
 
     broken = copy.deepcopy(model)
-    monkeypatch.setattr(extract, "cut_layer", once)
+    monkeypatch.setattr(extract, "extract_layer", once)
     with pytest.raises(KeyboardInterrupt):
         extract.extract(broken, spec, splits.train, 10, file)
     calls = []
     monkeypatch.setattr(
-        extract, "cut_layer", lambda *args, **kwargs: calls.append(1) or cut_layer(*args, **kwargs)
+        extract,
+        "extract_layer",
+        lambda *args, **kwargs: calls.append(1) or extract_layer(*args, **kwargs),
     )
     again = copy.deepcopy(model)
     assert extract.extract(again, spec, splits.train, 10, file) == want and len(calls) == 1
     assert all(torch.equal(t, whole.state_dict()[name]) for name, t in again.state_dict().items())
+
+
+def test_the_step_extracts_files_and_fits_as_its_spec_says(where, tmp_path):
+    spec, splits = extracted(storage="shared"), load_splits(BASE.data)
+    dense = build(BASE.but(init=BASE), 10, 1, _state(where)).eval()
+    step, model, want = ExtractStep(spec.extract), copy.deepcopy(dense), copy.deepcopy(dense)
+    step.check(model, spec)
+    inputs = StepInputs(spec, splits.train, 10, {}.__getitem__, tmp_path / "run.pt")
+    result = step.apply(model, inputs)
+    assert result.report == extract.extract(want, spec, splits.train, 10) and not result.masks
+    assert len(list(tmp_path.glob("run.pt.*.safetensors"))) == 2
+    fresh = step.fit(copy.deepcopy(dense), model.state_dict())
+    fresh.load_state_dict(model.state_dict())
+    images = splits.test.batch(torch.arange(8), spec.data)
+    with torch.no_grad():
+        assert torch.equal(fresh(images), want(images))
+        assert not torch.equal(want(images), dense(images))
+    assert (ExtractStep.name, type(dense.blocks[0].mlp)) == ("extract", Mlp)
 
 
 @pytest.mark.parametrize(
@@ -866,7 +907,7 @@ def test_other_families_are_extracted_saved_and_run(name, size, tmp_path):
     images = splits.test.batch(torch.arange(2), spec.data)
     maps = pictures.token_maps(model, splits.test, spec, torch.arange(2))
     assert maps.shape[:2] == (len(reports), 2) and (maps[-1] == -1).any() and (maps[0] >= 0).all()
-    fresh = extract.fit_extracted(want, model.state_dict(), spec.extract)
+    fresh = saved.fit_extracted(want, model.state_dict(), spec.extract)
     fresh.load_state_dict(model.state_dict())
     with torch.no_grad():
         assert torch.equal(fresh.eval()(images), model(images))
@@ -933,7 +974,9 @@ def test_other_families_are_extracted_saved_and_run(name, size, tmp_path):
             lambda: ClusterSpec(of="neurons", count=4, space="input"),
             "of='neurons' clusters no tokens, so space would say nothing",
         ),
-        (lambda: rules(clusters=STATIC, router="nearest"), "which nothing routes"),
+        (lambda: rules(clusters=STATIC, router="nearest"), "without a router"),
+        (lambda: rules(clusters=STATIC, neurons={"common": 0.25}), "without a router"),
+        (lambda: rules(clusters=STATIC, correction={"pooled": 0.5}), "without a router"),
         (
             lambda: rules(clusters=OF_NEURONS, router="nearest"),
             "clusters.of='neurons' takes 'trained' or 'cosine'",
@@ -969,7 +1012,7 @@ def test_too_few_images_to_calibrate_on(where):
         (
             "convnextv2_atto",
             {},
-            "is a GlobalResponseNormMlp: experts are cut out of timm.layers.Mlp",
+            "is a GlobalResponseNormMlp: experts are extracted from timm.layers.Mlp",
         ),
         (
             "convnext_atto",
