@@ -117,18 +117,18 @@ def choose_neurons(
     else:
         loads = torch.tensor([float(len(e.index)) for e in experts], device=candidates.device)
         competing = [(experts, loads / loads.sum())]
-    kept: list[Tensor] = []
+    kept_candidates: list[Tensor] = []
     for some, shares in competing:
         if rules.neurons.score == "update":
             moments = [expert.moments(candidates) for expert in some]
-            kept += keep_by_update(moments, shares, count, rules.correction.penalty)
+            kept_candidates += keep_by_update(moments, shares, count, rules.correction.penalty)
             continue
         scores = [variance_scores(mlp, expert.hidden, rules)[candidates] for expert in some]
         if count is None:
-            kept += [_fewest_neurons(scores[0], rules.neurons.variance_percent)]
+            kept_candidates += [_fewest_neurons(scores[0], rules.neurons.variance_percent)]
         else:
-            kept += share_out_neurons(scores, shares, count)
-    return [candidates[index] for index in kept]
+            kept_candidates += share_out_neurons(scores, shares, count)
+    return [candidates[index] for index in kept_candidates]
 
 
 def _fewest_neurons(scores: Tensor, percent: float) -> Tensor:
