@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from test_extraction import OF_NEURONS, STATIC, H, layer, rules, tokens
+from small_mlps import OF_NEURONS, STATIC, H, calibration_of, rules, small_mlp
 from vits import batch, build
 from vits import moe as mixture
 
@@ -59,20 +59,28 @@ def test_a_layer_meets_the_reference_in_value_and_gradient(gate, factor):
     ],
 )
 def test_a_cut_is_the_one_that_the_cpu_makes(how):
-    mlp = layer()
-    found, given = tokens(mlp), rules(**how)
+    mlp = small_mlp()
+    calibration, changed_rules = calibration_of(mlp), rules(**how)
     there = LayerCalibration(
         RecordedTokens(
             *(
                 part.cuda()
-                for part in (found.tokens.inputs, found.tokens.hidden, found.tokens.image)
+                for part in (
+                    calibration.tokens.inputs,
+                    calibration.tokens.hidden,
+                    calibration.tokens.image,
+                )
             )
         ),
-        found.target.cuda(),
+        calibration.target.cuda(),
     )
-    wanted, told = extract_layer(copy.deepcopy(mlp), found, given, round(0.5 * H), seed=0)
-    made, report = extract_layer(copy.deepcopy(mlp).cuda(), there, given, round(0.5 * H), seed=0)
-    x = found.tokens.inputs.unsqueeze(0)
+    wanted, told = extract_layer(
+        copy.deepcopy(mlp), calibration, changed_rules, round(0.5 * H), seed=0
+    )
+    made, report = extract_layer(
+        copy.deepcopy(mlp).cuda(), there, changed_rules, round(0.5 * H), seed=0
+    )
+    x = calibration.tokens.inputs.unsqueeze(0)
     assert torch.allclose(made.cuda()(x.cuda()).cpu(), wanted(x), atol=1e-4)
     assert report["widths"] == told["widths"] and np.allclose(report["load"], told["load"])
 
