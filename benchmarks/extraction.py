@@ -96,7 +96,7 @@ def whole(model: nn.Module) -> Iterator[str]:
 
     def extraction() -> None:
         for name, mlp in mlps.items():
-            extract_layer(mlp, _cut(mlp, kept[name]), rules, None, 0)
+            extract_layer(mlp, _calibration(mlp, kept[name]), rules, None, 0)
 
     def clusters() -> None:
         for found in kept.values():
@@ -213,7 +213,7 @@ def _images(count: int) -> Tensor:
 
 
 @torch.no_grad()
-def _cut(mlp: nn.Module, tokens: RecordedTokens) -> LayerCalibration:
+def _calibration(mlp: nn.Module, tokens: RecordedTokens) -> LayerCalibration:
     return LayerCalibration(tokens, mlp.fc2(tokens.hidden))
 
 
@@ -224,7 +224,7 @@ def _extracted(
     for name, mlp in mlps_of(model).items():
         layer, _ = extract_layer(
             mlp,
-            _cut(mlp, tokens[name]),
+            _calibration(mlp, tokens[name]),
             rules,
             round(rules.neurons.active * mlp.fc1.out_features),
             0,

@@ -40,14 +40,12 @@ def rules(**parts):
     return ExtractSpec(**parts | {"neurons": neurons, "clusters": clusters})
 
 
-def extracted_layer(mlp, found, given, width=None):
-    width = (
-        width
-        if width is not None or given.neurons.active is None
-        else round(given.neurons.active * H)
-    )
-    return extract_layer(copy.deepcopy(mlp), found, given, width, seed=0)
+def extracted_layer(mlp, calibration, rules, active=None):
+    """A layer extracted from a copy of `mlp`, and its report. active: neurons a token passes."""
+    if active is None and rules.neurons.active is not None:
+        active = round(rules.neurons.active * H)
+    return extract_layer(copy.deepcopy(mlp), calibration, rules, active, seed=0)
 
 
-def output_of(made, x):
-    return made(x.unsqueeze(0))[0]
+def output_of(layer, x):
+    return layer(x.unsqueeze(0))[0]

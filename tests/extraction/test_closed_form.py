@@ -99,22 +99,24 @@ def test_moments_made_in_pieces_are_those_of_the_whole():
     assert torch.equal(found.covariance, found.covariance.t())
 
 
-def test_groups_lean_on_the_same_moments_whether_made_of_theirs_or_anew():
+def test_pooled_moments_are_the_same_whether_made_of_the_experts_or_anew():
     calibration, halves = calibration_of(small_mlp()), torch.arange(60).chunk(2)
     everyone = torch.arange(60)
     for score in ("update", "weighted"):
         changed_rules = rules(
             correction={"method": "ridge", "pooled": 0.3}, neurons={"score": score}
         )
-        groups = [
+        experts = [
             choosing.ExpertTokens(
                 calibration.tokens.hidden, calibration.target, half, changed_rules
             )
             for half in halves
         ]
-        choosing.pool_moments(groups, calibration.tokens.hidden, calibration.target, everyone)
+        choosing.pool_moments(experts, calibration.tokens.hidden, calibration.target, everyone)
         want = moments_of(calibration.tokens.hidden[:60], calibration.target[:60])
         for part in (
-            part for group in groups for part in zip(group.moments_of_all_tokens, want, strict=True)
+            part
+            for expert in experts
+            for part in zip(expert.moments_of_all_tokens, want, strict=True)
         ):
             torch.testing.assert_close(*part)

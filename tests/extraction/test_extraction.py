@@ -144,10 +144,10 @@ def test_sequential_extraction_makes_up_for_the_layers_before(where):
         spec = extracted(
             clusters=STATIC, correction={"method": "ridge"} | how, neurons={"active": 0.2}
         )
-        cut_model = copy.deepcopy(model)
-        extract.extract(cut_model, spec, splits.train, 10)
+        changed_model = copy.deepcopy(model)
+        extract.extract(changed_model, spec, splits.train, 10)
         with torch.no_grad():
-            far.append((cut_model.forward_features(images) - want).square().mean().item())
+            far.append((changed_model.forward_features(images) - want).square().mean().item())
     assert far == sorted(far, reverse=True)
 
 
@@ -171,7 +171,7 @@ def test_a_stream_records_what_a_pass_through_the_whole_model_would(where):
                 torch.testing.assert_close(getattr(got, field), getattr(want, field))
         model.get_submodule(
             name
-        ).fc2.bias.data += 0.1  # a cut layer: what follows it is seen by one of the streams
+        ).fc2.bias.data += 0.1  # a changed layer: what follows it is seen by one of the streams
     assert model.training and not torch.allclose(dense.batches[0], changed.batches[0])
 
 
@@ -227,13 +227,13 @@ def _state(where):
 
 def test_a_whole_model_at_100_percent_is_the_dense_one_through_experts(where):
     whole = build(BASE.but(init=BASE), 10, 1, _state(where)).eval()
-    splits, cut_model = load_splits(BASE.data), copy.deepcopy(whole)
+    splits, changed_model = load_splits(BASE.data), copy.deepcopy(whole)
     reports = extract.extract(
-        cut_model, extracted(neurons={"variance_percent": 100.0}), splits.train, 10
+        changed_model, extracted(neurons={"variance_percent": 100.0}), splits.train, 10
     )
     images = splits.test.batch(torch.arange(20), BASE.data)
-    with torch.no_grad(), RoutingTape(cut_model) as tape:
-        torch.testing.assert_close(cut_model(images), whole(images), atol=1e-5, rtol=0)
+    with torch.no_grad(), RoutingTape(changed_model) as tape:
+        torch.testing.assert_close(changed_model(images), whole(images), atol=1e-5, rtol=0)
     assert len(reports) == 2 and all((routing.load() > 0).sum() >= 2 for routing in tape.routings())
 
 
@@ -349,10 +349,10 @@ def test_too_few_images_to_calibrate_on(where):
         ),
     ],
 )
-def test_models_that_cannot_be_cut_are_refused_before_anything_trains(where, name, fields, says):
+def test_models_without_plain_mlps_are_refused_before_anything_trains(where, name, fields, says):
     whole = BASE.but(backbone=BackboneSpec(name=name), data={"image_size": 32})
     with pytest.raises(ValueError, match=says):
         runs.collect(
-            {"cut": [whole.but(init=whole, train=None, extract=rules(**fields))]}, where=where
+            {"extracted": [whole.but(init=whole, train=None, extract=rules(**fields))]}, where=where
         )
     assert not list(where.states.glob("*"))

@@ -349,7 +349,7 @@ def test_without_clusters_the_layer_stays_dense():
     )
 
 
-def test_groups_of_neurons_compute_all_or_some():
+def test_clusters_of_neurons_compute_all_or_some():
     mlp = small_mlp()
     calibration = calibration_of(mlp)
     whole, report = extracted_layer(

@@ -1,5 +1,7 @@
-"""On a graphics card: the reference is met there, too, runs work, and cuts agree with the CPU's.
-Skipped without one."""
+"""On a graphics card the reference is met, too, runs work, and extractions agree with the CPU's.
+
+Skipped without one.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,7 @@ def test_a_layer_meets_the_reference_in_value_and_gradient(gate, factor):
         {"clusters": OF_NEURONS},
     ],
 )
-def test_a_cut_is_the_one_that_the_cpu_makes(how):
+def test_an_extracted_layer_is_the_one_that_the_cpu_makes(how):
     mlp = small_mlp()
     calibration, changed_rules = calibration_of(mlp), rules(**how)
     there = LayerCalibration(
