@@ -1,4 +1,4 @@
-"""Experts cut out of MLPs: clustering against the library's own path, the whole extraction, and the
+"""Measures extraction: clustering against the library's own path, the whole extraction, and the
 speed of what comes out.
 
 The limit of an extracted model is a static one with as many active neurons in each layer: the same
@@ -22,8 +22,8 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from lib.extraction.clusters import density_clusters
-from lib.extraction.layer import Cut, cut_layer
-from lib.extraction.record import Recorded, mlps_of, record
+from lib.extraction.layer import extract_layer
+from lib.extraction.record import LayerCalibration, RecordedTokens, mlps_of, record_tokens
 from lib.measure import cost
 from lib.measure.timing import compare, peak_rss_mib
 from lib.spec import ClusterSpec, ExtractSpec
@@ -76,24 +76,27 @@ def clustering(turns: int = 3) -> Iterator[Row | str]:
         LIBRARY_TIMES,
     )
     yield (
-        f"  labels of the two: adjusted Rand index {same:.3f} (at least 1.000), {found['ours'].max() + 1} clusters  "
-        f"{_mark(same >= 1 - 1e-9)}"
+        f"  labels of the two: adjusted Rand index {same:.3f} (at least 1.000), "
+        f"{found['ours'].max() + 1} clusters  {_mark(same >= 1 - 1e-9)}"
     )
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
         peak = apart.submit(_peak, MANY).result()
-    yield f"HDBSCAN, {MANY} x {HIDDEN}: peak {peak:.0f} MiB of a whole process (at most {PEAK_MIB})  {_mark(peak <= PEAK_MIB)}"
+    yield (
+        f"HDBSCAN, {MANY} x {HIDDEN}: peak {peak:.0f} MiB of a whole process (at most {PEAK_MIB})  "
+        f"{_mark(peak <= PEAK_MIB)}"
+    )
 
 
 def whole(model: nn.Module) -> Iterator[str]:
-    """Record one pass, cluster and cut all layers as MoEE does."""
+    """Measures one recording pass, and clustering and extraction of all layers as in MoEE."""
     images = _images(TOKENS // 10)
-    kept: dict[str, Recorded] = {}
+    kept: dict[str, RecordedTokens] = {}
     rules = ExtractSpec(neurons={"variance_percent": 90.0}, calibration={"tokens": TOKENS})
     mlps = mlps_of(model)
 
-    def cut() -> None:
+    def extraction() -> None:
         for name, mlp in mlps.items():
-            cut_layer(mlp, _cut(mlp, kept[name]), rules, None, 0)
+            extract_layer(mlp, _calibration(mlp, kept[name]), rules, None, 0)
 
     def clusters() -> None:
         for found in kept.values():
@@ -102,23 +105,24 @@ def whole(model: nn.Module) -> Iterator[str]:
     s = seconds(
         {
             "record": lambda: kept.update(
-                record(model, images.split(50), per_image=10, limit=TOKENS, seed=0)
+                record_tokens(model, images.split(50), per_image=10, limit=TOKENS, seed=0)
             ),
             "clusters": clusters,
-            "cut": cut,
+            "extraction": extraction,
         },
         1,
     )
     yield (
-        f"{len(mlps)} layers, {TOKENS} tokens: record {s['record']:.1f} s; clusters {s['clusters']:.1f} s (at most "
-        f"{LAYERS_S:.0f} s)  {_mark(s['clusters'] <= LAYERS_S)}; clusters and cut {s['cut']:.1f} s"
+        f"{len(mlps)} layers, {TOKENS} tokens: record {s['record']:.1f} s; clusters "
+        f"{s['clusters']:.1f} s (at most {LAYERS_S:.0f} s)  {_mark(s['clusters'] <= LAYERS_S)}; "
+        f"whole extraction {s['extraction']:.1f} s"
     )
 
 
 def latency(model: nn.Module, repeats: int = 20) -> Iterator[Row]:
     """Forward passes of an extracted model against the whole one, and against a static one of the
     same active width."""
-    tokens = record(model, _images(100).split(50), per_image=40, limit=TOKENS, seed=0)
+    tokens = record_tokens(model, _images(100).split(50), per_image=40, limit=TOKENS, seed=0)
     rules = ExtractSpec(neurons={"active": ACTIVE}, calibration={"tokens": TOKENS})
     inputs = ClusterSpec(method="kmeans", space="input", count=COUNT)
     routed = rules.but(clusters=inputs, router="nearest", neurons={"statistics": "routed"})
@@ -209,16 +213,18 @@ def _images(count: int) -> Tensor:
 
 
 @torch.no_grad()
-def _cut(mlp: nn.Module, tokens: Recorded) -> Cut:
-    return Cut(tokens, mlp.fc2(tokens.hidden))
+def _calibration(mlp: nn.Module, tokens: RecordedTokens) -> LayerCalibration:
+    return LayerCalibration(tokens, mlp.fc2(tokens.hidden))
 
 
-def _extracted(model: nn.Module, tokens: dict[str, Recorded], rules: ExtractSpec) -> nn.Module:
+def _extracted(
+    model: nn.Module, tokens: dict[str, RecordedTokens], rules: ExtractSpec
+) -> nn.Module:
     out = copy.deepcopy(model)
     for name, mlp in mlps_of(model).items():
-        layer, _ = cut_layer(
+        layer, _ = extract_layer(
             mlp,
-            _cut(mlp, tokens[name]),
+            _calibration(mlp, tokens[name]),
             rules,
             round(rules.neurons.active * mlp.fc1.out_features),
             0,

@@ -1,1 +1,1 @@
-"""Cutting experts out of the MLPs of a trained network (MoEE, 2505.15414), and its static rivals."""
+"""Experts extracted from the MLPs of a trained network (MoEE, 2505.15414), and static rivals."""

@@ -1,7 +1,6 @@
-"""What makes up for removed neurons in closed form: ridge regression on those that stay, and which
-ought to stay then.
+"""Ridge regression that makes up for removed neurons, and the choice of neurons with it in mind.
 
-Axis letters: **n** tokens, **D** width of the output, **S** neurons.
+Axis letters: **n** tokens, **D** width of the output, **S** neurons, **K** clusters.
 """
 
 from __future__ import annotations
@@ -12,116 +11,146 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ROWS, BLOCK = 2048, 384  # tokens and neurons that moments are made of at a time
+ROWS, BLOCK = 2048, 384  # tokens and neurons that moments are computed of at a time
 ROUNDS = 4  # in which neurons go: what one is worth depends on which others are there
 
 
 class Moments(NamedTuple):
-    """Of hidden activations and a target over tokens: means (S,) and (D,); about them the
-    activations' covariance (S, S), and the one with the target (S, D)."""
+    """Means and covariances of hidden activations and of a target, over tokens.
 
-    mean: Tensor
-    wanted: Tensor
-    square: Tensor
-    cross: Tensor
-
-    def of(self, neurons: Tensor) -> Moments:
-        """Of some of the neurons, by index."""
-        return Moments(
-            self.mean[neurons], self.wanted, self.square[neurons][:, neurons], self.cross[neurons]
-        )
-
-    def mixed(self, everyone: Moments, share: float) -> Moments:
-        """Covariances are 1 - share times these plus share times `everyone`'s; means stay."""
-        square, cross = (
-            (1 - share) * a + share * b
-            for a, b in ((self.square, everyone.square), (self.cross, everyone.cross))
-        )
-        return Moments(self.mean, self.wanted, square, cross)
-
-
-def moments(hidden: Tensor, target: Tensor) -> Moments:
-    """Of hidden (n, S) and target (n, D). Rows are centred piece by piece, so that no second copy
-    of them is made, and of the symmetric matrix one half is computed."""
-    mean, wanted = hidden.mean(dim=0), target.mean(dim=0)
-    square, cross = hidden.new_zeros(len(mean), len(mean)), hidden.new_zeros(len(mean), len(wanted))
-    for h, t in zip(hidden.split(ROWS), target.split(ROWS), strict=True):
-        h = h - mean
-        for i in range(0, len(mean), BLOCK):
-            square[i : i + BLOCK, i:].addmm_(h[:, i : i + BLOCK].t(), h[:, i:])
-        cross.addmm_(h.t(), t - wanted)
-    square = square.triu()
-    return Moments(mean, wanted, (square + square.triu(1).t()) / len(hidden), cross / len(hidden))
-
-
-def pooled(parts: Sequence[Moments], sizes: Tensor) -> Moments:
-    """Of all tokens, from the moments of groups that make them up. sizes: (K,) tokens of each
-    group."""
-    load = (sizes / sizes.sum()).tolist()
-    mean, wanted = (sum(w * part[i] for w, part in zip(load, parts, strict=True)) for i in (0, 1))
-    square, cross = torch.zeros_like(parts[0].square), torch.zeros_like(parts[0].cross)
-    for w, part in zip(load, parts, strict=True):
-        h = part.mean - mean
-        square += w * torch.addr(part.square, h, h)
-        cross += w * torch.addr(part.cross, h, part.wanted - wanted)
-    return Moments(mean, wanted, square, cross)
-
-
-def regression(found: Moments, ridge: float) -> tuple[Tensor, Tensor]:
-    """w2 (D, S), b2 (D,) that predict the target from the activations, best in squares with a
-    penalty: `ridge`, in units of the mean variance."""
-    w2 = torch.linalg.solve(_penalised(found, ridge), found.cross.double()).t().float()
-    return w2, found.wanted - w2 @ found.mean
-
-
-def _penalised(found: Moments, ridge: float) -> Tensor:
-    square = found.square.to(torch.float64, copy=True)
-    square.diagonal().add_(ridge * square.diagonal().mean().clamp_min(1e-12))
-    return square
-
-
-def survivors(
-    found: Sequence[Moments], load: Tensor, count: int, ridge: float, rounds: int = ROUNDS
-) -> list[Tensor]:
-    """Of each of K groups of tokens the rising indices of the neurons whose loss the others could
-    make up for least: `count` in the mean over tokens. load: (K,) shares of the tokens; one group
-    has load 1. ridge: as for `regression`.
-
-    With weights W = C^-1 B for all of a set, going without neuron j adds |W_j|^2 / (C^-1)_jj to the
-    squared error, the others being fitted anew (Optimal Brain Surgeon, Hassibi and Stork 1993). In
-    each of the rounds the same proportion goes.
+    mean_hidden: (S,). mean_target: (D,). covariance: (S, S) of the activations. cross_covariance:
+    (S, D) of the activations with the target.
     """
-    whole, parts = (
-        len(found[0].square),
-        [(_penalised(part, ridge), part.cross.double()) for part in found],
+
+    mean_hidden: Tensor
+    mean_target: Tensor
+    covariance: Tensor
+    cross_covariance: Tensor
+
+    def of_neurons(self, neurons: Tensor) -> Moments:
+        """Picks some of the neurons, by index (S',)."""
+        return Moments(
+            self.mean_hidden[neurons],
+            self.mean_target,
+            self.covariance[neurons][:, neurons],
+            self.cross_covariance[neurons],
+        )
+
+    def mixed_with(self, others: Moments, share: float) -> Moments:
+        """Gives the covariances of `others` the weight `share` and these the rest; means stay."""
+        return Moments(
+            self.mean_hidden,
+            self.mean_target,
+            (1 - share) * self.covariance + share * others.covariance,
+            (1 - share) * self.cross_covariance + share * others.cross_covariance,
+        )
+
+
+def moments_of(hidden: Tensor, target: Tensor) -> Moments:
+    """Computes the moments of hidden (n, S) and target (n, D)."""
+    mean_hidden, mean_target = hidden.mean(dim=0), target.mean(dim=0)
+    neurons = len(mean_hidden)
+    covariance = hidden.new_zeros(neurons, neurons)
+    cross = hidden.new_zeros(neurons, len(mean_target))
+    # centred piece by piece, so that no second copy of all rows is made
+    for h, t in zip(hidden.split(ROWS), target.split(ROWS), strict=True):
+        h = h - mean_hidden
+        for i in range(0, neurons, BLOCK):  # of the symmetric matrix one half
+            covariance[i : i + BLOCK, i:].addmm_(h[:, i : i + BLOCK].t(), h[:, i:])
+        cross.addmm_(h.t(), t - mean_target)
+    covariance = covariance.triu()
+    covariance = (covariance + covariance.triu(1).t()) / len(hidden)
+    return Moments(mean_hidden, mean_target, covariance, cross / len(hidden))
+
+
+def moments_of_union(moments: Sequence[Moments], sizes: Tensor) -> Moments:
+    """Computes the moments of all tokens from those of K clusters that make them up.
+
+    sizes: (K,) tokens of each cluster.
+    """
+    shares = (sizes / sizes.sum()).tolist()
+    mean_hidden, mean_target = (
+        sum(share * part[i] for share, part in zip(shares, moments, strict=True)) for i in (0, 1)
     )
-    kept = [torch.arange(whole, device=load.device) for _ in found]
+    covariance = torch.zeros_like(moments[0].covariance)
+    cross = torch.zeros_like(moments[0].cross_covariance)
+    for share, part in zip(shares, moments, strict=True):
+        # covariance inside a cluster, and of its mean about the mean of all
+        h = part.mean_hidden - mean_hidden
+        covariance += share * torch.addr(part.covariance, h, h)
+        cross += share * torch.addr(part.cross_covariance, h, part.mean_target - mean_target)
+    return Moments(mean_hidden, mean_target, covariance, cross)
+
+
+def ridge_regression(moments: Moments, penalty: float) -> tuple[Tensor, Tensor]:
+    """Returns w2 (D, S) and b2 (D,) that predict the target from the activations best in squares.
+
+    penalty: on the squared weights, in units of the mean variance of the neurons.
+    """
+    covariance = _penalised(moments, penalty)
+    w2 = torch.linalg.solve(covariance, moments.cross_covariance.double()).t().float()
+    return w2, moments.mean_target - w2 @ moments.mean_hidden
+
+
+def _penalised(moments: Moments, penalty: float) -> Tensor:
+    """(S, S) float64: the covariance with the penalty on its diagonal."""
+    covariance = moments.covariance.to(torch.float64, copy=True)
+    covariance.diagonal().add_(penalty * covariance.diagonal().mean().clamp_min(1e-12))
+    return covariance
+
+
+def keep_by_update(
+    moments: Sequence[Moments],
+    shares: Tensor,
+    neurons: int,
+    penalty: float,
+    rounds: int = ROUNDS,
+) -> list[Tensor]:
+    """Keeps the neurons whose loss the others could make up for least; rising indices by cluster.
+
+    moments: of K clusters, over all neurons. shares: (K,) of the tokens; [1] for one cluster.
+    neurons: that stay, in the mean over tokens. penalty: as for `ridge_regression`.
+
+    With weights W = C^-1 B for all neurons of a set, removing neuron j adds |W_j|^2 / (C^-1)_jj to
+    the squared error, the others being fitted anew (Optimal Brain Surgeon, Hassibi and Stork 1993).
+    The same proportion of the neurons goes in each round.
+    """
+    total = len(moments[0].covariance)
+    problems = [(_penalised(part, penalty), part.cross_covariance.double()) for part in moments]
+    kept_neurons = [torch.arange(total, device=shares.device) for _ in moments]
     for r in range(1, rounds + 1):
-        costs = [
-            _cost(square[own][:, own], cross[own])
-            for (square, cross), own in zip(parts, kept, strict=True)
+        added_errors = [
+            _added_error(covariance[kept][:, kept], cross[kept])
+            for (covariance, cross), kept in zip(problems, kept_neurons, strict=True)
         ]
-        size = round(whole * (count / whole) ** (r / rounds))
-        kept = [own[best] for own, best in zip(kept, shared_out(costs, load, size), strict=True)]
-    return kept
+        stay = round(total * (neurons / total) ** (r / rounds))
+        best = share_out_neurons(added_errors, shares, stay)
+        kept_neurons = [kept[index] for kept, index in zip(kept_neurons, best, strict=True)]
+    return kept_neurons
 
 
-def _cost(square: Tensor, cross: Tensor) -> Tensor:
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(square))
+def _added_error(covariance: Tensor, cross: Tensor) -> Tensor:
+    """(S,) squared error that removing each neuron alone adds."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
     return (inverse @ cross).square().sum(dim=1) / inverse.diagonal()
 
 
-def shared_out(scores: Sequence[Tensor], load: Tensor, count: int) -> list[Tensor]:
-    """Of each group the rising indices of its best neurons, by scores that count for a token alike
-    in all groups, so that a token passes `count` in the mean: a neuron costs what its group has of
-    the tokens, load (K,). Each group keeps one at least."""
-    whole = torch.cat(list(scores))
-    group = torch.repeat_interleave(torch.tensor([len(s) for s in scores], device=whole.device))
-    order = whole.argsort(descending=True, stable=True)
-    inside = torch.zeros(len(whole), dtype=torch.bool, device=whole.device)
-    inside[order] = load.double()[group[order]].cumsum(0) <= count + 1e-9
-    chosen = [part.nonzero()[:, 0] for part in inside.split([len(s) for s in scores])]
+def share_out_neurons(scores: Sequence[Tensor], shares: Tensor, neurons: int) -> list[Tensor]:
+    """Keeps the best neurons of all clusters together; rising indices by cluster.
+
+    scores: of each cluster's neurons, (S,), such that they mean the same for a token of any
+    cluster. shares: (K,) of the tokens. neurons: that a token passes in the mean, so a neuron costs
+    its cluster's share of the tokens. Every cluster keeps one neuron at least.
+    """
+    sizes = [len(part) for part in scores]
+    all_scores = torch.cat(list(scores))
+    cluster_of_neuron = torch.repeat_interleave(torch.tensor(sizes, device=all_scores.device))
+    order = all_scores.argsort(descending=True, stable=True)
+    stays = torch.zeros(len(all_scores), dtype=torch.bool, device=all_scores.device)
+    # 1e-9: shares such as 1/3 do not add up to whole numbers
+    stays[order] = shares.double()[cluster_of_neuron[order]].cumsum(0) <= neurons + 1e-9
+    kept_neurons = [part.nonzero()[:, 0] for part in stays.split(sizes)]
     return [
-        part if len(part) else s.argmax().unsqueeze(0)
-        for part, s in zip(chosen, scores, strict=True)
+        kept if len(kept) else part.argmax().unsqueeze(0)
+        for kept, part in zip(kept_neurons, scores, strict=True)
     ]

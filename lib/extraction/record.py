@@ -1,11 +1,7 @@
-"""What the MLPs of a trained network do with tokens, recorded and clustered (MoEE, 2505.15414).
-
-`record` takes tokens of all MLPs in one pass. `density_clusters` are HDBSCAN's, by distances from
-matrix products: the library's own labels, many times as fast on wide activations; everything after
-the spanning tree is the library's.
+"""Records what the MLPs of a trained network do with tokens, in one pass over images.
 
 Axis letters: **B** images, **N** tokens of an image, **n** recorded tokens, **D** width, **H**
-hidden width, **K** clusters.
+hidden width.
 """
 
 from __future__ import annotations
@@ -21,39 +17,53 @@ from ..models.upcycle import block_mlps
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """Tokens of one MLP, float32, where its model lies: inputs (n, D), hidden (n, H) after the
-    activation function, image (n,) they come from, and before (n, D), the residual stream that the
-    MLP's output is added to, None where it was not asked for."""
+class RecordedTokens:
+    """Holds tokens of one MLP, in float32, on the device of its model.
+
+    inputs: (n, D). hidden: (n, H), after the activation function. image: (n,) number of the image
+    that a token is of. residual: (n, D) the residual stream that the MLP's output is added to; None
+    if it was not asked for.
+    """
 
     inputs: Tensor
     hidden: Tensor
     image: Tensor
-    before: Tensor | None = None
+    residual: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LayerCalibration:
+    """Holds a layer's calibration tokens, and target (n, D), what it ought to give on them."""
+
+    tokens: RecordedTokens
+    target: Tensor
 
 
 def mlps_of(model: nn.Module) -> dict[str, Mlp]:
-    """{name: MLP} of the blocks. ValueError if there is none, or one that is not timm.layers.Mlp
-    with Linear fc1 and fc2."""
-    found = dict(block_mlps(model))
-    if not found:
+    """Returns {name: MLP} of the blocks of a model.
+
+    Raises ValueError if there is none, or one that is not timm.layers.Mlp with Linear fc1 and fc2.
+    """
+    mlps = dict(block_mlps(model))
+    if not mlps:
         raise ValueError(
-            f"{type(model).__name__} has no block MLP to look into: a timm ViT, DeiT, Swin or ConvNeXt has"
+            f"{type(model).__name__} has no block MLP to look into: a timm ViT, DeiT, Swin or "
+            "ConvNeXt has"
         )
-    for name, mlp in found.items():
+    for name, mlp in mlps.items():
         plain = (
             type(mlp) is Mlp and isinstance(mlp.fc1, nn.Linear) and isinstance(mlp.fc2, nn.Linear)
         )
         if not plain or not isinstance(mlp.norm, nn.Identity):
             raise ValueError(
-                f"{name} is a {type(mlp).__name__}: experts are cut out of timm.layers.Mlp with Linear fc1 and fc2 "
-                "and no norm between them"
+                f"{name} is a {type(mlp).__name__}: experts are extracted from timm.layers.Mlp "
+                "with Linear fc1 and fc2 and no norm between them"
             )
-    return found
+    return mlps
 
 
 @torch.no_grad()
-def record(
+def record_tokens(
     model: nn.Module,
     batches: Iterable[Tensor],
     mlps: Mapping[str, Mlp] | None = None,
@@ -62,80 +72,101 @@ def record(
     limit: int,
     seed: int,
     norms: Mapping[str, nn.Module] | None = None,
-) -> dict[str, Recorded]:
-    """One pass in evaluation mode over batches of images (B, C, height, width): {name of the MLP:
-    its tokens}.
+) -> dict[str, RecordedTokens]:
+    """Records tokens of MLPs in one pass of the model, in evaluation mode: {name: tokens}.
 
-    mlps: of the model, by name; None: all of `mlps_of`. per_image: tokens of each image, drawn at
-    random, all if it has fewer. limit: n at most; beyond it a uniform sample of all candidates
-    stays (a reservoir), so memory is n (2 D + H) floats a layer, whatever the number of images.
-    seed: draws tokens by their place alone, the same ones in all layers of as many tokens, and in a
-    second pass. norms: {name: the norm before an MLP}, whose input is kept as `before`. Raises
-    ValueError as `mlps_of`, without an image, and for activations that are not finite, by layer.
+    batches: of images (B, C, height, width). mlps: of the model, by name; None = all of `mlps_of`.
+    per_image: tokens of each image, drawn at random; all if it has fewer. limit: n at most, a
+    uniform sample of all that were drawn. Memory is n (2 D + H) floats a layer, whatever the number
+    of images. seed: draws tokens by their place alone, so the same ones in all layers of as many
+    tokens, and in a second pass. norms: {name: the norm before an MLP}, whose input is kept as
+    `residual`.
+
+    Raises ValueError as `mlps_of`, without an image, and for activations that are not finite.
     """
     mlps = mlps_of(model) if mlps is None else mlps
-    modes = {module: module.training for module in model.modules()}
-    kept: dict[
-        str, list[tuple[Tensor, ...]]
-    ] = {}  # of each MLP key, image and rows, in pieces: joined only where some must go
-    seen = 0
-
-    def keep(name: str, *parts: Tensor) -> None:
-        rows = [part.reshape(part.shape[0], -1, part.shape[-1]) for part in parts]
-        b, n = rows[0].shape[:2]
-        drawn = torch.Generator().manual_seed(seed * 1_000_003 + seen)
-        order = torch.rand(b, n, generator=drawn).argsort(dim=1)[:, :per_image].sort(dim=1).values
-        image = (seen + torch.arange(b).unsqueeze(1)).expand_as(order).flatten()
-        key = torch.rand(len(image), generator=drawn)
-        new = [
-            (part if per_image >= n else part[torch.arange(b).unsqueeze(1), order])
-            .flatten(0, 1)
-            .float()
-            for part in rows
-        ]
-        if not all(part.sum().isfinite() for part in new):
-            raise ValueError(
-                f"{name} has activations that are not finite: look at the weights, or run it in float32"
-            )
-        kept.setdefault(name, []).append((key.to(new[0].device), image.to(new[0].device), *new))
-        if sum(len(piece[0]) for piece in kept[name]) > limit:
-            whole = _joined(kept[name])
-            stay = whole[0].argsort()[:limit].sort().values
-            kept[name] = [tuple(part[stay] for part in whole)]
-
-    watched = _Watched(mlps, keep, norms or {})
+    training_modes = {module: module.training for module in model.modules()}
+    sample = _Sample(per_image, limit, seed)
+    watch = _Watch(mlps, norms or {}, sample.add)
     try:
         model.eval()
         for images in batches:
             model(images)
-            seen += len(images)
+            sample.images_seen += len(images)
     finally:
-        watched.stop()
-        for module, mode in modes.items():
-            module.training = mode
-    if not seen:
+        watch.stop()
+        for module, training in training_modes.items():
+            module.training = training
+    if not sample.images_seen:
         raise ValueError(
-            "recording needs images: batches is an iterable of tensors (B, C, height, width), and it was empty"
+            "recording needs images: batches is an iterable of tensors (B, C, height, width), and "
+            "it was empty"
         )
-    found = {}
-    for name in list(kept):
-        _, image, x, hidden, *rest = _joined(
-            kept.pop(name)
-        )  # let go of one after the other: no second copy of all layers
-        found[name] = Recorded(x, hidden, image, *rest)
-    return found
+    return sample.tokens()
+
+
+class _Sample:
+    """Keeps a uniform sample of the tokens of each MLP, as batches of images come in.
+
+    Every token drawn gets a random key; the `limit` smallest keys stay (a reservoir).
+    """
+
+    def __init__(self, per_image: int, limit: int, seed: int):
+        self.per_image, self.limit, self.seed = per_image, limit, seed
+        self.images_seen = 0
+        # {name: [(keys, image numbers, activations ...) of some tokens]}: joined only where some
+        # must go, since each joining copies all
+        self.pieces: dict[str, list[tuple[Tensor, ...]]] = {}
+
+    def add(self, name: str, *activations: Tensor) -> None:
+        """Adds a batch of one MLP. activations: each (B, ..., D) or (B, ..., H)."""
+        by_image = [part.reshape(part.shape[0], -1, part.shape[-1]) for part in activations]
+        b, n = by_image[0].shape[:2]
+        # seeded by the place in the data: all layers draw the same tokens of these images
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.images_seen)
+        drawn = torch.rand(b, n, generator=generator).argsort(dim=1)[:, : self.per_image]
+        drawn = drawn.sort(dim=1).values  # (B, per_image) places in the image
+        row = torch.arange(b).unsqueeze(1)
+        image = (self.images_seen + row).expand_as(drawn).flatten()
+        key = torch.rand(len(image), generator=generator)
+        chosen = [
+            (part if self.per_image >= n else part[row, drawn]).flatten(0, 1).float()
+            for part in by_image
+        ]
+        if not all(part.sum().isfinite() for part in chosen):
+            raise ValueError(
+                f"{name} has activations that are not finite: look at the weights, or run it in "
+                "float32"
+            )
+        device = chosen[0].device
+        pieces = self.pieces.setdefault(name, [])
+        pieces.append((key.to(device), image.to(device), *chosen))
+        if sum(len(piece[0]) for piece in pieces) > self.limit:
+            whole = _joined(pieces)
+            stay = whole[0].argsort()[: self.limit].sort().values  # in the order they came in
+            self.pieces[name] = [tuple(part[stay] for part in whole)]
+
+    def tokens(self) -> dict[str, RecordedTokens]:
+        """Hands over the sample of every MLP, and keeps nothing."""
+        tokens = {}
+        for name in list(self.pieces):
+            # let go of one after the other: no second copy of all layers
+            _, image, inputs, hidden, *residual = _joined(self.pieces.pop(name))
+            tokens[name] = RecordedTokens(inputs, hidden, image, *residual)
+        return tokens
 
 
 def _joined(pieces: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     return tuple(map(torch.cat, zip(*pieces, strict=True)))
 
 
-class _Watched:
-    """see(name, input (B, ..., D), hidden (B, ..., H), and the norm's input if there is one) as
-    soon as an MLP is at its second map, until `stop`."""
+class _Watch:
+    """Calls see(name, input (B, ..., D), hidden (B, ..., H), and the norm's input if there is one)
+    whenever an MLP is at its second map, until `stop`."""
 
-    def __init__(self, mlps: Mapping[str, Mlp], see: Callable, norms: Mapping[str, nn.Module]):
-        self.see, self.held = see, {name: [] for name in mlps}
+    def __init__(self, mlps: Mapping[str, Mlp], norms: Mapping[str, nn.Module], see: Callable):
+        self.see = see
+        self.inputs: dict[str, list[Tensor]] = {name: [] for name in mlps}
         self.handles = []
         for name, mlp in mlps.items():
             if name in norms:
@@ -144,13 +175,13 @@ class _Watched:
             self.handles.append(mlp.fc2.register_forward_pre_hook(self._hand_over(name)))
 
     def _keep(self, name: str) -> Callable:
-        return lambda _, args: self.held[name].append(args[0])
+        return lambda _, args: self.inputs[name].append(args[0])
 
     def _hand_over(self, name: str) -> Callable:
         def hand_over(_, args) -> None:
-            *before, x = self.held[name]
-            self.held[name] = []
-            self.see(name, x, args[0], *before)
+            *norm_input, mlp_input = self.inputs[name]
+            self.inputs[name] = []
+            self.see(name, mlp_input, args[0], *norm_input)
 
         return hand_over
 

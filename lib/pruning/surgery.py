@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..extraction.extract import fit_extracted
+from ..extraction.saved import fit_extracted
 from ..inputs.splits import Split
 from ..models.backbone import build
 from ..models.moe import MoELayer

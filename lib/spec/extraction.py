@@ -1,4 +1,7 @@
-"""What becomes of the MLPs of a trained model: experts (MoEE, MoEfication) or narrower MLPs.
+"""Extraction: what becomes of the MLPs of a trained model.
+
+Experts from clusters of tokens (MoEE, 2505.15414), experts from clusters of neurons (MoEfication,
+2110.01786), or narrower MLPs (static pruning).
 
 Axis letters: **D** width, **H** hidden width, **E** experts, **K** clusters.
 """
@@ -13,7 +16,7 @@ from .base import Positive, Share, Spec
 
 
 class ClusterSpec(Spec):
-    """What is clustered: one expert is made of each cluster."""
+    """Says what is clustered; one expert is made of each cluster."""
 
     # tokens: by what they activate (MoEE). neurons: by their input weights, in balanced k-means
     # (MoEfication). nothing: one narrow MLP for all tokens, which is static pruning
@@ -34,15 +37,11 @@ class ClusterSpec(Spec):
 
     @model_validator(mode="after")
     def _no_idle_fields(self):
-        used = {"neurons": ("of", "count"), "nothing": ("of",)}.get(
-            self.of, type(self).model_fields
-        )
-        idle = [
-            name
-            for name, field in type(self).model_fields.items()
-            if name not in used and getattr(self, name) != field.default
-        ]
-        if idle:
+        used = {"neurons": {"of", "count"}, "nothing": {"of"}}.get(self.of)
+        fields = type(self).model_fields.items()
+        changed = {name for name, field in fields if getattr(self, name) != field.default}
+        if used is not None and changed - used:
+            idle = sorted(changed - used)
             raise ValueError(
                 f"of={self.of!r} clusters no tokens, so {', '.join(idle)} would say nothing: leave "
                 "them at their defaults"
@@ -51,7 +50,7 @@ class ClusterSpec(Spec):
 
 
 class NeuronSpec(Spec):
-    """Which hidden neurons an expert keeps, and how many."""
+    """Says which hidden neurons an expert keeps, and how many."""
 
     # percent of the variance over an expert's tokens that its neurons hold, 80-99 in MoEE; or
     variance_percent: Annotated[float, Field(gt=0, le=100)] | None = None
@@ -95,7 +94,7 @@ class NeuronSpec(Spec):
 
 
 class CorrectionSpec(Spec):
-    """What makes up for the output of the removed neurons."""
+    """Says what makes up for the output of the removed neurons."""
 
     # mean: their mean output, as a bias (VBP). ridge: its best linear prediction from the neurons
     # that stay, in closed form (CORP)
@@ -121,7 +120,7 @@ class CorrectionSpec(Spec):
 
 
 class CalibrationSpec(Spec):
-    """The tokens that all statistics are taken on."""
+    """Says which tokens all statistics are taken on."""
 
     images: Positive = 1000  # class-balanced training images
     tokens_per_image: Positive = 10  # drawn at random at each MLP
@@ -129,7 +128,7 @@ class CalibrationSpec(Spec):
 
 
 class ExtractSpec(Spec):
-    """Experts made of the MLPs of a trained model, or MLPs made narrower.
+    """Says how the MLPs of a trained model become experts, or narrower MLPs.
 
     The defaults are the faithful reading of MoEE (2505.15414); everything else is a rival, a
     control, or ours.
@@ -154,10 +153,12 @@ class ExtractSpec(Spec):
     @model_validator(mode="after")
     def _neurons_fit_clusters(self):
         of, neurons, correction = self.clusters.of, self.neurons, self.correction
-        if of == "nothing" and (self.router != "cosine" or neurons.statistics != "cluster"):
+        routed = self.router != "cosine" or neurons.statistics != "cluster"
+        if of == "nothing" and (routed or neurons.common or correction.pooled):
             raise ValueError(
-                "clusters.of='nothing' makes one MLP for all tokens, which nothing routes: leave "
-                "router and neurons.statistics at their defaults"
+                "clusters.of='nothing' makes one MLP for all tokens, without a router and without "
+                "clusters that have something in common: leave router, neurons.statistics, "
+                "neurons.common and correction.pooled at their defaults"
             )
         if neurons.budget == "cluster" and of != "tokens":
             raise ValueError(

@@ -70,25 +70,25 @@ def test_nothing_but_noise_and_what_is_refused():
     with pytest.raises(ValueError, match="must be finite"):
         clusters.density_clusters((x - 0.5).log(), 20)
     with pytest.raises(ValueError, match="3 tokens cannot make 8 clusters"):
-        clusters.means_clusters(x[:3], 8, 0)
-    with pytest.raises(ValueError, match="80 rows do not divide into 7"):
-        clusters.balanced_means(x, 7, 0)
+        clusters.kmeans_clusters(x[:3], 8, 0)
+    with pytest.raises(ValueError, match="80 rows do not divide into 7 equal clusters"):
+        clusters.balanced_kmeans(x, 7, 0)
 
 
 def test_other_kinds():
     x, which = blobs(300, 20, 3, 0.1)
-    assert adjusted_rand_score(clusters.means_clusters(x, 3, 0).labels, which) == 1.0
+    assert adjusted_rand_score(clusters.kmeans_clusters(x, 3, 0).labels, which) == 1.0
     dealt = clusters.random_clusters(np.array([5, 3, 2]), torch.Generator().manual_seed(0))
     assert np.bincount(dealt.labels).tolist() == [5, 3, 2] and not np.array_equal(
         dealt.labels, np.repeat([0, 1, 2], [5, 3, 2])
     )
     even = torch.cat([x[which == k][:40] for k in range(3)])
-    groups = clusters.balanced_means(even, 3, 0)
+    groups = clusters.balanced_kmeans(even, 3, 0)
     assert adjusted_rand_score(groups, np.repeat([0, 1, 2], 40)) == 1.0 and set(
         np.bincount(groups)
     ) == {40}
     lopsided = torch.cat([x[which == 0][:60], x[which == 1][:20], x[which == 2][:10]])
-    assert set(np.bincount(clusters.balanced_means(lopsided, 3, 0))) == {30}
+    assert set(np.bincount(clusters.balanced_kmeans(lopsided, 3, 0))) == {30}
 
 
 def test_clusters_that_other_images_make_again():
@@ -108,7 +108,7 @@ def test_clusters_that_other_images_make_again():
 
 
 def record(model, batches, mlps=None, **changes):
-    return recording.record(
+    return recording.record_tokens(
         model, batches, mlps, **{"per_image": N, "limit": 1000, "seed": 0, **changes}
     )
 
@@ -122,7 +122,7 @@ def test_what_is_recorded_is_what_the_layer_saw():
     mlp, tokens = model.blocks[1].mlp, found["blocks.1.mlp"]
     torch.testing.assert_close(mlp.act(mlp.fc1(tokens.inputs)), tokens.hidden)
     assert (
-        tokens.image.tolist() == [i for i in range(4) for _ in range(N)] and tokens.before is None
+        tokens.image.tolist() == [i for i in range(4) for _ in range(N)] and tokens.residual is None
     )
     with torch.no_grad():
         x = model.blocks[0](model._pos_embed(model.patch_embed(images)))
@@ -131,7 +131,7 @@ def test_what_is_recorded_is_what_the_layer_saw():
     again = record(
         model, images.split(2), {"blocks.1.mlp": mlp}, norms={"blocks.1.mlp": model.blocks[1].norm2}
     )
-    torch.testing.assert_close(again["blocks.1.mlp"].before.view(4, N, D), x.detach())
+    torch.testing.assert_close(again["blocks.1.mlp"].residual.view(4, N, D), x.detach())
     assert torch.equal(again["blocks.1.mlp"].inputs, tokens.inputs) and not model.training
 
 

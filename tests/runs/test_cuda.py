@@ -1,5 +1,7 @@
-"""On a graphics card: the reference is met there, too, runs work, and cuts agree with the CPU's.
-Skipped without one."""
+"""On a graphics card the reference is met, too, runs work, and extractions agree with the CPU's.
+
+Skipped without one.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,13 @@ import numpy as np
 import pytest
 import reference
 import torch
-from test_extraction import H, layer, rules, tokens
+from small_mlps import OF_NEURONS, STATIC, H, calibration_of, rules, small_mlp
 from vits import batch, build
 from vits import moe as mixture
 
 from lib.extraction.clusters import density_clusters
-from lib.extraction.layer import Cut, cut_layer
-from lib.extraction.record import Recorded, record
+from lib.extraction.layer import extract_layer
+from lib.extraction.record import LayerCalibration, RecordedTokens, record_tokens
 from lib.pages import profiles
 from lib.runs import collect as runs
 from lib.runs.store import Store
@@ -52,27 +54,35 @@ def test_a_layer_meets_the_reference_in_value_and_gradient(gate, factor):
     "how",
     [
         {},
-        {"correct": "ridge", "storage": "inputs"},
-        {"clusters": "one", "correct": "mean"},
-        {"clusters": "hdbscan", "smallest": 0.1},
-        {"clusters": "weights", "count": 4, "active": 0.5, "router": "cosine"},
+        {"correction": {"method": "ridge"}, "storage": "inputs"},
+        {"clusters": STATIC, "correction": {"method": "mean"}},
+        {"clusters": {"method": "hdbscan", "smallest_share": 0.1}},
+        {"clusters": OF_NEURONS},
     ],
 )
-def test_a_cut_is_the_one_that_the_cpu_makes(how):
-    mlp = layer()
-    found, given = tokens(mlp), rules(**how)
-    there = Cut(
-        Recorded(
+def test_an_extracted_layer_is_the_one_that_the_cpu_makes(how):
+    mlp = small_mlp()
+    calibration, changed_rules = calibration_of(mlp), rules(**how)
+    there = LayerCalibration(
+        RecordedTokens(
             *(
                 part.cuda()
-                for part in (found.tokens.inputs, found.tokens.hidden, found.tokens.image)
+                for part in (
+                    calibration.tokens.inputs,
+                    calibration.tokens.hidden,
+                    calibration.tokens.image,
+                )
             )
         ),
-        found.target.cuda(),
+        calibration.target.cuda(),
     )
-    wanted, told = cut_layer(copy.deepcopy(mlp), found, given, round(0.5 * H), seed=0)
-    made, report = cut_layer(copy.deepcopy(mlp).cuda(), there, given, round(0.5 * H), seed=0)
-    x = found.tokens.inputs.unsqueeze(0)
+    wanted, told = extract_layer(
+        copy.deepcopy(mlp), calibration, changed_rules, round(0.5 * H), seed=0
+    )
+    made, report = extract_layer(
+        copy.deepcopy(mlp).cuda(), there, changed_rules, round(0.5 * H), seed=0
+    )
+    x = calibration.tokens.inputs.unsqueeze(0)
     assert torch.allclose(made.cuda()(x.cuda()).cpu(), wanted(x), atol=1e-4)
     assert report["widths"] == told["widths"] and np.allclose(report["load"], told["load"])
 
@@ -80,8 +90,8 @@ def test_a_cut_is_the_one_that_the_cpu_makes(how):
 def test_tokens_stay_on_the_card_and_cluster_there():
     model = build()
     images = batch(40)[0]
-    here = record(model, images.split(8), per_image=9, limit=200, seed=0)
-    there = record(model.cuda(), images.cuda().split(8), per_image=9, limit=200, seed=0)
+    here = record_tokens(model, images.split(8), per_image=9, limit=200, seed=0)
+    there = record_tokens(model.cuda(), images.cuda().split(8), per_image=9, limit=200, seed=0)
     for name, found in here.items():
         assert there[name].hidden.is_cuda and torch.allclose(
             there[name].hidden.cpu(), found.hidden, atol=1e-2

@@ -1,0 +1,98 @@
+"""Rules of extraction that do not fit together are refused by name."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+from small_mlps import (
+    OF_NEURONS,
+    STATIC,
+    rules,
+)
+
+from lib.spec import ClusterSpec, ExtractSpec, MoESpec, RunSpec, TrainSpec
+
+DENSE = RunSpec(train=TrainSpec())
+EXTRACTED = DENSE.but(init=DENSE, train=None, extract=rules())
+
+
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (lambda: ExtractSpec(neurons={}), "give one of variance_percent and active"),
+        (
+            lambda: ExtractSpec(neurons={"variance_percent": 50.0, "active": 0.5}),
+            "give one of variance_percent and active",
+        ),
+        (lambda: ExtractSpec(neurons={"variance_percent": 0.0}), "percent"),
+        (lambda: ExtractSpec(neurons={"variance_percent": 101.0}), "percent"),
+        (
+            lambda: ExtractSpec(neurons={"active": 0.5, "common": 0.5}),
+            "common=0.5 must be below active=0.5",
+        ),
+        (
+            lambda: ExtractSpec(
+                neurons={"active": 0.5}, correction={"method": "ridge"}, storage="shared"
+            ),
+            "storage='shared' is for experts",
+        ),
+        (
+            lambda: ExtractSpec(neurons={"active": 0.5}, clusters=STATIC, storage="inputs"),
+            "storage='inputs' is for experts that share neurons",
+        ),
+        (
+            lambda: ExtractSpec(neurons={"active": 0.5}, router="trained"),
+            "router='trained' learns which clusters of neurons",
+        ),
+        (
+            lambda: ExtractSpec(
+                neurons={"active": 0.5}, clusters=OF_NEURONS, correction={"method": "mean"}
+            ),
+            "removes no neuron",
+        ),
+        (
+            lambda: ExtractSpec(neurons={"variance_percent": 50.0, "budget": "model"}),
+            "need active, not variance_percent",
+        ),
+        (
+            lambda: rules(neurons={"budget": "model", "common": 0.25}),
+            "common is a share of each layer's neurons",
+        ),
+        (
+            lambda: rules(
+                neurons={"budget": "model", "score": "update"}, correction={"method": "ridge"}
+            ),
+            "residual stream, which is followed in sequence only",
+        ),
+        (
+            lambda: rules(correction={"catch_up": 0.5}),
+            "error that changed layers have left behind: set sequential=True",
+        ),
+        (lambda: ClusterSpec(of="nothing", count=4), "of='nothing' clusters no tokens, so count"),
+        (
+            lambda: ClusterSpec(of="neurons", count=4, space="input"),
+            "of='neurons' clusters no tokens, so space would say nothing",
+        ),
+        (lambda: rules(clusters=STATIC, router="nearest"), "without a router"),
+        (lambda: rules(clusters=STATIC, neurons={"common": 0.25}), "without a router"),
+        (lambda: rules(clusters=STATIC, correction={"pooled": 0.5}), "without a router"),
+        (
+            lambda: rules(clusters=OF_NEURONS, router="nearest"),
+            "clusters.of='neurons' takes 'trained' or 'cosine'",
+        ),
+        (
+            lambda: rules(clusters=OF_NEURONS, neurons={"variance_percent": 50.0}),
+            "set neurons.active, not variance_percent",
+        ),
+        (
+            lambda: DENSE.but(extract=ExtractSpec(neurons={"active": 0.5})),
+            "extract cuts experts out of a trained model",
+        ),
+        (lambda: EXTRACTED.but(moe=MoESpec()), "extract cuts experts out of a trained model"),
+        (lambda: EXTRACTED.but(init=EXTRACTED), "extract cuts experts out of a trained model"),
+        (lambda: DENSE.but(train={"distil_logits": 0.5}), "distil_logits needs a parent"),
+    ],
+)
+def test_bad_specs(make, says):
+    with pytest.raises(ValidationError, match=says):
+        make()
