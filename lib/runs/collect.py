@@ -1,7 +1,7 @@
 """RunSpec -> Record, and `collect`, which computes only what is not there.
 
-    records = collect({"dense": [spec], "moe": [spec_a, spec_b]})    # computes what the store lacks
-    records = load({...})                                            # never computes; None where a record is absent
+    records = collect({"dense": [spec], "moe": [spec_a, spec_b]})  # computes what the store lacks
+    records = load({...})  # never computes; None where a record is absent
 
 With `executor` (anything with `submit`, such as a process pool or the executor of a Dask client)
 runs go to its workers; only the calling process writes records. Parents of runs (`init`) are
@@ -11,6 +11,7 @@ computed first.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import sys
 import warnings
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..spec import BackboneSpec, MoESpec, RunSpec
+from ..spec import BackboneSpec, MaskSpec, MoESpec, RunSpec
 from . import locks
 from .execute import execute, state_of
 from .store import Record, Store, store
@@ -34,7 +35,7 @@ Grid = dict[str, list[RunSpec]]
 
 
 def load(grid: Grid, where: Store | None = None) -> dict[str, list[Record | None]]:
-    """The records of a grid, in its order, None where there is none. Never computes."""
+    """Reads the records of a grid, in its order, None where there is none. Never computes."""
     where = where or store()
     return {name: [where.get(spec) for spec in specs] for name, specs in grid.items()}
 
@@ -42,10 +43,10 @@ def load(grid: Grid, where: Store | None = None) -> dict[str, list[Record | None
 def collect(
     grid: Grid, executor: Any = None, where: Store | None = None
 ) -> dict[str, list[Record]]:
-    """The records of a grid, in its order, computed where the store lacks them.
+    """Returns the records of a grid, in its order, and computes those that the store lacks.
 
     A failed record counts as absent and is tried again. Raises RuntimeError naming the runs that
-    failed, after all others have been computed and filed.
+    failed and why, after all others have been computed and filed.
     """
     where = where or store()
     specs = [spec for group in grid.values() for spec in group]
@@ -54,17 +55,18 @@ def collect(
     missing = [spec for spec in _unique(specs) if not _done(where, spec)]
     for spec in missing:
         _check_device(spec)
-    failed: list[str] = []
+    failures: list[str] = []
     bar = tqdm(total=len(missing), unit="run", desc="runs", delay=5, leave=False)
     with bar:
         for wave in _waves(missing, where):
             for record in _compute(wave, executor, where):
                 if record.status == "failed":
-                    failed.append(f"{record.id}: {record.error['message']}")
-                bar.update(1 if any(record.id == spec.id for spec in missing) else 0)
-    if failed:
+                    failures.append(_failure(record))
+                bar.update(any(record.id == spec.id for spec in missing))
+    if failures:
         raise RuntimeError(
-            f"{len(failed)} runs failed; they are filed as failed records:\n" + "\n".join(failed)
+            "\n".join(failures) + f"\nRuns that failed: {len(failures)}. They are filed as failed "
+            "records, and are tried again next time."
         )
     for spec in _unique(specs):
         if spec.publish:
@@ -72,8 +74,14 @@ def collect(
     return {name: [where.get(spec) for spec in group] for name, group in grid.items()}
 
 
+def _failure(record: Record) -> str:
+    """One line: which run failed, and why."""
+    reason = " ".join(record.error["message"].split())
+    return f"run {record.id}: {record.error['kind']}: {reason}"
+
+
 def status_of(spec: RunSpec, where: Store | None = None) -> str:
-    """ "done", "failed", "running" or "missing"."""
+    """Tells whether a run is "done", "failed", "running" or "missing"."""
     where = where or store()
     if locks.is_held(where.lock(spec.id)):
         return "running"
@@ -81,59 +89,64 @@ def status_of(spec: RunSpec, where: Store | None = None) -> str:
     return "missing" if record is None else {"ok": "done"}.get(record.status, "failed")
 
 
-def model_of(spec: RunSpec, where: Store | None = None):
-    """The model that a run leaves behind, on the CPU and in evaluation mode; the run is computed if
-    its weights are not there."""
+def model_of(spec: RunSpec, where: Store | None = None) -> nn.Module:
+    """Returns the model that a run leaves behind, on the CPU and in evaluation mode; the run is
+    computed if its weights are not there."""
     from ..inputs.splits import load_splits
-    from ..pruning import surgery
+    from .restore import restored
 
     where = where or store()
     spec = spec.but(keep=True)
     collect({"model": [spec]}, where=where)
-    if (
-        not where.state(spec.id).is_file()
-    ):  # the record is there, the weights are not: they stay in the cache of who made them
+    # The record may be there without the weights, which stay in the cache of who made them.
+    if not where.state(spec.id).is_file():
         _check_device(spec)
         for wave in _waves([spec], where):
             list(_compute(wave, None, where))
     splits = load_splits(spec.data.but(test=None))
-    return surgery.restored(
-        spec, state_of(spec, where.states), len(splits.class_names), splits.channels
-    ).eval()
+    state = state_of(spec, where.states)
+    return restored(spec, state, len(splits.class_names), splits.channels).eval()
 
 
 def check(spec: RunSpec) -> None:
-    """Build the model on no device, so that what does not fit is refused before any work.
+    """Builds the model on no device, so that what does not fit is refused before any work.
 
-    Raises ValueError naming the field: L beyond the depth, a patch that does not divide the image,
-    an unknown backbone, MLPs that experts cannot be cut out of.
+    Raises ValueError naming the field, for L beyond the depth, a patch that does not divide the
+    image, an unknown backbone, a step that cannot be carried out; or naming the module, for an
+    architecture whose cost cannot be counted.
     """
-    from ..extraction import extract
-    from ..pruning import surgery
-    from ..pruning.experts.scores import remaining
+    from .steps import steps_of
 
-    model = _skeleton(spec.backbone, spec.data.image_size, spec.moe)
-    if spec.prune is not None:
-        surgery.check(model, spec.prune)
-    if spec.extract is not None:
-        extract.check(model, spec.extract)
-    if spec.drop is not None:
-        left = remaining(spec.moe.experts // spec.moe.members, spec.drop.share)
-        if spec.drop.missing == "reroute" and left < spec.moe.top_k:
-            raise ValueError(
-                f"drop.share={spec.drop.share} leaves {left} experts to choose among, moe.top_k={spec.moe.top_k} "
-                "is more: drop fewer, or set drop.missing='zero_update'"
-            )
+    mask = None if spec.train is None else spec.train.mask
+    model = _skeleton(spec.backbone, spec.data.image_size, spec.moe, mask)
+    for step in steps_of(spec):
+        step.check(model, spec)
     if spec.init is not None:
         check(spec.init)
 
 
-@lru_cache(maxsize=16)
-def _skeleton(backbone: BackboneSpec, image_size: int, moe: MoESpec | None) -> nn.Module:
-    """To look at, not to change: the runs of a page are hundreds, their architectures a few."""
-    from ..models.backbone import skeleton
+@lru_cache(maxsize=64)
+def _skeleton(
+    backbone: BackboneSpec, image_size: int, moe: MoESpec | None, mask: MaskSpec | None
+) -> nn.Module:
+    """The backbone with its MoE layers, to look at, not to change: the runs of a page are hundreds,
+    their architectures a few."""
+    import torch
 
-    return skeleton(backbone, image_size, classes=2, moe=moe)
+    from ..measure import cost
+    from ..models.backbone import skeleton
+    from ..models.ensemble import ensemble
+    from ..models.mae import MaskedAutoencoder
+
+    model = skeleton(backbone, image_size, classes=2, moe=moe)
+    counted = model
+    if moe is not None and moe.members > 1:
+        counted = ensemble(copy.deepcopy(model), moe.members)
+    cost.count(counted, image_size)
+    if mask is not None:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            MaskedAutoencoder(copy.deepcopy(model), mask)
+    return model
 
 
 def _check_device(spec: RunSpec) -> None:
@@ -143,8 +156,9 @@ def _check_device(spec: RunSpec) -> None:
 
     if spec.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"run {spec.id} is planned for device='cuda' and this machine has none: give device='cpu', which makes "
-            "runs of their own (on a command line -p device cpu), or take a profile made for the CPU"
+            f"run {spec.id} is planned for device='cuda' and this machine has none: give "
+            "device='cpu', which makes runs of their own (on a command line -p device cpu), or "
+            "take a profile made for the CPU"
         )
 
 
@@ -175,7 +189,7 @@ def _waves(missing: list[RunSpec], where: Store) -> list[list[RunSpec]]:
 
     def add(spec: RunSpec) -> int:
         level = 0
-        for needed in _needed(spec):
+        for needed in spec.needed_runs:
             if not where.state(needed.id).is_file():
                 level = max(level, add(needed.but(keep=True)) + 1)
         before, known = depth.get(spec.id, (0, spec))
@@ -193,16 +207,6 @@ def _waves(missing: list[RunSpec], where: Store) -> list[list[RunSpec]]:
         add(spec)
     levels = sorted({level for level, _ in depth.values()})
     return [[spec for level, spec in depth.values() if level == wanted] for wanted in levels]
-
-
-def _needed(spec: RunSpec) -> list[RunSpec]:
-    """The runs whose final weights a run reads: its parent, and for scores that compare the
-    parent's parent."""
-    if spec.init is None:
-        return []
-    return (
-        [spec.init, spec.init.init] if spec.drop is not None and spec.drop.compares else [spec.init]
-    )
 
 
 def _compute(wave: list[RunSpec], executor: Any, where: Store) -> Iterable[Record]:
@@ -290,7 +294,7 @@ def _put(made: dict, arrays: dict[str, np.ndarray], spec: RunSpec, where: Store)
 
 
 def pool(workers: int | None = None):
-    """A bounded local process pool for `collect`; each worker starts clean (spawn), so torch
+    """Opens a bounded local process pool for `collect`; each worker starts clean (spawn), so torch
     threads do not collide."""
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor

@@ -25,12 +25,12 @@ from lib.measure.cost import count
 from lib.models.backbone import build
 from lib.models.moe import MoELayer, RoutingTape
 from lib.models.shared_experts import SharedExperts
-from lib.pruning import surgery
 from lib.routers.centroid import CentroidRouter
 from lib.routers.controls import OracleRouter, RandomRouter
 from lib.routers.hard import HardRouter
 from lib.routers.predictor import PredictorRouter
 from lib.runs import collect as runs
+from lib.runs.restore import restored
 from lib.spec import BackboneSpec, DataSpec, ExtractSpec, MoESpec, RunSpec, TrainSpec
 
 D, H = 6, 16
@@ -618,7 +618,7 @@ def test_a_run_records_saves_and_goes_on(where, fields, kind):
     )
     splits = load_splits(spec.data)
     images = splits.test.batch(torch.arange(8), spec.data)
-    again = surgery.restored(child, load_file(where.state(child.id)), 10, 1).eval()
+    again = restored(child, load_file(where.state(child.id)), 10, 1).eval()
     assert not torch.equal(again(images), model(images))
 
 

@@ -73,18 +73,18 @@ from types import SimpleNamespace
 from lib.runs import collect as runs
 from lib.runs.store import Store
 from lib.spec import RunSpec
-from lib.training import loop
+from lib.training import checkpoint, loop
 
-steps, real = [0], loop._losses
+steps, real = [0], loop.losses
 def losses(*args):
     steps[0] += 1
     if steps[0] == 7:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args)
 
-loop._losses = losses
-loop.CHECKPOINT_SECONDS = 0  # and a clock that ticks once a step: a checkpoint after each
-loop.time = SimpleNamespace(monotonic=lambda: steps[0], perf_counter=loop.time.perf_counter)
+loop.losses = losses
+checkpoint.CHECKPOINT_SECONDS = 0  # and a clock that ticks once a step: a checkpoint after each
+checkpoint.time = SimpleNamespace(monotonic=lambda: steps[0])
 where = Store(Path(sys.argv[1]) / "published", Path(sys.argv[1]) / "private")
 runs.collect({"a": [RunSpec.model_validate_json(sys.argv[2])]}, where=where)
 """
@@ -97,9 +97,9 @@ def test_kill_in_the_middle_of_a_run(where, tmp_path, monkeypatch):
     assert where.checkpoint(SPEC.id).is_file() and where.find(SPEC.id) is None
     assert runs.status_of(SPEC, where) == "missing"  # its lock died with it
 
-    steps, real = [0], loop._losses
+    steps, real = [0], loop.losses
     monkeypatch.setattr(
-        loop, "_losses", lambda *args: steps.__setitem__(0, steps[0] + 1) or real(*args)
+        loop, "losses", lambda *args: steps.__setitem__(0, steps[0] + 1) or real(*args)
     )
     record = runs.collect({"a": [SPEC]}, where=where)["a"][0]
     assert steps[0] == 2  # six of the eight steps were done by the killed process

@@ -43,9 +43,13 @@ def made(monkeypatch):
         head = {"id": spec.id, "spec": spec.model_dump(mode="json")}
         where = Store(Path("nowhere"), Path(states).parent)
         if spec.init is not None and not where.state(spec.init.id).is_file():
-            return head | {"status": "failed", "error": {"message": "no parent"}}, {}
+            return head | {
+                "status": "failed",
+                "error": {"kind": "FileNotFoundError", "message": "no parent"},
+            }, {}
         if spec.seed in log.bad:
-            return head | {"status": "failed", "error": {"message": f"seed {spec.seed} is bad"}}, {}
+            reason = {"kind": "ValueError", "message": f"seed {spec.seed}\n is bad"}
+            return head | {"status": "failed", "error": reason}, {}
         if spec.keep:
             time.sleep(0.05)  # a child that does not wait for its parent would now find nothing
             where.states.mkdir(parents=True, exist_ok=True)
@@ -270,13 +274,16 @@ def test_failed_run_is_raised_last_and_tried_again(where, made, pooled):
     made.bad.add(2)
     with ThreadPoolExecutor(1) as pool:
         executor = pool if pooled else None
-        with pytest.raises(RuntimeError, match="1 runs failed.*\n.*seed 2 is bad"):
+        with pytest.raises(
+            RuntimeError,
+            match=rf"^run {of(2)[0].id}: ValueError: seed 2 is bad\nRuns that failed: 1\.",
+        ):
             runs.collect({"a": of(1, 2, 3)}, executor, where)
         assert (
             sorted(made) == [1, 2, 3] and runs.load({"a": of(1, 3)}, where)["a"][1].status == "ok"
         )
         failed = where.get(of(2)[0])
-        assert failed.status == "failed" and failed.error == {"message": "seed 2 is bad"}
+        assert failed.status == "failed" and failed.error["message"] == "seed 2\n is bad"
         assert runs.status_of(of(2)[0], where) == "failed"
         made.bad.clear()
         records = runs.collect({"a": of(1, 2, 3)}, executor, where)["a"]

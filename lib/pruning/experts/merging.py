@@ -1,7 +1,8 @@
 """Fewer experts without throwing any away: similar ones merged (2407.09590), or the dropped ones
 recombined (DERN, 2509.10377).
 
-Both leave a model that reroutes among E' experts; `surgery.load_pruned` reloads it.
+Both leave a model that reroutes among E' experts; `DropStep.fit` gives another model
+its structure.
 
 Axis letters: **T** tokens, **D** width, **H** hidden width, **E** experts of a layer, **E'** those
 that stay.

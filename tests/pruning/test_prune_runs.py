@@ -1,5 +1,5 @@
-"""Runs that are pruned before they train: what is cut, what is recorded, and what a child of them
-starts from."""
+"""Runs that are pruned before they train: what is removed, what is recorded, and what a child of
+them starts from."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 
 from lib.inputs.splits import load_splits
 from lib.models.backbone import build
-from lib.pruning import surgery
+from lib.models.step import StepInputs
 from lib.pruning.neurons.removal import remove
 from lib.pruning.neurons.scores import calibration, expert_scores, keep_indices, neuron_scores
+from lib.pruning.steps import PruneStep
 from lib.runs import collect as runs
+from lib.runs.restore import restored
 from lib.runs.store import Store
 from lib.spec import (
     BackboneSpec,
@@ -87,16 +89,16 @@ def test_experts_are_cut_by_class_group_and_then_attention(where):
         "after": in_groups(E, H // 2, D // HEADS // 2),
     }
     state = load_file(where.state(spec.id))
-    assert surgery.restored(spec, state, 10, 1).blocks[0].mlp.experts.widths == (H // 2,) * E
+    assert restored(spec, state, 10, 1).blocks[0].mlp.experts.widths == (H // 2,) * E
     with pytest.raises(ValueError, match="blocks.0.mlp.experts.0 has 12 groups"):
-        surgery.restored(spec.but(prune={"share": 0.25}), state, 10, 1)
+        restored(spec.but(prune={"share": 0.25}), state, 10, 1)
     splits = load_splits(spec.data)
     left = {}
     for by_class in (True, False):
         each = spec.but(prune={"by_class": by_class})
         model = build(each, 10, 1, load_file(where.state(HEAD.id)))
         torch.manual_seed(1)  # must not matter
-        surgery.prune(model, each, splits.train, 10)
+        PruneStep(each.prune).apply(model, StepInputs(each, splits.train, 10, state_of=dict))
         left[by_class] = model
     first_cut = left[True]
     first = [w1 for w1, *_ in first_cut.blocks[0].mlp.experts.each()]
@@ -135,21 +137,21 @@ def test_experts_are_cut_by_class_group_and_then_attention(where):
 def test_a_pruned_state_with_the_spec_of_a_whole_model_is_refused(where):
     spec = BASE.but(init=HEAD, prune=PRUNE)
     state = load_file(where.state(run(where, spec.but(keep=True)).id))
-    assert surgery.restored(spec, state, 10, 1).blocks[0].mlp.fc1.out_features == H // 2
+    assert restored(spec, state, 10, 1).blocks[0].mlp.fc1.out_features == H // 2
     with pytest.raises(ValueError, match="give the spec that it was made with"):
-        surgery.restored(BASE, state, 10, 1)
+        restored(BASE, state, 10, 1)
     with pytest.raises(
         ValueError,
         match="blocks.0.mlp has 12 groups in the state; of 24 the shares of run .* leave 18",
     ):
-        surgery.restored(spec.but(prune={"share": 0.25}), state, 10, 1)
+        restored(spec.but(prune={"share": 0.25}), state, 10, 1)
     twice = BASE.but(init=spec, prune=PRUNE.but(parts=("mlp",)))
     state = load_file(where.state(run(where, twice).id))
-    assert surgery.restored(twice, state, 10, 1).blocks[0].mlp.fc1.out_features == H // 4
+    assert restored(twice, state, 10, 1).blocks[0].mlp.fc1.out_features == H // 4
     with pytest.raises(
         ValueError, match="blocks.0.mlp has 6 groups in the state; of 24 .* leave 12"
     ):
-        surgery.restored(twice.but(init=BASE.but(init=HEAD), prune=PRUNE), state, 10, 1)
+        restored(twice.but(init=BASE.but(init=HEAD), prune=PRUNE), state, 10, 1)
 
 
 def test_the_unstructured_arm_keeps_its_zeros_and_its_size(where):
