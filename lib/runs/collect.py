@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import multiprocessing
 import os
 import sys
 import warnings
-from collections.abc import Iterable
-from concurrent.futures import BrokenExecutor, Future, as_completed
+from collections.abc import Callable, Iterable
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -49,11 +50,10 @@ def collect(
     failed and why, after all others have been computed and filed.
     """
     where = where or store()
-    specs = [spec for group in grid.values() for spec in group]
-    for spec in _unique(specs):
-        check(spec)
-    missing = [spec for spec in _unique(specs) if not _done(where, spec)]
+    specs = _unique(spec for group in grid.values() for spec in group)
+    missing = [spec for spec in specs if not _done(where, spec)]
     for spec in missing:
+        check(spec)
         _check_device(spec)
     failures: list[str] = []
     bar = tqdm(total=len(missing), unit="run", desc="runs", delay=5, leave=False)
@@ -68,7 +68,7 @@ def collect(
             "\n".join(failures) + f"\nRuns that failed: {len(failures)}. They are filed as failed "
             "records, and are tried again next time."
         )
-    for spec in _unique(specs):
+    for spec in specs:
         if spec.publish:
             where.publish(spec)
     return {name: [where.get(spec) for spec in group] for name, group in grid.items()}
@@ -164,49 +164,40 @@ def _check_device(spec: RunSpec) -> None:
 
 def _unique(specs: Iterable[RunSpec]) -> list[RunSpec]:
     """Each id once; `keep` and `publish` hold if any of the equal specs asks for them."""
-    merged: dict[str, RunSpec] = {}
+    by_id: dict[str, RunSpec] = {}
     for spec in specs:
-        old = merged.get(spec.id)
-        merged[spec.id] = (
-            spec
-            if old is None
-            else old.but(keep=old.keep or spec.keep, publish=old.publish or spec.publish)
-        )
-    return list(merged.values())
+        known = by_id.setdefault(spec.id, spec)
+        if spec is not known:
+            wishes = {"keep": known.keep or spec.keep, "publish": known.publish or spec.publish}
+            by_id[spec.id] = known.but(**wishes)
+    return list(by_id.values())
 
 
 def _done(where: Store, spec: RunSpec) -> bool:
-    record = where.peek(
-        spec.id
-    )  # not a read of the page: what a page reads is its grid, when it is complete
+    # not a read of the page: what a page reads is its grid, when it is complete
+    record = where.peek(spec.id)
     return record is not None and record.status == "ok"
 
 
 def _waves(missing: list[RunSpec], where: Store) -> list[list[RunSpec]]:
     """Runs in waves: a wave needs only weights of earlier ones. Parents enter if their weights are
     not in the cache."""
-    depth: dict[str, tuple[int, RunSpec]] = {}
+    wave_of: dict[str, tuple[int, RunSpec]] = {}
 
     def add(spec: RunSpec) -> int:
-        level = 0
+        wave = 0
         for needed in spec.needed_runs:
             if not where.state(needed.id).is_file():
-                level = max(level, add(needed.but(keep=True)) + 1)
-        before, known = depth.get(spec.id, (0, spec))
-        depth[spec.id] = (
-            max(level, before),
-            spec.but(
-                keep=spec.keep or known.keep,
-                publish=spec.publish or known.publish,
-                study=known.study,
-            ),
-        )
-        return depth[spec.id][0]
+                wave = max(wave, add(needed.but(keep=True)) + 1)
+        known_wave, known = wave_of.get(spec.id, (0, spec))
+        wishes = {"keep": spec.keep or known.keep, "publish": spec.publish or known.publish}
+        wave_of[spec.id] = max(wave, known_wave), spec.but(**wishes, study=known.study)
+        return wave_of[spec.id][0]
 
     for spec in missing:
         add(spec)
-    levels = sorted({level for level, _ in depth.values()})
-    return [[spec for level, spec in depth.values() if level == wanted] for wanted in levels]
+    numbers = sorted({number for number, _ in wave_of.values()})
+    return [[spec for n, spec in wave_of.values() if n == number] for number in numbers]
 
 
 def _compute(wave: list[RunSpec], executor: Any, where: Store) -> Iterable[Record]:
@@ -217,30 +208,19 @@ def _compute(wave: list[RunSpec], executor: Any, where: Store) -> Iterable[Recor
             yield _locked(spec, where)
         return
     with contextlib.ExitStack() as stack:
-        for spec in sorted(
-            wave, key=lambda each: each.id
-        ):  # one order for all processes: no two wait for each other
-            stack.enter_context(locks.held(where.lock(spec.id), _told(spec)))
-        open_ = [spec for spec in wave if not _filed(spec, where)]
-        jobs, lost = {}, []
-        for spec in open_:
-            try:
-                jobs[
-                    executor.submit(
-                        execute, spec, str(where.states), str(where.checkpoint(spec.id))
-                    )
-                ] = spec
-            except BrokenExecutor:  # a pool that lost a worker takes no more work
-                lost.append(spec)
+        # one order for all processes, so that no two wait for each other
+        for spec in sorted(wave, key=lambda spec: spec.id):
+            stack.enter_context(locks.held(where.lock(spec.id), _say_waiting(spec)))
+        jobs, lost = _submitted([spec for spec in wave if not _filed(spec, where)], executor, where)
         for job in _completed(jobs):
             try:
-                made, arrays = job.result()
+                content, arrays = job.result()
             # execute returns its failures, so this one is the worker's: each executor has its own
             # kinds
             except Exception:
                 lost.append(jobs[job])
                 continue
-            yield _put(made, arrays, jobs[job], where)
+            yield _put(content, arrays, jobs[job], where)
     for spec in lost:
         warnings.warn(
             f"the worker of run {spec.id} was lost; the run goes on in the calling process",
@@ -249,7 +229,22 @@ def _compute(wave: list[RunSpec], executor: Any, where: Store) -> Iterable[Recor
         yield _locked(spec, where)
 
 
-def _completed(jobs: dict) -> Iterable:
+def _submitted(
+    specs: list[RunSpec], executor: Any, where: Store
+) -> tuple[dict[Any, RunSpec], list[RunSpec]]:
+    """{job: run}, and the runs that a pool which lost a worker did not take any more."""
+    jobs, lost = {}, []
+    for spec in specs:
+        try:
+            job = executor.submit(execute, spec, *_folders(spec, where))
+        except BrokenExecutor:
+            lost.append(spec)
+        else:
+            jobs[job] = spec
+    return jobs, lost
+
+
+def _completed(jobs: dict[Any, RunSpec]) -> Iterable[Any]:
     """Futures as they finish; other kinds than the standard library's (Dask's) are waited for in
     order."""
     if all(isinstance(job, Future) for job in jobs):
@@ -258,47 +253,54 @@ def _completed(jobs: dict) -> Iterable:
         yield from jobs
 
 
-def _told(spec: RunSpec):
+def _folders(spec: RunSpec, where: Store) -> tuple[str, str]:
+    """Where `execute` finds the weights of parents, and the checkpoint of the run."""
+    return str(where.states), str(where.checkpoint(spec.id))
+
+
+def _say_waiting(spec: RunSpec) -> Callable[[], None]:
     return lambda: tqdm.write(
         f"run {spec.id} is being computed by another process: waiting for it", file=sys.stderr
     )
 
 
 def _filed(spec: RunSpec, where: Store) -> bool:
+    """Whether the record is there, and the weights where they are to be kept."""
     return _done(where, spec) and not (spec.keep and not where.state(spec.id).is_file())
 
 
 def _locked(spec: RunSpec, where: Store) -> Record:
-    """Compute under the run's lock; if another process held it, its record is read instead."""
-    with locks.held(where.lock(spec.id), _told(spec)):
+    """Computes under the run's lock; if another process held it, its record is read instead."""
+    with locks.held(where.lock(spec.id), _say_waiting(spec)):
         if _filed(spec, where):
             return where.get(spec)
-        return _put(*execute(spec, str(where.states), str(where.checkpoint(spec.id))), spec, where)
+        content, arrays = execute(spec, *_folders(spec, where))
+        return _put(content, arrays, spec, where)
 
 
-def _put(made: dict, arrays: dict[str, np.ndarray], spec: RunSpec, where: Store) -> Record:
-    """File a record. Once a finished run is filed its checkpoint goes, and with it what a killed
+def _put(
+    content: dict[str, Any], arrays: dict[str, np.ndarray], spec: RunSpec, where: Store
+) -> Record:
+    """Files a record. Once a finished run is filed its checkpoint goes, and with it what a killed
     write left beside.
 
     A child says whether its parent had been rebuilt with other weights than those of the parent's
     record.
     """
     parent = where.peek(spec.init.id) if spec.init is not None else None
-    if made["status"] == "ok" and parent is not None and parent.status == "ok":
-        made["weights"]["parent_differs"] = made["weights"].get("parent") != parent.weights["final"]
-    record = where.put(made, arrays, spec)
+    if content["status"] == "ok" and parent is not None and parent.status == "ok":
+        weights = content["weights"]
+        weights["parent_differs"] = weights.get("parent") != parent.weights["final"]
+    record = where.put(content, arrays, spec)
     if record.status == "ok":
         for file in where.checkpoint(spec.id).parent.glob(f"*{spec.id}.pt*"):
             file.unlink(missing_ok=True)
     return record
 
 
-def pool(workers: int | None = None):
+def pool(workers: int | None = None) -> ProcessPoolExecutor:
     """Opens a bounded local process pool for `collect`; each worker starts clean (spawn), so torch
     threads do not collide."""
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-
     return ProcessPoolExecutor(
         workers or os.cpu_count(), mp_context=multiprocessing.get_context("spawn")
     )

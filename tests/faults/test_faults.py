@@ -64,7 +64,6 @@ def quick(monkeypatch):
 
 
 # ---- kill
-# ---------------------------------------------------------------------------------------------------------------
 
 KILLED_RUN = """
 import os, signal, sys
@@ -152,7 +151,6 @@ def test_leftovers_of_killed_writes_are_never_read(where, quick):
 
 
 # ---- full disk
-# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -188,7 +186,6 @@ def test_write_that_fails_leaves_the_old_file_and_no_part(tmp_path):
 
 
 # ---- rivals
-# -------------------------------------------------------------------------------------------------------------
 
 RIVAL = """
 import os, sys, time
@@ -205,15 +202,17 @@ def execute(spec, states, checkpoint=None):
     with open(folder / "computed", "a") as log:
         log.write(f"{os.getpid()}\\n")
     time.sleep(1.0)
-    return {"id": spec.id, "spec": spec.model_dump(mode="json"), "status": "ok", "weights": {"final": "f"},
-            "test": {"top1": os.getpid()}}, {}
+    head = {"id": spec.id, "spec": spec.model_dump(mode="json"), "status": "ok"}
+    return head | {"weights": {"final": "f"}, "test": {"top1": os.getpid()}}, {}
 
-runs.execute, runs.check = execute, lambda spec: None  # without torch: both are at the lock within the same second
+# without torch: both are at the lock within the same second
+runs.execute, runs.check = execute, lambda spec: None
 (folder / str(os.getpid())).touch()
 while len(list(folder.glob("[0-9]*"))) < 2:  # start together
     time.sleep(0.01)
 where = Store(folder / "published", folder / "private")
-print(runs.collect({"a": [RunSpec.model_validate_json(sys.argv[2])]}, where=where)["a"][0].test["top1"])
+spec = RunSpec.model_validate_json(sys.argv[2])
+print(runs.collect({"a": [spec]}, where=where)["a"][0].test["top1"])
 """
 
 
@@ -327,7 +326,6 @@ def test_late_takeover_gives_a_live_lease_back(lease, monkeypatch):
 
 
 # ---- a lost worker
-# ------------------------------------------------------------------------------------------------------
 
 
 class Killing:

@@ -47,7 +47,7 @@ def run(where, spec):
     return runs.collect({"one": [spec.but(keep=True)]}, where=where)["one"][0]
 
 
-def kept(scores):
+def kept_neurons(scores):
     return {name: keep_indices(score, PRUNE.share) for name, score in scores.items()}
 
 
@@ -57,7 +57,7 @@ def in_groups(mlps: int, hidden: int, dims: int) -> int:
     return DEPTH * (mlps * hidden * (2 * D + 1) + HEADS * dims * (3 * (D + 1) + D))
 
 
-def test_dense_run_is_cut_and_its_child_starts_from_the_cut(where):
+def test_dense_run_is_pruned_and_its_child_starts_from_what_is_left(where):
     pruned = BASE.but(init=HEAD, prune=PRUNE)
     child = BASE.but(init=pruned, train={"epochs": 0.5})
     record = run(where, child)
@@ -81,7 +81,7 @@ def test_dense_run_is_cut_and_its_child_starts_from_the_cut(where):
     assert load_file(where.state(child.id))["blocks.0.mlp.fc1.weight"].shape == (H // 2, D)
 
 
-def test_experts_are_cut_by_class_group_and_then_attention(where):
+def test_experts_are_pruned_by_class_group_and_then_attention(where):
     spec = BASE.but(init=HEAD, moe=MOE, prune=PRUNE)
     record = run(where, spec)
     assert record.prune == {
@@ -115,13 +115,13 @@ def test_experts_are_cut_by_class_group_and_then_attention(where):
                 for part in index.chunk(2)
             ]
         )
-    cut = remove(copy.deepcopy(whole), kept(expert_scores(whole, images[1:])))
+    cut = remove(copy.deepcopy(whole), kept_neurons(expert_scores(whole, images[1:])))
     for model, same in (
         (cut, True),
         (whole, False),
     ):  # attention is scored on what is left of the experts
         other = remove(
-            copy.deepcopy(whole), kept(neuron_scores(model, images[0], parts=["attention"]))
+            copy.deepcopy(whole), kept_neurons(neuron_scores(model, images[0], parts=["attention"]))
         )
         pairs = [
             (a.attn.qkv.weight, b.attn.qkv.weight)
@@ -206,7 +206,7 @@ def test_what_trains(trainable, moves):
         ({"parts": ("experts",)}, "has no experts to prune"),
     ],
 )
-def test_what_cannot_be_cut_is_refused_before_any_work(where, prune, says):
+def test_what_cannot_be_pruned_is_refused_before_any_work(where, prune, says):
     with pytest.raises(ValueError, match=says):
         run(where, BASE.but(prune=PRUNE.but(**prune)))
     assert not list(where.private.rglob("*.json"))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from lib.measure.probes import PROBES, Probe, ProbeResult
+from lib.models.moe import RoutingTape
 from lib.runs import collect as runs
 from lib.spec import (
     BackboneSpec,
@@ -73,3 +76,15 @@ def test_entries_and_arrays(where, spec, entries, arrays):
     assert set(record.weights) >= {"start", "parent", "final"}
     assert len(record.moe) == (spec.moe is not None) + 2 * ("extract" in entries)
     assert set(record.cost) == {"params_stored", "params_active", "macs"}
+
+
+def test_a_new_probe_is_a_line_in_the_table(where, monkeypatch):
+    def layers(inputs):
+        names = list(RoutingTape(inputs.model).layers.values())
+        return ProbeResult({"layers": names}, {"layer_count": np.array(len(names))})
+
+    probe = Probe(wanted=lambda spec, model: spec.moe is not None, measure=layers)
+    monkeypatch.setitem(PROBES, "layers", probe)
+    without, with_it = runs.collect({"one": [DENSE, MOE]}, where=where)["one"]
+    assert with_it.layers == ["blocks.1.mlp"] and with_it.arrays["layer_count"] == 1
+    assert "layers" not in without.content and "layer_count" not in without.arrays

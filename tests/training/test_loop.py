@@ -1,4 +1,4 @@
-"""The training loop: equal twice, equal when broken off and resumed, and every part of it by hand."""
+"""The training loop: equal twice, equal when broken off and resumed, and each part by hand."""
 
 from __future__ import annotations
 
@@ -74,7 +74,6 @@ def test_attention_written_out_on_cpu_in_bfloat16_alone():
 
 
 # ---- the same spec, the same record
-# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -119,7 +118,6 @@ def test_seeds_do_not_collide():
 
 
 # ---- resume
-# -------------------------------------------------------------------------------------------------------------
 
 
 class Stopped(KeyboardInterrupt):
@@ -167,7 +165,6 @@ def test_damaged_checkpoint_starts_anew(tmp_path):
 
 
 # ---- the parts of the loop
-# ----------------------------------------------------------------------------------------------
 
 
 def test_layer_decay_and_weight_decay_groups():
@@ -363,7 +360,6 @@ def test_training_learns():
 
 
 # ---- a loss that is not finite
-# ------------------------------------------------------------------------------------------
 
 
 def test_diverging_run_is_a_failed_record_with_step_and_last_values(tmp_path):
@@ -403,7 +399,6 @@ def test_any_other_error_is_kept_whole(tmp_path, monkeypatch):
 
 
 # ---- TensorBoard
-# --------------------------------------------------------------------------------------------------------
 
 
 def test_tensorboard_files_hold_the_history(tmp_path):
