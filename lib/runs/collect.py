@@ -117,36 +117,43 @@ def check(spec: RunSpec) -> None:
     """
     from .steps import steps_of
 
-    mask = None if spec.train is None else spec.train.mask
-    model = _skeleton(spec.backbone, spec.data.image_size, spec.moe, mask)
+    architecture = (spec.backbone, spec.data.image_size, spec.moe)
+    model = _skeleton(*architecture)
     for step in steps_of(spec):
         step.check(model, spec)
+    _check_whole(*architecture, None if spec.train is None else spec.train.mask)
     if spec.init is not None:
         check(spec.init)
 
 
+# The runs of a page are hundreds, their architectures a few.
 @lru_cache(maxsize=64)
-def _skeleton(
+def _skeleton(backbone: BackboneSpec, image_size: int, moe: MoESpec | None) -> nn.Module:
+    """The backbone with its MoE layers, to look at, not to change."""
+    from ..models.backbone import skeleton
+
+    return skeleton(backbone, image_size, classes=2, moe=moe)
+
+
+@lru_cache(maxsize=1024)
+def _check_whole(
     backbone: BackboneSpec, image_size: int, moe: MoESpec | None, mask: MaskSpec | None
-) -> nn.Module:
-    """The backbone with its MoE layers, to look at, not to change: the runs of a page are hundreds,
-    their architectures a few."""
+) -> None:
+    """Raises ValueError if an ensemble or a masked autoencoder cannot be made of the backbone, or
+    if the cost of the whole cannot be counted."""
     import torch
 
     from ..measure import cost
-    from ..models.backbone import skeleton
     from ..models.ensemble import ensemble
     from ..models.mae import MaskedAutoencoder
 
-    model = skeleton(backbone, image_size, classes=2, moe=moe)
-    counted = model
-    if moe is not None and moe.members > 1:
-        counted = ensemble(copy.deepcopy(model), moe.members)
-    cost.count(counted, image_size)
+    model = copy.deepcopy(_skeleton(backbone, image_size, moe))
     if mask is not None:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            MaskedAutoencoder(copy.deepcopy(model), mask)
-    return model
+            MaskedAutoencoder(model, mask)
+    if moe is not None and moe.members > 1:
+        model = ensemble(model, moe.members)
+    cost.count(model, image_size)  # of a masked autoencoder the encoder's, as in its record
 
 
 def _check_device(spec: RunSpec) -> None:
