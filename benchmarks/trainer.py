@@ -35,9 +35,9 @@ class Overhead:
         return self.trainer_s / self.bare_s - 1
 
 
-class _Ready:
-    """Images that are there already, in the shape of `lib.inputs.splits.Split`: what is measured is
-    the loop, not decoding."""
+class _DecodedImages:
+    """Stands in for `lib.inputs.splits.Split` with images that are decoded already: what is
+    measured is the loop."""
 
     def __init__(self, count: int):
         generator = torch.Generator().manual_seed(0)
@@ -54,9 +54,9 @@ class _Ready:
 
 
 def overhead(steps: int = 4, rounds: int = 20) -> Overhead:
-    """Train a dense ViT-S/14 at 56 px for `steps` steps with each loop in turn, `rounds` times
+    """Trains a dense ViT-S/14 at 56 px for `steps` steps with each loop in turn, `rounds` times
     after one to warm up."""
-    data = _Ready(steps * BATCH)
+    data = _DecodedImages(steps * BATCH)
     spec = RunSpec(
         data=DataSpec(image_size=SIDE),
         backbone=BackboneSpec(name=NAME),
@@ -78,7 +78,7 @@ def overhead(steps: int = 4, rounds: int = 20) -> Overhead:
     return Overhead(statistics.median(times["bare"]), statistics.median(times["trainer"]))
 
 
-def _bare(model: nn.Module, data: _Ready, spec: RunSpec, steps: int) -> None:
+def _bare(model: nn.Module, data: _DecodedImages, spec: RunSpec, steps: int) -> None:
     train = spec.train
     optimizer = create_optimizer_v2(
         model,

@@ -6,13 +6,17 @@ Axis letters: **B** images, **N** tokens of an image, **T** = B*N, **D** width, 
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from lib.models.experts import Experts
 from lib.models.moe import MoELayer, RoutingTape
+from lib.pruning.steps import DropStep
 from lib.routers.top_k import TopKRouter
+from lib.spec import DropSpec
 
 # Two images of three tokens; the router's weight is the identity, so the probabilities of a token
 # are these.
@@ -52,6 +56,13 @@ def run(model, x):
     with RoutingTape(model) as tape:
         out = model(x)
     return out.reshape(-1, out.shape[-1])[:, 0], tape[model.get_submodule("moe")]
+
+
+def reloaded(model, state):
+    """A copy of the undropped model with the structure and the values of another one."""
+    again = DropStep(DropSpec()).fit(copy.deepcopy(model), state)
+    again.load_state_dict(state)
+    return again
 
 
 def refused(says):

@@ -1,4 +1,4 @@
-"""Extraction as a step of a run."""
+"""What a run extracts before it trains: experts out of the MLPs of its parent (`ExtractSpec`)."""
 
 from __future__ import annotations
 
@@ -7,23 +7,28 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from ..models.step import Step, StepInputs, StepResult
-from ..spec import RunSpec
-from .extract import check, extract
+from ..spec import ExtractSpec, RunSpec
+from . import extract
 from .saved import fit_extracted
 
 
 class ExtractStep(Step):
-    """Makes experts, or narrower MLPs, of the MLPs of a trained model, as an `ExtractSpec` says."""
+    """Replaces the MLPs of a trained model by experts, or by narrower MLPs."""
 
     name = "extract"
+    validated = True  # extraction without training is still chosen on validation images
+    rules: ExtractSpec
 
     def check(self, model: nn.Module, spec: RunSpec) -> None:
-        check(model, self.rules)
+        """Raises ValueError if experts cannot be extracted from a layer."""
+        extract.check(model, self.rules)
 
     def apply(self, model: nn.Module, inputs: StepInputs) -> StepResult:
-        """Raises ValueError as `extract` does; finished layers are filed beside the checkpoint."""
-        reports = extract(model, inputs.spec, inputs.images, inputs.classes, inputs.checkpoint)
-        return StepResult(reports)
+        """Extracts; reports a row a layer."""
+        return StepResult(
+            extract.extract(model, inputs.spec, inputs.images, inputs.classes, inputs.checkpoint)
+        )
 
     def fit(self, model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+        """Gives the MLPs the shapes of `state`. Raises ValueError as `fit_extracted`."""
         return fit_extracted(model, state, self.rules)

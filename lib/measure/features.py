@@ -1,8 +1,8 @@
 """What a backbone knows, by depth: nearest neighbours and a linear probe on the features after each
 block.
 
-Axis letters: **B** images, **D** width. Features are the class token where the model has one, the
-mean token otherwise, as the head would read them (after the model's last norm).
+Features are the class token where the model has one, the mean token otherwise, as the head would
+read them (after the model's last norm). Axis letters: **n** images of a split, **D** width.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RIDGE = (1.0, 10.0, 100.0, 1000.0)  # penalties; the best on validation images i
 
 
 def by_depth(model: nn.Module, splits: Splits, spec: RunSpec) -> list[dict[str, float]]:
-    """Test accuracy in percent of both probes after each block, the input embedding left out.
+    """Measures the test accuracy of both probes, in percent, after each block.
 
     Both fit on the training images as they are (no augmentation). The ridge penalty is chosen on
     validation images; test images are read once a probe. Returns rows {"block" (from 1),
@@ -32,15 +32,15 @@ def by_depth(model: nn.Module, splits: Splits, spec: RunSpec) -> list[dict[str, 
     """
     if not hasattr(model, "forward_intermediates"):
         raise ValueError(
-            f"{type(model).__name__} cannot return intermediate features: timm's forward_intermediates is absent"
+            f"{type(model).__name__} cannot return intermediate features: timm's "
+            "forward_intermediates is absent"
         )
-    parts = {
-        name: features(model, getattr(splits, name), spec) for name in ("train", "val", "test")
-    }
-    labels = {name: getattr(splits, name).labels.numpy() for name in parts}
+    names = ("train", "val", "test")
+    by_split = {name: features(model, getattr(splits, name), spec) for name in names}
+    labels = {name: getattr(splits, name).labels.numpy() for name in names}
     rows = []
-    for block in range(len(parts["train"])):
-        train, val, test = (parts[name][block] for name in ("train", "val", "test"))
+    for block in range(len(by_split["train"])):
+        train, val, test = (by_split[name][block] for name in names)
         neighbours = KNeighborsClassifier(min(NEIGHBOURS, len(train)), metric="cosine").fit(
             train, labels["train"]
         )
@@ -66,9 +66,10 @@ def by_depth(model: nn.Module, splits: Splits, spec: RunSpec) -> list[dict[str, 
 
 @torch.inference_mode()
 def features(model: nn.Module, split: Split, spec: RunSpec, batch: int = 250) -> list[np.ndarray]:
-    """(n, D) float32 features of a split after each block, normed by the model's last norm."""
+    """Computes the (n, D) float32 features of a split after each block, but not of the input
+    embedding, normed by the model's last norm."""
     model.eval()
-    found: list[list[Tensor]] = []
+    batches_of_block: list[list[Tensor]] = []
     prefix = getattr(model, "num_prefix_tokens", 0)
     for index in torch.arange(len(split)).split(batch):
         images = split.batch(index, spec.data).to(spec.device)
@@ -81,11 +82,14 @@ def features(model: nn.Module, split: Split, spec: RunSpec, batch: int = 250) ->
                 intermediates_only=True,
                 return_prefix_tokens=prefix > 0,
             )
-        rows = [(layer[1][:, 0] if prefix else layer.mean(dim=1)).float().cpu() for layer in layers]
-        found = found or [[] for _ in rows]
-        for kept, row in zip(found, rows, strict=True):
-            kept.append(row)
-    return [torch.cat(kept).numpy() for kept in found]
+        if prefix:  # a layer is (patch tokens, prefix tokens), the class token first
+            rows = [prefix_tokens[:, 0].float().cpu() for _, prefix_tokens in layers]
+        else:
+            rows = [tokens.mean(dim=1).float().cpu() for tokens in layers]
+        batches_of_block = batches_of_block or [[] for _ in rows]
+        for batches, row in zip(batches_of_block, rows, strict=True):
+            batches.append(row)
+    return [torch.cat(batches).numpy() for batches in batches_of_block]
 
 
 def _top1(scores: np.ndarray, labels: np.ndarray) -> float:

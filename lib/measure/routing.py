@@ -1,12 +1,11 @@
-"""Probes of routing: how even, how sure, how specialised. Functions of a `Routing` or of a count
-table, nothing else.
+"""Counts of routing decisions: which expert, for which class, at which position, and how surely.
 
-The table functions need numpy alone, so a record is enough to redraw every number; `RoutingProbe`
-fills such tables while a model is evaluated. Entropies and informations are in nats.
+`RoutingProbe` fills tables while a model is evaluated. The two functions need numpy alone, so a
+record is enough to redraw every number. Entropies are in nats.
 
 Axis letters: **B** images, **N** tokens of an image (the class token is position 0), **T** = B*N,
 **E** experts, **K** experts per token, **C** classes, **M** MoE layers from the shallowest to the
-deepest.
+deepest, **A** assignments, **R** decisions of a router: T, or B where one serves a whole image.
 """
 
 from __future__ import annotations
@@ -21,22 +20,16 @@ if TYPE_CHECKING:  # torch is not needed to read records
 
 
 def load_share(counts: np.ndarray) -> np.ndarray:
-    """(..., E) assignments -> (..., E) shares that sum to 1; uniform where nothing was assigned."""
+    """Turns (..., E) assignments into shares that sum to 1; uniform where nothing was assigned."""
     counts = np.asarray(counts, float)
     total = counts.sum(-1, keepdims=True)
     return np.where(total > 0, counts / np.where(total > 0, total, 1), 1 / counts.shape[-1])
 
 
 def entropy(p: np.ndarray) -> np.ndarray:
-    """(..., E) probabilities -> (...) entropies in nats, between 0 and ln E."""
+    """Computes (...) entropies in nats, between 0 and ln E, of (..., E) probabilities."""
     p = np.asarray(p, float)
     return -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
-
-
-def router_entropy(routing: Routing) -> float:
-    """Mean entropy in nats of the router's decisions (R, E). Bound: ln E (a router that does not
-    choose)."""
-    return float(entropy(_numpy(routing.probs)).mean())
 
 
 def _numpy(tensor: Any) -> np.ndarray:
@@ -45,55 +38,39 @@ def _numpy(tensor: Any) -> np.ndarray:
     return (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
 
 
-def first_choice(routings: Sequence[Routing]) -> np.ndarray:
-    """(M, B, N) int16 first choice of each token, before dropping; -1 pads layers with fewer tokens
-    (Swin)."""
-    maps = [_numpy(r.token_choice()[..., 0]) for r in routings]
-    out = np.full(
-        (len(maps), maps[0].shape[0] if maps else 0, max((m.shape[1] for m in maps), default=0)),
-        -1,
-        np.int16,
-    )
-    for row, m in zip(out, maps, strict=True):
-        row[:, : m.shape[1]] = m
-    return out
-
-
 class _LayerCounts:
-    """Running sums of one layer."""
+    """Running sums of one MoE layer."""
 
     def __init__(self, block: int, experts: int, tokens: int, classes: int):
         self.block, self.experts, self.tokens = block, experts, tokens
         self.by_class = np.zeros((classes, experts), np.int64)
         self.by_position = np.zeros((tokens, experts), np.int64)
-        self.load = np.zeros(experts, np.int64)
-        self.entropy = self.weight = 0.0
-        self.decisions = self.choices = self.refused = self.images = self.distinct = 0
+        self.assigned = np.zeros(experts, np.int64)
+        self.entropy = self.weight = 0.0  # sums over decisions, and over assignments
+        self.decisions = self.choices = self.refused = 0
+        self.images = self.experts_of_images = 0  # the latter: distinct ones, summed over images
 
     def add(self, routing: Routing, labels: np.ndarray) -> None:
-        """One batch. Tables count choices before dropping (what the router wanted); load, weight
-        and distinct experts count what was served (what the experts did)."""
+        """Takes in one batch; labels: (B,).
+
+        Tables count choices before dropping (what the router wanted); assignments, weight and
+        distinct experts count what was served (what the experts did).
+        """
         b, n = routing.shape
-        e = self.experts
+        e, per_image = self.experts, routing.per_image
         choice, probs = _numpy(routing.choice), _numpy(routing.probs)  # (R, K), (R, E)
-        per_image = routing.per_image
-        label = labels if per_image else np.repeat(labels, n)
         chosen = choice >= 0  # expert choice leaves tokens with fewer experts than others
-        self.by_class += np.bincount(
-            (label[:, None] * e + choice)[chosen], minlength=self.by_class.size
-        ).reshape(self.by_class.shape)
-        if per_image:
+        label = labels if per_image else np.repeat(labels, n)  # (R,)
+        self.by_class += _table(label, choice, chosen, self.by_class.shape)
+        if per_image:  # all positions of an image are alike
             self.by_position += np.bincount(choice[chosen], minlength=e)
         else:
-            position = np.tile(np.arange(n), b)
-            self.by_position += np.bincount(
-                (position[:, None] * e + choice)[chosen], minlength=n * e
-            ).reshape(n, e)
-        expert, token = _numpy(routing.expert), _numpy(routing.token)
-        self.load += np.bincount(expert, minlength=e)
-        self.distinct += int(
-            np.count_nonzero(np.bincount(token // n * e + expert, minlength=b * e))
-        )
+            position = np.tile(np.arange(n), b)  # (R,)
+            self.by_position += _table(position, choice, chosen, (n, e))
+        expert, token = _numpy(routing.expert), _numpy(routing.token)  # (A,)
+        self.assigned += np.bincount(expert, minlength=e)
+        per_image_and_expert = np.bincount(token // n * e + expert, minlength=b * e)
+        self.experts_of_images += int(np.count_nonzero(per_image_and_expert))
         self.weight += float(_numpy(routing.weight).sum(dtype=np.float64))
         self.entropy += float(entropy(probs).sum())
         self.decisions += len(probs)
@@ -102,15 +79,24 @@ class _LayerCounts:
         self.images += b
 
     def summary(self) -> dict[str, Any]:
-        served = int(self.load.sum())
+        """The layer's row of a record's `moe` entry."""
+        served = int(self.assigned.sum())
         return {
             "block": self.block,
-            "load": load_share(self.load).tolist(),
+            "load": load_share(self.assigned).tolist(),
             "entropy": self.entropy / self.decisions,
             "weight": self.weight / max(served, 1),
             "dropped": self.refused / max(self.choices, 1),
-            "experts_per_image": self.distinct / self.images,
+            "experts_per_image": self.experts_of_images / self.images,
         }
+
+
+def _table(
+    row: np.ndarray, choice: np.ndarray, chosen: np.ndarray, shape: tuple[int, int]
+) -> np.ndarray:
+    """Counts (R, K) choices in a table of this shape, (rows, E); row: (R,) of each decision."""
+    cell = row[:, None] * shape[1] + choice
+    return np.bincount(cell[chosen], minlength=shape[0] * shape[1]).reshape(shape)
 
 
 class RoutingProbe:
@@ -127,18 +113,19 @@ class RoutingProbe:
         self._layers: list[_LayerCounts] = []
 
     def update(self, routings: Sequence[Routing], blocks: Sequence[int], labels: Any) -> None:
-        """routings: one per MoE layer, shallow to deep; blocks: their 0-based block indices;
-        labels: (B,) classes.
+        """Takes in one batch.
 
-        ValueError if labels do not fit the images or classes, or if layers, experts or tokens
-        change between batches.
+        routings: one per MoE layer, shallow to deep; blocks: their 0-based block indices; labels:
+        (B,) classes. Raises ValueError if labels do not fit the images or classes, or if layers,
+        experts or tokens change between batches.
         """
         labels = np.asarray(_numpy(labels) if hasattr(labels, "detach") else labels).astype(
             np.int64
         )
         if len(routings) != len(blocks):
             raise ValueError(
-                f"one block index per routing: got {len(routings)} routings and {len(blocks)} blocks"
+                f"one block index per routing: got {len(routings)} routings and {len(blocks)} "
+                "blocks"
             )
         if not routings:
             return
@@ -160,21 +147,21 @@ class RoutingProbe:
         known = [(layer.block, layer.experts, layer.tokens) for layer in self._layers]
         if shapes != known:
             raise ValueError(
-                f"layers changed between batches: (block, experts, tokens) was {known}, is {shapes}; "
-                "use a new RoutingProbe for another model or image size"
+                f"layers changed between batches: (block, experts, tokens) was {known}, is "
+                f"{shapes}; use a new RoutingProbe for another model or image size"
             )
         for layer, routing in zip(self._layers, routings, strict=True):
             layer.add(routing, labels)
 
     def summary(self) -> list[dict[str, Any]]:
-        """Per layer: block, load (E shares of the served assignments), entropy (nats, mean over
-        decisions), weight (mean gate weight of served assignments), dropped (share of choices
-        refused), experts_per_image (mean number of distinct routed experts)."""
+        """Returns a row per layer: block, load (E shares of the served assignments), entropy (nats,
+        mean over decisions), weight (mean gate weight of served assignments), dropped (share of
+        choices refused), experts_per_image (mean number of distinct routed experts)."""
         return [layer.summary() for layer in self._layers]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """class_expert (M, C, E) and position_expert (M, N, E), int32 counts of choices before
-        dropping.
+        """Returns class_expert (M, C, E) and position_expert (M, N, E), int32 counts of choices
+        before dropping.
 
         Image-level layers count images (times K), token-level layers tokens (times K); at image
         level all positions of an image are alike. Layers with fewer experts or tokens are padded

@@ -11,7 +11,7 @@ import torch
 
 
 def peak_rss_mib(reset: bool = False) -> float:
-    """Largest resident set of this process so far, in MiB, since the last reset where the OS
+    """Reads the largest resident set of this process, in MiB, since the last reset where the OS
     permits one (Linux).
 
     reset=True starts a new measurement after reading; where that is not permitted the peak goes on
@@ -48,19 +48,16 @@ class Latency:
     repeats: int
 
 
-def latency(fn: Callable[[], object], repeats: int = 20, warmup: int = 3) -> Latency:
-    """Time `fn` after `warmup` calls; at least 20 repeats, so that the quantiles mean something."""
-    return compare({"": fn}, repeats, warmup)[""]
-
-
 def compare(
     candidates: dict[str, Callable[[], object]], repeats: int = 20, warmup: int = 3, settle: int = 0
 ) -> dict[str, Latency]:
-    """Time several functions in turn (a b c a b c ...), so that a drift of the machine meets all of
-    them alike.
+    """Times several functions in turn (a b c a b c ...), so that a drift of the machine meets all
+    of them alike.
 
-    settle: untimed calls before each timed one. In service a model follows itself, and finds its
-    weights in the cache as far as they fit there; without settling it follows its rival.
+    repeats: timed calls of each, at least 20, so that the quantiles mean something; after `warmup`
+    untimed turns. settle: untimed calls before each timed one. In service a model follows itself,
+    and finds its weights in the cache as far as they fit there; without settling it follows its
+    rival. Raises ValueError for fewer repeats.
     """
     if repeats < 20:
         raise ValueError(f"repeats={repeats} is too few for a median with quantiles: at least 20")

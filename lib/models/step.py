@@ -1,6 +1,6 @@
 """What a run changes in its model before it trains: the contract of every step.
 
-A step removes something from a model (neurons, whole experts, MLPs turned into experts). It is
+A step takes something out of a model (neurons, whole experts, experts extracted from MLPs). It is
 named by the field of `RunSpec` that holds its rules, and the record keeps its report under the
 same name.
 """
@@ -43,6 +43,8 @@ class Step(ABC):
     """One change of a model, made from its rules."""
 
     name: ClassVar[str]  # the field of RunSpec
+    # whether the changed model is evaluated on validation images where the run does not train
+    validated: ClassVar[bool] = False
 
     def __init__(self, rules: Spec):
         self.rules = rules
@@ -63,3 +65,11 @@ class Step(ABC):
 
         The values are loaded afterwards by the caller.
         """
+
+    def remaining(self, size: int, part: str) -> int:
+        """Returns how many of `size` things the step leaves in a layer.
+
+        part: which things: the neurons of an "mlp" or of one of "experts", the dimensions of a head
+        ("attention"), or the experts of a MoE layer ("whole_experts").
+        """
+        return size

@@ -1,7 +1,7 @@
 """RunSpec -> Record, and `collect`, which computes only what is not there.
 
-    records = collect({"dense": [spec], "moe": [spec_a, spec_b]})    # computes what the store lacks
-    records = load({...})                                            # never computes; None where a record is absent
+    records = collect({"dense": [spec], "moe": [spec_a, spec_b]})  # computes what the store lacks
+    records = load({...})  # never computes; None where a record is absent
 
 With `executor` (anything with `submit`, such as a process pool or the executor of a Dask client)
 runs go to its workers; only the calling process writes records. Parents of runs (`init`) are
@@ -11,18 +11,20 @@ computed first.
 from __future__ import annotations
 
 import contextlib
+import copy
+import multiprocessing
 import os
 import sys
 import warnings
-from collections.abc import Iterable
-from concurrent.futures import BrokenExecutor, Future, as_completed
+from collections.abc import Callable, Iterable
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..spec import BackboneSpec, MoESpec, RunSpec
+from ..spec import BackboneSpec, MaskSpec, MoESpec, RunSpec
 from . import locks
 from .execute import execute, state_of
 from .store import Record, Store, store
@@ -34,7 +36,7 @@ Grid = dict[str, list[RunSpec]]
 
 
 def load(grid: Grid, where: Store | None = None) -> dict[str, list[Record | None]]:
-    """The records of a grid, in its order, None where there is none. Never computes."""
+    """Reads the records of a grid, in its order, None where there is none. Never computes."""
     where = where or store()
     return {name: [where.get(spec) for spec in specs] for name, specs in grid.items()}
 
@@ -42,38 +44,44 @@ def load(grid: Grid, where: Store | None = None) -> dict[str, list[Record | None
 def collect(
     grid: Grid, executor: Any = None, where: Store | None = None
 ) -> dict[str, list[Record]]:
-    """The records of a grid, in its order, computed where the store lacks them.
+    """Returns the records of a grid, in its order, and computes those that the store lacks.
 
     A failed record counts as absent and is tried again. Raises RuntimeError naming the runs that
-    failed, after all others have been computed and filed.
+    failed and why, after all others have been computed and filed.
     """
     where = where or store()
-    specs = [spec for group in grid.values() for spec in group]
-    for spec in _unique(specs):
-        check(spec)
-    missing = [spec for spec in _unique(specs) if not _done(where, spec)]
+    specs = _unique(spec for group in grid.values() for spec in group)
+    missing = [spec for spec in specs if not _done(where, spec)]
     for spec in missing:
+        check(spec)
         _check_device(spec)
-    failed: list[str] = []
+    failures: list[str] = []
     bar = tqdm(total=len(missing), unit="run", desc="runs", delay=5, leave=False)
     with bar:
         for wave in _waves(missing, where):
             for record in _compute(wave, executor, where):
                 if record.status == "failed":
-                    failed.append(f"{record.id}: {record.error['message']}")
-                bar.update(1 if any(record.id == spec.id for spec in missing) else 0)
-    if failed:
+                    failures.append(_failure(record))
+                bar.update(any(record.id == spec.id for spec in missing))
+    if failures:
         raise RuntimeError(
-            f"{len(failed)} runs failed; they are filed as failed records:\n" + "\n".join(failed)
+            "\n".join(failures) + f"\nRuns that failed: {len(failures)}. They are filed as failed "
+            "records, and are tried again next time."
         )
-    for spec in _unique(specs):
+    for spec in specs:
         if spec.publish:
             where.publish(spec)
     return {name: [where.get(spec) for spec in group] for name, group in grid.items()}
 
 
+def _failure(record: Record) -> str:
+    """One line: which run failed, and why."""
+    reason = " ".join(record.error["message"].split())
+    return f"run {record.id}: {record.error['kind']}: {reason}"
+
+
 def status_of(spec: RunSpec, where: Store | None = None) -> str:
-    """ "done", "failed", "running" or "missing"."""
+    """Tells whether a run is "done", "failed", "running" or "missing"."""
     where = where or store()
     if locks.is_held(where.lock(spec.id)):
         return "running"
@@ -81,59 +89,71 @@ def status_of(spec: RunSpec, where: Store | None = None) -> str:
     return "missing" if record is None else {"ok": "done"}.get(record.status, "failed")
 
 
-def model_of(spec: RunSpec, where: Store | None = None):
-    """The model that a run leaves behind, on the CPU and in evaluation mode; the run is computed if
-    its weights are not there."""
+def model_of(spec: RunSpec, where: Store | None = None) -> nn.Module:
+    """Returns the model that a run leaves behind, on the CPU and in evaluation mode; the run is
+    computed if its weights are not there."""
     from ..inputs.splits import load_splits
-    from ..pruning import surgery
+    from .restore import restored
 
     where = where or store()
     spec = spec.but(keep=True)
     collect({"model": [spec]}, where=where)
-    if (
-        not where.state(spec.id).is_file()
-    ):  # the record is there, the weights are not: they stay in the cache of who made them
+    # The record may be there without the weights, which stay in the cache of who made them.
+    if not where.state(spec.id).is_file():
         _check_device(spec)
         for wave in _waves([spec], where):
             list(_compute(wave, None, where))
     splits = load_splits(spec.data.but(test=None))
-    return surgery.restored(
-        spec, state_of(spec, where.states), len(splits.class_names), splits.channels
-    ).eval()
+    state = state_of(spec, where.states)
+    return restored(spec, state, len(splits.class_names), splits.channels).eval()
 
 
 def check(spec: RunSpec) -> None:
-    """Build the model on no device, so that what does not fit is refused before any work.
+    """Builds the model on no device, so that what does not fit is refused before any work.
 
-    Raises ValueError naming the field: L beyond the depth, a patch that does not divide the image,
-    an unknown backbone, MLPs that experts cannot be cut out of.
+    Raises ValueError naming the field, for L beyond the depth, a patch that does not divide the
+    image, an unknown backbone, a step that cannot be carried out; or naming the module, for an
+    architecture whose cost cannot be counted.
     """
-    from ..extraction import extract
-    from ..pruning import surgery
-    from ..pruning.experts.scores import remaining
+    from .steps import steps_of
 
-    model = _skeleton(spec.backbone, spec.data.image_size, spec.moe)
-    if spec.prune is not None:
-        surgery.check(model, spec.prune)
-    if spec.extract is not None:
-        extract.check(model, spec.extract)
-    if spec.drop is not None:
-        left = remaining(spec.moe.experts // spec.moe.members, spec.drop.share)
-        if spec.drop.missing == "reroute" and left < spec.moe.top_k:
-            raise ValueError(
-                f"drop.share={spec.drop.share} leaves {left} experts to choose among, moe.top_k={spec.moe.top_k} "
-                "is more: drop fewer, or set drop.missing='zero_update'"
-            )
+    architecture = (spec.backbone, spec.data.image_size, spec.moe)
+    model = _skeleton(*architecture)
+    for step in steps_of(spec):
+        step.check(model, spec)
+    _check_whole(*architecture, None if spec.train is None else spec.train.mask)
     if spec.init is not None:
         check(spec.init)
 
 
-@lru_cache(maxsize=16)
+# The runs of a page are hundreds, their architectures a few.
+@lru_cache(maxsize=64)
 def _skeleton(backbone: BackboneSpec, image_size: int, moe: MoESpec | None) -> nn.Module:
-    """To look at, not to change: the runs of a page are hundreds, their architectures a few."""
+    """The backbone with its MoE layers, to look at, not to change."""
     from ..models.backbone import skeleton
 
     return skeleton(backbone, image_size, classes=2, moe=moe)
+
+
+@lru_cache(maxsize=1024)
+def _check_whole(
+    backbone: BackboneSpec, image_size: int, moe: MoESpec | None, mask: MaskSpec | None
+) -> None:
+    """Raises ValueError if an ensemble or a masked autoencoder cannot be made of the backbone, or
+    if the cost of the whole cannot be counted."""
+    import torch
+
+    from ..measure import cost
+    from ..models.ensemble import ensemble
+    from ..models.mae import MaskedAutoencoder
+
+    model = copy.deepcopy(_skeleton(backbone, image_size, moe))
+    if mask is not None:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            MaskedAutoencoder(model, mask)
+    if moe is not None and moe.members > 1:
+        model = ensemble(model, moe.members)
+    cost.count(model, image_size)  # of a masked autoencoder the encoder's, as in its record
 
 
 def _check_device(spec: RunSpec) -> None:
@@ -143,66 +163,48 @@ def _check_device(spec: RunSpec) -> None:
 
     if spec.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"run {spec.id} is planned for device='cuda' and this machine has none: give device='cpu', which makes "
-            "runs of their own (on a command line -p device cpu), or take a profile made for the CPU"
+            f"run {spec.id} is planned for device='cuda' and this machine has none: give "
+            "device='cpu', which makes runs of their own (on a command line -p device cpu), or "
+            "take a profile made for the CPU"
         )
 
 
 def _unique(specs: Iterable[RunSpec]) -> list[RunSpec]:
     """Each id once; `keep` and `publish` hold if any of the equal specs asks for them."""
-    merged: dict[str, RunSpec] = {}
+    by_id: dict[str, RunSpec] = {}
     for spec in specs:
-        old = merged.get(spec.id)
-        merged[spec.id] = (
-            spec
-            if old is None
-            else old.but(keep=old.keep or spec.keep, publish=old.publish or spec.publish)
-        )
-    return list(merged.values())
+        known = by_id.setdefault(spec.id, spec)
+        if spec is not known:
+            wishes = {"keep": known.keep or spec.keep, "publish": known.publish or spec.publish}
+            by_id[spec.id] = known.but(**wishes)
+    return list(by_id.values())
 
 
 def _done(where: Store, spec: RunSpec) -> bool:
-    record = where.peek(
-        spec.id
-    )  # not a read of the page: what a page reads is its grid, when it is complete
+    # not a read of the page: what a page reads is its grid, when it is complete
+    record = where.peek(spec.id)
     return record is not None and record.status == "ok"
 
 
 def _waves(missing: list[RunSpec], where: Store) -> list[list[RunSpec]]:
     """Runs in waves: a wave needs only weights of earlier ones. Parents enter if their weights are
     not in the cache."""
-    depth: dict[str, tuple[int, RunSpec]] = {}
+    wave_of: dict[str, tuple[int, RunSpec]] = {}
 
     def add(spec: RunSpec) -> int:
-        level = 0
-        for needed in _needed(spec):
+        wave = 0
+        for needed in spec.needed_runs:
             if not where.state(needed.id).is_file():
-                level = max(level, add(needed.but(keep=True)) + 1)
-        before, known = depth.get(spec.id, (0, spec))
-        depth[spec.id] = (
-            max(level, before),
-            spec.but(
-                keep=spec.keep or known.keep,
-                publish=spec.publish or known.publish,
-                study=known.study,
-            ),
-        )
-        return depth[spec.id][0]
+                wave = max(wave, add(needed.but(keep=True)) + 1)
+        known_wave, known = wave_of.get(spec.id, (0, spec))
+        wishes = {"keep": spec.keep or known.keep, "publish": spec.publish or known.publish}
+        wave_of[spec.id] = max(wave, known_wave), spec.but(**wishes, study=known.study)
+        return wave_of[spec.id][0]
 
     for spec in missing:
         add(spec)
-    levels = sorted({level for level, _ in depth.values()})
-    return [[spec for level, spec in depth.values() if level == wanted] for wanted in levels]
-
-
-def _needed(spec: RunSpec) -> list[RunSpec]:
-    """The runs whose final weights a run reads: its parent, and for scores that compare the
-    parent's parent."""
-    if spec.init is None:
-        return []
-    return (
-        [spec.init, spec.init.init] if spec.drop is not None and spec.drop.compares else [spec.init]
-    )
+    numbers = sorted({number for number, _ in wave_of.values()})
+    return [[spec for n, spec in wave_of.values() if n == number] for number in numbers]
 
 
 def _compute(wave: list[RunSpec], executor: Any, where: Store) -> Iterable[Record]:
@@ -213,30 +215,19 @@ def _compute(wave: list[RunSpec], executor: Any, where: Store) -> Iterable[Recor
             yield _locked(spec, where)
         return
     with contextlib.ExitStack() as stack:
-        for spec in sorted(
-            wave, key=lambda each: each.id
-        ):  # one order for all processes: no two wait for each other
-            stack.enter_context(locks.held(where.lock(spec.id), _told(spec)))
-        open_ = [spec for spec in wave if not _filed(spec, where)]
-        jobs, lost = {}, []
-        for spec in open_:
-            try:
-                jobs[
-                    executor.submit(
-                        execute, spec, str(where.states), str(where.checkpoint(spec.id))
-                    )
-                ] = spec
-            except BrokenExecutor:  # a pool that lost a worker takes no more work
-                lost.append(spec)
+        # one order for all processes, so that no two wait for each other
+        for spec in sorted(wave, key=lambda spec: spec.id):
+            stack.enter_context(locks.held(where.lock(spec.id), _say_waiting(spec)))
+        jobs, lost = _submitted([spec for spec in wave if not _filed(spec, where)], executor, where)
         for job in _completed(jobs):
             try:
-                made, arrays = job.result()
+                content, arrays = job.result()
             # execute returns its failures, so this one is the worker's: each executor has its own
             # kinds
             except Exception:
                 lost.append(jobs[job])
                 continue
-            yield _put(made, arrays, jobs[job], where)
+            yield _put(content, arrays, jobs[job], where)
     for spec in lost:
         warnings.warn(
             f"the worker of run {spec.id} was lost; the run goes on in the calling process",
@@ -245,7 +236,22 @@ def _compute(wave: list[RunSpec], executor: Any, where: Store) -> Iterable[Recor
         yield _locked(spec, where)
 
 
-def _completed(jobs: dict) -> Iterable:
+def _submitted(
+    specs: list[RunSpec], executor: Any, where: Store
+) -> tuple[dict[Any, RunSpec], list[RunSpec]]:
+    """{job: run}, and the runs that a pool which lost a worker did not take any more."""
+    jobs, lost = {}, []
+    for spec in specs:
+        try:
+            job = executor.submit(execute, spec, *_folders(spec, where))
+        except BrokenExecutor:
+            lost.append(spec)
+        else:
+            jobs[job] = spec
+    return jobs, lost
+
+
+def _completed(jobs: dict[Any, RunSpec]) -> Iterable[Any]:
     """Futures as they finish; other kinds than the standard library's (Dask's) are waited for in
     order."""
     if all(isinstance(job, Future) for job in jobs):
@@ -254,47 +260,54 @@ def _completed(jobs: dict) -> Iterable:
         yield from jobs
 
 
-def _told(spec: RunSpec):
+def _folders(spec: RunSpec, where: Store) -> tuple[str, str]:
+    """Where `execute` finds the weights of parents, and the checkpoint of the run."""
+    return str(where.states), str(where.checkpoint(spec.id))
+
+
+def _say_waiting(spec: RunSpec) -> Callable[[], None]:
     return lambda: tqdm.write(
         f"run {spec.id} is being computed by another process: waiting for it", file=sys.stderr
     )
 
 
 def _filed(spec: RunSpec, where: Store) -> bool:
+    """Whether the record is there, and the weights where they are to be kept."""
     return _done(where, spec) and not (spec.keep and not where.state(spec.id).is_file())
 
 
 def _locked(spec: RunSpec, where: Store) -> Record:
-    """Compute under the run's lock; if another process held it, its record is read instead."""
-    with locks.held(where.lock(spec.id), _told(spec)):
+    """Computes under the run's lock; if another process held it, its record is read instead."""
+    with locks.held(where.lock(spec.id), _say_waiting(spec)):
         if _filed(spec, where):
             return where.get(spec)
-        return _put(*execute(spec, str(where.states), str(where.checkpoint(spec.id))), spec, where)
+        content, arrays = execute(spec, *_folders(spec, where))
+        return _put(content, arrays, spec, where)
 
 
-def _put(made: dict, arrays: dict[str, np.ndarray], spec: RunSpec, where: Store) -> Record:
-    """File a record. Once a finished run is filed its checkpoint goes, and with it what a killed
+def _put(
+    content: dict[str, Any], arrays: dict[str, np.ndarray], spec: RunSpec, where: Store
+) -> Record:
+    """Files a record. Once a finished run is filed its checkpoint goes, and with it what a killed
     write left beside.
 
     A child says whether its parent had been rebuilt with other weights than those of the parent's
     record.
     """
     parent = where.peek(spec.init.id) if spec.init is not None else None
-    if made["status"] == "ok" and parent is not None and parent.status == "ok":
-        made["weights"]["parent_differs"] = made["weights"].get("parent") != parent.weights["final"]
-    record = where.put(made, arrays, spec)
+    if content["status"] == "ok" and parent is not None and parent.status == "ok":
+        weights = content["weights"]
+        weights["parent_differs"] = weights.get("parent") != parent.weights["final"]
+    record = where.put(content, arrays, spec)
     if record.status == "ok":
         for file in where.checkpoint(spec.id).parent.glob(f"*{spec.id}.pt*"):
             file.unlink(missing_ok=True)
     return record
 
 
-def pool(workers: int | None = None):
-    """A bounded local process pool for `collect`; each worker starts clean (spawn), so torch
+def pool(workers: int | None = None) -> ProcessPoolExecutor:
+    """Opens a bounded local process pool for `collect`; each worker starts clean (spawn), so torch
     threads do not collide."""
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-
     return ProcessPoolExecutor(
         workers or os.cpu_count(), mp_context=multiprocessing.get_context("spawn")
     )

@@ -1,8 +1,5 @@
-"""One RunSpec carried out: data, model, what is cut, training, evaluation and probes; a record as a
-dict with its arrays.
-
-Nothing here knows the store or its locks: `runs` calls `execute`, in this process or in a worker.
-"""
+"""Where and by which code a run is computed: versions, processor, and a hash of the modules that
+decide a result."""
 
 from __future__ import annotations
 
@@ -16,17 +13,17 @@ from ..spec import RunSpec
 
 
 def environment(spec: RunSpec) -> dict[str, Any]:
-    """Versions, processor and how it multiplies: with spec and threads, all that a bit-for-bit
-    equal record depends on."""
+    """Collects versions, processor and how it multiplies: with spec and threads, all that a
+    bit-for-bit equal record depends on."""
     from ..training.bfloat16 import in_hardware
 
     names = ("torch", "timm", "numpy", "datasets")
-    where = {} if spec.device == "cpu" else {"accelerator": _accelerator()}
+    accelerator = {} if spec.device == "cpu" else {"accelerator": _accelerator()}
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in names},
         "processor": processor(),
-        **where,
+        **accelerator,
         "threads": spec.threads,
         "products": spec.dtype if in_hardware(spec) else f"float32, rounded to {spec.dtype}",
     }
@@ -40,7 +37,7 @@ def _accelerator() -> str:
 
 
 def processor() -> str:
-    """The processor's model name, as the system gives it."""
+    """Reads the processor's model name, as the system gives it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -51,9 +48,9 @@ def processor() -> str:
 
 
 def code_hash() -> str:
-    """16 digits over the modules of `lib` that decide a result; shown as "computed by an older lib"
-    when it differs."""
+    """Hashes the modules of `lib` that decide a result, to 16 digits; a page shows "computed by an
+    older lib" where it differs."""
     rooms = ("inputs", "models", "routers", "pruning", "extraction", "training")
-    here = Path(__file__).parent.parent
-    files = sorted(file for room in rooms for file in (here / room).rglob("*.py"))
+    lib = Path(__file__).parent.parent
+    files = sorted(file for room in rooms for file in (lib / room).rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]

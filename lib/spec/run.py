@@ -1,17 +1,4 @@
-"""What a run is: a frozen, validated, hashable description.
-
-A `RunSpec` says everything that decides a result: data, backbone, surgery, training, seed, dtype
-and threads. Its `id` names the record that the run leaves. Two rules keep old records valid while
-the project grows:
-
-- fields at their default value stay out of the hash, so a new field with a default that means "as
-  before" changes no id;
-- each class carries a `semantics` number that is always hashed; it is bumped when a change to the
-  code would alter results.
-
-Axis letters, here and in all of `lib`: **B** images, **N** tokens of an image, **T** = B*N, **D**
-width, **H** expert hidden width, **E** experts, **K** experts per token.
-"""
+"""The description of one run: what decides its result, and what its lineage implies."""
 
 from __future__ import annotations
 
@@ -32,20 +19,22 @@ class RunSpec(Spec):
     """One run: what goes in. `runs.collect` turns it into a record."""
 
     unhashed: ClassVar[frozenset[str]] = frozenset({"study", "keep", "publish"})
+    # fields that hold the rules of a step, in the order in which steps are carried out
+    step_fields: ClassVar[tuple[str, ...]] = ("prune", "drop", "extract")
 
     # folder of data/results that the record is filed under; not part of the id
     study: str = "foundations"
     data: DataSpec = DataSpec()
     backbone: BackboneSpec = BackboneSpec()
-    moe: MoESpec | None = None  # surgery before training; None = the model as it is
-    # what is cut out after that; a child of this run starts from the cut model
+    moe: MoESpec | None = None  # MoE layers that are made of MLPs; None = the model as it is
+    # neurons and head dimensions removed after that; a child of this run starts from what is left
     prune: PruneSpec | None = None
-    # experts cut out of the parent's MLPs; a child of this run starts from them
+    # experts extracted from the parent's MLPs; a child of this run starts from them
     extract: ExtractSpec | None = None
-    # experts of the parent that go; a child of this run starts without them
+    # experts of the parent that are dropped; a child of this run starts without them
     drop: DropSpec | None = None
     train: TrainSpec | None = None  # None = evaluate only
-    # a parent whose final weights this run starts from (after its own surgery)
+    # a parent whose final weights this run starts from, steps of its own included
     init: RunSpec | None = None
     seed: int = 0  # head, router, data order, augmentation, drop path
     # of activations (autocast); weights stay float32
@@ -63,23 +52,37 @@ class RunSpec(Spec):
     publish: bool = False  # file the record under data/results, to be committed; not part of the id
 
     @property
+    def steps(self) -> list[tuple[str, Spec]]:
+        """(field, rules) of the steps that are set, in the order in which they are carried out."""
+        rules = [(field, getattr(self, field)) for field in self.step_fields]
+        return [(field, each) for field, each in rules if each is not None]
+
+    @property
+    def needed_runs(self) -> list[RunSpec]:
+        """The runs whose final weights this run reads: its parent, and for scores that compare the
+        parent's parent."""
+        if self.init is None:
+            return []
+        compares = self.drop is not None and self.drop.compares
+        return [self.init, self.init.init] if compares else [self.init]
+
+    @property
     def reduced(self) -> bool:
-        """Whether whole experts were taken out in this run or in one that it starts from."""
-        mine = self.drop is not None or (
-            self.train is not None and self.train.single_expert_at is not None
-        )
-        return mine or (self.init is not None and self.init.reduced)
+        """Whether whole experts were dropped in this run or in one that it starts from."""
+        progressive = self.train is not None and self.train.single_expert_at is not None
+        dropped = self.drop is not None or progressive
+        return dropped or (self.init is not None and self.init.reduced)
 
     @property
     def extracted(self) -> bool:
-        """Whether experts were cut out of MLPs in this run or in one that it starts from."""
+        """Whether experts were extracted from MLPs in this run or in one that it starts from."""
         return self.extract is not None or (self.init is not None and self.init.extracted)
 
     @property
     def narrowed(self) -> bool:
-        """Whether this run or one that it starts from was cut physically."""
-        mine = self.prune is not None and self.prune.structured
-        return mine or (self.init is not None and self.init.narrowed)
+        """Whether neurons were removed physically in this run or in one that it starts from."""
+        removed = self.prune is not None and self.prune.structured
+        return removed or (self.init is not None and self.init.narrowed)
 
     def describe(self) -> str:
         """The run in one line for a reader: data, model, weights, budget."""
@@ -102,91 +105,103 @@ class RunSpec(Spec):
         )
 
     @model_validator(mode="after")
-    def _init_fits(self):
-        if self.init is not None and self.backbone.but(drop_path=0.0) != self.init.backbone.but(
-            drop_path=0.0
-        ):
+    def _parent_fits(self):
+        if self.init is None:
+            return self
+        mine, parents = (run.backbone.but(drop_path=0.0) for run in (self, self.init))
+        if mine != parents:
             raise ValueError("init must have the same backbone as the run that starts from it")
-        if self.init is not None and self.init.moe is not None:
-            fixed = [
-                getattr(moe, name, None)
-                for moe in (self.moe, self.init.moe)
-                for name in ("layers", "experts", "shared", "members")
-            ]
-            if fixed[:4] != fixed[4:]:
+        if self.init.moe is not None:
+            fields = ("layers", "experts", "shared", "members")
+            mine = [getattr(self.moe, name, None) for name in fields]
+            parents = [getattr(self.init.moe, name) for name in fields]
+            if mine != parents:
                 raise ValueError(
-                    "init already has MoE layers: moe must have the same layers, experts, shared and members, "
-                    f"{fixed[4:]}, got {fixed[:4]}; a second surgery is not defined"
+                    "init already has MoE layers: moe must have the same layers, experts, shared "
+                    f"and members, {parents}, got {mine}; MoE layers are made of MLPs once"
                 )
-        if self.train is not None and self.train.mask is not None and self.init is not None:
+        if self.init.prune is not None and not self.init.prune.structured:
+            raise ValueError(
+                "init was pruned by masks, which a further stage would lose: prune in the last "
+                "stage"
+            )
+        if self.init.reduced and self.init.moe.members > 1:
+            raise ValueError(
+                "init dropped experts of an ensemble; a further stage is not defined: drop in the "
+                "last one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pretraining_fits(self):
+        if self.train is None or self.train.mask is None:
+            return self
+        if self.init is not None:
             raise ValueError(
                 "pretraining with a mask starts from random or named weights, not from init"
             )
-        if self.train is not None and self.train.mask is not None and self.train.layer_decay != 1.0:
+        if self.train.layer_decay != 1.0:
             raise ValueError(
-                f"layer_decay={self.train.layer_decay} counts layers from a head; pretraining with a mask has none"
+                f"layer_decay={self.train.layer_decay} counts layers from a head; pretraining with "
+                "a mask has none"
             )
-        if self.init is not None and self.init.prune is not None and not self.init.prune.structured:
-            raise ValueError(
-                "init was pruned by masks, which a further stage would lose: prune in the last stage"
-            )
-        if self.prune is not None and self.train is not None and self.train.mask is not None:
+        if self.prune is not None:
             raise ValueError(
                 "pruning scores a classifier; pretraining with a mask has no labels to score by"
             )
-        if self.drop is not None and (
-            self.init is None or self.init.moe is None or self.moe is None or self.prune is not None
-        ):
+        return self
+
+    @model_validator(mode="after")
+    def _drop_fits(self):
+        if self.drop is None:
+            return self
+        from_mixture = self.init is not None and self.init.moe is not None
+        if not from_mixture or self.moe is None or self.prune is not None:
             raise ValueError(
-                "drop takes experts out of a parent's mixture, and nothing else is cut in the same run: set init to "
-                "a run with moe, moe to the same layers, prune to None"
+                "drop takes experts out of a parent's mixture, and nothing else is removed in the "
+                "same run: set init to a run with moe, moe to the same layers, prune to None"
             )
-        if (
-            self.drop is not None
-            and self.drop.compares
-            and (self.init.init is None or self.init.init.moe is None)
-        ):
+        if self.drop.compares and (self.init.init is None or self.init.init.moe is None):
             raise ValueError(
-                f"drop.score={self.drop.score!r} compares with the model before finetuning: init needs an init "
-                "with moe of its own, since without trained routers there is no norm to compare with"
+                f"drop.score={self.drop.score!r} compares with the model before finetuning: init "
+                "needs an init with moe of its own, since without trained routers there is no norm "
+                "to compare with"
             )
-        if self.init is not None and self.init.reduced and self.init.moe.members > 1:
+        return self
+
+    @model_validator(mode="after")
+    def _progressive_drop_fits(self):
+        if self.train is None or not self.train.single_expert_at:
+            return self
+        top_1 = self.moe is not None and self.moe.takes("single_expert_at") and self.moe.top_k == 1
+        if not top_1 or self.moe.members > 1 or self.train.ema:
             raise ValueError(
-                "init dropped experts of an ensemble; a further stage is not defined: drop in the last one"
+                "single_expert_at drops all experts but one: it needs moe with router='token', "
+                "top_k=1, members=1, and train without ema"
             )
-        if (
-            self.train is not None
-            and self.train.single_expert_at
-            and (
-                self.moe is None
-                or not self.moe.takes("single_expert_at")
-                or self.moe.members > 1
-                or self.moe.top_k > 1
-                or self.train.ema
-            )
-        ):
+        return self
+
+    @model_validator(mode="after")
+    def _extract_fits(self):
+        if self.extract is None:
+            return self
+        from_mlps = self.init is not None and not self.init.extracted and self.moe is None
+        if not from_mlps or self.prune is not None:
             raise ValueError(
-                "single_expert_at drops all experts but one: it needs moe with router='token', top_k=1, members=1, "
-                "and train without ema"
+                "extract cuts experts out of a trained model of plain MLPs, and nothing else is "
+                "removed in the same run: set init to that model's run, moe and prune to None"
             )
-        if self.extract is not None and (
-            self.init is None
-            or self.init.extracted
-            or self.moe is not None
-            or self.prune is not None
-        ):
-            raise ValueError(
-                "extract cuts experts out of a trained model of plain MLPs, and nothing else is cut in the same "
-                "run: set init to that model's run, moe and prune to None"
-            )
-        if self.train is not None and self.train.distil_logits and self.init is None:
+        return self
+
+    @model_validator(mode="after")
+    def _distillation_fits(self):
+        if self.train is None:
+            return self
+        if self.train.distil_logits and self.init is None:
             raise ValueError("distil_logits needs a parent to learn from: set init")
-        if (
-            self.train is not None
-            and self.train.distil != "none"
-            and (self.init is None or self.init.moe is None)
-        ):
+        if self.train.distil != "none" and (self.init is None or self.init.moe is None):
             raise ValueError(
-                f"distil={self.train.distil!r} needs a parent with gates: set init to a run with moe"
+                f"distil={self.train.distil!r} needs a parent with gates: set init to a run with "
+                "moe"
             )
         return self

@@ -36,35 +36,36 @@ PRODUCTS = frozenset(
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 in vectors: x86 with AVX-512, Arm with SVE."""
+    """Tells whether this processor has vectors for bfloat16: x86 with AVX-512, Arm with SVE."""
     return torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "SVE"))
 
 
 class RoundedProducts(TorchDispatchMode):
-    """While active, products of bfloat16 tensors are computed in float32 and rounded to bfloat16;
-    all else is as it was.
+    """Computes products of bfloat16 tensors in float32 and rounds them to bfloat16; all else is as
+    it was.
 
     A backward pass needs it too: it multiplies. Attention must be written out
     (`backbone.write_out_attention`): a fused kernel keeps its products to itself.
     """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        low = func in PRODUCTS and any(
-            isinstance(each, Tensor) and each.dtype is torch.bfloat16 for each in args
+        kwargs = kwargs or {}
+        low_precision = func in PRODUCTS and any(
+            isinstance(arg, Tensor) and arg.dtype is torch.bfloat16 for arg in args
         )
-        if not low:
-            return func(*args, **(kwargs or {}))
-        wide = tree_map_only(Tensor, Tensor.float, (args, kwargs or {}))
-        return tree_map_only(Tensor, Tensor.bfloat16, func(*wide[0], **wide[1]))
+        if not low_precision:
+            return func(*args, **kwargs)
+        args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
+        return tree_map_only(Tensor, Tensor.bfloat16, func(*args, **kwargs))
 
 
 def in_hardware(spec: RunSpec) -> bool:
-    """Whether the run's products are computed in the type that the spec names; else they are
+    """Tells whether the run's products are computed in the type that the spec names; else they are
     rounded to it."""
     return spec.dtype != "bfloat16" or spec.device != "cpu" or multiplies_bfloat16()
 
 
 def products(spec: RunSpec) -> contextlib.AbstractContextManager:
-    """The mode for a run in bfloat16 on a processor that cannot multiply it; for all others
-    nothing."""
+    """Returns the mode for a run in bfloat16 on a processor that cannot multiply it; for all others
+    one that changes nothing."""
     return contextlib.nullcontext() if in_hardware(spec) else RoundedProducts()

@@ -1,12 +1,16 @@
-"""One pass over a split: accuracy, loss, predictions, and the routings on the way."""
+"""Evaluation: one pass over a split for accuracy, loss and predictions, with the routings on the
+way.
+
+Axis letters: **B** images.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +21,13 @@ from ..inputs.splits import Split
 from ..models.mae import MaskedAutoencoder
 from ..models.moe import RoutingTape
 from ..models.upcycle import block_mlps
+from ..routers.base import Routing
 from ..routers.manual import labelled
 from ..spec import RunSpec
 from .losses import autocast
 
-if TYPE_CHECKING:  # a probe is handed in; evaluation knows no measure
-    from ..measure.routing import RoutingProbe
+# Takes the routings of a batch, shallow to deep, the blocks that they stand in, and (B,) labels.
+OnRoutings = Callable[[Sequence[Routing], Sequence[int], Tensor], None]
 
 
 @dataclass
@@ -38,64 +43,76 @@ class Evaluation:
     predictions: Tensor | None
     images_per_s: float
 
+    @property
+    def entry(self) -> dict[str, float]:
+        """Its entry in a record: n, top1 where there is one, and loss."""
+        top1 = {} if self.top1 is None else {"top1": self.top1}
+        return {"n": self.n} | top1 | {"loss": self.loss}
+
 
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
     split: Split,
     spec: RunSpec,
-    probe: RoutingProbe | None = None,
+    on_routings: OnRoutings | None = None,
     batch: int = 250,
 ) -> Evaluation:
-    """One pass over a split without augmentation; hands each batch's routings to `probe`."""
+    """Evaluates a model on a split, without augmentation.
+
+    on_routings: is called with the routings of each batch, of an ensemble with labels once a
+    member.
+    """
     model.eval()
     tape, blocks = RoutingTape(model), moe_blocks(model)
+    watched = on_routings is not None and bool(blocks)
     # Hidden patches of an evaluation are the same at every epoch, so that its losses can be
     # compared.
     masks = torch.Generator().manual_seed(0) if isinstance(model, MaskedAutoencoder) else None
-    guesses, losses, seconds = [], [], 0.0
-    bar = tqdm(
-        total=len(split),
-        unit="image",
-        desc=f"evaluate {spec.id[:6]}",
-        leave=False,
-        delay=5,
-        mininterval=1.0,
-    )
-    with bar:
+    predictions, losses, seconds = [], [], 0.0
+    with _progress_bar(len(split), spec) as bar:
         for index in torch.arange(len(split)).split(batch):
-            images = split.batch(index, spec.data).to(spec.device)
+            images, labels = split.batch(index, spec.data).to(spec.device), split.labels[index]
             began = time.perf_counter()
-            labels = split.labels[index]
             with (
-                tape if probe is not None else contextlib.nullcontext(),
+                tape if watched else contextlib.nullcontext(),
                 autocast(spec),
                 labelled(model, labels.to(spec.device)),
             ):
                 out = model(images) if masks is None else model(images, masks)
             seconds += time.perf_counter() - began
-            if probe is not None and blocks:
+            if watched:
                 routings = tape.routings()
-                probe.update(
-                    routings, blocks, labels.repeat(routings[0].shape[0] // len(labels))
-                )  # once for each member
+                members = routings[0].shape[0] // len(labels)
+                on_routings(routings, blocks, labels.repeat(members))
             bar.update(len(index))
             if masks is not None:
                 losses.append(out.loss.item() * len(index))
                 continue
             logits = out.float().cpu()
             losses.append(F.cross_entropy(logits, labels, reduction="sum").item())
-            guesses.append(logits.argmax(dim=-1).to(torch.int16))
-    loss, rate = math.fsum(losses) / len(split), len(split) / seconds
+            predictions.append(logits.argmax(dim=-1).to(torch.int16))
+    loss, images_per_s = math.fsum(losses) / len(split), len(split) / seconds
     if masks is not None:
-        return Evaluation(len(split), None, loss, None, rate)
-    predictions = torch.cat(guesses)
-    right = (predictions == split.labels).double().mean().item()
-    return Evaluation(len(split), 100 * right, loss, predictions, rate)
+        return Evaluation(len(split), None, loss, None, images_per_s)
+    predicted = torch.cat(predictions)
+    correct = (predicted == split.labels).double().mean().item()
+    return Evaluation(len(split), 100 * correct, loss, predicted, images_per_s)
+
+
+def _progress_bar(images: int, spec: RunSpec) -> tqdm:
+    return tqdm(
+        total=images,
+        unit="image",
+        desc=f"evaluate {spec.id[:6]}",
+        leave=False,
+        delay=5,
+        mininterval=1.0,
+    )
 
 
 def moe_blocks(model: nn.Module) -> list[int]:
-    """Index of the block that each MoE layer stands in, counted from 0 over all blocks, from input
-    to output."""
+    """Returns the index of the block that each MoE layer stands in, counted from 0 over all blocks,
+    from input to output."""
     names = [name for name, _ in block_mlps(model)]
     return [names.index(name) for name in RoutingTape(model).layers.values()]

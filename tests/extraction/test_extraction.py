@@ -26,9 +26,9 @@ from lib.measure.cost import count
 from lib.models.backbone import build
 from lib.models.moe import MoELayer, RoutingTape
 from lib.models.step import StepInputs
-from lib.pruning import surgery
 from lib.routers.hard import HardRouter
 from lib.runs import collect as runs
+from lib.runs.restore import restored
 from lib.spec import BackboneSpec, DataSpec, ExtractSpec, RunSpec, TrainSpec
 
 BASE = RunSpec(
@@ -114,7 +114,7 @@ def test_a_run_records_saves_and_goes_on(where, fields, kind):
     )
     splits = load_splits(spec.data)
     images = splits.test.batch(torch.arange(8), spec.data)
-    again = surgery.restored(child, load_file(where.state(child.id)), 10, 1).eval()
+    again = restored(child, load_file(where.state(child.id)), 10, 1).eval()
     assert not torch.equal(again(images), model(images))
 
 

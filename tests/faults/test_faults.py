@@ -64,7 +64,6 @@ def quick(monkeypatch):
 
 
 # ---- kill
-# ---------------------------------------------------------------------------------------------------------------
 
 KILLED_RUN = """
 import os, signal, sys
@@ -73,18 +72,18 @@ from types import SimpleNamespace
 from lib.runs import collect as runs
 from lib.runs.store import Store
 from lib.spec import RunSpec
-from lib.training import loop
+from lib.training import checkpoint, loop
 
-steps, real = [0], loop._losses
+steps, real = [0], loop.losses
 def losses(*args):
     steps[0] += 1
     if steps[0] == 7:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args)
 
-loop._losses = losses
-loop.CHECKPOINT_SECONDS = 0  # and a clock that ticks once a step: a checkpoint after each
-loop.time = SimpleNamespace(monotonic=lambda: steps[0], perf_counter=loop.time.perf_counter)
+loop.losses = losses
+checkpoint.CHECKPOINT_SECONDS = 0  # and a clock that ticks once a step: a checkpoint after each
+checkpoint.time = SimpleNamespace(monotonic=lambda: steps[0])
 where = Store(Path(sys.argv[1]) / "published", Path(sys.argv[1]) / "private")
 runs.collect({"a": [RunSpec.model_validate_json(sys.argv[2])]}, where=where)
 """
@@ -97,9 +96,9 @@ def test_kill_in_the_middle_of_a_run(where, tmp_path, monkeypatch):
     assert where.checkpoint(SPEC.id).is_file() and where.find(SPEC.id) is None
     assert runs.status_of(SPEC, where) == "missing"  # its lock died with it
 
-    steps, real = [0], loop._losses
+    steps, real = [0], loop.losses
     monkeypatch.setattr(
-        loop, "_losses", lambda *args: steps.__setitem__(0, steps[0] + 1) or real(*args)
+        loop, "losses", lambda *args: steps.__setitem__(0, steps[0] + 1) or real(*args)
     )
     record = runs.collect({"a": [SPEC]}, where=where)["a"][0]
     assert steps[0] == 2  # six of the eight steps were done by the killed process
@@ -152,7 +151,6 @@ def test_leftovers_of_killed_writes_are_never_read(where, quick):
 
 
 # ---- full disk
-# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -188,7 +186,6 @@ def test_write_that_fails_leaves_the_old_file_and_no_part(tmp_path):
 
 
 # ---- rivals
-# -------------------------------------------------------------------------------------------------------------
 
 RIVAL = """
 import os, sys, time
@@ -205,15 +202,17 @@ def execute(spec, states, checkpoint=None):
     with open(folder / "computed", "a") as log:
         log.write(f"{os.getpid()}\\n")
     time.sleep(1.0)
-    return {"id": spec.id, "spec": spec.model_dump(mode="json"), "status": "ok", "weights": {"final": "f"},
-            "test": {"top1": os.getpid()}}, {}
+    head = {"id": spec.id, "spec": spec.model_dump(mode="json"), "status": "ok"}
+    return head | {"weights": {"final": "f"}, "test": {"top1": os.getpid()}}, {}
 
-runs.execute, runs.check = execute, lambda spec: None  # without torch: both are at the lock within the same second
+# without torch: both are at the lock within the same second
+runs.execute, runs.check = execute, lambda spec: None
 (folder / str(os.getpid())).touch()
 while len(list(folder.glob("[0-9]*"))) < 2:  # start together
     time.sleep(0.01)
 where = Store(folder / "published", folder / "private")
-print(runs.collect({"a": [RunSpec.model_validate_json(sys.argv[2])]}, where=where)["a"][0].test["top1"])
+spec = RunSpec.model_validate_json(sys.argv[2])
+print(runs.collect({"a": [spec]}, where=where)["a"][0].test["top1"])
 """
 
 
@@ -350,7 +349,6 @@ def test_late_takeover_gives_a_live_lease_back(lease, monkeypatch):
 
 
 # ---- a lost worker
-# ------------------------------------------------------------------------------------------------------
 
 
 class Killing:

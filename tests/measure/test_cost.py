@@ -337,9 +337,9 @@ def test_latency_orders_and_interleaves():
         {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, warmup=0, settle=1
     )
     assert "".join(order) == "aabb" * 20
-    assert timing.latency(lambda: None).repeats == 20
+    assert got["slow"].repeats == 20
     with pytest.raises(ValueError, match="at least 20"):
-        timing.latency(lambda: None, repeats=5)
+        timing.compare({"a": lambda: None}, repeats=5)
 
 
 def test_peak_memory_sees_an_allocation():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from lib.measure import pictures
 from lib.measure import routing as counts
 from lib.routers.all import AllExperts
 from lib.routers.base import assign
@@ -33,9 +34,6 @@ def test_load_numbers():
 def test_entropy_bounds():
     assert counts.entropy([0.25] * 4) == pytest.approx(math.log(4))
     assert counts.entropy([1.0, 0.0]) == 0
-    assert counts.router_entropy(image_routing([[0], [1]], 3, 8)) == pytest.approx(
-        math.log(8), abs=1e-6
-    )
 
 
 @pytest.mark.parametrize(
@@ -137,7 +135,8 @@ def test_probe_token_level_with_dropping_and_padding():
     assert arrays["class_expert"][0].tolist() == [[0] * 5, [1, 1, 0, 0, 0], [2, 0, 0, 0, 0]]
     assert arrays["position_expert"][0].tolist() == [[2, 0, 0, 0, 0], [1, 1, 0, 0, 0]]
     assert arrays["position_expert"][1, 1].sum() == 0  # padded position
-    assert counts.first_choice([token, wide]).tolist() == [[[0, 0], [0, 1]], [[3, -1], [3, -1]]]
+    maps = pictures.first_choices([token, wide], 2)
+    assert maps.tolist() == [[[0, 0], [0, 1]], [[3, -1], [3, -1]]]
 
 
 def test_probe_agrees_with_real_routers_and_batch_split():

@@ -14,10 +14,12 @@ from lib.measure.cost import count
 from lib.models.backbone import build
 from lib.models.ensemble import Ensemble
 from lib.models.pruned import PrunedLayer
-from lib.pruning import surgery
+from lib.models.step import StepInputs
+from lib.pruning.steps import DropStep
 from lib.runs import collect as runs
+from lib.runs.restore import restored
 from lib.spec import BackboneSpec, DataSpec, DropSpec, MoESpec, PruneSpec, RunSpec, TrainSpec
-from lib.training import loop
+from lib.training import checkpoint, loop
 
 D, H, E, DEPTH = 16, 24, 4, 2
 MOE = MoESpec(layers=DEPTH, experts=E, router="token", router_std=0.5)
@@ -93,16 +95,17 @@ def test_a_child_and_a_restored_model_go_on_without_the_dropped(where, missing):
     splits = load_splits(spec.data)
     images, model = (
         splits.test.batch(torch.arange(4), spec.data),
-        surgery.restored(spec, state, 5, 1).eval(),
+        restored(spec, state, 5, 1).eval(),
     )
-    tuned = surgery.restored(TUNED, load_file(where.state(TUNED.id)), 5, 1).eval()
-    scores = surgery.drop(tuned, spec, splits.train, 5)
+    tuned = restored(TUNED, load_file(where.state(TUNED.id)), 5, 1).eval()
+    inputs = StepInputs(spec, splits.train, 5, state_of=dict)
+    report = DropStep(spec.drop).apply(tuned, inputs).report
     with pytest.raises(
         ValueError,
         match="blocks.0.mlp has 3 experts in the state; of 4 the shares of run .* leave 2",
     ):
-        surgery.restored(spec.but(drop={"share": 0.5}), state, 5, 1)
-    assert torch.equal(model(images), tuned(images)) and where.get(spec).drop == {"scores": scores}
+        restored(spec.but(drop={"share": 0.5}), state, 5, 1)
+    assert torch.equal(model(images), tuned(images)) and where.get(spec).drop == report
     assert torch.equal(runs.model_of(spec, where)(images), model(images))
     assert isinstance(model.blocks[0].mlp, PrunedLayer) == (missing == "zero_update")
 
@@ -155,7 +158,7 @@ def test_competition_trains_the_router_towards_the_largest_responses(where):
     assert turned[0.0] < 1e-6 < turned[1.0]
 
 
-def test_experts_dropped_in_training_until_one_is_left(where, tmp_path):
+def test_experts_dropped_in_training_until_one_is_left(where, tmp_path, monkeypatch):
     spec = TUNED.but(train={"single_expert_at": 0.5, "epochs": 2.0})
     record = run(where, spec)
     state = load_file(where.state(spec.id))
@@ -176,12 +179,9 @@ def test_experts_dropped_in_training_until_one_is_left(where, tmp_path):
         raise Stop
 
     broken = build(spec, 5, 1, parent)
-    loop.CHECKPOINT_SECONDS, kept = 0, loop.CHECKPOINT_SECONDS
-    try:
-        with pytest.raises(Stop):
-            loop.fit(broken, splits.train, None, spec, file, report=stop)
-    finally:
-        loop.CHECKPOINT_SECONDS = kept
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0)
+    with pytest.raises(Stop):
+        loop.fit(broken, splits.train, None, spec, file, report=stop)
     again, _ = loop.fit(build(spec, 5, 1, parent), splits.train, None, spec, file)
     assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
 

@@ -10,7 +10,7 @@ import copy
 
 import pytest
 import torch
-from one_moe_layer import PROBS, Layer, constant, refused, run
+from one_moe_layer import PROBS, Layer, constant, refused, reloaded, run
 from torch import nn
 from vits import batch, build, moe
 
@@ -19,7 +19,6 @@ from lib.models.compete import CompeteLayer, competition_loss
 from lib.models.ensemble import ensemble
 from lib.models.experts import Experts
 from lib.models.moe import RoutingTape
-from lib.pruning import surgery
 from lib.pruning.experts import dropping, scores
 from lib.routers.all import AllExperts
 from lib.routers.expert_choice import ExpertChoiceRouter
@@ -155,36 +154,11 @@ def test_in_a_vit_with_gradients_flags_costs_and_reload(semantics):
     mlp = sum(p.numel() for p in model.blocks[0].mlp.shared.parameters())
     rows = 0 if semantics == "zero_update" else 2 * 2 * 24
     assert count(model, 28).params_stored - count(cut, 28).params_stored == 4 * mlp + rows
-    again = surgery.load_pruned(model, cut.state_dict())
+    again = reloaded(model, cut.state_dict())
     assert (
         torch.equal(again.eval()(images), cut.eval()(images))
         and model.blocks[0].mlp.experts.experts == 4
     )
-
-
-def test_a_state_that_does_not_fit_leaves_the_model_alone():
-    model = build(moe=moe(experts=4))
-    before = copy.deepcopy(model.state_dict())
-    state = dropping.drop_experts(
-        copy.deepcopy(model), {"blocks.1.mlp": [0, 1]}, "zero_update"
-    ).state_dict()
-    wrong = state | {"blocks.1.mlp.kept": torch.tensor([0, 7])}
-    absent = {name: tensor for name, tensor in state.items() if name != "norm.weight"}
-    other = dropping.drop_experts(
-        build(moe=moe(experts=6)), {"blocks.1.mlp": [0, 1]}, "zero_update"
-    ).state_dict()
-    for bad, says in (
-        (wrong, "out of 0..3"),
-        (absent, "norm.weight: absent in the state"),
-        (other, "router.weight"),
-        (state | {"extra": torch.zeros(1)}, "extra: .* absent in the model"),
-    ):
-        with refused(says):
-            surgery.load_pruned(model, bad)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert (
-        surgery.load_pruned(model, before).blocks[1].mlp.experts.experts == 4
-    )  # an unpruned state is one, too
 
 
 # ---------------------------------------------------------------- scores
@@ -268,7 +242,7 @@ def test_members_share_the_first_blocks_and_are_pruned_within_their_groups():
         assert torch.equal(
             members, routing.token // (6 * 17)
         )  # tokens of a member reach its group alone
-        assert torch.equal(surgery.load_pruned(two, cut.state_dict())(images), out)
+        assert torch.equal(reloaded(two, cut.state_dict())(images), out)
     with refused("gives a token 1 experts, but 0 would be left in a group"):
         dropping.drop_experts(two, {name: [0, 1]}, "reroute")
 

@@ -7,7 +7,7 @@ import copy
 import pytest
 import timm
 import torch
-from one_moe_layer import B, D, E, H, K, N, Toy, tokens_of, toy_images
+from one_moe_layer import B, D, E, H, K, N, Toy, reloaded, tokens_of, toy_images
 from torch import nn
 
 from lib.models.compete import CompeteLayer, competition_loss
@@ -15,7 +15,6 @@ from lib.models.ensemble import ensemble
 from lib.models.experts import Experts
 from lib.models.moe import RoutingTape
 from lib.models.upcycle import upcycle
-from lib.pruning import surgery
 from lib.pruning.experts import dropping, scores
 from lib.routers.top_k import TopKRouter
 from lib.spec import MoESpec
@@ -126,7 +125,7 @@ def test_both_semantics_against_the_plain_sum(images):
             torch.testing.assert_close(cut(images).reshape(-1, D), want)
         [(_, routing)] = list(tape)
         assert routing.probs.shape == (B * N, E if semantics == "zero_update" else 2)
-        again = surgery.load_pruned(Toy(), cut.state_dict()).eval()
+        again = reloaded(Toy(), cut.state_dict()).eval()
         assert torch.equal(again(images), cut(images))
     assert int(routing.dropped.sum()) == 0
 
@@ -154,11 +153,6 @@ def test_what_cannot_be_dropped_is_refused_and_nothing_changes(images):
     ):
         with pytest.raises(ValueError, match=says):
             scores.scores(model, name, **given)
-    with pytest.raises(ValueError, match="does not fit"):
-        surgery.load_pruned(
-            Toy(experts=2),
-            dropping.drop_experts(Toy(experts=4), {"moe": [0, 1, 2]}, "reroute").state_dict(),
-        )
     with pytest.raises(ValueError, match="is pruned already"):
         scores.scores(dropping.drop_experts(model, {"moe": [0, 1]}, "zero_update"), "router_norm")
 

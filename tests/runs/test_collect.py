@@ -16,13 +16,16 @@ from pydantic import ValidationError
 
 from lib.runs import collect as runs
 from lib.runs.store import Store
-from lib.spec import BackboneSpec, DataSpec, MoESpec, RunSpec, TrainSpec
+from lib.spec import BackboneSpec, DataSpec, DropSpec, MaskSpec, MoESpec, RunSpec, TrainSpec
 
 TINY = RunSpec(
     data=DataSpec(train=64, val=20, test=30),
     backbone=BackboneSpec(patch=7, width=16, depth=2, heads=2),
     threads=1,
 )
+
+
+ALL = MoESpec(router="all", experts=2, top_k=2, balance="none")
 
 
 @pytest.fixture
@@ -43,9 +46,13 @@ def made(monkeypatch):
         head = {"id": spec.id, "spec": spec.model_dump(mode="json")}
         where = Store(Path("nowhere"), Path(states).parent)
         if spec.init is not None and not where.state(spec.init.id).is_file():
-            return head | {"status": "failed", "error": {"message": "no parent"}}, {}
+            return head | {
+                "status": "failed",
+                "error": {"kind": "FileNotFoundError", "message": "no parent"},
+            }, {}
         if spec.seed in log.bad:
-            return head | {"status": "failed", "error": {"message": f"seed {spec.seed} is bad"}}, {}
+            reason = {"kind": "ValueError", "message": f"seed {spec.seed}\n is bad"}
+            return head | {"status": "failed", "error": reason}, {}
         if spec.keep:
             time.sleep(0.05)  # a child that does not wait for its parent would now find nothing
             where.states.mkdir(parents=True, exist_ok=True)
@@ -68,7 +75,6 @@ def of(*seeds: int, **more) -> list[RunSpec]:
 
 
 # ---- the name of a run
-# --------------------------------------------------------------------------------------------------
 
 
 def test_id_is_stable():
@@ -162,6 +168,30 @@ def test_bad_values_are_refused_by_name(make, message):
             {"init": TINY, "data": {"image_size": 27}},
             "image_size=27 is not a multiple of the patch size 7",
         ),
+        (
+            {"backbone": BackboneSpec(name="resnet18")},
+            r"modules with parameters that cost.count does not know: bn1 \(BatchNorm2d\)",
+        ),
+        (
+            {
+                "backbone": BackboneSpec(name="convnext_atto"),
+                "data": {"image_size": 32},
+                "train": TrainSpec(mask=MaskSpec(width=16, heads=2)),
+            },
+            "ConvNeXt cannot be pretrained with masks",
+        ),
+        (
+            {
+                "backbone": BackboneSpec(name="convnext_tiny"),
+                "data": {"image_size": 32},
+                "moe": MoESpec(router="token", experts=4, members=2),
+            },
+            "ConvNeXt cannot be an ensemble",
+        ),
+        (
+            {"init": TINY.but(moe=ALL), "moe": ALL, "drop": DropSpec(score="load")},
+            "expert pruning needs a linear router",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_before_any_work(where, made, change, message):
@@ -192,7 +222,6 @@ def test_a_device_that_is_not_there_is_refused_where_something_has_to_be_compute
 
 
 # ---- who computes what
-# --------------------------------------------------------------------------------------------------
 
 
 def test_only_what_is_absent_is_computed_and_order_is_kept(where, made):
@@ -270,17 +299,33 @@ def test_failed_run_is_raised_last_and_tried_again(where, made, pooled):
     made.bad.add(2)
     with ThreadPoolExecutor(1) as pool:
         executor = pool if pooled else None
-        with pytest.raises(RuntimeError, match="1 runs failed.*\n.*seed 2 is bad"):
+        with pytest.raises(
+            RuntimeError,
+            match=rf"^run {of(2)[0].id}: ValueError: seed 2 is bad\nRuns that failed: 1\.",
+        ):
             runs.collect({"a": of(1, 2, 3)}, executor, where)
         assert (
             sorted(made) == [1, 2, 3] and runs.load({"a": of(1, 3)}, where)["a"][1].status == "ok"
         )
         failed = where.get(of(2)[0])
-        assert failed.status == "failed" and failed.error == {"message": "seed 2 is bad"}
+        assert failed.status == "failed" and failed.error["message"] == "seed 2\n is bad"
         assert runs.status_of(of(2)[0], where) == "failed"
         made.bad.clear()
         records = runs.collect({"a": of(1, 2, 3)}, executor, where)["a"]
     assert made[3:] == [2] and [record.status for record in records] == ["ok"] * 3
+
+
+def test_the_command_line_says_first_which_run_failed_and_why(made, monkeypatch, tmp_path, capsys):
+    from lib import __main__ as command_line
+
+    made.bad.add(2)
+    monkeypatch.setenv("MOE_CACHE", str(tmp_path))
+    monkeypatch.setattr(command_line.parameters, "key_of", lambda name: name)
+    monkeypatch.setattr(command_line.parameters, "from_text", lambda key, given: given)
+    monkeypatch.setattr(command_line.profiles, "plan", lambda *_, **__: {"a": of(1, 2)})
+    assert command_line.main(["run", "vimoe/routing", "--records"]) == 1
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first == f"error: run {of(2)[0].id}: ValueError: seed 2 is bad"
 
 
 def test_wishes_of_equal_specs_are_joined(where, made):
@@ -356,7 +401,6 @@ def test_checkpoint_goes_when_a_run_is_done(where, made):
 
 
 # ---- what lies in the store
-# ---------------------------------------------------------------------------------------------
 
 
 def truncate(file):
@@ -458,7 +502,6 @@ def test_record_reads_like_its_entries(where, made):
 
 
 # ---- the real thing, once
-# -----------------------------------------------------------------------------------------------
 
 
 def test_real_runs_in_process_and_in_a_pool_are_equal(where, tmp_path):

@@ -1,4 +1,4 @@
-"""The training loop: equal twice, equal when broken off and resumed, and every part of it by hand."""
+"""The training loop: equal twice, equal when broken off and resumed, and each part by hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lib.models.moe import RoutingTape
 from lib.runs import collect as runs
 from lib.runs.store import TIMING, _content
 from lib.spec import BackboneSpec, DataSpec, MoESpec, RunSpec, TrainSpec
-from lib.training import loop
+from lib.training import checkpoint, loop
 
 BASE = RunSpec(
     data=DataSpec(train=64, val=20, test=30),
@@ -41,11 +41,9 @@ IMAGE = MoESpec(
 )
 
 
-def outcome(spec: RunSpec, folder, checkpoint=None) -> dict:
+def outcome(spec: RunSpec, folder, file=None) -> dict:
     """What must be equal bit for bit: the record without its times, and its arrays."""
-    made, arrays = runs.execute(
-        spec, str(folder / "states"), str(checkpoint) if checkpoint else None
-    )
+    made, arrays = runs.execute(spec, str(folder / "states"), str(file) if file else None)
     assert made["status"] == "ok", made.get("error")
     return {name: value for name, value in made.items() if name not in TIMING} | {
         "content": _content(arrays)
@@ -76,7 +74,6 @@ def test_attention_written_out_on_cpu_in_bfloat16_alone():
 
 
 # ---- the same spec, the same record
-# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -121,7 +118,6 @@ def test_seeds_do_not_collide():
 
 
 # ---- resume
-# -------------------------------------------------------------------------------------------------------------
 
 
 class Stopped(KeyboardInterrupt):
@@ -137,7 +133,7 @@ class Stopped(KeyboardInterrupt):
 def test_resumed_run_equals_unbroken_one(tmp_path, monkeypatch, case, stop):
     spec = BASE.but(**NOISY, **case)
     whole = outcome(spec, tmp_path)
-    steps, limit, real = [0], [stop], loop._losses
+    steps, limit, real = [0], [stop], loop.losses
 
     def counted(*args):
         if steps[0] == limit[0]:
@@ -145,35 +141,30 @@ def test_resumed_run_equals_unbroken_one(tmp_path, monkeypatch, case, stop):
         steps[0] += 1
         return real(*args)
 
-    monkeypatch.setattr(loop, "_losses", counted)
+    monkeypatch.setattr(loop, "losses", counted)
     # A clock that ticks once a step and stands still while a checkpoint is written: one is written
     # after every step.
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
-    monkeypatch.setattr(
-        loop,
-        "time",
-        SimpleNamespace(monotonic=lambda: steps[0], perf_counter=loop.time.perf_counter),
-    )
-    checkpoint = tmp_path / "run.pt"
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: steps[0]))
+    file = tmp_path / "run.pt"
     with pytest.raises(Stopped):
-        runs.execute(spec, str(tmp_path / "states"), str(checkpoint))
-    assert checkpoint.is_file()
+        runs.execute(spec, str(tmp_path / "states"), str(file))
+    assert file.is_file()
     steps[0], limit[0] = 0, None
-    assert outcome(spec, tmp_path, checkpoint) == whole
+    assert outcome(spec, tmp_path, file) == whole
     assert steps[0] == 12 - stop  # it went on, rather than from the start
 
 
 def test_damaged_checkpoint_starts_anew(tmp_path):
     spec = BASE.but(train={"epochs": 0.5})
-    checkpoint = tmp_path / "run.pt"
-    checkpoint.write_bytes(b"PK\x03\x04 torn")
+    file = tmp_path / "run.pt"
+    file.write_bytes(b"PK\x03\x04 torn")
     with pytest.warns(UserWarning, match="run.pt cannot be read .*training starts anew"):
-        broken = outcome(spec, tmp_path, checkpoint)
+        broken = outcome(spec, tmp_path, file)
     assert broken == outcome(spec, tmp_path)
 
 
 # ---- the parts of the loop
-# ----------------------------------------------------------------------------------------------
 
 
 def test_layer_decay_and_weight_decay_groups():
@@ -221,7 +212,7 @@ def test_layer_decay_and_weight_decay_groups():
 def test_warm_up_and_cosine(monkeypatch, warmup, expected):
     spec = BASE.but(train={"epochs": 2.0, "lr": 0.4, "warmup": warmup, "layer_decay": 0.5})
     model, splits = parts_of(spec)
-    made, seen, real = [], [], loop._losses
+    made, seen, real = [], [], loop.losses
     monkeypatch.setattr(
         loop, "optimiser", lambda *args, real=loop.optimiser: made.append(real(*args)) or made[-1]
     )
@@ -232,7 +223,7 @@ def test_warm_up_and_cosine(monkeypatch, warmup, expected):
             group["lr"] = 0.0  # the rates are what is looked at: weights stay, so nothing diverges
         return real(*args)
 
-    monkeypatch.setattr(loop, "_losses", watched)
+    monkeypatch.setattr(loop, "losses", watched)
     loop.fit(model, splits.train, splits.val, spec)
     assert [rates[1.0] for rates in seen] == pytest.approx(expected)
     assert [rates[0.125] for rates in seen] == pytest.approx([rate / 8 for rate in expected])
@@ -247,7 +238,7 @@ def test_loss_parts_by_hand():
     images, labels = splits.train.batch(torch.arange(6), spec.data), splits.train.labels[:6]
     model.eval()
     tape = RoutingTape(model)
-    parts = loop._losses(model, images, labels, spec, tape)
+    parts = loop.losses(model, images, labels, spec, tape)
     with torch.no_grad():
         log = model(images).log_softmax(-1)
     # Smoothing 0.2 over 10 classes: 0.82 on the true class, 0.02 on each other one.
@@ -265,7 +256,7 @@ def test_loss_parts_by_hand():
     assert torch.allclose(
         parts["loss"], parts["task_loss"] + 0.5 * sum(balance) + 0.25 * sum(z), atol=1e-5
     )
-    by_layer = loop._losses(
+    by_layer = loop.losses(
         model, images, labels, spec.but(moe={"balance_weights": (2.0, 0.125)}), tape
     )["loss"]
     assert torch.allclose(
@@ -302,17 +293,17 @@ def test_average_of_weights_by_hand_is_what_is_evaluated(monkeypatch):
     spec = BASE.but(train={"ema": 0.7, "epochs": 2.0})
     model, splits = parts_of(spec)
     by_hand: dict = {}
-    real = loop._point
+    real = loop.add_to_curve
 
-    def watched(curve, step, *rest):  # called after each update
+    def watched(curve, step, *rest, **more):  # called after each update
         # timm's warm-up of the decay: 0 in the first two steps, then 1 - step^(-2/3), at most the
         # decay asked for.
         decay = 0.0 if step <= 1 else min(1 - step ** (-2 / 3), 0.7)
         for name, value in model.state_dict().items():
             by_hand[name] = decay * by_hand.get(name, value) + (1 - decay) * value
-        real(curve, step, *rest)
+        real(curve, step, *rest, **more)
 
-    monkeypatch.setattr(loop, "_point", watched)
+    monkeypatch.setattr(loop, "add_to_curve", watched)
     average, progress = loop.fit(model, splits.train, splits.val, spec)
     assert average is not model
     held = average.state_dict()
@@ -338,20 +329,20 @@ def test_history_and_curve_by_hand(monkeypatch):
     # 5 steps at 2.5 epochs of 2 steps; the losses are made up, so the means are known.
     spec = BASE.but(data={"train": 32}, train={"epochs": 2.5})
     model, splits = parts_of(spec)
-    losses, real = iter([1.0, 3.0, 5.0, 6.0, 9.0]), loop._losses
+    losses, real = iter([1.0, 3.0, 5.0, 6.0, 9.0]), loop.losses
 
     def made_up(*args):
         parts = real(*args)
         return parts | {"loss": parts["loss"] * 0 + next(losses)}
 
-    monkeypatch.setattr(loop, "_losses", made_up)
+    monkeypatch.setattr(loop, "losses", made_up)
     _, progress = loop.fit(model, splits.train, splits.val, spec)
     assert [row["epoch"] for row in progress.history] == [0.0, 1.0, 2.0, 2.5]
     assert [row.get("train_loss") for row in progress.history] == [None, 2.0, 5.5, 9.0]
     assert progress.curve == {"step": [1, 2, 3, 4, 5], "loss": [1.0, 3.0, 5.0, 6.0, 9.0]}
     curve = {"step": [], "loss": []}
     for step, loss in enumerate([2.0, 4.0, 9.0, 1.0]):
-        loop._point(curve, step, loss, every=3)
+        loop.add_to_curve(curve, step, loss, every=3)
     assert curve == {"step": [3, 4], "loss": [5.0, 1.0]}
 
 
@@ -369,7 +360,6 @@ def test_training_learns():
 
 
 # ---- a loss that is not finite
-# ------------------------------------------------------------------------------------------
 
 
 def test_diverging_run_is_a_failed_record_with_step_and_last_values(tmp_path):
@@ -398,7 +388,7 @@ def test_any_other_error_is_kept_whole(tmp_path, monkeypatch):
     def broken(*args):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(loop, "_losses", broken)
+    monkeypatch.setattr(loop, "losses", broken)
     made, _ = runs.execute(BASE, str(tmp_path))
     assert made["status"] == "failed" and "step" not in made["error"]
     assert (made["error"]["kind"], made["error"]["message"]) == (
@@ -409,7 +399,6 @@ def test_any_other_error_is_kept_whole(tmp_path, monkeypatch):
 
 
 # ---- TensorBoard
-# --------------------------------------------------------------------------------------------------------
 
 
 def test_tensorboard_files_hold_the_history(tmp_path):

@@ -1,5 +1,5 @@
-"""Runs that are pruned before they train: what is cut, what is recorded, and what a child of them
-starts from."""
+"""Runs that are pruned before they train: what is removed, what is recorded, and what a child of
+them starts from."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from safetensors.torch import load_file
 
 from lib.inputs.splits import load_splits
 from lib.models.backbone import build
-from lib.pruning import surgery
+from lib.models.step import StepInputs
 from lib.pruning.neurons.calibration import calibration
 from lib.pruning.neurons.removal import remove
 from lib.pruning.neurons.scores import expert_scores, keep_indices, neuron_scores
+from lib.pruning.steps import PruneStep
 from lib.runs import collect as runs
+from lib.runs.restore import restored
 from lib.runs.store import Store
 from lib.spec import (
     BackboneSpec,
@@ -46,7 +48,7 @@ def run(where, spec):
     return runs.collect({"one": [spec.but(keep=True)]}, where=where)["one"][0]
 
 
-def kept(scores):
+def kept_neurons(scores):
     return {name: keep_indices(score, PRUNE.share) for name, score in scores.items()}
 
 
@@ -56,7 +58,7 @@ def in_groups(mlps: int, hidden: int, dims: int) -> int:
     return DEPTH * (mlps * hidden * (2 * D + 1) + HEADS * dims * (3 * (D + 1) + D))
 
 
-def test_dense_run_is_cut_and_its_child_starts_from_the_cut(where):
+def test_dense_run_is_pruned_and_its_child_starts_from_what_is_left(where):
     pruned = BASE.but(init=HEAD, prune=PRUNE)
     child = BASE.but(init=pruned, train={"epochs": 0.5})
     record = run(where, child)
@@ -80,7 +82,7 @@ def test_dense_run_is_cut_and_its_child_starts_from_the_cut(where):
     assert load_file(where.state(child.id))["blocks.0.mlp.fc1.weight"].shape == (H // 2, D)
 
 
-def test_experts_are_cut_by_class_group_and_then_attention(where):
+def test_experts_are_pruned_by_class_group_and_then_attention(where):
     spec = BASE.but(init=HEAD, moe=MOE, prune=PRUNE)
     record = run(where, spec)
     assert record.prune == {
@@ -88,16 +90,16 @@ def test_experts_are_cut_by_class_group_and_then_attention(where):
         "after": in_groups(E, H // 2, D // HEADS // 2),
     }
     state = load_file(where.state(spec.id))
-    assert surgery.restored(spec, state, 10, 1).blocks[0].mlp.experts.widths == (H // 2,) * E
+    assert restored(spec, state, 10, 1).blocks[0].mlp.experts.widths == (H // 2,) * E
     with pytest.raises(ValueError, match="blocks.0.mlp.experts.0 has 12 groups"):
-        surgery.restored(spec.but(prune={"share": 0.25}), state, 10, 1)
+        restored(spec.but(prune={"share": 0.25}), state, 10, 1)
     splits = load_splits(spec.data)
     left = {}
     for by_class in (True, False):
         each = spec.but(prune={"by_class": by_class})
         model = build(each, 10, 1, load_file(where.state(HEAD.id)))
         torch.manual_seed(1)  # must not matter
-        surgery.prune(model, each, splits.train, 10)
+        PruneStep(each.prune).apply(model, StepInputs(each, splits.train, 10, state_of=dict))
         left[by_class] = model
     first_cut = left[True]
     first = [w1 for w1, *_ in first_cut.blocks[0].mlp.experts.each()]
@@ -114,13 +116,13 @@ def test_experts_are_cut_by_class_group_and_then_attention(where):
                 for part in index.chunk(2)
             ]
         )
-    cut = remove(copy.deepcopy(whole), kept(expert_scores(whole, images[1:])))
+    cut = remove(copy.deepcopy(whole), kept_neurons(expert_scores(whole, images[1:])))
     for model, same in (
         (cut, True),
         (whole, False),
     ):  # attention is scored on what is left of the experts
         other = remove(
-            copy.deepcopy(whole), kept(neuron_scores(model, images[0], parts=["attention"]))
+            copy.deepcopy(whole), kept_neurons(neuron_scores(model, images[0], parts=["attention"]))
         )
         pairs = [
             (a.attn.qkv.weight, b.attn.qkv.weight)
@@ -136,21 +138,21 @@ def test_experts_are_cut_by_class_group_and_then_attention(where):
 def test_a_pruned_state_with_the_spec_of_a_whole_model_is_refused(where):
     spec = BASE.but(init=HEAD, prune=PRUNE)
     state = load_file(where.state(run(where, spec.but(keep=True)).id))
-    assert surgery.restored(spec, state, 10, 1).blocks[0].mlp.fc1.out_features == H // 2
+    assert restored(spec, state, 10, 1).blocks[0].mlp.fc1.out_features == H // 2
     with pytest.raises(ValueError, match="give the spec that it was made with"):
-        surgery.restored(BASE, state, 10, 1)
+        restored(BASE, state, 10, 1)
     with pytest.raises(
         ValueError,
         match="blocks.0.mlp has 12 groups in the state; of 24 the shares of run .* leave 18",
     ):
-        surgery.restored(spec.but(prune={"share": 0.25}), state, 10, 1)
+        restored(spec.but(prune={"share": 0.25}), state, 10, 1)
     twice = BASE.but(init=spec, prune=PRUNE.but(parts=("mlp",)))
     state = load_file(where.state(run(where, twice).id))
-    assert surgery.restored(twice, state, 10, 1).blocks[0].mlp.fc1.out_features == H // 4
+    assert restored(twice, state, 10, 1).blocks[0].mlp.fc1.out_features == H // 4
     with pytest.raises(
         ValueError, match="blocks.0.mlp has 6 groups in the state; of 24 .* leave 12"
     ):
-        surgery.restored(twice.but(init=BASE.but(init=HEAD), prune=PRUNE), state, 10, 1)
+        restored(twice.but(init=BASE.but(init=HEAD), prune=PRUNE), state, 10, 1)
 
 
 def test_the_unstructured_arm_keeps_its_zeros_and_its_size(where):
@@ -205,7 +207,7 @@ def test_what_trains(trainable, moves):
         ({"parts": ("experts",)}, "has no experts to prune"),
     ],
 )
-def test_what_cannot_be_cut_is_refused_before_any_work(where, prune, says):
+def test_what_cannot_be_pruned_is_refused_before_any_work(where, prune, says):
     with pytest.raises(ValueError, match=says):
         run(where, BASE.but(prune=PRUNE.but(**prune)))
     assert not list(where.private.rglob("*.json"))

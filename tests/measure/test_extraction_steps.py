@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from lib.measure.steps import extraction_steps
+from lib.measure.extraction_steps import extraction_steps
 
 # Four neurons; cluster 0 varies by 2 and 8 on neurons 0 and 1, cluster 1 by 2 on neuron 3 alone.
 # The last token is in no cluster.
