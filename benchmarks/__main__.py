@@ -31,7 +31,8 @@ def main() -> None:
     given = options.parse_args()
     torch.set_num_threads(given.threads)
     print(
-        f"torch {torch.__version__}, {_processor()}, {given.threads} threads; medians of {given.repeats} repeats"
+        f"torch {torch.__version__}, {_processor()}, {given.threads} threads; medians of "
+        f"{given.repeats} repeats"
     )
     if (
         load := os.getloadavg()[0]
@@ -40,18 +41,22 @@ def main() -> None:
             f"NOT VALID as a measurement: other work runs on this machine (load average {load:.1f})"
         )
     print(
-        f"MoE layer: B={moe.B} N={moe.N} D={moe.D} H={moe.H} E={moe.E} K=1; ratio = dense bound over layer"
+        f"MoE layer: B={moe.B} N={moe.N} D={moe.D} H={moe.H} E={moe.E} K=1; ratio = dense bound "
+        "over layer"
     )
     print(
-        f"{'pass':<17} {'routing':<8} {'dtype':<9} {'bound ms':>9} {'bound':<9} {'layer ms':>9} {'ratio':>6} "
+        f"{'pass':<17} {'routing':<8} {'dtype':<9} {'bound ms':>9} {'bound':<9} {'layer ms':>9} "
+        f"{'ratio':>6} "
         f"{'target':>7}"
     )
     for row in moe.rows(given.repeats):
         print(_line(row), flush=True)
     ms = attention.step_ms(given.repeats)
     print(
-        f"bf16 training step, ViT-S/14 at {attention.SIDE} px: fused attention {ms['fused']:.0f} ms, written out "
-        f"{ms['written out']:.0f} ms, ratio {ms['fused'] / ms['written out']:.2f} (above 1: written out is right here)"
+        f"bf16 training step, ViT-S/14 at {attention.SIDE} px: fused attention {ms['fused']:.0f} "
+        "ms, written out "
+        f"{ms['written out']:.0f} ms, ratio {ms['fused'] / ms['written out']:.2f} (above 1: "
+        "written out is right here)"
     )
     if not given.no_pruning:
         for row in pruning.rows(given.repeats):
@@ -63,7 +68,8 @@ def main() -> None:
         over = trainer.overhead(rounds=max(20, given.repeats))
         mark = "pass" if over.share <= trainer.TARGET else "SHORT"
         print(
-            f"trainer: bare timm loop {over.bare_s:.2f} s, lib.training.loop {over.trainer_s:.2f} s, overhead {over.share:+.1%} "
+            f"trainer: bare timm loop {over.bare_s:.2f} s, lib.training.loop {over.trainer_s:.2f} "
+            f"s, overhead {over.share:+.1%} "
             f"(target at most {trainer.TARGET:.0%})  {mark}"
         )
 
@@ -72,7 +78,8 @@ def _line(row: moe.Row) -> str:
     target = "" if row.target is None else f">={row.target:.2f}"
     mark = "" if row.target is None else "pass" if row.ratio >= row.target else "SHORT"
     text = (
-        f"{row.what:<17} {row.routing:<8} {row.dtype:<9} {row.bound_ms:>9.1f} {row.bound_name:<9} {row.layer_ms:>9.1f} "
+        f"{row.what:<17} {row.routing:<8} {row.dtype:<9} {row.bound_ms:>9.1f} {row.bound_name:<9} "
+        f"{row.layer_ms:>9.1f} "
         f"{row.ratio:>6.3f} {target:>7}  {mark:<5} {row.cause}"
     )
     return text.rstrip()

@@ -46,7 +46,8 @@ class Row:
             else f">={self.target:.2f} {'pass' if self.reached >= self.target else 'SHORT'}"
         )
         return (
-            f"{self.what:<34} {self.dtype:<5} {self.against:<17} {self.against_ms:>9.1f} ms  ours {self.ours_ms:>9.1f} ms  "
+            f"{self.what:<34} {self.dtype:<5} {self.against:<17} {self.against_ms:>9.1f} ms  ours "
+            f"{self.ours_ms:>9.1f} ms  "
             f"ratio {self.ratio:>6.3f} {share:<18} {mark}"
         ).rstrip()
 

@@ -44,12 +44,14 @@ class Experts(nn.Module):
         widths = (hidden,) * experts if isinstance(hidden, int) else tuple(hidden)
         if len(widths) != experts or not widths:
             raise ValueError(
-                f"hidden={widths} names {len(widths)} widths for experts={experts}: one width an expert, or one for "
+                f"hidden={widths} names {len(widths)} widths for experts={experts}: one width an "
+                "expert, or one for "
                 "all, and at least one expert"
             )
         if min(widths) < 1:
             raise ValueError(
-                f"hidden={widths} leaves expert {widths.index(min(widths))} without a neuron: pruning to nothing "
+                f"hidden={widths} leaves expert {widths.index(min(widths))} without a neuron: "
+                "pruning to nothing "
                 "is not pruning; keep at least 1, or drop the expert from the layer"
             )
         self.experts, self.width, self.hidden = (
@@ -90,8 +92,10 @@ class Experts(nn.Module):
                 (width,),
             ):
                 raise ValueError(
-                    f"expert {e} has w1 {tuple(w1.shape)}, b1 {tuple(b1.shape)}, w2 {tuple(w2.shape)}, b2 "
-                    f"{tuple(b2.shape)}: with D={width} and its H={h} these must be (H, D), (H,), (D, H), (D,)"
+                    f"expert {e} has w1 {tuple(w1.shape)}, b1 {tuple(b1.shape)}, w2 "
+                    f"{tuple(w2.shape)}, b2 "
+                    f"{tuple(b2.shape)}: with D={width} and its H={h} these must be (H, D), (H,), "
+                    "(D, H), (D,)"
                 )
         with torch.device(
             "meta"
@@ -122,7 +126,8 @@ class Experts(nn.Module):
 
     @staticmethod
     def widths_in(state: Mapping[str, Tensor], prefix: str = "") -> tuple[int, ...] | None:
-        """H of each expert whose weights lie under `prefix` in a state dict; None if no experts do."""
+        """H of each expert whose weights lie under `prefix` in a state dict; None if no experts "
+        "do."""
         weight, rows = state.get(f"{prefix}fc1.weight"), state.get(f"{prefix}rows")
         if weight is not None and weight.ndim == 3:
             return (weight.shape[1],) * weight.shape[0]
@@ -209,8 +214,10 @@ class Experts(nn.Module):
         if theirs is not None and theirs != self.widths:
             where = prefix.rstrip(".") or "the experts"
             raise ValueError(
-                f"{where}: the state has {len(theirs)} experts of widths {theirs}, the layer {self.experts} of "
-                f"{self.widths}: cut the layer to a pruned state's widths first (pruning.neurons.removal.fit_shapes)"
+                f"{where}: the state has {len(theirs)} experts of widths {theirs}, the layer "
+                f"{self.experts} of "
+                f"{self.widths}: cut the layer to a pruned state's widths first "
+                "(pruning.neurons.removal.fit_shapes)"
             )
         super()._load_from_state_dict(state_dict, prefix, *rest)
 

@@ -45,7 +45,8 @@ class MaskedAutoencoder(nn.Module):
             or not encoder.num_prefix_tokens
         ):
             raise ValueError(
-                f"{type(encoder).__name__} cannot be pretrained with masks: a timm VisionTransformer with class "
+                f"{type(encoder).__name__} cannot be pretrained with masks: a timm "
+                "VisionTransformer with class "
                 "token and absolute position embeddings can"
             )
         self.encoder, self.ratio = encoder, mask.ratio
@@ -102,7 +103,8 @@ class MaskedAutoencoder(nn.Module):
         return encoder.norm(encoder.blocks(x))
 
     def decode(self, tokens: Tensor, visible: Tensor, count: int) -> Tensor:
-        """tokens: (B, prefix + V, D) -> (B, P, S*S*C) predictions for every patch, hidden or not."""
+        """tokens: (B, prefix + V, D) -> (B, P, S*S*C) predictions for every patch, hidden or "
+        "not."""
         prefix = self.encoder.num_prefix_tokens
         x = self.embed(tokens)
         full = self.token.to(x.dtype).expand(x.shape[0], count, -1)

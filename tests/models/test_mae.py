@@ -1,4 +1,4 @@
-"""Masked-autoencoder pretraining: what is hidden, what the encoder sees, and what the loss counts."""
+"""Masked-autoencoder pretraining: what is hidden, what the encoder sees, what the loss counts."""
 
 from __future__ import annotations
 

@@ -304,7 +304,7 @@ def test_compiled():
 
 
 def test_ddp(tmp_path):
-    """Every expert has a gradient on every process, so DDP needs no search for unused parameters."""
+    """Every expert has a gradient on every process: DDP needs no search for unused parameters."""
     model = upcycle(build(), MoESpec(layers=2, experts=4, shared=True)).train()
     plain = balance_gradients(model, True)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)

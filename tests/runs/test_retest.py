@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib.runs.collect import collect, model_of
-from lib.runs.restored import restored_row
+from lib.runs.retest import restored_row
 from lib.runs.store import Store
 from lib.spec import BackboneSpec, DataSpec, RunSpec
 
