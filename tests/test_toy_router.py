@@ -5,41 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from toy_study import CLASS, ROUTER, WORD, add_router
 
-WORD = """
-    "hash": RouterWord(_LAYER, learns=False),
-"""
-CLASS = """
-from .hash import HashRouter
-    "hash": HashRouter,
-"""
-ROUTER = '''
-import torch
-
-from .base import Router, fixed
-
-
-class HashRouter(Router):
-    """Sends a token to the expert that its position hashes to: no gate, nothing to learn."""
-
-    @classmethod
-    def from_spec(cls, spec, width, generator):
-        return cls(spec.experts)
-
-    def forward(self, x):
-        b, n, _ = x.shape
-        expert = torch.arange(n, device=x.device) * 2654435761 % 2**32 % self.experts
-        return fixed(expert.repeat(b).unsqueeze(1), self.experts, (b, n))
-
-    def expert_rows(self, tokens, images):
-        return tokens  # each passes one expert
-
-    def experts_per_image(self):
-        return None  # as many as its positions hash to: measured
-
-    def decision_macs(self, tokens, images):
-        return 0
-'''
 USE = """
 import json
 
@@ -74,21 +41,9 @@ print(json.dumps(out))
 """
 
 
-def insert(file, lines, before):
-    """Adds lines to a file, each before the line that starts with the text of the same place."""
-    text = file.read_text()
-    for line, mark in zip(lines.strip("\n").splitlines(), before, strict=True):
-        assert text.count(mark) == 1, mark
-        text = text.replace(mark, f"{line}\n{mark}")
-    file.write_text(text)
-
-
 def test_a_new_router_is_a_word_a_class_and_a_line(tiny):
     assert len((WORD + CLASS + ROUTER).strip().splitlines()) <= 30
-    lib = tiny.root / "lib"
-    insert(lib / "spec" / "moe.py", WORD, ['    "soft": RouterWord('])
-    insert(lib / "routers" / "__init__.py", CLASS, ["from .manual import", '    "soft": '])
-    (lib / "routers" / "hash.py").write_text(ROUTER.lstrip())
+    add_router(tiny.root / "lib")
     done = tiny.call("-c", USE, OMP_WAIT_POLICY="passive")
     assert done.returncode == 0, done.stderr
     out = json.loads(done.stdout.splitlines()[-1])

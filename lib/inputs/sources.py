@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import paths
+from ..spec import PACKAGED
 from . import archives
 
 # a split keeps its decoded images in memory up to this size; beyond it they are decoded anew
@@ -59,7 +60,7 @@ def sources_of(name: str, label: str, home: Path | None) -> Opened:
     name, label: as in `DataSpec`; home: the folder that MOE_DATA names. Raises FileNotFoundError
     where the data set is not there, ValueError where it cannot be read or has not that label.
     """
-    if name == "mnist5k":
+    if name == PACKAGED:
         return _mnist5k()
     in_folder = home is not None and not name.startswith("hub:")
     read = archives.reader(home / name) if in_folder else None

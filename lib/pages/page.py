@@ -96,11 +96,12 @@ class Page:
 
     def __init__(self, grid: Callable[[Profile], Grid], p: Profile, reads: str | None = None):
         self.p, self.small = p, profile(p.notebook, PUBLISHED)
-        packaged = self.small.base_fields.get("data", {}).get("name") == "mnist5k"
-        self.fill = "" if packaged else "MOE_DATA=... "  # only a data set in a folder needs one
+        planned = grid(self.small)
+        in_folder = any(run.data.in_folder for runs in planned.values() for run in runs)
+        self.fill = "MOE_DATA=... " if in_folder else ""
         self.fill += f"python -m lib run {reads or p.notebook} --profile {PUBLISHED} --records"
         self.build = Side("This build", p, collect(grid(p)), self.fill)
-        self.reproduced = Side("Reproduced", self.small, load(grid(self.small)), self.fill)
+        self.reproduced = Side("Reproduced", self.small, load(planned), self.fill)
 
     @property
     def sides(self) -> tuple[Side, Side]:

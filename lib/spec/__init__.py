@@ -15,7 +15,7 @@ width, **H** expert hidden width, **E** experts, **K** experts per token.
 
 from .backbone import BackboneSpec
 from .base import Positive, Share, Spec
-from .data import DataSpec, class_groups
+from .data import PACKAGED, DataSpec, class_groups
 from .extraction import CalibrationSpec, ClusterSpec, CorrectionSpec, ExtractSpec, NeuronSpec
 from .moe import ROUTERS, MoESpec, RouterWord
 from .pruning import DropSpec, PruneSpec
@@ -23,6 +23,7 @@ from .run import RunSpec
 from .training import MaskSpec, TrainSpec
 
 __all__ = [
+    "PACKAGED",
     "ROUTERS",
     "BackboneSpec",
     "CalibrationSpec",

@@ -8,6 +8,8 @@ from pydantic import Field
 
 from .base import Positive, Spec
 
+PACKAGED = "mnist5k"  # 5,000 real MNIST images that come with a package
+
 
 class DataSpec(Spec):
     """Describes the images of a run, and how many of them there are.
@@ -16,7 +18,7 @@ class DataSpec(Spec):
     """
 
     # mnist5k | a folder under MOE_DATA: parquet, classes, GEO-Bench, MIT Indoor | hub:owner/name
-    name: str = "mnist5k"
+    name: str = PACKAGED
     image_size: Positive = 28  # side in pixels that the model sees
     # training images; None = all that are left after the validation split
     train: Positive | None = None
@@ -28,6 +30,11 @@ class DataSpec(Spec):
     subset_seed: int = 0  # chooses the subset; not the training seed
     # first class and one past the last of those that stay, numbered anew from 0; None = all
     classes: tuple[Annotated[int, Field(ge=0)], Positive] | None = None
+
+    @property
+    def in_folder(self) -> bool:
+        """Says whether the images are looked for in a folder under MOE_DATA."""
+        return self.name != PACKAGED and not self.name.startswith("hub:")
 
 
 def class_groups(classes: int, experts: int) -> tuple[tuple[int, ...], ...]:
