@@ -1,4 +1,4 @@
-"""Static pruning against its limits: what it saves, and what scores and removal take.
+"""Times static pruning against its limits: what it saves, and what scores and removal take.
 
 The first part times a model without half of each MLP, the second the way to it. Removed MACs are
 the limit of the first: at a share of 1 the pruned model is faster by as much as it multiplies less.
@@ -24,10 +24,10 @@ from lib.measure.timing import compare
 from lib.pruning.neurons.removal import remove
 from lib.pruning.neurons.scores import keep_indices, neuron_scores
 
-from .row import Row, forward
+from .row import DTYPES, Row, forward
 
 NAME, SIDE, BATCH, CLASSES, SHARE = "vit_small_patch14_dinov2", 224, 16, 100, 0.5
-LEAST = {"fp32": 0.95}  # of the ratio of MACs
+TARGETS = {"fp32": 0.95}  # least share of the ratio of MACs
 
 
 def rows(repeats: int = 20) -> Iterator[Row]:
@@ -46,24 +46,21 @@ def speed(repeats: int = 20) -> Iterator[Row]:
     scores = neuron_scores(pruned, [], "magnitude", parts=["mlp"])
     remove(pruned, {name: keep_indices(score, SHARE) for name, score in scores.items()})
     ideal = cost.count(whole, SIDE).macs / cost.count(pruned, SIDE).macs
-    for dtype, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        inputs = images.to(kind)
-        timed = compare(
-            {
-                "whole": forward(whole.to(kind), inputs),
-                "pruned": forward(pruned.to(kind), inputs),
-            },
-            repeats,
-        )
-        ms = {name: time.median for name, time in timed.items()}
+    for dtype, torch_dtype in DTYPES.items():
+        inputs = images.to(torch_dtype)
+        calls = {
+            "whole": forward(whole.to(torch_dtype), inputs),
+            "pruned": forward(pruned.to(torch_dtype), inputs),
+        }
+        timed = compare(calls, repeats)
         yield Row(
-            f"MLPs pruned by {SHARE:.0%}, forward",
-            dtype,
-            "whole model",
-            ms["whole"],
-            ms["pruned"],
-            ideal,
-            LEAST.get(dtype),
+            what=f"MLPs pruned by {SHARE:.0%}, forward",
+            dtype=dtype,
+            against="whole model",
+            against_ms=timed["whole"].median,
+            ours_ms=timed["pruned"].median,
+            ideal=ideal,
+            target=TARGETS.get(dtype),
         )
 
 
@@ -93,9 +90,8 @@ def _model() -> nn.Module:
 
 def _batch() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(BATCH, 3, SIDE, SIDE, generator=generator), torch.randint(
-        CLASSES, (BATCH,), generator=generator
-    )
+    images = torch.randn(BATCH, 3, SIDE, SIDE, generator=generator)
+    return images, torch.randint(CLASSES, (BATCH,), generator=generator)
 
 
 def _gradients(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
@@ -113,8 +109,8 @@ def _rival(model: nn.Module, batch: tuple[Tensor, Tensor]) -> nn.Module:
     importance = torch_pruning.importance.GroupTaylorImportance(
         group_reduction="sum", normalizer=None, bias=True
     )
-    # Position table, class token and layer scales: it would warn about each that it has no rule
-    # for.
+    # Position table, class token and layer scales: torch-pruning has no rule for them, and would
+    # warn about each.
     unwrapped = [
         (p, p.ndim - 1)
         for module in model.modules()
@@ -125,7 +121,8 @@ def _rival(model: nn.Module, batch: tuple[Tensor, Tensor]) -> nn.Module:
         model, batch[0][:1], unwrapped_parameters=unwrapped
     )
     scored = {p for block in model.blocks for p in block.mlp.parameters()}
-    for p in model.parameters():  # only now, since the graph is read off the gradients' one
+    # Only now, since the dependency graph is read off the graph of the gradients.
+    for p in model.parameters():
         p.requires_grad_(p in scored)
     F.cross_entropy(model(batch[0]), batch[1]).backward()
     for block in model.blocks:

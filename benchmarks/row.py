@@ -1,4 +1,4 @@
-"""A line of the benchmark: ours beside something else, and the ratio that would be ideal or is
+"""Describes a line of the benchmark: ours beside something else, and the ratio that is ideal or
 asked for."""
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 @dataclass(frozen=True)
 class Row:
-    """Medians in ms of what ours is compared with and of ours.
+    """Holds the medians in ms of what ours is compared with and of ours.
 
     ideal: the ratio of the two at the limit; None: there is none. target: least share of the ideal,
     or least ratio where there is no ideal; None: shown, not promised.
@@ -30,31 +32,33 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """How many times ours is faster."""
+        """Computes how many times ours is faster."""
         return self.against_ms / self.ours_ms
 
     @property
     def reached(self) -> float:
-        """What the target is a number of: the share of the ideal ratio, or the ratio."""
+        """Computes what the target asks for: the share of the ideal ratio, or the ratio."""
         return self.ratio if self.ideal is None else self.ratio / self.ideal
 
     def __str__(self) -> str:
-        share = "" if self.ideal is None else f"of {self.ideal:>5.3f}: {self.reached:>6.1%}"
-        mark = (
-            ""
-            if self.target is None
-            else f">={self.target:.2f} {'pass' if self.reached >= self.target else 'SHORT'}"
-        )
-        return (
-            f"{self.what:<34} {self.dtype:<5} {self.against:<17} {self.against_ms:>9.1f} ms  ours "
-            f"{self.ours_ms:>9.1f} ms  "
+        share = mark = ""
+        if self.ideal is not None:
+            share = f"of {self.ideal:>5.3f}: {self.reached:>6.1%}"
+        if self.target is not None:
+            mark = f">={self.target:.2f} {'pass' if self.reached >= self.target else 'SHORT'}"
+        text = (
+            f"{self.what:<34} {self.dtype:<5} "
+            f"{self.against:<17} {self.against_ms:>9.1f} ms  ours {self.ours_ms:>9.1f} ms  "
             f"ratio {self.ratio:>6.3f} {share:<18} {mark}"
-        ).rstrip()
+        )
+        return text.rstrip()
 
 
 def seconds(candidates: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:
-    """Median wall time of each in s, run in turn: for work of many seconds, which no warm-up
-    changes."""
+    """Times each candidate in turn and returns the medians of its wall times in s.
+
+    It is for work of many seconds, which no warm-up changes.
+    """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(turns):
         for name, work in candidates.items():
@@ -65,7 +69,7 @@ def seconds(candidates: dict[str, Callable[[], object]], turns: int) -> dict[str
 
 
 def forward(model: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], None]:
-    """One forward pass without gradients, to be timed."""
+    """Makes a call that runs one forward pass without gradients."""
 
     def run() -> None:
         with torch.inference_mode():

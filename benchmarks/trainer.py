@@ -1,5 +1,5 @@
-"""The trainer against a bare timm loop: same model, batches, optimiser settings, clipping and loss,
-and nothing else."""
+"""Times the trainer against a bare timm loop: same model, batches, optimiser settings, clipping and
+loss, and nothing else."""
 
 from __future__ import annotations
 
@@ -24,20 +24,19 @@ NAME, SIDE, CLASSES, BATCH = "vit_small_patch14_dinov2", 56, 100, 32
 
 @dataclass(frozen=True)
 class Overhead:
-    """Seconds of the same steps in the two loops (medians over rounds)."""
+    """Holds the seconds of the same steps in the two loops (medians over rounds)."""
 
     bare_s: float
     trainer_s: float
 
     @property
     def share(self) -> float:
-        """Extra time of the trainer over the bare loop."""
+        """Computes the extra time of the trainer, as a share of the bare loop's."""
         return self.trainer_s / self.bare_s - 1
 
 
 class _DecodedImages:
-    """Stands in for `lib.inputs.splits.Split` with images that are decoded already: what is
-    measured is the loop."""
+    """Stands in for `lib.inputs.splits.Split` with decoded images: the loop alone is measured."""
 
     def __init__(self, count: int):
         generator = torch.Generator().manual_seed(0)
@@ -54,8 +53,10 @@ class _DecodedImages:
 
 
 def overhead(steps: int = 4, rounds: int = 20) -> Overhead:
-    """Trains a dense ViT-S/14 at 56 px for `steps` steps with each loop in turn, `rounds` times
-    after one to warm up."""
+    """Trains a dense ViT-S/14 at 56 px for `steps` steps with each loop in turn.
+
+    rounds: how often each loop is timed, after one round to warm up.
+    """
     data = _DecodedImages(steps * BATCH)
     spec = RunSpec(
         data=DataSpec(image_size=SIDE),
@@ -69,6 +70,7 @@ def overhead(steps: int = 4, rounds: int = 20) -> Overhead:
         "bare": lambda: _bare(model, data, spec, steps),
         "trainer": lambda: fit(model, data, None, spec),
     }
+    # the first round warms up
     for turn in range(rounds + 1):
         for name, loop in loops.items():
             start = time.perf_counter()

@@ -1,8 +1,9 @@
 """Experts: E two-layer MLPs in stacked weights, and one forward that does no more work than its
 assignments need.
 
-Axis letters: **T** tokens, **A** assignments, **D** width, **H** expert hidden width (of each
-expert its own), **E** experts.
+Axis letters: **T** tokens, **A** assignments (of a token to an expert), **R** rows that the
+experts compute (A, and those that fill slices up), **D** width, **H** expert hidden width (it may
+differ between experts), **E** experts.
 """
 
 from __future__ import annotations
@@ -16,25 +17,29 @@ from torch import Tensor, nn
 from ..routers.base import Routing
 
 # On CPU the library behind bfloat16 products builds a kernel for each new number of rows, which
-# takes longer than the product. Slices of whole multiples meet few different numbers; the rows that
-# fill them up are copies whose results nobody reads.
-ALIGN = 16
+# takes longer than the product. Slices whose lengths are multiples of 16 have few different numbers
+# of rows; the rows that fill a slice up are copies of a token, and their results are not read.
+ROWS_MULTIPLE = 16
 
 
 class Experts(nn.Module):
-    """Stacked MLPs: `fc1.weight` (E, H, D), `fc1.bias` (E, H), `fc2.weight` (E, D, H), `fc2.bias`
-    (E, D).
+    """Holds E MLPs in stacked weights and applies each to the tokens that are assigned to it.
+
+    Experts of equal hidden width are stacked: `fc1.weight` (E, H, D), `fc1.bias` (E, H),
+    `fc2.weight` (E, D, H), `fc2.bias` (E, D).
 
     Experts of unequal hidden width lie one after the other: `fc1.weight` (sum H, D), `fc1.bias`
     (sum H,), `fc2.weight` (sum H, D), which is transposed so that an expert's slice is contiguous,
     `fc2.bias` (E, D), and a buffer `rows` (E,) with the widths, without which a saved state could
-    not be cut again. hidden: H, or one H an expert; equal ones are stacked. Raises ValueError if a
-    width is below 1, if their number is not E, and if a state of other widths is loaded.
+    not be split into experts again.
 
-    The biases carry names that end in `.bias`: timm's own rules go by that name or by the number of
-    axes, and a stacked bias has two, so `train.optimiser` exempts it from weight decay by name. An
-    expert that gets no token has a zero gradient, not none: AdamW still decays its weights and
-    applies its momentum, as it does for every weight of a dense layer (tested).
+    hidden: H, or one H an expert; equal ones are stacked. Raises ValueError if a width is below 1,
+    if their number is not E, and if a state of other widths is loaded.
+
+    The biases have names that end in `.bias`: timm's own rules go by that name or by the number of
+    axes, and a stacked bias has two, so `training.loop.optimiser` exempts it from weight decay by
+    name. An expert that gets no token has a zero gradient, not none: AdamW still decays its weights
+    and applies its momentum, as it does for every weight of a dense layer (tested).
     """
 
     def __init__(
@@ -44,75 +49,72 @@ class Experts(nn.Module):
         widths = (hidden,) * experts if isinstance(hidden, int) else tuple(hidden)
         if len(widths) != experts or not widths:
             raise ValueError(
-                f"hidden={widths} names {len(widths)} widths for experts={experts}: one width an "
-                "expert, or one for "
-                "all, and at least one expert"
+                f"hidden={widths} names {len(widths)} widths for experts={experts}: "
+                "one width an expert, or one for all, and at least one expert"
             )
         if min(widths) < 1:
             raise ValueError(
                 f"hidden={widths} leaves expert {widths.index(min(widths))} without a neuron: "
-                "pruning to nothing "
-                "is not pruning; keep at least 1, or drop the expert from the layer"
+                "pruning to nothing is not pruning; keep at least 1, or drop the expert from the "
+                "layer"
             )
-        self.experts, self.width, self.hidden = (
-            experts,
-            width,
-            widths if len(set(widths)) > 1 else widths[0],
-        )
+        self.experts, self.width = experts, width
+        self.hidden = widths if len(set(widths)) > 1 else widths[0]
         self.act = act if act is not None else nn.GELU()
         if isinstance(self.hidden, int):
-            self.fc1 = _Stack(experts, self.hidden, width)
-            self.fc2 = _Stack(experts, width, self.hidden)
+            self.fc1 = _StackedLinear(experts, self.hidden, width)
+            self.fc2 = _StackedLinear(experts, width, self.hidden)
             return
-        self.fc1 = Flat((sum(widths), width), (sum(widths),))
-        self.fc2 = Flat((sum(widths), width), (experts, width))
+        self.fc1 = FlatLinear((sum(widths), width), (sum(widths),))
+        self.fc2 = FlatLinear((sum(widths), width), (experts, width))
         # The device is named, so that a skeleton on the meta device keeps the values.
         self.register_buffer("rows", torch.tensor(widths, device="cpu"))
+        # Each expert is drawn as nn.Linear draws it: within 1 / sqrt(number of inputs).
         with torch.no_grad():
             for h, (w1, b1, w2, b2) in zip(widths, self.each(), strict=True):
-                for part, inputs in ((w1, width), (b1, width), (w2, h), (b2, h)):
-                    part.uniform_(-(inputs**-0.5), inputs**-0.5)
+                for parameter, inputs in ((w1, width), (b1, width), (w2, h), (b2, h)):
+                    parameter.uniform_(-(inputs**-0.5), inputs**-0.5)
 
     @classmethod
     def of(
         cls, parts: Iterable[tuple[Tensor, Tensor, Tensor, Tensor]], act: nn.Module | None = None
     ) -> Experts:
-        """Experts with copies of the given weights; parts: of each expert w1 (H, D), b1 (H,), w2
-        (D, H), b2 (D,).
+        """Makes experts of copies of the given weights.
 
-        ValueError if the shapes of a part do not belong together, and as the class itself.
+        parts: of each expert w1 (H, D), b1 (H,), w2 (D, H), b2 (D,). Raises ValueError if the
+        shapes of a part do not belong together, and as the class itself.
         """
         parts = [tuple(tensor.detach() for tensor in part) for part in parts]
         width = parts[0][3].shape[0] if parts else 0
         for e, (w1, b1, w2, b2) in enumerate(parts):
             h = b1.shape[0]
-            if (tuple(w1.shape), tuple(w2.shape), tuple(b2.shape)) != (
-                (h, width),
-                (width, h),
-                (width,),
-            ):
+            shapes = tuple(w1.shape), tuple(w2.shape), tuple(b2.shape)
+            if shapes != ((h, width), (width, h), (width,)):
                 raise ValueError(
-                    f"expert {e} has w1 {tuple(w1.shape)}, b1 {tuple(b1.shape)}, w2 "
-                    f"{tuple(w2.shape)}, b2 "
-                    f"{tuple(b2.shape)}: with D={width} and its H={h} these must be (H, D), (H,), "
-                    "(D, H), (D,)"
+                    f"expert {e} has w1 {tuple(w1.shape)}, b1 {tuple(b1.shape)}, "
+                    f"w2 {tuple(w2.shape)}, b2 {tuple(b2.shape)}: "
+                    f"with D={width} and its H={h} these must be (H, D), (H,), (D, H), (D,)"
                 )
-        with torch.device(
-            "meta"
-        ):  # no initialisation that is overwritten at once, and no draw from the global generator
+        # On the meta device nothing is initialised only to be overwritten at once, and nothing is
+        # drawn from the global generator.
+        with torch.device("meta"):
             out = cls(len(parts), width, [part[1].shape[0] for part in parts], act)
         w1, b1, w2, b2 = zip(*parts, strict=True)
         if isinstance(out.hidden, int):
-            held = [torch.stack(group) for group in (w1, b1, w2, b2)]
+            weights = [torch.stack(tensors) for tensors in (w1, b1, w2, b2)]
         else:
-            held = [torch.cat(w1), torch.cat(b1), torch.cat([w.t() for w in w2]), torch.stack(b2)]
+            w2_rows = torch.cat([w.t() for w in w2])
+            weights = [torch.cat(w1), torch.cat(b1), w2_rows, torch.stack(b2)]
             out.rows = out.rows.to(b2[0].device)
-        (out.fc1.weight, out.fc1.bias, out.fc2.weight, out.fc2.bias) = map(nn.Parameter, held)
+        out.fc1.weight, out.fc1.bias, out.fc2.weight, out.fc2.bias = map(nn.Parameter, weights)
         return out
 
     @classmethod
     def copies(cls, mlp: nn.Module, experts: int) -> Experts:
-        """E copies of a timm `Mlp` with Linear fc1 and fc2 (sparse upcycling, 2212.05055)."""
+        """Makes E copies of a timm `Mlp` with Linear fc1 and fc2 (sparse upcycling, 2212.05055).
+
+        A layer without a bias gets one of zeros.
+        """
         biases = [
             fc.weight.new_zeros(fc.out_features) if fc.bias is None else fc.bias
             for fc in (mlp.fc1, mlp.fc2)
@@ -121,34 +123,41 @@ class Experts(nn.Module):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """H of each expert."""
+        """Returns H of each expert."""
         return (self.hidden,) * self.experts if isinstance(self.hidden, int) else self.hidden
 
     @staticmethod
     def widths_in(state: Mapping[str, Tensor], prefix: str = "") -> tuple[int, ...] | None:
-        """H of each expert whose weights lie under `prefix` in a state dict; None if no experts "
-        "do."""
+        """Reads H of each expert from the shapes in a state dict; None if it holds no experts.
+
+        prefix: what the names of their parameters begin with.
+        """
         weight, rows = state.get(f"{prefix}fc1.weight"), state.get(f"{prefix}rows")
         if weight is not None and weight.ndim == 3:
             return (weight.shape[1],) * weight.shape[0]
         return None if weight is None or rows is None else tuple(rows.tolist())
 
     def each(
-        self, turn: Callable[[Tensor], Tensor] = lambda held: held
+        self, transform: Callable[[Tensor], Tensor] = lambda parameter: parameter
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """w1 (H, D), b1 (H,), w2 (D, H), b2 (D,) of each expert, as views. turn: what to do first
-        with each whole parameter (cast it; put its gradient in its place), a tensor of the same
-        shape."""
-        w1, b1, w2, b2 = map(turn, (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias))
-        # Cut once: indexing w[e] in a loop gives each backward step an E-fold zero-filled gradient
-        # (2x at E = 32).
+        """Yields w1 (H, D), b1 (H,), w2 (D, H), b2 (D,) of each expert, as views.
+
+        transform: what to do first with each whole parameter (cast it; put its gradient in its
+        place); it returns a tensor of the same shape.
+        """
+        parameters = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+        w1, b1, w2, b2 = map(transform, parameters)
+        # Split once: with w[e] in a loop each backward step fills a gradient of all E experts with
+        # zeros, which doubles its time at E = 32.
         if isinstance(self.hidden, int):
             return zip(w1.unbind(0), b1.unbind(0), w2.unbind(0), b2.unbind(0), strict=True)
-        turned = [w.t() for w in w2.split(self.hidden)]
-        return zip(w1.split(self.hidden), b1.split(self.hidden), turned, b2.unbind(0), strict=True)
+        # from (H, D), as it is stored, to (D, H)
+        w2_of_experts = [w.t() for w in w2.split(self.hidden)]
+        w1_of_experts, b1_of_experts = w1.split(self.hidden), b1.split(self.hidden)
+        return zip(w1_of_experts, b1_of_experts, w2_of_experts, b2.unbind(0), strict=True)
 
     def reset(self, generator: torch.Generator | None = None) -> None:
-        """Draw all experts anew, each for itself, as timm's ViT draws its MLPs."""
+        """Draws the weights of all experts anew, as timm's ViT draws its MLPs; biases are zero."""
         with torch.no_grad():
             w1, b1, w2, b2 = zip(*self.each(), strict=True)
             for weight in w1 + w2:
@@ -157,67 +166,77 @@ class Experts(nn.Module):
                 bias.zero_()
 
     def perturb(self, noise: float, generator: torch.Generator | None = None) -> None:
-        """Add normal noise to the weights, not the biases, in standard deviations of each expert's
-        matrix."""
+        """Adds normal noise to the weights of each expert, not to its biases.
+
+        noise: standard deviation of the noise, in standard deviations of the matrix it is added to.
+        """
         with torch.no_grad():
             for w1, _, w2, _ in self.each():
                 for weight in (w1, w2):
-                    drawn = torch.empty(weight.shape).normal_(
-                        generator=generator
-                    )  # where the generator lies, usually the CPU
+                    # Drawn where the generator lies, usually on the CPU.
+                    drawn = torch.empty(weight.shape).normal_(generator=generator)
                     weight.add_(noise * weight.std() * drawn.to(weight.device))
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        """x: (T, D); returns (T, D): for each token the weighted sum over its assignments, zero if
-        it has none."""
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        order = torch.argsort(routing.expert, stable=True)
-        token, counts = routing.token[order], routing.load()
-        low = dtype == torch.bfloat16
-        slices, place = _aligned(counts, ALIGN if low else 1)
-        source = token.new_zeros(sum(slices)).index_copy(0, place, token)
-        rows = x.to(dtype).index_select(0, source).split(slices)
+        """Computes for each token the weighted sum over its assignments, zero if it has none.
+
+        x: (T, D). Returns (T, D), in the dtype of autocast where it is on.
+        """
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        # Sort the assignments by expert, so that the rows of an expert are one slice.
+        by_expert = torch.argsort(routing.expert, stable=True)
+        token, counts = routing.token[by_expert], routing.load()
+        bfloat16 = dtype == torch.bfloat16
+        lengths, row_of_assignment = _slices(counts, ROWS_MULTIPLE if bfloat16 else 1)
+        # (R,) the token of each row: rows that fill slices up are copies of token 0
+        token_of_row = token.new_zeros(sum(lengths)).index_copy(0, row_of_assignment, token)
+        inputs = x.to(dtype).index_select(0, token_of_row).split(lengths)
         # Cast whole stacks: autocast inside the loop would cast slice by slice and stack float32
         # gradients once more.
-        weights = self.each(lambda held: held.to(dtype))
+        weights = self.each(lambda parameter: parameter.to(dtype))
         if torch.is_grad_enabled():
-            # A zero-row slice still runs: its empty products give the idle expert its zero
-            # gradient.
-            done = torch.cat(
+            # A slice of no rows is computed as well: its empty products give the idle expert its
+            # zero gradient.
+            outputs = torch.cat(
                 [
-                    F.linear(self.act(F.linear(part, w1, b1)), w2, b2)
-                    for part, (w1, b1, w2, b2) in zip(rows, weights, strict=True)
+                    F.linear(self.act(F.linear(rows, w1, b1)), w2, b2)
+                    for rows, (w1, b1, w2, b2) in zip(inputs, weights, strict=True)
                 ]
             )
         else:
-            done = rows[0].new_empty(sum(slices), x.shape[1])
-            for part, own, out in zip(rows, weights, done.split(slices), strict=True):
-                (self._left if low else self._right)(part, *own, out)
-        return _sum_by_token(done, place, token, routing.weight[order].to(dtype), x.shape[0])
+            outputs = inputs[0].new_empty(sum(lengths), x.shape[1])
+            write = self._write_weights_left if bfloat16 else self._write_weights_right
+            for rows, expert, out in zip(inputs, weights, outputs.split(lengths), strict=True):
+                write(rows, *expert, out)
+        weight = routing.weight[by_expert].to(dtype)
+        return _sum_by_token(outputs, row_of_assignment, token, weight, x.shape[0])
 
-    def _right(
+    def _write_weights_right(
         self, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, out: Tensor
     ) -> None:
+        """Writes the outputs of one expert for its rows into `out`, without a copy."""
         torch.addmm(b2, self.act(F.linear(x, w1, b1)), w2.t(), out=out)
 
-    def _left(self, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, out: Tensor) -> None:
-        """The same with the weights on the left of each product: the right-hand side is what gets
-        packed in bfloat16, and there are fewer rows than weights. With a backward pass nothing is
-        gained by it."""
-        out.copy_(
-            torch.addmm(b2.unsqueeze(1), w2, self.act(torch.addmm(b1.unsqueeze(1), w1, x.t()))).t()
-        )
+    def _write_weights_left(
+        self, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, out: Tensor
+    ) -> None:
+        """Writes the same with the weights on the left of each product.
+
+        In bfloat16 the right-hand side is packed anew for each product, and there are fewer rows
+        than weights. With a backward pass nothing is gained by it.
+        """
+        hidden = self.act(torch.addmm(b1.unsqueeze(1), w1, x.t()))
+        out.copy_(torch.addmm(b2.unsqueeze(1), w2, hidden).t())
 
     def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
-        theirs = self.widths_in(state_dict, prefix)
-        if theirs is not None and theirs != self.widths:
+        state_widths = self.widths_in(state_dict, prefix)
+        if state_widths is not None and state_widths != self.widths:
             where = prefix.rstrip(".") or "the experts"
             raise ValueError(
-                f"{where}: the state has {len(theirs)} experts of widths {theirs}, the layer "
-                f"{self.experts} of "
-                f"{self.widths}: cut the layer to a pruned state's widths first "
-                "(pruning.neurons.removal.fit_shapes)"
+                f"{where}: the state has {len(state_widths)} experts of widths {state_widths}, "
+                f"the layer {self.experts} of {self.widths}: give the layer the widths of a pruned "
+                "state first (pruning.neurons.removal.fit_shapes)"
             )
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
@@ -225,8 +244,8 @@ class Experts(nn.Module):
         return f"experts={self.experts}, width={self.width}, hidden={self.hidden}"
 
 
-class _Stack(nn.Module):
-    """E linear maps: weight (E, out, in), bias (E, out), each initialised like `nn.Linear`."""
+class _StackedLinear(nn.Module):
+    """Holds E linear maps, each drawn like `nn.Linear`: weight (E, out, in), bias (E, out)."""
 
     def __init__(self, experts: int, out_features: int, in_features: int):
         super().__init__()
@@ -237,45 +256,53 @@ class _Stack(nn.Module):
         self.bias = nn.Parameter(torch.empty(experts, out_features).uniform_(-bound, bound))
 
 
-class Flat(nn.Module):
-    """Parameters of E maps of unequal width side by side; `Experts` draws them and knows whose rows
-    are whose."""
+class FlatLinear(nn.Module):
+    """Holds the parameters of E linear maps of unequal width, one after the other.
+
+    `Experts` draws them and knows which rows belong to which expert.
+    """
 
     def __init__(self, weight: tuple[int, ...], bias: tuple[int, ...]):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.empty(weight)), nn.Parameter(torch.empty(bias))
 
 
-def _aligned(counts: Tensor, step: int) -> tuple[list[int], Tensor]:
-    """Slice lengths for (E,) counts, rounded up to multiples of `step`, and the (A,) places of the
-    real rows in them."""
-    slices = -(-counts // step) * step
-    shift = (slices - counts).cumsum(0) - (slices - counts)
-    place = torch.arange(int(counts.sum()), device=counts.device) + shift.repeat_interleave(counts)
-    return slices.tolist(), place
+def _slices(counts: Tensor, multiple: int) -> tuple[list[int], Tensor]:
+    """Computes how many rows each expert computes, and the row of each assignment among them.
+
+    counts: (E,) assignments of each expert. Returns E slice lengths, each rounded up to a multiple
+    of `multiple`, and the (A,) row of each assignment, where assignments are sorted by expert.
+    """
+    lengths = -(-counts // multiple) * multiple
+    filling = lengths - counts
+    # The rows of an expert move down by as many rows as fill up the slices before it.
+    shift = filling.cumsum(0) - filling
+    row = torch.arange(int(counts.sum()), device=counts.device) + shift.repeat_interleave(counts)
+    return lengths.tolist(), row
 
 
 def _sum_by_token(
-    rows: Tensor, place: Tensor, token: Tensor, weight: Tensor, tokens: int
+    outputs: Tensor, row_of_assignment: Tensor, token: Tensor, weight: Tensor, tokens: int
 ) -> Tensor:
-    """rows: (S, D) of which the (A,) `place` are real, token: (A,) their tokens, weight: (A,) their
-    factors; returns the (T, D) weighted sums, zero for a token without rows."""
+    """Sums the weighted outputs of each token over its assignments; zero for a token without any.
+
+    outputs: (R, D). row_of_assignment, token, weight: (A,), the row, token and factor of each
+    assignment. Returns (tokens, D).
+    """
     by_token = torch.argsort(token, stable=True)
-    each, rest = divmod(token.numel(), max(tokens, 1))
-    in_turn = torch.arange(tokens, device=token.device).repeat_interleave(each)
-    complete = not rest and torch.equal(
-        token[by_token], in_turn
-    )  # nothing dropped, everybody has as many
+    per_token, remainder = divmod(token.numel(), max(tokens, 1))
+    in_turn = torch.arange(tokens, device=token.device).repeat_interleave(per_token)
+    # Nothing is dropped, and all tokens have the same number of assignments.
+    complete = not remainder and torch.equal(token[by_token], in_turn)
     if complete:
-        place, weight = place[by_token], weight[by_token]
-    rows = rows.index_select(0, place)
-    if (
-        weight.requires_grad or not (weight == 1).all()
-    ):  # a hard decision saves a pass over all rows
+        row_of_assignment, weight = row_of_assignment[by_token], weight[by_token]
+    rows = outputs.index_select(0, row_of_assignment)
+    # Hard decisions have weights of 1: a pass over all rows is saved.
+    if weight.requires_grad or not (weight == 1).all():
         rows = rows * weight.unsqueeze(1)
     if not complete:
         return rows.new_zeros(tokens, rows.shape[1]).index_add(0, token, rows)
-    # A short sum, since index_add walks row by row on CPU.
-    return (
-        rows if each == 1 else rows.view(tokens, each, rows.shape[1]).sum(dim=1, dtype=rows.dtype)
-    )
+    if per_token == 1:
+        return rows
+    # (A, D) -> (T, A / T, D) -> (T, D): a sum, because index_add goes row by row on CPU.
+    return rows.view(tokens, per_token, rows.shape[1]).sum(dim=1, dtype=rows.dtype)

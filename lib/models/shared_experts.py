@@ -1,7 +1,7 @@
 """Experts as sets of neurons of one common store of weights.
 
-Axis letters: **D** width, **H** hidden width (of each expert its own), **U** neurons in any expert,
-**E** experts.
+Axis letters: **D** width, **H** hidden width of an expert (it may differ between experts), **U**
+neurons of the store, **E** experts.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from .experts import Experts, Flat
+from .experts import Experts, FlatLinear
 
 
 class SharedExperts(Experts):
-    """Holds experts as sets of neurons of one store: less memory where the sets overlap, and a
-    gather of weights in each forward.
+    """Holds experts as sets of neurons of one store.
+
+    It takes less memory where the sets overlap, and gathers weights in each forward.
 
     `fc1.weight` (U, D), `fc1.bias` (U,), `fc2.bias` (E, D); buffers `index` (sum H,) with the
     experts' neurons one after the other and `rows` (E,) with how many each has. `fc2.weight` is
@@ -43,15 +44,16 @@ class SharedExperts(Experts):
         self._widths = tuple(map(len, sets))
         self.hidden = self._widths if len(set(self._widths)) > 1 else self._widths[0]
         self.act = act if act is not None else nn.GELU()
-        with torch.device("meta"):  # no initialisation that is overwritten at once
-            self.fc1 = Flat(tuple(w1.shape), tuple(b1.shape))
-            self.fc2 = Flat(tuple(w2.t().shape), tuple(biases.shape))
+        # On the meta device no memory is taken: the parameters are replaced at once.
+        with torch.device("meta"):
+            self.fc1 = FlatLinear(tuple(w1.shape), tuple(b1.shape))
+            self.fc2 = FlatLinear(tuple(w2.t().shape), tuple(biases.shape))
         parameters = (
             nn.Parameter(tensor.detach().clone().contiguous())
             for tensor in (w1, b1, w2.t(), biases)
         )
         self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias = parameters
-        self.register_buffer("index", torch.cat([torch.as_tensor(s) for s in sets]))
+        self.register_buffer("index", torch.cat([torch.as_tensor(neurons) for neurons in sets]))
         self.register_buffer("rows", torch.tensor(self._widths))
 
     @property
@@ -60,21 +62,23 @@ class SharedExperts(Experts):
         return self._widths
 
     def each(
-        self, turn: Callable[[Tensor], Tensor] = lambda held: held
+        self, transform: Callable[[Tensor], Tensor] = lambda parameter: parameter
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Yields w1 (H, D), b1 (H,), w2 (D, H), b2 (D,) of each expert, gathered from the store.
 
-        turn: what to do first with each whole parameter, as in `Experts.each`.
+        transform: what to do first with each whole parameter, as in `Experts.each`.
         """
-        w1, b1, w2, b2 = map(turn, (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias))
+        parameters = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+        w1, b1, w2, b2 = map(transform, parameters)
         sets = self.index.split(self._widths)
         if self.own_output_weights:
             output_weights = w2.split(self._widths)
         else:
             output_weights = (w2[neurons] for neurons in sets)
-        for neurons, output, bias in zip(sets, output_weights, b2.unbind(0), strict=True):
-            yield w1[neurons], b1[neurons], output.t(), bias
+        for neurons, w2_rows, bias in zip(sets, output_weights, b2.unbind(0), strict=True):
+            yield w1[neurons], b1[neurons], w2_rows.t(), bias
 
     def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
-        # without the check of `Experts` for equal widths: `index` and `rows` say them
+        # Skips the check of `Experts` for equal widths: here the buffers `index` and `rows`, which
+        # are loaded with the state, decide them.
         nn.Module._load_from_state_dict(self, state_dict, prefix, *rest)

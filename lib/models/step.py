@@ -21,28 +21,28 @@ from ..spec import RunSpec, Spec
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What a step may look at: the run, its training images, and the weights of earlier runs."""
+    """Holds what a step may read: the run, its training images and the weights of earlier runs."""
 
     spec: RunSpec
     images: Split  # the training split, without augmentation
     classes: int
     state_of: Callable[[RunSpec], dict[str, Tensor]]  # final weights of a run that this one needs
-    checkpoint: Path | None = None  # beside it a step may keep what it has done so far
+    checkpoint: Path | None = None  # a step may save its progress beside this file
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """report: the entry of the record, None for no entry. masks: of weights that training must keep
-    at zero, by parameter name (unstructured pruning only)."""
+    """Holds what a step reports, and which weights training must leave at zero."""
 
-    report: Any
+    report: Any  # the entry of the record; None: no entry
+    # by parameter name: False where a weight must stay zero (unstructured pruning only)
     masks: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Step(ABC):
-    """One change of a model, made from its rules."""
+    """Changes a model by rules, before the run trains it."""
 
-    name: ClassVar[str]  # the field of RunSpec
+    name: ClassVar[str]  # the field of RunSpec that holds the rules
     # whether the changed model is evaluated on validation images where the run does not train
     validated: ClassVar[bool] = False
 
@@ -51,8 +51,10 @@ class Step(ABC):
 
     @abstractmethod
     def check(self, model: nn.Module, spec: RunSpec) -> None:
-        """Raises ValueError if the step cannot be carried out on `model`, which lies on the meta
-        device and is left as it is."""
+        """Raises ValueError if the step cannot be carried out on `model`.
+
+        `model` lies on the meta device and is left as it is.
+        """
 
     @abstractmethod
     def apply(self, model: nn.Module, inputs: StepInputs) -> StepResult:
@@ -60,16 +62,15 @@ class Step(ABC):
 
     @abstractmethod
     def fit(self, model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-        """Gives an unchanged model, in place, the structure that `state` was saved with; returns
-        it.
+        """Gives a model without the step, in place, the structure that `state` was saved with.
 
-        The values are loaded afterwards by the caller.
+        Returns the model. The values are loaded afterwards by the caller.
         """
 
     def remaining(self, size: int, part: str) -> int:
-        """Returns how many of `size` things the step leaves in a layer.
+        """Returns how many of `size` parts of one kind the step leaves in a layer.
 
-        part: which things: the neurons of an "mlp" or of one of "experts", the dimensions of a head
+        part: the kind: the neurons of an "mlp" or of one of "experts", the dimensions of a head
         ("attention"), or the experts of a MoE layer ("whole_experts").
         """
         return size

@@ -60,8 +60,7 @@ class Parameter:
     help: str
 
 
-# -- the source notebook
-# ------------------------------------------------------------------------------
+# -- the source notebook -------------------------------------------------------
 
 
 def key_of(name: str | Path) -> str:
@@ -106,8 +105,7 @@ def tagged(key: str, tag: str) -> str:
     return "\n\n\n".join(cells)
 
 
-# -- the parameters cell
-# ------------------------------------------------------------------------------
+# -- the parameters cell -------------------------------------------------------
 
 
 def parameters(key: str) -> dict[str, Parameter]:
@@ -175,8 +173,7 @@ def known_parameter(key: str, known: Mapping[str, Parameter], name: str, trouble
     return known[name]
 
 
-# -- values
-# ------------------------------------------------------------------------------
+# -- values --------------------------------------------------------------------
 
 
 def typed(key: str, parameter: Parameter, value: Any) -> Any:

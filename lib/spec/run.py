@@ -16,7 +16,7 @@ from .training import TrainSpec
 
 
 class RunSpec(Spec):
-    """One run: what goes in. `runs.collect` turns it into a record."""
+    """Describes one run: all that decides its result. `runs.collect` turns it into a record."""
 
     unhashed: ClassVar[frozenset[str]] = frozenset({"study", "keep", "publish"})
     # fields that hold the rules of a step, in the order in which steps are carried out
@@ -53,14 +53,16 @@ class RunSpec(Spec):
 
     @property
     def steps(self) -> list[tuple[str, Spec]]:
-        """(field, rules) of the steps that are set, in the order in which they are carried out."""
-        rules = [(field, getattr(self, field)) for field in self.step_fields]
-        return [(field, each) for field, each in rules if each is not None]
+        """Lists (field, rules) of the steps that are set, in the order of carrying them out."""
+        steps = [(field, getattr(self, field)) for field in self.step_fields]
+        return [(field, rules) for field, rules in steps if rules is not None]
 
     @property
     def needed_runs(self) -> list[RunSpec]:
-        """The runs whose final weights this run reads: its parent, and for scores that compare the
-        parent's parent."""
+        """Lists the runs whose final weights this run reads.
+
+        They are its parent, and, for scores that compare two models, the parent's parent.
+        """
         if self.init is None:
             return []
         compares = self.drop is not None and self.drop.compares
@@ -68,24 +70,24 @@ class RunSpec(Spec):
 
     @property
     def reduced(self) -> bool:
-        """Whether whole experts were dropped in this run or in one that it starts from."""
+        """Says whether whole experts were dropped in this run or in one that it starts from."""
         progressive = self.train is not None and self.train.single_expert_at is not None
         dropped = self.drop is not None or progressive
         return dropped or (self.init is not None and self.init.reduced)
 
     @property
     def extracted(self) -> bool:
-        """Whether experts were extracted from MLPs in this run or in one that it starts from."""
+        """Says whether this run or one that it starts from extracted experts from MLPs."""
         return self.extract is not None or (self.init is not None and self.init.extracted)
 
     @property
     def narrowed(self) -> bool:
-        """Whether neurons were removed physically in this run or in one that it starts from."""
+        """Says whether this run or one that it starts from removed neurons physically."""
         removed = self.prune is not None and self.prune.structured
         return removed or (self.init is not None and self.init.narrowed)
 
     def describe(self) -> str:
-        """The run in one line for a reader: data, model, weights, budget."""
+        """Describes the run in one line for a reader: data, model, weights, budget."""
         data, back, train = self.data, self.backbone, self.train
         start = f"weights of run {self.init.id}" if self.init else back.weights or "random weights"
         size = f" of width {back.width} and depth {back.depth}" if back.width and back.depth else ""
@@ -100,9 +102,8 @@ class RunSpec(Spec):
                 f"batch {train.batch}",
                 f"peak learning rate {train.lr:g}",
             ]
-        return ", ".join([*parts, self.dtype]) + (
-            " on a graphics card" if self.device == "cuda" else ""
-        )
+        device = " on a graphics card" if self.device == "cuda" else ""
+        return ", ".join([*parts, self.dtype]) + device
 
     @model_validator(mode="after")
     def _parent_fits(self):
@@ -122,13 +123,13 @@ class RunSpec(Spec):
                 )
         if self.init.prune is not None and not self.init.prune.structured:
             raise ValueError(
-                "init was pruned by masks, which a further stage would lose: prune in the last "
-                "stage"
+                "init was pruned by masks, which a further stage would lose: "
+                "prune in the last stage"
             )
         if self.init.reduced and self.init.moe.members > 1:
             raise ValueError(
-                "init dropped experts of an ensemble; a further stage is not defined: drop in the "
-                "last one"
+                "init dropped experts of an ensemble; a further stage is not defined: "
+                "drop in the last one"
             )
         return self
 
@@ -142,8 +143,8 @@ class RunSpec(Spec):
             )
         if self.train.layer_decay != 1.0:
             raise ValueError(
-                f"layer_decay={self.train.layer_decay} counts layers from a head; pretraining with "
-                "a mask has none"
+                f"layer_decay={self.train.layer_decay} counts layers from a head; "
+                "pretraining with a mask has none"
             )
         if self.prune is not None:
             raise ValueError(
@@ -188,8 +189,9 @@ class RunSpec(Spec):
         from_mlps = self.init is not None and not self.init.extracted and self.moe is None
         if not from_mlps or self.prune is not None:
             raise ValueError(
-                "extract cuts experts out of a trained model of plain MLPs, and nothing else is "
-                "removed in the same run: set init to that model's run, moe and prune to None"
+                "extract takes experts from the MLPs of a trained model without MoE layers, and "
+                "nothing else is removed in the same run: set init to that model's run, moe and "
+                "prune to None"
             )
         return self
 
@@ -201,7 +203,7 @@ class RunSpec(Spec):
             raise ValueError("distil_logits needs a parent to learn from: set init")
         if self.train.distil != "none" and (self.init is None or self.init.moe is None):
             raise ValueError(
-                f"distil={self.train.distil!r} needs a parent with gates: set init to a run with "
-                "moe"
+                f"distil={self.train.distil!r} needs a parent with gates: "
+                "set init to a run with moe"
             )
         return self

@@ -28,11 +28,12 @@ PRODUCTS = frozenset(
         _ATEN.baddbmm,
         _ATEN.convolution,
         _ATEN.convolution_backward,
+        # the last three are whole operations only under inference_mode
         _ATEN.linear,
         _ATEN.matmul,
         _ATEN.conv2d,
     )
-)  # the last three come whole under inference_mode
+)
 
 
 def multiplies_bfloat16() -> bool:

@@ -49,9 +49,8 @@ def test_moments_of_some_neurons_and_mixed_ones_by_hand():
         torch.testing.assert_close(got, want)
     exact = own._replace(covariance=own.covariance.double())
     ridge_regression(exact, 0.5)
-    assert torch.equal(
-        exact.covariance.float(), own.covariance
-    )  # a penalty is not left in what it was given
+    # A penalty is not left in what it was given.
+    assert torch.equal(exact.covariance.float(), own.covariance)
 
 
 def test_the_neuron_that_goes_is_the_one_whose_loss_the_others_make_up_for():
@@ -74,17 +73,13 @@ def test_the_neuron_that_goes_is_the_one_whose_loss_the_others_make_up_for():
         [hidden, 3 * hidden[:, :1] + 1e-3 * torch.randn(400, 1, generator=generator)], dim=1
     )
     found = keep_by_update([moments_of(twins, 5 * twins[:, 5:] + target)], one, 5, 1e-9)[0].tolist()
-    assert found in (
-        [0, 1, 2, 3, 4],
-        [1, 2, 3, 4, 5],
-    )  # of two that say the same one goes, however large it is
+    # Of two that say the same one goes, however large it is.
+    assert found in ([0, 1, 2, 3, 4], [1, 2, 3, 4, 5])
 
 
 def test_moments_made_in_pieces_are_those_of_the_whole():
-    n, s = (
-        2 * closed_form.ROWS + 7,
-        closed_form.BLOCK + 5,
-    )  # several pieces of tokens and of neurons, the last ones short
+    # Several pieces of tokens and of neurons, the last ones short.
+    n, s = 2 * closed_form.ROWS + 7, closed_form.BLOCK + 5
     generator = torch.Generator().manual_seed(0)
     hidden, target = (
         3 + torch.randn(n, s, generator=generator),

@@ -99,9 +99,8 @@ def test_clusters_that_other_images_make_again():
     assert clusters.stability(lost, torch.arange(80), 0.3) is None
     assert clusters.stability(x, 2 * image, 0.1) is None  # no image of the other half
     loose = torch.rand(400, 2, generator=torch.Generator().manual_seed(0))
-    assert (
-        abs(clusters.stability(loose, torch.arange(400), 0.05)) < 0.2
-    )  # chance in a uniform cloud
+    # chance in a uniform cloud
+    assert abs(clusters.stability(loose, torch.arange(400), 0.05)) < 0.2
 
 
 # ---------------------------------------------------------------- recording

@@ -169,9 +169,8 @@ def test_a_stream_records_what_a_pass_through_the_whole_model_would(where):
             )
             for field in ("inputs", "hidden", "image", "residual"):
                 torch.testing.assert_close(getattr(got, field), getattr(want, field))
-        model.get_submodule(
-            name
-        ).fc2.bias.data += 0.1  # a changed layer: what follows it is seen by one of the streams
+        # A changed layer: what follows it is seen by one of the streams.
+        model.get_submodule(name).fc2.bias.data += 0.1
     assert model.training and not torch.allclose(dense.batches[0], changed.batches[0])
 
 

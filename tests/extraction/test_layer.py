@@ -85,18 +85,18 @@ def test_a_neuron_that_never_varies_goes_for_nothing():
         )
         assert report["widths"] == [13] * report["clusters"]
     plain, _ = extracted_layer(mlp, calibration, rules(clusters=STATIC, neurons={"active": 13 / H}))
+    # the mean is what is missing
     assert (
         output_of(plain, calibration.tokens.inputs) - mlp(calibration.tokens.inputs)
-    ).abs().max() > 0.01  # the mean is what is missing
+    ).abs().max() > 0.01
 
 
 def test_variance_by_hand_and_the_shortest_set_of_a_percentage():
     mlp = small_mlp()
     calibration = calibration_of(mlp)
     new_layer, report = extracted_layer(mlp, calibration, rules(neurons={"variance_percent": 80.0}))
-    member = (
-        torch.arange(600) % 3
-    )  # the groups are far apart, so clusters are the groups, in some order
+    # The groups are far apart, so clusters are the groups, in some order.
+    member = torch.arange(600) % 3
     for e, (w1, b1, w2, b2) in enumerate(new_layer.experts.each()):
         means = torch.stack(
             [F.normalize(calibration.tokens.inputs[member == g].mean(0), dim=0) for g in range(3)]
@@ -189,18 +189,19 @@ def test_choosing_with_the_update_in_mind_leaves_less_error():
 
 def test_a_layer_s_neurons_are_shared_out_over_its_clusters():
     scores = [torch.tensor([9.0, 4.0, 1.0, 0.5]), torch.tensor([3.0, 2.0, 0.1, 0.2])]
-    calibration = share_out_neurons(
-        scores, torch.tensor([0.25, 0.75]), 2
-    )  # 0.25 + 0.25 + 0.75 + 0.75 tokens' worth of neurons
+    # 0.25 + 0.25 + 0.75 + 0.75 tokens' worth of neurons.
+    calibration = share_out_neurons(scores, torch.tensor([0.25, 0.75]), 2)
     assert [part.tolist() for part in calibration] == [[0, 1], [0, 1]]
+    # 0.9 + 0.1
     assert [part.tolist() for part in share_out_neurons(scores, torch.tensor([0.9, 0.1]), 1)] == [
         [0],
         [0],
-    ]  # 0.9 + 0.1
+    ]
+    # none goes empty
     assert [part.tolist() for part in share_out_neurons(scores, torch.tensor([0.5, 0.5]), 1)] == [
         [0, 1],
         [0],
-    ]  # none goes empty
+    ]
     mlp = small_mlp()
     calibration, changed_rules = (
         calibration_of(mlp),

@@ -41,9 +41,8 @@ def test_tokens_that_were_not_clustered_join_the_nearest_centre_or_none():
         calibration,
         rules(clusters={"method": "hdbscan", "smallest_share": 0.1, "sample": 150}),
     )
-    assert (member >= 0).sum() == (labels >= 0).sum() <= 150 and (
-        member == -1
-    ).sum() >= 450  # they might be noise
+    # they might be noise
+    assert (member >= 0).sum() == (labels >= 0).sum() <= 150 and (member == -1).sum() >= 450
     _, report = extracted_layer(
         mlp,
         calibration,

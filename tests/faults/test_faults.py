@@ -23,13 +23,14 @@ from lib.runs.store import Store
 from lib.spec import BackboneSpec, DataSpec, MoESpec, RunSpec, TrainSpec
 from lib.training import loop
 
+# 8 steps
 SPEC = RunSpec(
     data=DataSpec(train=64, val=20, test=30, augment="shift"),
     backbone=BackboneSpec(patch=7, width=16, depth=2, heads=2),
     moe=MoESpec(layers=1, experts=2, noise=1.0),
     train=TrainSpec(epochs=2.0, batch=16, ema=0.9),
     threads=1,
-)  # 8 steps
+)
 
 
 def python(code: str, *arguments: str, **environment: str) -> subprocess.Popen:
@@ -153,9 +154,8 @@ def test_leftovers_of_killed_writes_are_never_read(where, quick):
 # ---- full disk
 
 
-@pytest.mark.parametrize(
-    "works_for", [0, 2], ids=["arrays", "json"]
-)  # two syncs a file: itself and its folder
+# Two syncs a file: itself and its folder.
+@pytest.mark.parametrize("works_for", [0, 2], ids=["arrays", "json"])
 def test_full_disk(where, quick, monkeypatch, works_for):
     left, real = [works_for], os.fsync
 
@@ -222,9 +222,8 @@ def test_two_processes_want_one_run(tmp_path, kind):
     said = [rival.communicate(timeout=60) for rival in rivals]
     assert [rival.returncode for rival in rivals] == [0, 0], said
     computed = (tmp_path / "computed").read_text().split()
-    assert (
-        len(computed) == 1 and [out.split()[-1] for out, _ in said] == computed * 2
-    )  # both hold the one result
+    # both hold the one result
+    assert len(computed) == 1 and [out.split()[-1] for out, _ in said] == computed * 2
     waited = "is being computed by another process: waiting for it"
     assert sum(waited in out + error for out, error in said) == 1
 

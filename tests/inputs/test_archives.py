@@ -272,9 +272,8 @@ def test_pictures_of_other_kinds_under_the_name_jpg(home):
         assert torch.equal(source.image(int(name)), torch.full((3, 4, 5), 40, dtype=torch.uint8)), (
             name
         )
-    assert (
-        abs(source.image(10 + 7).float().mean((1, 2)) - torch.tensor([100.0, 7, 7])).max() < 4
-    )  # wine cellar/7.jpg
+    # wine cellar/7.jpg
+    assert abs(source.image(10 + 7).float().mean((1, 2)) - torch.tensor([100.0, 7, 7])).max() < 4
 
 
 def test_a_damaged_picture_is_named(home):

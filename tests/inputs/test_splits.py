@@ -80,9 +80,8 @@ def test_mnist_splits_are_fixed_balanced_and_disjoint():
 def test_subset_depends_on_its_own_seed_and_size_alone():
     one = load_splits(DataSpec(train=100, val=30, test=20))
     other = load_splits(DataSpec(train=100, val=500, augment="shift", image_size=14))
-    assert np.array_equal(
-        one.train.rows, other.train.rows
-    )  # sizes of other splits and what is done to images do not matter
+    # Sizes of other splits and what is done to images do not matter.
+    assert np.array_equal(one.train.rows, other.train.rows)
     assert (
         counts(one.train) == [10] * 10
         and counts(one.val) == [3] * 10
@@ -136,11 +135,8 @@ def test_parquet_folder(home):
         ["day", "night"],
     )
     splits = load_splits(DataSpec(name="toy", image_size=8))
-    assert (len(splits.train), len(splits.val), len(splits.test)) == (
-        36,
-        2,
-        4,
-    )  # the test split is cut from training
+    # The test split is cut from training.
+    assert (len(splits.train), len(splits.val), len(splits.test)) == (36, 2, 4)
     assert splits.class_names == ["day", "night"] and splits.channels == 3
     # Row r of this data set is the grey r, so an image's own pixel says where it came from.
     assert [
@@ -225,9 +221,8 @@ def test_missing_data_set_teaches(home, monkeypatch):
 
 
 def test_hub_without_network_teaches(home, monkeypatch):
-    monkeypatch.setattr(
-        datasets.config, "HF_HUB_OFFLINE", True
-    )  # read at import, so the variable would come too late
+    # Read at import, so the variable would come too late.
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError) as caught:
         load_splits(DataSpec(name="hub:someone/birds"))
     text = str(caught.value)
@@ -335,9 +330,8 @@ def test_shift_by_hand():
 
 
 def test_each_image_of_a_batch_has_its_own_shift_and_keeps_its_channels():
-    image = torch.stack(
-        [torch.eye(4), 2 * torch.eye(4)]
-    )  # 2 channels: the second is twice the first
+    # 2 channels: the second is twice the first.
+    image = torch.stack([torch.eye(4), 2 * torch.eye(4)])
     out = augment.random_shift(image.expand(64, 2, 4, 4), 1, torch.Generator().manual_seed(0))
     assert torch.equal(out[:, 1], 2 * out[:, 0])
     assert len({tuple(each.flatten().tolist()) for each in out}) > 3
@@ -362,10 +356,8 @@ def test_resized_crop_is_a_part_of_the_image():
     for seed in range(60):
         out = augment.random_resized_crop(image, 16, torch.Generator().manual_seed(seed))
         assert out.shape == (3, 16, 16) and 0 <= out.min() and out.max() <= 1
-        wide, high = (
-            out[0, 0, -1] - out[0, 0, 0],
-            out[1, -1, 0] - out[1, 0, 0],
-        )  # of 252/255; the resize eats a sixteenth
+        # Of 252/255; the resize eats a sixteenth.
+        wide, high = out[0, 0, -1] - out[0, 0, 0], out[1, -1, 0] - out[1, 0, 0]
         areas.append(float(wide * high) * (16 / 15) ** 2)
         aspects.append(float(wide / high))
     assert 0.15 < min(areas) < 0.4 and 0.75 < max(areas) <= 1.1
@@ -388,14 +380,12 @@ def test_augmentation_follows_its_generator_and_spares_evaluation(augment):
     first = split.batch(index, spec, torch.Generator().manual_seed(5))
     assert torch.equal(first, split.batch(index, spec, torch.Generator().manual_seed(5)))
     assert not torch.equal(first, split.batch(index, spec, torch.Generator().manual_seed(6)))
-    assert torch.equal(
-        split.batch(index, spec), split.batch(index, plain)
-    )  # no generator: evaluation
+    # no generator: evaluation
+    assert torch.equal(split.batch(index, spec), split.batch(index, plain))
     assert not torch.equal(first, split.batch(index, plain))
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(
-        torch.equal(kept, split.source.image(n)) for n, kept in enumerate(images)
-    )  # pixels stay as they were
+    # pixels stay as they were
+    assert all(torch.equal(kept, split.source.image(n)) for n, kept in enumerate(images))
 
 
 @pytest.mark.parametrize("augment", ["shift", "flip_crop"])
@@ -417,9 +407,10 @@ def test_images_of_many_sizes_are_augmented_too(augment):
 
 def test_normalisation_by_hand():
     grey = split_of([torch.full((1, 4, 4), 255, dtype=torch.uint8)])
+    # (1 - 0.5) / 0.5
     assert torch.allclose(
         grey.batch(torch.tensor([0]), DataSpec(image_size=4)), torch.ones(1, 1, 4, 4)
-    )  # (1 - 0.5) / 0.5
+    )
     colour = split_of([torch.zeros(3, 4, 4, dtype=torch.uint8)])
     out = colour.batch(torch.tensor([0]), DataSpec(image_size=4))[0, :, 0, 0]
     assert torch.allclose(out, torch.tensor([-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225]))

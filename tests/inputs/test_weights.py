@@ -126,9 +126,8 @@ def test_published_checkpoint_is_refused_without_hash_or_with_more_than_tensors(
         {"model": Bomb()},
         {"model": {"a": torch.ones(2)}, "args": argparse.Namespace(hook=Bomb())},
     ):
-        name = published(
-            folder, content, "zipped.pth"
-        )  # what a Namespace holds is not let through with it
+        # What a Namespace holds is not let through with it.
+        name = published(folder, content, "zipped.pth")
         with pytest.raises(
             ValueError,
             match=r"zipped.pth .*refused \(Unsupported global: GLOBAL _pytest.*can run code",
@@ -197,9 +196,8 @@ def test_saliency_weights_fit_the_backbone(saliency):
     head = small.head.weight.detach().clone()
     load_weights(small, saliency, "test")
     assert small.pos_embed.shape == (1, 17, 384)  # class token and 4 x 4 patches
-    assert torch.equal(
-        small.pos_embed[:, 0], saliency["pos_embed"][:, 0]
-    )  # only the grid is resampled
+    # only the grid is resampled
+    assert torch.equal(small.pos_embed[:, 0], saliency["pos_embed"][:, 0])
     grid, kept = small.pos_embed[0, 1:].mean(0), saliency["pos_embed"][0, 1:].mean(0)
     assert torch.nn.functional.cosine_similarity(grid, kept, dim=0) > 0.95
     assert torch.equal(small.head.weight, head)
@@ -244,12 +242,10 @@ def test_parent_is_loaded_before_the_surgery_of_a_dense_one_and_after_that_of_a_
     parent = build(dense, 10, 1).state_dict()
     moe = MoESpec(layers=1, experts=2)
     child = build(RunSpec(backbone=TINY, moe=moe, init=dense, seed=1), 10, 1, parent)
-    assert torch.equal(
-        child.blocks[1].mlp.experts.fc1.weight[1], parent["blocks.1.mlp.fc1.weight"]
-    )  # an expert is a copy
-    assert torch.equal(
-        child.head.weight, parent["head.weight"]
-    )  # as many classes: the head comes along
+    # an expert is a copy
+    assert torch.equal(child.blocks[1].mlp.experts.fc1.weight[1], parent["blocks.1.mlp.fc1.weight"])
+    # As many classes: the head comes along.
+    assert torch.equal(child.head.weight, parent["head.weight"])
     grown = RunSpec(backbone=TINY, moe=moe, seed=2)
     state = build(grown, 10, 1).state_dict()
     again = build(RunSpec(backbone=TINY, moe=moe, init=grown, seed=3), 10, 1, state)
@@ -278,9 +274,8 @@ def test_sha256_state_sees_names_shapes_types_and_values_but_not_order():
     }
     sha = weights.sha256_state(state)
     assert sha == weights.sha256_state(dict(reversed(state.items())))
-    assert sha == weights.sha256_state(
-        state | {"b": torch.tensor([[1.0, 2.0], [0, 0]]).t()[:, 0]}
-    )  # strides do not matter
+    # strides do not matter
+    assert sha == weights.sha256_state(state | {"b": torch.tensor([[1.0, 2.0], [0, 0]]).t()[:, 0]})
     others = [
         {"b": torch.tensor([1.0, 2.0000002])},
         {"a": torch.zeros(3, 2, dtype=torch.bfloat16)},

@@ -136,9 +136,8 @@ def test_exact_integers():
     moe = cost.count(vit_s14(layers=2, experts=8, shared=True), 224, images=3)
     assert moe.params_stored == BASE + 2 * (8 * FFN + 8 * d) == 40_925_032
     assert moe.params_active == BASE + 2 * (FFN + 8 * d)
-    assert moe.macs == 3 * (
-        dense.macs + 2 * (n * 2 * d * h + 8 * d)
-    )  # one router decision an image
+    # one router decision an image
+    assert moe.macs == 3 * (dense.macs + 2 * (n * 2 * d * h + 8 * d))
     token = cost.count(vit_s14(layers=2, experts=8, top_k=2, router="token"), 224)
     assert token.by_kind()["router"] == 2 * n * 8 * d  # one a token
     assert token.macs == dense.macs + 2 * (n * 2 * d * h + n * 8 * d)
@@ -243,11 +242,8 @@ def test_moe_layers_off_the_plain_vit(name):
 @pytest.mark.parametrize(
     "moe, rows, touched",
     [
-        (
-            {"router": "all", "top_k": 3, "gate": "renormalised", "balance": "none"},
-            3 * 17,
-            3,
-        ),  # every expert as often: the mean is exact
+        # Every expert as often: the mean is exact.
+        ({"router": "all", "top_k": 3, "gate": "renormalised", "balance": "none"}, 3 * 17, 3),
         ({"router": "expert_choice", "choices": 1.5}, 3 * 9, 3),  # likewise, 9 tokens each
         ({"router": "soft", "slots": 4}, 3 * 4, 3),  # likewise
         ({"router": "image"}, 17, 1),  # one of three, whichever: their mean
@@ -348,7 +344,6 @@ def test_peak_memory_sees_an_allocation():
     block = torch.ones(256 * 2**18)  # 256 MiB, written
     after = timing.peak_rss_mib()
     assert before > 10 and after >= before and block.sum() > 0
-    if (
-        timing.peak_rss_mib(reset=True) >= after and timing.peak_rss_mib() < 1.5 * before + 300
-    ):  # where the OS permits a reset
+    # where the OS permits a reset
+    if timing.peak_rss_mib(reset=True) >= after and timing.peak_rss_mib() < 1.5 * before + 300:
         assert 200 < after - before < 400

@@ -16,9 +16,8 @@ def test_by_hand():
     found = step_mib(model, lambda: model(x).square().sum())
     first, second = 64 * 256 * 4, 256 * 8 * 4
     assert found["weights"] == (first + second) / MIB
-    assert (
-        found["gradients"] == first / MIB and found["optimiser"] == 2 * first / MIB
-    )  # the second weight is frozen
+    # the second weight is frozen
+    assert found["gradients"] == first / MIB and found["optimiser"] == 2 * first / MIB
     # Saved: the input, the output of the ReLU (the frozen layer needs its weight alone), and the
     # logits, which are squared.
     assert found["activations"] == (32 * 64 + 32 * 256 + 32 * 8) * 4 / MIB

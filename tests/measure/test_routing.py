@@ -122,9 +122,8 @@ def test_probe_token_level_with_dropping_and_padding():
         and first["load"] == pytest.approx([2 / 3, 1 / 3])
         and first["entropy"] == 0
     )
-    assert (
-        first["experts_per_image"] == 1
-    )  # image 0: expert 0; image 1: expert 1 alone, its other token was refused
+    # Image 0: expert 0; image 1: expert 1 alone, its other token was refused.
+    assert first["experts_per_image"] == 1
     assert second["experts_per_image"] == 2 and second["load"] == [0.25, 0, 0, 0.5, 0.25]
     arrays = probe.arrays()
     assert arrays["class_expert"].shape == (2, 3, 5) and arrays["position_expert"].shape == (

@@ -46,9 +46,8 @@ def test_share_of_hidden_patches_and_shapes(model, images):
     out = model(images, draw())
     assert out.hidden.sum(dim=1).tolist() == [12, 12]  # 75% of 16
     assert out.prediction.shape == (2, 16, 27)
-    assert torch.equal(out.hidden, model(images, draw()).hidden) and not torch.equal(
-        out.hidden, model(images, draw(1)).hidden
-    )
+    assert torch.equal(out.hidden, model(images, draw()).hidden)
+    assert not torch.equal(out.hidden, model(images, draw(1)).hidden)
 
 
 def test_patches_and_picture_are_inverse(model, images):
@@ -65,11 +64,11 @@ def test_loss_counts_hidden_patches_only(model, images):
     out = model(images, draw())
     rows = model.patches(images)
     wanted = (rows - rows.mean(-1, keepdim=True)) / (rows.var(-1, keepdim=True) + 1e-6).sqrt()
-    by_hand = (
-        sum((out.prediction[i, p] - wanted[i, p]).square().mean() for i, p in out.hidden.nonzero())
-        / 24
-    )
-    assert out.loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
+    errors = [
+        (out.prediction[i, p] - wanted[i, p]).square().mean() for i, p in out.hidden.nonzero()
+    ]
+    assert len(errors) == 24  # 12 hidden patches of two images
+    assert out.loss.item() == pytest.approx(torch.stack(errors).mean().item(), rel=1e-5)
 
 
 def test_hidden_pixels_do_not_reach_the_encoder(model, images):
@@ -97,9 +96,8 @@ def test_moe_layers_route_visible_tokens_and_learn(images):
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
     with RoutingTape(model) as tape:
         first = model(images, draw())
-    assert [routing.shape for routing in tape.routings()] == [
-        (2, 5)
-    ]  # class token and 4 visible patches
+    # Class token and 4 visible patches.
+    assert [routing.shape for routing in tape.routings()] == [(2, 5)]
     for _ in range(30):
         optimiser.zero_grad()
         loss = model(images, draw()).loss

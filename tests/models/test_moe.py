@@ -166,9 +166,8 @@ def test_unequal_widths_in_bf16():
         half = moe(x)
         with torch.no_grad():
             still = moe(x)
-    assert (half - plain).abs().max() < 0.02 * plain.abs().max() and (
-        still - plain
-    ).abs().max() < 0.02 * plain.abs().max()
+    assert (half - plain).abs().max() < 0.02 * plain.abs().max()
+    assert (still - plain).abs().max() < 0.02 * plain.abs().max()
 
 
 def test_experts_of_parts():
@@ -188,43 +187,33 @@ def test_experts_of_parts():
         assert 0.5 * bound < w2.abs().max() <= bound and b2.abs().max() <= bound
     again = Experts.of(parts, nn.ReLU())
     assert isinstance(again.act, nn.ReLU) and again.fc1.weight is not drawn.fc1.weight
-    assert all(
-        torch.equal(a, b) for a, b in zip(again.parameters(), drawn.parameters(), strict=True)
-    )
+    for a, b in zip(again.parameters(), drawn.parameters(), strict=True):
+        assert torch.equal(a, b)
     equal = Experts.of([parts[0], parts[0]])
     assert equal.hidden == 9 and equal.fc2.weight.shape == (2, D, 9) and not list(equal.buffers())
     assert Experts(2, D, (H, H)).hidden == H
     drawn.reset(generator())
-    assert (
-        not drawn.fc2.bias.any()
-        and 0.01 < drawn.fc1.weight.std() < 0.03
-        and drawn.fc2.weight.abs().max() < 0.1
-    )
+    assert not drawn.fc2.bias.any()
+    assert 0.01 < drawn.fc1.weight.std() < 0.03 and drawn.fc2.weight.abs().max() < 0.1
 
 
 def test_state_of_unequal_widths():
     saved, fresh = Experts(E, D, WIDTHS), Experts(E, D, WIDTHS)
     state = saved.state_dict()
     fresh.load_state_dict(state)
-    assert all(
-        torch.equal(a, b) for a, b in zip(fresh.parameters(), saved.parameters(), strict=True)
-    )
-    assert Experts.widths_in(state) == WIDTHS and Experts.widths_in(
-        Experts(2, D, H).state_dict()
-    ) == (H, H)
+    for a, b in zip(fresh.parameters(), saved.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert Experts.widths_in(state) == WIDTHS
+    assert Experts.widths_in(Experts(2, D, H).state_dict()) == (H, H)
     assert Experts.widths_in(nn.ModuleDict({"fc1": nn.Linear(D, H)}).state_dict()) is None
-    for other in (
-        Experts(E, D, WIDTHS[::-1]),
-        Experts(E, D, 5),
-        Experts(2, D, (4, 16)),
-    ):  # all of 20 rows
+    # All have 20 rows, as the state has: the shapes alone would not tell them apart.
+    for other in (Experts(E, D, WIDTHS[::-1]), Experts(E, D, 5), Experts(2, D, (4, 16))):
+        inside = {f"mlp.{name}": tensor for name, tensor in state.items()}
         with pytest.raises(
             ValueError,
             match=r"mlp: the state has 4 experts of widths \(9, 3, 1, 7\), the layer .*fit_shapes",
         ):
-            nn.ModuleDict({"mlp": other}).load_state_dict(
-                {f"mlp.{name}": held for name, held in state.items()}
-            )
+            nn.ModuleDict({"mlp": other}).load_state_dict(inside)
 
 
 @pytest.mark.parametrize(
@@ -256,9 +245,9 @@ def test_no_tokens(hidden):
     moe.experts = Experts(E, D, hidden).double()
     out = moe(torch.zeros(0, N, D, dtype=torch.float64))
     out.sum().backward()
-    assert out.shape == (0, N, D) and all(
-        p.grad is not None and not p.grad.any() for p in moe.experts.parameters()
-    )
+    assert out.shape == (0, N, D)
+    for p in moe.experts.parameters():
+        assert p.grad is not None and not p.grad.any()
 
 
 @pytest.mark.parametrize("case", ["top1", "top2", "image", "capacity", "shared"])
@@ -307,33 +296,25 @@ def test_routing_by_hand():
     router.per_image = True  # tokens 0 and 3 are the class tokens
     got = router(x)
     torch.testing.assert_close(got.probs, probs[[0, 3]])
-    assert (
-        got.per_image
-        and got.expert.tolist() == [0] * 6
-        and got.token_choice().tolist() == [[[0]] * 3] * 2
-    )
+    assert got.per_image and got.expert.tolist() == [0] * 6
+    assert got.token_choice().tolist() == [[[0]] * 3] * 2
     torch.testing.assert_close(got.weight, torch.tensor([0.75] * 3 + [0.8] * 3))
     router.pool = "mean"  # mean of log tokens: sums of logits over three
     torch.testing.assert_close(router(x).logits, x.mean(1))
 
     router.per_image, router.top_k = False, 2  # first choices of all tokens come before second ones
     got = router(x)
-    assert (
-        got.expert.tolist() == [0, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0]
-        and got.token.tolist() == [*range(6)] * 2
-    )
+    assert got.expert.tolist() == [0, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0]
+    assert got.token.tolist() == [*range(6)] * 2
 
 
 def test_capacity_by_hand():
-    assert [
-        capacity(1.0, 1, 6, 2),
-        capacity(1.0, 1, 7, 2),
-        capacity(0.5, 2, 6, 4),
-        capacity(0.01, 1, 6, 2),
-    ] == [3, 4, 2, 1]
-    choice = torch.tensor(
-        [[0, 1], [0, 1], [0, 1], [1, 0]]
-    )  # T = 4, K = 2, E = 2; factor 0.5: two slots each
+    assert capacity(1.0, 1, 6, 2) == 3
+    assert capacity(1.0, 1, 7, 2) == 4
+    assert capacity(0.5, 2, 6, 4) == 2
+    assert capacity(0.01, 1, 6, 2) == 1
+    # T = 4, K = 2, E = 2; factor 0.5: two slots each.
+    choice = torch.tensor([[0, 1], [0, 1], [0, 1], [1, 0]])
     probs = torch.full((4, 2), 0.5)
     got = assign(choice, torch.arange(8.0).view(4, 2), probs, probs, (1, 4), capacity_factor=0.5)
     # Expert 0 serves the first choices of tokens 0 and 1; expert 1 the first of token 3, then the
@@ -344,21 +325,16 @@ def test_capacity_by_hand():
         (3, 1, 6.0),
         (0, 1, 1.0),
     ]
-    assert (
-        got.dropped.tolist() == [0, 1, 2, 1]
-        and got.choice is choice
-        and got.load().tolist() == [2, 2]
-    )
+    assert got.dropped.tolist() == [0, 1, 2, 1] and got.choice is choice
+    assert got.load().tolist() == [2, 2]
 
 
 def test_a_token_without_experts_gets_zero():
     experts = Experts(2, D, H)
     choice = torch.zeros(4, 1, dtype=torch.long)
     probs = torch.full((4, 2), 0.5)
-    out = experts(
-        torch.randn(4, D),
-        assign(choice, torch.ones(4, 1), probs, probs, (1, 4), capacity_factor=1.0),
-    )
+    routing = assign(choice, torch.ones(4, 1), probs, probs, (1, 4), capacity_factor=1.0)
+    out = experts(torch.randn(4, D), routing)
     assert out[:2].abs().min() > 0 and not out[2:].any()
 
 
@@ -374,9 +350,8 @@ def test_sums_in_any_order_of_assignments():
     torch.testing.assert_close(
         moe.experts(x[0], routing), reference.moe(x, dense, *stacks(moe.experts))[0]
     )
-    pairs = torch.tensor(
-        [1, 1, 0, 3, 0, 2]
-    )  # as many assignments as a K of 1.5 per token, then K = 2 in mixed order
+    # As many assignments as a K of 1.5 per token, then K = 2 with tokens in mixed order.
+    pairs = torch.tensor([1, 1, 0, 3, 0, 2])
     for token in (pairs, torch.tensor([2, 0, 3, 1, 1, 3, 0, 2])):
         expert = torch.tensor([0, 1, 2, 3, 3, 0, 1, 1])[: len(token)]
         weight = torch.ones(len(token), dtype=torch.float64)
@@ -460,9 +435,8 @@ def test_adamw_on_an_idle_expert():
     torch.testing.assert_close(moe.experts.fc1.weight[1:], before[1:] * (1 - 0.1 * 0.5))
     moved = moe.experts.fc1.weight.detach()[0] - before[0] * (1 - 0.1 * 0.5)
     assert moved.abs().max() > 0.05
-    moe.router.choice_bias.copy_(
-        torch.tensor([0.0, 10, 0, 0])
-    )  # now expert 0 is idle, with momentum
+    # Now expert 0 is idle, with momentum.
+    moe.router.choice_bias.copy_(torch.tensor([0.0, 10, 0, 0]))
     still = moe.experts.fc1.weight.detach()[0].clone()
     optimizer.zero_grad()
     moe(torch.randn(B, N, D)).sum().backward()

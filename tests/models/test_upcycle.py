@@ -48,9 +48,8 @@ MODELS = {
 def build(name="vit_tiny_patch16_224", **changes):
     torch.manual_seed(0)
     model = timm.create_model(name, **{**MODELS[name], **changes})
-    for (
-        parameter
-    ) in model.parameters():  # timm starts gates and biases at zero, which would hide differences
+    # timm starts gates and biases at zero, which would hide differences.
+    for parameter in model.parameters():
         with torch.no_grad():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
@@ -71,9 +70,8 @@ def test_starts_as_the_dense_model(name, top_k, shared):
         MoESpec(layers=2, experts=3, top_k=top_k, router="token", gate="renormalised"),
     )
     assert sum(isinstance(m, MoELayer) for m in moe.modules()) == 2
-    assert isinstance(block_mlps(moe)[-1][1], MoELayer) and not isinstance(
-        block_mlps(moe)[0][1], MoELayer
-    )
+    assert isinstance(block_mlps(moe)[-1][1], MoELayer)
+    assert not isinstance(block_mlps(moe)[0][1], MoELayer)
     x = images(dense)
     torch.testing.assert_close(moe(x), dense(x), rtol=1e-4, atol=1e-5)
 
@@ -184,8 +182,8 @@ def test_stacked_biases_have_no_weight_decay():
     model = upcycle(build(), MoESpec(layers=1, experts=4, shared=True))
     name = {id(p): n for n, p in model.named_parameters()}
     trainer = optimiser(model, RunSpec(train=TrainSpec(weight_decay=0.3, layer_decay=0.5)))
-    # timm's groups without layer decay go by the name .bias; those with layer decay by the number
-    # of axes, unless told.
+    # Without layer decay timm goes by the name .bias; with it, by the number of axes, unless names
+    # are given.
     for groups in (
         param_groups_weight_decay(model, 0.3),
         create_optimizer_v2(model, "adamw", 1e-3, 0.3).param_groups,
@@ -213,10 +211,8 @@ def test_moe_parameters_get_the_scale_of_their_block(kind):
         inside = {v for n, v in scale.items() if n.startswith(f"{block}.")}
         assert len(inside) == 1 and any(n.startswith(f"{mlp}.router") for n in scale)
     if kind == "vit_tiny_patch16_224":
-        assert (
-            scale["blocks.2.mlp.experts.fc1.weight"] == 0.5
-            and scale["blocks.1.mlp.router.weight"] == 0.25
-        )
+        assert scale["blocks.2.mlp.experts.fc1.weight"] == 0.5
+        assert scale["blocks.1.mlp.router.weight"] == 0.25
 
 
 # ---- the tape
@@ -293,9 +289,8 @@ def test_compiled():
     for _ in range(3):
         balance_gradients(model, True, lambda _: compiled)
     assert 0 < frames.frame_count == after_two
-    assert not any(
-        "tape" in reason.lower() for reason in torch._dynamo.utils.counters["graph_break"]
-    )
+    reasons = torch._dynamo.utils.counters["graph_break"]
+    assert not any("tape" in reason.lower() for reason in reasons)
     with torch.no_grad():
         torch.testing.assert_close(
             compiled(images(model)), model(images(model)), rtol=1e-4, atol=1e-5
@@ -321,7 +316,6 @@ def test_ddp(tmp_path):
 
 
 # ---- which blocks, and copies that differ
-# --------------------------------------------------------------------------------
 
 
 def test_named_blocks():
@@ -342,14 +336,14 @@ def test_copy_noise_is_relative_to_each_weight_and_leaves_biases():
     with torch.no_grad():
         mlp.fc2.weight.mul_(10.0)
     spec = MoESpec(experts=3, copy_noise=0.5)
-    made, again = (moe_layer(mlp, spec, torch.Generator().manual_seed(1)).experts for _ in range(2))
-    for stack, linear in ((made.fc1, mlp.fc1), (made.fc2, mlp.fc2)):
+    experts, again = (
+        moe_layer(mlp, spec, torch.Generator().manual_seed(1)).experts for _ in range(2)
+    )
+    for stack, linear in ((experts.fc1, mlp.fc1), (experts.fc2, mlp.fc2)):
         moved = stack.weight - linear.weight
         for expert in moved:
             assert (expert.std() / linear.weight.std()).item() == pytest.approx(0.5, rel=0.05)
-        assert not torch.allclose(moved[0], moved[1]) and torch.equal(
-            stack.bias, linear.bias.expand_as(stack.bias)
-        )
-    assert all(
-        torch.equal(a, b) for a, b in zip(made.parameters(), again.parameters(), strict=True)
-    )
+        assert not torch.allclose(moved[0], moved[1])
+        assert torch.equal(stack.bias, linear.bias.expand_as(stack.bias))
+    for a, b in zip(experts.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)

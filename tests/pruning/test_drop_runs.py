@@ -75,9 +75,10 @@ def test_an_expert_is_dropped_by_the_growth_of_its_router_norm(where):
     )
     lost, tokens = [row["dropped"] for row in record.moe], 1 + (28 // 7) ** 2
     assert max(lost) > 0 and [row["dropped"] for row in whole.moe] == [0, 0]
+    # rounded
     assert whole.cost["macs"] - record.cost["macs"] == pytest.approx(
         sum(lost) * tokens * 2 * D * H, abs=DEPTH * 2
-    )  # rounded
+    )
     assert all(
         row["load"][e] == 0
         for row in record.moe
@@ -139,9 +140,8 @@ def test_an_ensemble_trains_its_members_and_loses_the_same_share_of_each(where):
         [0, 1]
     ] * DEPTH
     assert record.arrays["token_expert"].shape == (DEPTH, 12, 17) and record.test["n"] == 30
-    assert (
-        np.sum(record.arrays["class_expert"]) == DEPTH * 2 * 30 * 17
-    )  # both members decide for each token
+    # Both members decide for each token.
+    assert np.sum(record.arrays["class_expert"]) == DEPTH * 2 * 30 * 17
 
 
 def test_competition_trains_the_router_towards_the_largest_responses(where):
@@ -203,9 +203,8 @@ def test_the_resident_set_falls_where_neurons_go(where):
     wide = TUNED.but(moe=None, init=None, resident=True, backbone={"width": 64, "hidden": 8192})
     cut = wide.but(prune=PruneSpec(share=0.95, images=20, kind="magnitude"))
     before, after = (run(where, spec).memory for spec in (wide, cut))
-    held = (
-        2 * 2 * 64 * 8192 * 0.95 * 4 / 2**20
-    )  # MiB of the weights that went; as much for gradients and for each moment
+    # MiB of the weights that went; as much for gradients and for each moment.
+    held = 2 * 2 * 64 * 8192 * 0.95 * 4 / 2**20
     assert before["resident"] - after["resident"] > 3 * held
     assert before["resident"] > before["weights"] + before["gradients"] + before["optimiser"]
 

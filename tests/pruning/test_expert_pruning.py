@@ -38,24 +38,18 @@ def test_zero_updates_and_rerouting_by_hand():
     assert zero.tolist() == pytest.approx([0.5, 30.0, 50.3, 30.0, 0.6, 0.2])
     torch.testing.assert_close(routing.probs, PROBS.view(6, 3))
     assert routing.dropped.tolist() == [1, 1, 0, 1, 1, 1] and routing.load().tolist() == [4, 0, 3]
-    assert routing.choice.tolist() == [
-        [0, 1],
-        [1, 2],
-        [2, 0],
-        [1, 2],
-        [0, 1],
-        [1, 0],
-    ]  # what the router wanted
+    # what the router wanted
+    assert routing.choice.tolist() == [[0, 1], [1, 2], [2, 0], [1, 2], [0, 1], [1, 0]]
+    # every number moves down
     zero, routing = run(
         dropping.drop_experts(constant(), {"moe": [1, 2]}, "zero_update"), PROBS.log()
-    )  # every number moves down
+    )
     assert zero.tolist() == pytest.approx(
         [3.0, 35.0, 50.0, 36.0, 3.0, 7.0]
     ) and routing.load().tolist() == [0, 5, 3]
     moved, routing = run(dropping.drop_experts(constant(), {"moe": [0, 2]}, "reroute"), PROBS.log())
-    want = [
-        (a + 100 * c) / (a + c) for a, _, c in PROBS.view(6, 3).tolist()
-    ]  # both survivors, gates over the two
+    # Both survivors, gates over the two.
+    want = [(a + 100 * c) / (a + c) for a, _, c in PROBS.view(6, 3).tolist()]
     assert (
         moved.tolist() == pytest.approx(want, rel=1e-5)
         and routing.probs.shape == (6, 2)
@@ -103,9 +97,8 @@ def test_capacity_counts_all_experts_under_zero_updates_and_the_survivors_when_r
 def test_one_decision_an_image():
     model = dropping.drop_experts(constant(top_k=1, per_image=True), {"moe": [0]}, "zero_update")
     out, routing = run(model, PROBS.log())
-    assert (
-        out.tolist() == pytest.approx([0.5] * 3 + [0.0] * 3) and routing.per_image
-    )  # expert 1 of the second image is gone
+    # Expert 1 of the second image is gone.
+    assert out.tolist() == pytest.approx([0.5] * 3 + [0.0] * 3) and routing.per_image
     assert routing.dropped.tolist() == [0, 0, 0, 1, 1, 1]
 
 
@@ -227,11 +220,8 @@ def test_members_share_the_first_blocks_and_are_pruned_within_their_groups():
     two.vit.blocks[0].register_forward_hook(lambda *_: sizes.append(0))
     two.vit.blocks[0].register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
     two.vit.blocks[1].register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
-    assert two(images).shape == (6, 5) and sizes == [
-        6,
-        0,
-        12,
-    ]  # tiled before the first MoE layer, not before
+    # Tiled before the first MoE layer, not before.
+    assert two(images).shape == (6, 5) and sizes == [6, 0, 12]
     name = "vit.blocks.1.mlp"
     for keep, semantics in (([1, 2], "zero_update"), ([1, 2], "reroute"), ([0, 1, 3], "reroute")):
         cut = dropping.drop_experts(copy.deepcopy(two), {name: keep}, semantics)
@@ -239,9 +229,8 @@ def test_members_share_the_first_blocks_and_are_pruned_within_their_groups():
             out = cut(images)
         [routing] = tape.routings()
         members = cut.get_submodule(name).router.group[routing.expert]
-        assert torch.equal(
-            members, routing.token // (6 * 17)
-        )  # tokens of a member reach its group alone
+        # Tokens of a member reach its group alone.
+        assert torch.equal(members, routing.token // (6 * 17))
         assert torch.equal(reloaded(two, cut.state_dict())(images), out)
     with refused("gives a token 1 experts, but 0 would be left in a group"):
         dropping.drop_experts(two, {name: [0, 1]}, "reroute")
@@ -260,10 +249,8 @@ def test_a_members_gate_is_the_softmax_over_its_group():
     assert routing.probs[1].tolist() == pytest.approx(
         [0, 0, *torch.tensor([2.0, 1]).softmax(0).tolist()]
     )
-    assert routing.expert.tolist() == [
-        0,
-        3,
-    ]  # a bias moves the choice within the group, and not out of it
+    # A bias moves the choice within the group, and not out of it.
+    assert routing.expert.tolist() == [0, 3]
     assert (
         grouped.weight is router.weight
         and grouped.state_dict().keys() == router.state_dict().keys() | {"group"}

@@ -48,9 +48,8 @@ def test_scores_from_weights_by_hand():
     found = {
         name: scores.scores(model, name, before=before)["moe"].tolist() for name in scores.NAMES[:5]
     }
-    assert found["router_norm_change"] == pytest.approx(
-        [0.0, -2.0, 1.0]
-    )  # the first turned and kept its norm
+    # The first turned and kept its norm.
+    assert found["router_norm_change"] == pytest.approx([0.0, -2.0, 1.0])
     assert found["router_norm_change_abs"] == pytest.approx([0.0, 2.0, 1.0])
     assert found["router_change"] == pytest.approx([50**0.5, 2.0, 5**0.5])
     assert found["router_norm"] == pytest.approx([5.0, 1.0, 2.0])

@@ -55,9 +55,8 @@ def test_masks_of_unequal_experts_by_their_groups():
         f"blocks.1.mlp.experts.{e}.{part}" for e in range(3) for part in ("fc1", "fc2")
     }
     mask = masks["blocks.1.mlp.experts.1.fc2"]
-    assert (
-        mask.shape == (D, 30) and (mask != dense["blocks.1.mlp.fc2"]).float().mean() < 0.01
-    )  # but for rounding
+    # but for rounding
+    assert mask.shape == (D, 30) and (mask != dense["blocks.1.mlp.fc2"]).float().mean() < 0.01
     w2 = list(model.blocks[1].mlp.experts.each())[1][2]
     assert not w2[~mask].any() and w2[mask].all()
 

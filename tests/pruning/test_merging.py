@@ -78,9 +78,8 @@ def test_merging_twins_changes_nothing_when_router_rows_are_alike(images):
 
 
 def test_merging_weighs_by_load():
-    model = constant(
-        top_k=1, values=(1.0, 10.0, -100.0)
-    )  # the first two point one way, the third the other
+    # The first two point one way, the third the other.
+    model = constant(top_k=1, values=(1.0, 10.0, -100.0))
     x = PROBS.log()  # loads: 2 tokens with expert 0, 3 with expert 1, 1 with expert 2
     assert scores.calibrate(model, [x])["moe"].score(0, 0, 0).tolist() == [2, 3, 1]
     merged = merging.merge_similar(copy.deepcopy(model), [x], 1 / 3).moe
@@ -106,9 +105,8 @@ def test_merging_weighs_by_load():
 
 def test_dern_hands_neurons_to_their_likeness(images):
     model = Toy(experts=2, top_k=1).eval()
-    with (
-        torch.no_grad()
-    ):  # the second expert is the first with its neurons in another order: nothing new to merge
+    # The second expert is the first with its neurons in another order: nothing new to merge.
+    with torch.no_grad():
         order = torch.tensor([2, 0, 1, 5, 4, 3])
         first = [stack[0] for stack in stacks_of(model.moe.experts)]
         for stack, value in zip(

@@ -297,9 +297,8 @@ def test_calibration_is_balanced_and_disjoint():
     assert torch.equal(drawn[0], again[0]) and not torch.equal(drawn[0], other[0])
     with pytest.warns(UserWarning, match="group 1 has no image of class 4"):
         calibration(labels[labels < 4], class_groups(5, 2), 12, torch.Generator().manual_seed(0))
-    shared = calibration(
-        labels[:80], class_groups(2, 4), 80, torch.Generator()
-    )  # fewer than asked for: all there are
+    # Fewer than asked for: all there are.
+    shared = calibration(labels[:80], class_groups(2, 4), 80, torch.Generator())
     assert [len(index) for index in shared] == [20] * 4 and torch.cat(shared).unique().numel() == 80
 
 
@@ -318,9 +317,8 @@ def test_kept_number(count, share, kept):
     torch.testing.assert_close(
         scores.gather(1, index).sort(descending=True).values, scores.topk(kept).values
     )
-    assert keep_indices(torch.zeros(count), share).tolist() == list(
-        range(kept)
-    )  # ties go from the end
+    # ties go from the end
+    assert keep_indices(torch.zeros(count), share).tolist() == list(range(kept))
 
 
 # ---- errors

@@ -68,9 +68,8 @@ def test_a_masked_expert_gets_no_token_and_the_rest_share_its_probability():
         and not routing.probs[:, 1].any()
         and torch.allclose(routing.probs.sum(1), torch.ones(1))
     )
-    torch.testing.assert_close(
-        drop.finish()(images), out, rtol=1e-5, atol=1e-6
-    )  # removal changes nothing but shapes
+    # Removal changes nothing but shapes.
+    torch.testing.assert_close(drop.finish()(images), out, rtol=1e-5, atol=1e-6)
     layer = model.get_submodule(name)
     assert (
         type(layer.router) is TopKRouter

@@ -117,10 +117,8 @@ def test_experts_are_pruned_by_class_group_and_then_attention(where):
             ]
         )
     cut = remove(copy.deepcopy(whole), kept_neurons(expert_scores(whole, images[1:])))
-    for model, same in (
-        (cut, True),
-        (whole, False),
-    ):  # attention is scored on what is left of the experts
+    # Attention is scored on what is left of the experts.
+    for model, same in ((cut, True), (whole, False)):
         other = remove(
             copy.deepcopy(whole), kept_neurons(neuron_scores(model, images[0], parts=["attention"]))
         )

@@ -64,9 +64,8 @@ def test_unused_neurons_of_experts(counts):
     assert cut.widths == tuple(H - count for count in counts) and not cut.training
     assert cut.fc1.weight.shape == ((3, 72, D) if len(set(counts)) == 1 else (86 + 48 + 96, D))
     assert not cut.fc1.bias.requires_grad and cut.fc1.weight.requires_grad
-    again = {
-        f"blocks.1.mlp.experts.{e}": torch.arange(40) for e in range(3)
-    }  # unequal ones may become equal
+    # unequal ones may become equal
+    again = {f"blocks.1.mlp.experts.{e}": torch.arange(40) for e in range(3)}
     assert remove(model, again).blocks[1].mlp.experts.fc2.weight.shape == (3, D, 40)
     model(data[0])
 

@@ -38,9 +38,8 @@ def test_images_have_one_pattern_with_a_label_and_different_others():
     spec = PatchSpec(patterns=10, patches=5)
     patches, label = draw(spec, 200, seeded())
     assert patches.shape == (200, 5) and set(label.tolist()) == {1.0, -1.0}
-    assert torch.equal(
-        patches[:, 0], (label < 0).long()
-    )  # pattern 0 for class +1, pattern 1 for class -1
+    # Pattern 0 for class +1, pattern 1 for class -1.
+    assert torch.equal(patches[:, 0], (label < 0).long())
     assert patches[:, 1:].min() == 2 and patches.max() == 9
     assert all(len(set(row)) == 5 for row in patches.tolist())
     assert torch.equal(draw(spec, 200, seeded())[0], patches)
@@ -119,9 +118,8 @@ def test_votes_add_up_and_pruning_takes_rows_away():
 
 
 def test_proficiency_by_hand():
-    spec = PatchSpec(
-        patterns=4, patches=3, taken=2, experts=4, specialists=0
-    )  # an image: its pattern, and both others
+    # An image: its pattern, and both others.
+    spec = PatchSpec(patterns=4, patches=3, taken=2, experts=4, specialists=0)
     router = torch.tensor(
         [
             [2.0, 0, 1.0, 0.0],  # class +1: pattern 0 first: always above a half
@@ -155,9 +153,8 @@ def test_proficient_experts_grow_the_others_hardly_and_half_can_go(seed):
     spec = PatchSpec(steps=150)
     run = simulate(spec, seeded(seed))
     growth, good = run.scores()["router_norm_change"], run.proficiency >= 0.5
-    assert (
-        run.proficiency[[0, 1, 8, 9]].min() > run.proficiency.median()
-    )  # the experts with a head start
+    # the experts with a head start
+    assert run.proficiency[[0, 1, 8, 9]].min() > run.proficiency.median()
     assert 2 <= good.sum() <= 8 and growth[good].mean() > 10 * growth[~good].mean().abs()
     patches, label = draw(spec, 1000, seeded(100 + seed))
     votes = run.after.votes(patches, spec.taken)
@@ -166,9 +163,8 @@ def test_proficient_experts_grow_the_others_hardly_and_half_can_go(seed):
         (votes[kept].sum(dim=0) * label > 0).float().mean().item()
         for kept in (order, order[:8], order[8:])
     ]
-    assert (
-        right[0] > 0.99 and right[1] > 0.99 and right[2] < 0.9
-    )  # all, the eight that grew most, the eight that grew least
+    # All, the eight that grew most, the eight that grew least.
+    assert right[0] > 0.99 and right[1] > 0.99 and right[2] < 0.9
 
 
 @pytest.mark.parametrize(

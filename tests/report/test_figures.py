@@ -386,6 +386,7 @@ def test_the_process_of_extraction_draws_the_largest_clusters():
         rng.random((len(labels), 2)), labels, variance, variance > 0.5, np.eye(7)
     )
     tokens, variance_panel, neurons, sent = fig.axes[:4]
+    # 0 is the smallest
     assert [text.get_text() for text in tokens.get_legend().get_texts()] == [
         "1",
         "2",
@@ -393,7 +394,7 @@ def test_the_process_of_extraction_draws_the_largest_clusters():
         "4",
         "5",
         "6",
-    ]  # 0 is the smallest
+    ]
     assert len(tokens.lines[0].get_xdata()) == 9 + 2  # in no cluster, or in one that is not drawn
     drawn = neurons.images[0].get_array()
     assert drawn.shape == (6, 12) and drawn.sum() == (variance[1:] > 0.5).sum()

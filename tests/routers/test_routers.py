@@ -122,12 +122,8 @@ def test_batch_priority_drops_the_least_sure_and_equals_plain_routing_with_room(
     # Factor 2/3: 2 slots each. Expert 0 is asked by tokens 0 (2), 2 (1), 5 (3): token 2 is the
     # least sure.
     router = by_hand(TopKRouter(2, 2, 1, capacity_factor=2 / 3, batch_priority=True))
-    assert pairs(router(X)) == [
-        (0, 0),
-        (1, 1),
-        (3, 1),
-        (5, 0),
-    ]  # tokens 1 and 4 tie, the earlier one stays
+    # Tokens 1 and 4 tie, the earlier one stays.
+    assert pairs(router(X)) == [(0, 0), (1, 1), (3, 1), (5, 0)]
     plain = by_hand(TopKRouter(2, 2, 1, capacity_factor=2 / 3))
     assert pairs(plain(X)) == [(0, 0), (1, 1), (2, 0), (3, 1)]
     roomy, free = (
@@ -337,22 +333,19 @@ def routing_of(probs):
 
 def test_sharpness_by_hand():
     one_hot = torch.nn.functional.one_hot(torch.arange(8) % 4, 4).float().view(2, 4, 4)
-    assert sharpness_loss(routing_of(one_hot), guard=0.0).item() == pytest.approx(
-        4 / 3
-    )  # E / (E - 1)
+    # E / (E - 1)
+    assert sharpness_loss(routing_of(one_hot), guard=0.0).item() == pytest.approx(4 / 3)
     uniform = torch.full((2, 4, 4), 0.25)
-    assert sharpness_loss(routing_of(uniform), guard=1e-2).item() == pytest.approx(
-        25.0
-    )  # 1 / (E guard)
+    # 1 / (E guard)
+    assert sharpness_loss(routing_of(uniform), guard=1e-2).item() == pytest.approx(25.0)
 
 
 def test_variation_by_hand_and_its_bound():
     # Two images of three tokens: all tokens of image 0 with expert 0, all of image 1 with expert 1:
     # s_e is 3 and 0.
     apart = torch.stack([torch.tensor([[1.0, 0.0]] * 3), torch.tensor([[0.0, 1.0]] * 3)])
-    assert batch_variation(routing_of(apart)).item() == pytest.approx(
-        3 * (1 - 1 / 2)
-    )  # variance 2.25 over mean 1.5
+    # variance 2.25 over mean 1.5
+    assert batch_variation(routing_of(apart)).item() == pytest.approx(3 * (1 - 1 / 2))
     assert variation_loss(routing_of(apart), guard=0.0).item() == pytest.approx(1.5 / 2.25)
     assert variation_loss(routing_of(apart), guard=0.0, deviation=True).item() == pytest.approx(1.0)
     alike = torch.full((2, 3, 2), 0.5)

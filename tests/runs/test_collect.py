@@ -214,9 +214,8 @@ def test_a_device_that_is_not_there_is_refused_where_something_has_to_be_compute
     here["card"] = True
     runs.collect({"a": [spec]}, where=where)
     here["card"] = False
-    assert runs.collect({"a": [spec]}, where=where)["a"][0].test["top1"] == 2 and made == [
-        2
-    ]  # a record needs no card
+    # a record needs no card
+    assert runs.collect({"a": [spec]}, where=where)["a"][0].test["top1"] == 2 and made == [2]
     with pytest.raises(ValueError, match="this machine has none"):
         runs.model_of(spec, where)
 
@@ -242,10 +241,8 @@ def test_load_never_computes(where, made):
     runs.collect({"a": of(2)}, where=where)
     loaded = runs.load({"a": of(1, 2)}, where)["a"]
     assert loaded[0] is None and loaded[1].test["top1"] == 2 and made == [2]
-    assert where.reads == {
-        of(1)[0].id: False,
-        of(2)[0].id: True,
-    }  # what a notebook's manifest lists
+    # What a notebook's manifest lists.
+    assert where.reads == {of(1)[0].id: False, of(2)[0].id: True}
     assert [runs.status_of(spec, where) for spec in of(1, 2)] == ["missing", "done"]
 
 
@@ -259,9 +256,8 @@ def test_parents_first_and_shared_ones_once(where, made, pooled):
     assert made[:2] == [1, 2] and sorted(made) == [1, 2, 3, 4]
     assert [record.test["top1"] for record in records["children"]] == [3, 4]
     assert where.state(parent.id).is_file() and where.state(middle.id).is_file()
-    assert not where.state(
-        grid["children"][0].id
-    ).exists()  # nobody starts from it and nobody said keep
+    # Nobody starts from it and nobody said keep.
+    assert not where.state(grid["children"][0].id).exists()
     assert where.get(middle).status == "ok"  # it was never asked for, and its record is there
 
 
@@ -385,9 +381,8 @@ def test_checkpoint_goes_when_a_run_is_done(where, made):
         checkpoint = where.checkpoint(spec.id)
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write_text("state")
-        (checkpoint.parent / f".{checkpoint.name}.999.part").write_text(
-            "half a sta"
-        )  # a kill in the middle of a write
+        # A kill in the middle of a write.
+        (checkpoint.parent / f".{checkpoint.name}.999.part").write_text("half a sta")
         other = where.checkpoint("0" * 16)
         other.write_text("of another run")
         made.bad.add(seed)
@@ -481,9 +476,8 @@ def test_published_records_lie_in_results_and_failed_ones_never(where, made):
     made.bad.clear()
     runs.collect({"a": of(2, publish=True, study="vimoe")}, where=where)
     assert where.find(of(2)[0].id) == where.published / "vimoe" / f"{of(2)[0].id}.json"
-    assert not (
-        where.private / "records" / "vimoe" / f"{of(2)[0].id}.json"
-    ).exists()  # the failed one is gone
+    # the failed one is gone
+    assert not (where.private / "records" / "vimoe" / f"{of(2)[0].id}.json").exists()
     # The study is a folder, not a part of the name: another study reads the same record.
     runs.collect({"c": of(1, study="durham")}, where=where)
     assert sorted(made) == [1, 2, 2, 3]

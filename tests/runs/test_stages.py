@@ -47,11 +47,10 @@ def test_pretraining_leaves_losses_and_pictures(where):
         and record.arrays["hidden"].sum(axis=1).tolist() == [12] * 12
     )
     assert record.arrays["position_expert"].shape == (2, 5, 2)  # class token and 4 of 16 patches
+    # One further expert and a router a layer.
     assert record.cost["params_stored"] == count(
         create(BASE.backbone, 28, 10, 1), 28
-    ).params_stored + 2 * (
-        24 * 16 + 24 + 24 * 16 + 16 + 2 * 16
-    )  # one further expert and a router a layer
+    ).params_stored + 2 * (24 * 16 + 24 + 24 * 16 + 16 + 2 * 16)
 
 
 @pytest.mark.parametrize(
@@ -88,9 +87,8 @@ def test_gate_stage_changes_no_other_weight(where):
             assert not torch.equal(before[name], after[name])
         else:
             assert torch.equal(before[name], after[name]), name
-    assert (
-        record.history[-1]["train_distil_loss"] < 0.72
-    )  # at most about ln 2, the loss of a gate that knows nothing
+    # At most about ln 2, the loss of a gate that knows nothing.
+    assert record.history[-1]["train_distil_loss"] < 0.72
 
 
 def test_distilled_gate_agrees_with_the_dense_one_more_than_a_fresh_one(where):

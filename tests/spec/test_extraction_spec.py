@@ -86,10 +86,16 @@ EXTRACTED = DENSE.but(init=DENSE, train=None, extract=rules())
         ),
         (
             lambda: DENSE.but(extract=ExtractSpec(neurons={"active": 0.5})),
-            "extract cuts experts out of a trained model",
+            "extract takes experts from the MLPs of a trained model",
         ),
-        (lambda: EXTRACTED.but(moe=MoESpec()), "extract cuts experts out of a trained model"),
-        (lambda: EXTRACTED.but(init=EXTRACTED), "extract cuts experts out of a trained model"),
+        (
+            lambda: EXTRACTED.but(moe=MoESpec()),
+            "extract takes experts from the MLPs of a trained model",
+        ),
+        (
+            lambda: EXTRACTED.but(init=EXTRACTED),
+            "extract takes experts from the MLPs of a trained model",
+        ),
         (lambda: DENSE.but(train={"distil_logits": 0.5}), "distil_logits needs a parent"),
     ],
 )

@@ -40,9 +40,8 @@ def test_an_operand_is_rounded_before_and_the_sum_after():
         exact = left @ torch.tensor([[1.0], [1.0]], dtype=torch.bfloat16)
         whole = left.float() @ torch.ones(2, 1)
     assert exact.dtype is torch.bfloat16 and exact.item() == 1.0  # 1 + 2^-9 has more than 8 digits
-    assert (
-        whole.dtype is torch.float32 and whole.item() == 1.0 + 2.0**-9
-    )  # no product of float32 is touched
+    # No product of float32 is touched.
+    assert whole.dtype is torch.float32 and whole.item() == 1.0 + 2.0**-9
 
 
 def test_values_and_gradients_are_the_processors_own_up_to_the_order_of_sums():

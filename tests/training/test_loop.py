@@ -19,12 +19,13 @@ from lib.runs.store import TIMING, _content
 from lib.spec import BackboneSpec, DataSpec, MoESpec, RunSpec, TrainSpec
 from lib.training import checkpoint, loop
 
+# 4 steps an epoch, 12 in all
 BASE = RunSpec(
     data=DataSpec(train=64, val=20, test=30),
     backbone=BackboneSpec(patch=7, width=16, depth=2, heads=2),
     threads=1,
     train=TrainSpec(epochs=3, batch=16, lr=3e-3, layer_decay=0.8, label_smoothing=0.1),
-)  # 4 steps an epoch, 12 in all
+)
 NOISY = {"data": {"augment": "shift"}, "backbone": {"drop_path": 0.2}}
 TOKEN = MoESpec(
     layers=2,
@@ -63,9 +64,8 @@ def test_attention_written_out_on_cpu_in_bfloat16_alone():
         block.attn.fused_attn for block in written.blocks
     )
     images = torch.randn(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    logits = [
-        model(images) for model in (fused, written)
-    ]  # both in float32 here: the two forms are one function
+    # Both in float32 here: the two forms are one function.
+    logits = [model(images) for model in (fused, written)]
     torch.testing.assert_close(*logits)
     for out in logits:
         out.square().sum().backward()
@@ -84,9 +84,8 @@ def test_same_spec_twice(tmp_path, moe, dtype):
     torch.rand(7)  # the state of the global generator must not matter
     assert outcome(spec, tmp_path) == first
     assert [row["epoch"] for row in first["history"]] == [0.0, 1.0, 1.5]
-    if (
-        moe is None
-    ):  # each part of the noise is there, or the comparison above would prove nothing about it
+    # Each part of the noise is there, or the comparison above would prove nothing about it.
+    if moe is None:
         for change in (
             {"seed": 1},
             {"data": {"augment": "none"}},
@@ -250,9 +249,8 @@ def test_loss_parts_by_hand():
         balance.append(4 * (share * routing.probs.mean(0)).sum())
         z.append(routing.logits.exp().sum(-1).log().pow(2).mean())
     assert len(z) == 2
-    assert torch.allclose(
-        parts["balance_loss"], sum(balance) / 2
-    )  # the history shows the mean over layers
+    # The history shows the mean over layers.
+    assert torch.allclose(parts["balance_loss"], sum(balance) / 2)
     assert torch.allclose(
         parts["loss"], parts["task_loss"] + 0.5 * sum(balance) + 0.25 * sum(z), atol=1e-5
     )
@@ -275,9 +273,8 @@ def test_loss_free_balancing_moves_the_bias_by_rate_times_sign(monkeypatch):
     def watched(router, routing, rate):
         counts = [int((routing.choice == e).sum()) for e in range(4)]
         for e in range(4):
-            expected[e] += 0.125 * (
-                (counts[e] < 4) - (counts[e] > 4)
-            )  # 16 images over 4 experts: 4 is the mean
+            # 16 images over 4 experts: 4 is the mean.
+            expected[e] += 0.125 * ((counts[e] < 4) - (counts[e] > 4))
         seen.append(counts)
         real(router, routing, rate)
 
@@ -421,8 +418,7 @@ def test_tensorboard_files_hold_the_history(tmp_path):
 def test_without_tensorboard_nothing_is_missing(tmp_path, monkeypatch):
     spec = BASE.but(train={"epochs": 0.5})
     with_it = outcome(spec, tmp_path / "with")
-    monkeypatch.setitem(
-        sys.modules, "torch.utils.tensorboard", None
-    )  # importing it raises ImportError
+    # Importing it raises ImportError.
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert outcome(spec, tmp_path / "without") == with_it
     assert not (tmp_path / "without" / "tensorboard").exists()

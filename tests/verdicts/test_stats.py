@@ -209,9 +209,8 @@ def test_beyond_the_line_of_a_family_by_hand():
     assert beyond(sized(63.0, 50, 0)).mean == pytest.approx(63 - 60)
     assert beyond(sized(63.0, 50, 1)).mean == pytest.approx(63 - 50)
     assert beyond(sized(76.0, 80, 0)).mean == pytest.approx(76 - 75)
-    assert beyond(sized(76.0, 140, 0)).mean == pytest.approx(
-        76 - 80
-    )  # larger than the whole model: against that
+    # Larger than the whole model: against that.
+    assert beyond(sized(76.0, 140, 0)).mean == pytest.approx(76 - 80)
     both = beyond(sized(63.0, 50, 0), sized(63.0, 50, 1), sized(99.0, 30, 2))
     assert (both.mean, both.n) == (pytest.approx(8.0), 2)
     for left_out in (sized(63.0, 39, 0), sized(63.0, 50, 2), sized(63.0, 50, 0, "failed"), None):
