@@ -67,7 +67,7 @@ page = lib.page(grid, p)
 page.intro()
 """,
     """def claims(side):
-    yield compare("positions alone route as well", side["hash"], side["dense"], "greater")
+    yield compare("sorting by place beats dense", side["hash"], side["dense"], "greater")
 
 
 page.answer(claims)

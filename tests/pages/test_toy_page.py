@@ -38,7 +38,7 @@ def test_a_new_study_is_built_and_its_own_command_fills_it(book):
     assert "<strong>Reproduced:</strong> mnist5k at 28 px, 64 training images" in page
     assert "None of this page’s 1 claims has its records yet." in page
     assert page.count(FILL) >= 2  # below the table, and in the caption of the costs
-    assert "This build: positions alone route as well" in page
+    assert "This build: sorting by place beats dense" in page
     assert "one seed claims no order" in page
     assert "Limit: the speed of &#x27;dense&#x27; scaled by multiply-adds." in page
     assert "0 <em>undecided</em>, 1 <em>not tested</em>" in html_of(book, "verdicts")
