@@ -1,11 +1,10 @@
-"""Routers and storage of experts that were cut out of a trained MLP (MoEE, 2505.15414; MoEfication,
+"""Routers of experts that were extracted from a trained MLP: hard choices, without a gate.
+
+Experts were parts of a whole that was not weighed either (MoEE, 2505.15414; MoEfication,
 2110.01786).
 
-Decisions are hard and no gate weighs an output: experts were parts of a whole that was not weighed
-either.
-
-Axis letters: **B** images, **N** tokens of an image, **T** = B*N, **D** width, **H** hidden width
-(of each expert its own), **U** neurons in any expert, **E** experts, **K** experts per token.
+Axis letters: **B** images, **N** tokens of an image, **T** = B*N, **D** width, **E** experts, **K**
+experts per token.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a run is: frozen, validated, hashable descriptions. Nothing here imports torch.
 
-A `RunSpec` says everything that decides a result: data, backbone, surgery, training, seed, dtype
-and threads. Its `id` names the record that the run leaves. Two rules keep old records valid while
-the project grows:
+A `RunSpec` says everything that decides a result: data, backbone, MoE layers, steps, training,
+seed, dtype and threads. Its `id` names the record that the run leaves. Two rules keep old records
+valid while the project grows:
 
 - fields at their default value stay out of the hash, so a new field whose default means "as before"
   changes no id;
