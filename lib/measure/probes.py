@@ -37,6 +37,8 @@ class ProbeInputs:
     splits: Splits
     test: Evaluation
     routing: RoutingProbe  # filled by that evaluation
+    # MiB that training steps add to a process of their own; asked of whoever carries the run out
+    resident_mib: Callable[[], dict[str, float]]
 
     @cached_property
     def index(self) -> Tensor:
@@ -108,7 +110,7 @@ def _memory(inputs: ProbeInputs) -> ProbeResult:
     spec, split = inputs.spec, inputs.splits.train
     mib = memory.first_step_mib(inputs.trained, split, spec, inputs.teacher)
     if spec.resident:
-        mib |= memory.resident_mib(inputs.trained, spec)
+        mib |= inputs.resident_mib()
     return ProbeResult({"memory": mib})
 
 

@@ -107,7 +107,8 @@ class _Run:
         routing = RoutingProbe(len(splits.class_names))
         test = evaluate(model, splits.test, self.spec, routing.update)
         self.timing["eval_images_per_s"] = test.images_per_s
-        inputs = ProbeInputs(self.spec, model, trained, teacher, splits, test, routing)
+        resident = partial(self._resident_mib, trained, splits)
+        inputs = ProbeInputs(self.spec, model, trained, teacher, splits, test, routing, resident)
         result = probed(inputs)
         self.entries |= {"moe": []} | result.entries
         weights["final"] = sha256_state(model.state_dict())
@@ -116,6 +117,11 @@ class _Run:
         self.timing["peak_rss_mib"] = peak_rss_mib()
         self.entries |= {"cost": _cost(model, self.spec, self.entries["moe"])}
         return self.entries | {"weights": weights, "timing": self.timing}, result.arrays
+
+    def _resident_mib(self, model: nn.Module, splits: Splits) -> dict[str, float]:
+        from .resident import resident_mib
+
+        return resident_mib(model, self.spec, len(splits.class_names), splits.channels)
 
     def _model(self, splits: Splits, parent: dict[str, Tensor] | None) -> nn.Module:
         """The model before the steps of the run, where it is computed."""
