@@ -1,9 +1,8 @@
 """The prior of seed variances by hand and by simulation, and what it does to an interval."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
+from paired_runs import right_of, runs
 from scipy import stats as scipy_stats
 
 from lib.verdicts import stats
@@ -17,25 +16,6 @@ from lib.verdicts.moderated import (
 )
 
 NOTHING = SeedPrior(1.0, 0.0, 100.0)
-
-
-def runs(right, name="", seeds=None):
-    """Records with given correctness (S, I), named after their side and seed."""
-    right = np.asarray(right, int)
-    seeds = range(len(right)) if seeds is None else seeds
-    return [
-        SimpleNamespace(
-            id=f"{name}{seed}",
-            status="ok",
-            spec=SimpleNamespace(seed=seed),
-            arrays={"test_label": np.zeros(row.size, int), "test_pred": 1 - row},
-        )
-        for seed, row in zip(seeds, right, strict=True)
-    ]
-
-
-def right_of(*percents, images=200):
-    return [np.arange(images) < round(images * percent / 100) for percent in percents]
 
 
 # ---------------------------------------------------------------- the prior
