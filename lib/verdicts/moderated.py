@@ -12,9 +12,15 @@ observed variances s_g^2 with d_g degrees of freedom, and moderates each of thes
 d0 = 0: the study says nothing of a single comparison, and Student's t remains. d0 infinite: all
 comparisons have one variance. A variance that is small by luck is widened, a large one narrowed.
 
-Comparisons that share an arm are not independent; the degrees of freedom count them as if they
-were. A comparison whose true variance is above that of its study is covered less often than it
-says, one below more often: what holds is the average over the comparisons (`coverage`).
+Comparisons that share an arm are not independent, and a study often compares all arms with one.
+Where the seeds of all arms vary alike, two such differences have a correlation of 1/2 and their
+variances one of 1/4. So they spread less than independent ones, and count for less together: the
+excess and the degrees of freedom of the study are corrected for it (Smyth has independent genes).
+
+A comparison whose true variance is above that of its study is covered less often than it says, one
+below more often: what holds is the average over the comparisons (`coverage`).
+
+Axis letter: **G** comparisons of a study.
 """
 
 from __future__ import annotations
@@ -35,6 +41,7 @@ __all__ = ["MIN_COMPARISONS", "SeedPrior", "fit_prior", "study_prior"]
 MIN_COMPARISONS = 6
 # a variance of 0 has no logarithm: none counts as less than this share of the median (as in limma)
 FLOOR = 1e-5
+SHARED_ARM = 1 / 4  # correlation of the variances of two comparisons that share an arm
 # half of d0 is sought between these; trigamma is 1e8 and 1e-6 there
 HALF_D0 = (1e-4, 1e6)
 
@@ -46,7 +53,7 @@ class SeedPrior:
     variance: s0^2, in the squared unit of the comparisons (squared points of accuracy), of one
     seed and not of a mean. degrees: d0, from 0 (nothing shared) to infinity (one variance for all).
     all_degrees: degrees of freedom of all comparisons together, which no moderated variance
-    exceeds.
+    exceeds (the prior itself is estimated with no more).
     """
 
     variance: float
@@ -66,12 +73,15 @@ class SeedPrior:
         return moderated, max(min(total, self.all_degrees), degrees)
 
 
-def fit_prior(variances: Sequence[float], degrees: Sequence[float]) -> SeedPrior:
+def fit_prior(
+    variances: Sequence[float], degrees: Sequence[float], correlation: np.ndarray | None = None
+) -> SeedPrior:
     """Fits the prior of a study by the moments of the logarithms of its variances.
 
-    variances: (G,) one per comparison, 0 or more. degrees: (G,) their degrees of freedom. Fewer
-    than MIN_COMPARISONS share nothing. An infinite d0 goes with the pooled variance. Raises
-    ValueError for unequal lengths, none at all, negative variances and degrees below 1.
+    variances: (G,) one per comparison, 0 or more. degrees: (G,) their degrees of freedom.
+    correlation: (G, G) of the variances, 1 on the diagonal; None = independent. Fewer than
+    MIN_COMPARISONS share nothing. An infinite d0 goes with the pooled variance. Raises ValueError
+    for unequal lengths, none at all, negative variances and degrees below 1.
     """
     s2, d = np.asarray(list(variances), float), np.asarray(list(degrees), float)
     if s2.shape != d.shape or not s2.size:
@@ -81,18 +91,26 @@ def fit_prior(variances: Sequence[float], degrees: Sequence[float]) -> SeedPrior
             f"variances must be 0 or more and degrees of freedom 1 or more, "
             f"got {s2.tolist()} and {d.tolist()}"
         )
-    pooled = float(d @ s2 / d.sum())
+    pooled, all_degrees, covariance = float(d @ s2 / d.sum()), float(d.sum()), 0.0
+    if correlation is not None:
+        # Satterthwaite: twice the squared mean over the variance of the pooled variance.
+        # Comparisons with shared seeds have as many degrees in common as the smaller one has.
+        all_degrees = float(d.sum() ** 2 / (correlation * np.minimum.outer(d, d)).sum())
+        # To first order the logarithms of two variances have the covariance r * 2 / d; what all
+        # of them share does not spread them.
+        pairs = s2.size * (s2.size - 1)
+        covariance = (correlation.sum() - s2.size) / max(pairs, 1) * (2 / d).mean()
     if s2.size < MIN_COMPARISONS or np.median(s2) == 0:
-        return SeedPrior(pooled, 0.0, float(d.sum()))
+        return SeedPrior(pooled, 0.0, all_degrees)
     # log s_g^2 less what its own chi-square law adds to the mean: Smyth's e_g
     e = np.log(np.maximum(s2, FLOOR * np.median(s2))) - digamma(d / 2) + np.log(d / 2)
     # variance of e beyond that of the chi-square laws = trigamma(d0 / 2)
-    excess = float(e.var(ddof=1) - polygamma(1, d / 2).mean())
+    excess = float(e.var(ddof=1) - (polygamma(1, d / 2).mean() - covariance))
     if excess <= polygamma(1, HALF_D0[1]):
-        return SeedPrior(pooled, float("inf"), float(d.sum()))
+        return SeedPrior(pooled, float("inf"), all_degrees)
     half = _inverse_trigamma(excess)
     variance = float(np.exp(e.mean() + digamma(half) - np.log(half)))
-    return SeedPrior(variance, 2 * half, float(d.sum()))
+    return SeedPrior(variance, 2 * half, all_degrees)
 
 
 def _inverse_trigamma(value: float) -> float:
@@ -107,16 +125,23 @@ def study_prior(comparisons: Iterable[tuple[Sequence[Any], Sequence[Any]]]) -> S
     """Fits the prior of a study from the records of its comparisons, in squared points.
 
     comparisons: two sides each, of one record per seed; a pair of sides that comes again, also the
-    other way round, counts once. Left out: sides that cannot be paired by seed, and pairs with
-    fewer than two shared seeds. None if nothing is left.
+    other way round, counts once, and pairs that have a side in common are taken as correlated. Left
+    out: sides that cannot be paired by seed, pairs with fewer than two shared seeds, and an arm
+    beside itself. None if nothing is left.
     """
     differences_of = {}
     for records_a, records_b in comparisons:
         differences = seed_differences(records_a, records_b)
-        if differences is not None and differences.size > 1:
-            sides = (frozenset(r.id for r in side if r) for side in (records_a, records_b))
-            differences_of[frozenset(sides)] = differences
+        sides = frozenset(frozenset(r.id for r in side if r) for side in (records_a, records_b))
+        if len(sides) == 2 and differences is not None and differences.size > 1:
+            differences_of[sides] = differences
     if not differences_of:
         return None
     rows = differences_of.values()
-    return fit_prior([row.var(ddof=1) for row in rows], [row.size - 1 for row in rows])
+    correlation = [
+        [1.0 if g == h else SHARED_ARM * (not g.isdisjoint(h)) for h in differences_of]
+        for g in differences_of
+    ]
+    return fit_prior(
+        [row.var(ddof=1) for row in rows], [row.size - 1 for row in rows], np.array(correlation)
+    )

@@ -38,6 +38,29 @@ def test_fit_by_hand():
     assert prior.moderate(11.0, 2) == (pytest.approx((2 * 3 + 2 * 11) / 4), pytest.approx(4))
 
 
+def test_shared_arms_count_for_less():
+    """Of six comparisons with one arm in common: (6 * 2)^2 / (2 * (6 + 30 / 4)) degrees of freedom;
+    as variances that go together spread less, the same spread leaves more excess."""
+    a = np.sqrt(5 * np.pi**2 / 18)
+    variances = np.exp([a, -a] * 3)
+    star = np.full((6, 6), 0.25) + 0.75 * np.eye(6)
+    prior = fit_prior(variances, [2] * 6, star)
+    assert prior.all_degrees == pytest.approx(144 / 27)
+    # the excess is trigamma(1) + 1/4
+    assert prior.degrees == pytest.approx(2 * _inverse_trigamma(np.pi**2 / 6 + 0.25))
+    arms = [runs(right_of(50 + g, 55, 60 - g), f"arm{g}") for g in range(7)]
+    shared = study_prior([(arm, arms[0]) for arm in arms[1:]])
+    assert shared.all_degrees == pytest.approx(144 / 27)
+
+
+def test_variances_of_shared_arms_correlate_as_assumed():
+    """Differences of two seeds' arms from a third: squared deviations and their logarithms."""
+    arms = np.random.default_rng(0).normal(size=(100000, 3, 3))
+    a, b = ((arms[:, g] - arms[:, 2]).var(axis=1, ddof=1) for g in (0, 1))
+    assert np.corrcoef(a, b)[0, 1] == pytest.approx(0.25, abs=0.02)
+    assert np.cov(np.log(a), np.log(b))[0, 1] == pytest.approx(0.25 * 2 / 2, abs=0.04)
+
+
 def test_equal_variances_give_one_pooled_variance():
     prior = fit_prior([2.0] * 4 + [3.0] * 4, [2] * 4 + [6] * 4)
     assert prior.degrees == np.inf and prior.all_degrees == 32
@@ -94,7 +117,15 @@ def test_study_prior_from_records():
     # again, and the other way round: counted once; seeds apart, one seed, none: left out
     apart = (runs(half, "c"), runs(half, "d", seeds=[7, 8, 9]))
     one = (runs(half[:1], "e"), runs(half[:1], "f"))
-    more = [pairs[0], pairs[1][::-1], apart, one, ([], runs(half)), ([None], runs(half))]
+    more = [
+        pairs[0],
+        pairs[1][::-1],
+        (pairs[0][0], pairs[0][0]),
+        apart,
+        one,
+        ([], runs(half)),
+        ([None], runs(half)),
+    ]
     assert study_prior([*pairs, *more]) == prior
     assert study_prior([apart, one]) is None
 
