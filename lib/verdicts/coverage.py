@@ -169,7 +169,7 @@ def table(studies: int = STUDIES, comparisons: int = COMPARISONS) -> Iterator[st
 
 
 def main() -> None:
-    """Prints the table, in a minute or two with 100 studies a row."""
+    """Prints the table, in two or three minutes on one core with 100 studies a row."""
     parser = argparse.ArgumentParser(prog="python -m lib.verdicts.coverage")
     parser.add_argument("--studies", type=int, default=STUDIES, help="simulated a row")
     parser.add_argument("--comparisons", type=int, default=COMPARISONS, help="of a study")
