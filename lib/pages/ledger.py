@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from ..verdicts import COUNTED
+from ..verdicts import COUNTED, WORDS
 from . import manifest
 
 
@@ -28,7 +28,8 @@ def page(keys: Sequence[str]) -> str:
         if (answer := answered(cells))
     }
     counts = Counter(claim["verdict"] for *_, claims in answers.values() for claim in claims)
-    listed = ", ".join(f"{counts[verdict]} *{verdict}*" for verdict in COUNTED)
+    words = [verdict for verdict in WORDS if verdict in COUNTED or counts[verdict]]
+    listed = ", ".join(f"{counts[verdict]} *{verdict}*" for verdict in words)
     lines = [f"**{counts.total()} claims:** {listed}.", ""]
     for key, (heading, source, claims) in answers.items():
         lines += [

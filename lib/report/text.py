@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import pandas as pd
 from IPython.display import Markdown
 
-from ..verdicts import COUNTED
+from ..verdicts import DECIDED, WORDS
 from ..verdicts.claims import Verdict
 from .tables import Table, table
 
@@ -49,7 +49,7 @@ def answer(judged: Iterable[Verdict], source: str = "Reproduced") -> Markdown:
     """
     judged = [replace(v, claim=v.claim.removeprefix(f"{source}: ")) for v in judged]
     data = {"source": source, "claims": [asdict(v) for v in judged]}
-    by_verdict = {verdict: [v for v in judged if v.verdict == verdict] for verdict in COUNTED}
+    by_verdict = {verdict: [v for v in judged if v.verdict == verdict] for verdict in WORDS}
     untested = len(by_verdict["not tested"])
     if untested == len(judged):
         return Markdown(
@@ -57,7 +57,7 @@ def answer(judged: Iterable[Verdict], source: str = "Reproduced") -> Markdown:
             metadata=data,
         )
     lines = [f"**{source}, in short.** The table of verdicts below has all the numbers.", ""]
-    for verdict in ("holds", "does not hold"):
+    for verdict in DECIDED:
         for v in by_verdict[verdict]:
             lines.append(f"- *{verdict.capitalize()}:* {v.claim}: {v.text.partition(';')[0]}")
     if by_verdict["undecided"]:

@@ -7,9 +7,12 @@ resampled there as well as seeds. Here each record gives one number, and only se
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .stats import Interval, finished, mean_interval
+
+if TYPE_CHECKING:
+    from .moderated import SeedPrior
 
 Value = Callable[[Any], float | None]  # from a record to one of its numbers; None = it has none
 
@@ -36,11 +39,15 @@ def value_interval(records: Sequence[Any], value: Value) -> Interval | None:
 
 
 def value_difference(
-    records_a: Sequence[Any], records_b: Sequence[Any], value: Value
+    records_a: Sequence[Any],
+    records_b: Sequence[Any],
+    value: Value,
+    prior: SeedPrior | None = None,
 ) -> Interval | None:
     """Computes the mean difference a - b of a number, paired by seed, and its interval.
 
-    The interval is that of the differences, one a shared seed. None without a shared seed.
+    The interval is that of the differences, one a shared seed. prior: of the variance of such
+    differences over the seeds, in the squared unit. None without a shared seed.
     """
     differences = [value(a) - value(b) for a, b in same_seed(records_a, records_b)]
-    return mean_interval(differences) if differences else None
+    return mean_interval(differences, prior=prior) if differences else None

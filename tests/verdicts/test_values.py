@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from lib.verdicts.moderated import SeedPrior
 from lib.verdicts.stats import mean_interval
 from lib.verdicts.values import same_seed, value_difference, value_interval
 
@@ -53,3 +54,9 @@ def test_difference_is_paired_by_seed():
     assert (partly.mean, partly.n) == (1, 3)
     assert np.sign(value_difference(b, a, loss).mean) == -1
     assert value_difference(a[:1], b[1:], loss) is None
+
+
+def test_difference_with_a_prior():
+    a, b = [run(s, 100.0 * s + 1 + s) for s in range(3)], [run(s, 100.0 * s) for s in range(3)]
+    prior = SeedPrior(4.0, 3.0, 50.0)
+    assert value_difference(a, b, loss, prior) == mean_interval([1, 2, 3], prior=prior)

@@ -1,0 +1,199 @@
+"""The rule against a published size, each branch and boundary by hand, and many claims at once."""
+
+from dataclasses import replace
+from typing import get_args
+
+import numpy as np
+import pytest
+from paired_runs import right_of, runs
+from scipy import stats as scipy_stats
+
+from lib.report import text
+from lib.verdicts import AGAINST_PUBLISHED, WORDS, claims
+from lib.verdicts.law import Law
+from lib.verdicts.many import correct
+from lib.verdicts.stats import Difference, Interval
+
+
+def estimate(low, high, n=3):
+    return Interval((low + high) / 2, low, high, n, "t 95%", law=Law(0.0, 1.0, 1.0, 2.0))
+
+
+# of a published size of 2 points
+RULE = [
+    (0.1, 3.0, "holds"),
+    (0.1, 1.9, "holds, smaller than published"),
+    (0.1, 2.0, "holds"),  # an end at the size is inside
+    (2.5, 3.0, "holds"),  # larger than published
+    (0.0, 1.9, "not reproduced"),  # an end at 0 is inside
+    (-1.0, 1.9, "not reproduced"),
+    (-1.0, 0.0, "not reproduced"),
+    (0.0, 0.0, "not reproduced"),  # a true null, ten seeds that agree
+    (-1.0, -0.1, "opposite"),
+    (-9.0, -3.0, "opposite"),
+    (-1.0, 2.0, "undecided"),
+    (0.0, 2.0, "undecided"),
+    (-1.0, 3.0, "undecided"),
+]
+
+
+@pytest.mark.parametrize("low, high, verdict", RULE)
+def test_directional_claims(low, high, verdict):
+    assert claims.judge_against("c", estimate(low, high), "greater", 2.0).verdict == verdict
+    assert claims.judge_against("c", estimate(-high, -low), "less", 2.0).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    "low, high, verdict",
+    [
+        (-0.9, 0.9, "holds"),
+        (0.2, 0.9, "holds"),  # another value than 0, but within the band
+        (-1.0, 0.9, "undecided"),
+        (-0.9, 1.0, "undecided"),
+        (0.5, 1.5, "undecided"),
+        (-2.0, 2.0, "undecided"),
+        (1.0, 1.5, "undecided"),
+        (1.1, 1.5, "not reproduced"),
+        (-1.5, -1.1, "not reproduced"),
+        (-1.5, -1.0, "undecided"),
+    ],
+)
+def test_equality_by_its_band(low, high, verdict):
+    assert claims.judge_against("c", estimate(low, high), "equal", 1.0).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    "low, high, verdict",
+    [
+        (-0.9, 0.1, "holds"),
+        (-0.9, 5.0, "holds"),
+        (3.0, 5.0, "holds"),  # a gain never fails it
+        (-1.0, 5.0, "undecided"),
+        (-1.5, -1.0, "undecided"),
+        (-1.5, -0.5, "undecided"),
+        (-1.5, -1.1, "not reproduced"),
+    ],
+)
+def test_not_worse_has_one_side(low, high, verdict):
+    assert claims.judge_against("c", estimate(low, high), "not worse", 1.0).verdict == verdict
+
+
+def test_without_interval_or_records():
+    none = claims.judge_against("c", None, "greater", 2.0)
+    assert (none.verdict, none.text, none.n, none.p) == ("not tested", "no records", 0, None)
+    one = claims.judge_against("c", Interval(5.0, None, None, 1), "greater", 2.0)
+    assert (one.verdict, one.p) == ("undecided", None)
+    assert one.text == "+5.0 points, n=1; one seed claims no order"
+    two = claims.judge_against("c", Interval(5.0, None, None, 2), "equal", 2.0)
+    assert two.verdict == "undecided" and two.text.endswith("2 seeds claim no order, 3 are needed")
+
+
+def test_text_names_the_size():
+    difference = Difference(0.5, 0.25, 0.75, 3, "t 95%", 0.99, law=Law(0.5, 0.0, 0.01, 2.0))
+    judged = claims.judge_against("c", difference, "greater", 1.25)
+    assert judged.text == (
+        "+0.5 [+0.2, +0.8] points, n=3; 99.0% of draws above 0; published 1.25 points"
+    )
+    slope = claims.judge_against("c", estimate(1.0, 2.0), "not worse", 1.0, unit="")
+    assert slope.text == "+1.5 [+1.0, +2.0], n=3; band of 1"
+    assert judged.said_of("Reproduced").claim == "Reproduced: c"
+    assert judged.said_of("Reproduced").p == judged.p
+
+
+@pytest.mark.parametrize(
+    "direction, size, message",
+    [("up", 1.0, "'up'"), ("greater", 0.0, "size=0.0"), ("less", -1.0, "size=-1.0"),
+     ("equal", float("nan"), "size=nan")],
+)  # fmt: skip
+def test_refused(direction, size, message):
+    with pytest.raises(ValueError, match=message):
+        claims.judge_against("c", None, direction, size)
+
+
+def test_p_values_by_hand():
+    """Student's t with two degrees of freedom around 1, scale 0.5."""
+    law = Law(1.0, 0.0, 0.25, 2.0)
+    interval = Interval(1.0, 1 - 0.5 * 4.302653, 1 + 0.5 * 4.302653, 3, law=law)
+
+    def p(direction):
+        return claims.judge_against("c", interval, direction, 3.0).p
+
+    assert p("greater") == pytest.approx(scipy_stats.t.cdf(-2, 2))
+    assert p("less") == pytest.approx(scipy_stats.t.cdf(2, 2))
+    assert p("not worse") == pytest.approx(scipy_stats.t.cdf(-8, 2))
+    assert p("equal") == pytest.approx(scipy_stats.t.cdf(-4, 2))
+    # at the end of the interval the p-value is the level of the rule
+    at_end = replace(interval, law=replace(law, mean=0.5 * 4.302653))
+    assert claims.judge_against("c", at_end, "greater", 3.0).p == pytest.approx(0.025, rel=1e-4)
+
+
+def test_from_records():
+    a, b = runs(right_of(60, 61, 62), "a"), runs(right_of(50, 50, 50), "b")
+    judged = claims.compare_against("a beats b", a, b, "greater", 30.0)
+    assert judged.verdict == "holds, smaller than published" and judged.n == 3
+    assert claims.compare_against("b beats a", b, a, "greater", 1.0).verdict == "opposite"
+    assert claims.compare_against("b is worse", b, a, "less", 1.0).verdict == "holds"
+    assert claims.compare_against("?", a, [], "less", 1.0).verdict == "not tested"
+
+
+def test_an_answer_lists_every_word():
+    assert set(get_args(claims.VerdictWord)) == set(WORDS)
+    judged = [
+        claims.judge_against(f"claim {word}", estimate(low, high), "greater", 2.0)
+        for low, high, word in RULE
+    ]
+    judged.append(claims.judge_against("claim not tested", None, "greater", 2.0))
+    assert {v.verdict for v in judged} == set(AGAINST_PUBLISHED)
+    lines = text.answer(judged).data.split("\n")
+    for word in set(AGAINST_PUBLISHED) - {"undecided", "not tested"}:
+        said = [
+            line for line in lines if line.startswith(f"- *{word.capitalize()}:* claim {word}:")
+        ]
+        assert len(said) == sum(v.verdict == word for v in judged)
+    assert any(line.startswith("- *Undecided:* claim undecided") for line in lines)
+
+
+# ---------------------------------------------------------------- many claims
+
+
+def judged(p, word="holds"):
+    return claims.SizedVerdict("c", word, "", 3, 1.0, p)
+
+
+def test_correction_by_hand():
+    """Benjamini-Yekutieli of four: the k-th smallest p times 4 (1 + 1/2 + 1/3 + 1/4) / k."""
+    family = [judged(0.002), judged(0.02), judged(0.9, "opposite"), judged(0.001)]
+    result = correct(family, level=0.025)
+    # 25/3 times p over its rank: 0.0083 for both of the first two, 0.056 for the third
+    assert result.after == (True, False, False, True)
+    assert (result.tested, result.hold_alone, result.hold_after) == (4, 3, 2)
+    assert result.expected_by_chance == pytest.approx(4 * 0.025)
+    assert result.expected_false == pytest.approx(2 * 0.025)
+
+
+def test_a_single_claim_needs_no_correction():
+    assert correct([judged(0.02)]).after == (True,)
+    assert correct([judged(0.03)]).after == (False,)
+
+
+def test_what_has_no_p_value_is_not_in_the_family():
+    alone = correct([judged(0.02), judged(None, "not tested"), judged(None, "undecided")])
+    assert alone.after == (True, False, False) and alone.tested == 1
+    assert correct([]).tested == 0 and correct([judged(None, "not tested")]).expected_false == 0
+    # a small p-value alone does not make a claim hold
+    assert correct([judged(0.001, "undecided")]).after == (False,)
+
+
+def test_correction_keeps_false_claims_rare():
+    """Claims without any effect, which share an arm: without a correction one holds in every
+    fourth study, with it in few."""
+    rng = np.random.default_rng(0)
+    some_alone, some_after = [], []
+    for _ in range(300):
+        z = rng.normal(size=40) + rng.normal()
+        p = scipy_stats.norm.sf(z / np.sqrt(2))
+        result = correct([judged(float(x), "holds" if x < 0.025 else "undecided") for x in p])
+        some_alone.append(result.hold_alone > 0)
+        some_after.append(result.hold_after > 0)
+    assert np.mean(some_alone) > 0.2
+    assert np.mean(some_after) < 0.025
