@@ -175,7 +175,7 @@ def _merge(args: argparse.Namespace) -> int:
     pages = [key for key in build.in_book() if profiles.has_profile(key, args.profile)]
     specs = [sum(profiles.plan(key, args.profile).values(), []) for key in pages]
     filed, missing = merge(args.files, dict(zip(pages, specs, strict=True)))
-    print(f"{len(filed)} records filed; of the packed runs missing: {', '.join(missing) or 'none'}")
+    print(f"{len(filed)} records are there; still missing: {', '.join(missing) or 'none'}")
     return 0
 
 
@@ -198,7 +198,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(str(error), 1)
     except KeyboardInterrupt:
         return _failed("interrupted; records and checkpoints written so far are kept", 130)
-    except ValueError as error:  # NotebookError, and what specs say about bad values
+    except (ValueError, FileNotFoundError) as error:
+        # NotebookError, what specs say about bad values, and data or weights that are not there
         return _failed(" ".join(str(error).split()), 2)
 
 

@@ -1,4 +1,4 @@
-"""Carries out packed runs, several at a time; `unpack` starts it where they were unpacked to.
+"""Carries out packed runs, several at a time; `unpack` starts it with MOE_CACHE where they lie.
 
 Each run is a process of its own that calls `collect`. A further one is started as long as what is
 free of the memory, of the graphics card or of the machine, holds what one run took at most so far.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
+import re
 import subprocess
 import sys
 import time
@@ -25,13 +25,7 @@ from .store import Record, store
 
 POLL_SECONDS = 0.2
 MARGIN = 1.1  # of the memory that a run took: others may still grow
-OUT_OF_MEMORY = (
-    "OutOfMemoryError",
-    "MemoryError",
-    "out of memory",
-    "allocate memory",
-    "ALLOC_FAIL",
-)
+OUT_OF_MEMORY = re.compile("OutOfMemory|MemoryError|out of memory|allocate memory|ALLOC_FAILED")
 
 
 @dataclass
@@ -62,7 +56,9 @@ class Queue:
                 self.waiting.append(spec)
             elif spec.id not in bundled:  # stopped between record and bundle
                 self._bundle(store().peek(spec.id))
-        print(f"{len(self.waiting)} of {len(self.specs)} runs to do, code in {paths.ROOT / 'lib'}")
+        print(
+            f"{len(self.waiting)} of {len(self.specs)} runs to do, code in {paths.ROOT}", flush=True
+        )
         idle_bytes = self._free_bytes()
         try:
             while self.waiting or self.alone or self.running:
@@ -81,22 +77,23 @@ class Queue:
         ready = [spec for spec in self.waiting if _has_parents(spec)]
         if not self.running and not ready and self.alone:
             return self._start(self.alone.pop(0))
-        is_crowded = len(self.running) >= self.workers or (
-            self.running
-            and (
-                time.monotonic() - self.last_start < self.settle
-                or self._free_bytes() < MARGIN * self.bytes_of_run
-            )
-        )
-        if not ready or is_crowded:
+        if not ready or not self._fits():
             return False
         self.waiting.remove(ready[0])
         return self._start(ready[0])
 
+    def _fits(self) -> bool:
+        """Says whether one more run may be started beside those that run."""
+        if not self.running:
+            return True
+        has_settled = time.monotonic() - self.last_start >= self.settle
+        has_room = self._free_bytes() >= MARGIN * self.bytes_of_run
+        return len(self.running) < self.workers and has_settled and has_room
+
     def _start(self, spec: RunSpec) -> bool:
         logs = paths.cache() / "logs"
         logs.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "lib.runs.away", *sys.argv[1:3], "--run", spec.id]
+        command = [sys.executable, "-m", "lib.runs.away", "--run", spec.id]
         with open(logs / f"{spec.id}.log", "a") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log)
         self.had_company.discard(spec.id)
@@ -166,7 +163,7 @@ def _did_not_fit(process: subprocess.Popen, record: Record | None) -> bool:
     if process.returncode == -9:
         return True
     error = {} if record is None else record.content.get("error", {})
-    return any(word in f"{error.get('kind')} {error.get('message')}" for word in OUT_OF_MEMORY)
+    return OUT_OF_MEMORY.search(f"{error.get('kind')} {error.get('message')}") is not None
 
 
 def _reason(spec: RunSpec, process: subprocess.Popen, record: Record | None) -> str:
@@ -180,13 +177,11 @@ def _reason(spec: RunSpec, process: subprocess.Popen, record: Record | None) -> 
 def main() -> int:
     """Carries out all runs, or with --run one of them; the exit status is 1 if any failed."""
     parser = argparse.ArgumentParser(prog="run.py")
-    parser.add_argument("unpacked", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("bundles", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--run", help=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, help="most runs at a time")
     parser.add_argument("--settle", type=float, default=15, help="seconds between two starts")
     args = parser.parse_args()
-    dumped = json.loads((args.unpacked / "specs.json").read_text())
+    dumped = json.loads((paths.cache() / "specs.json").read_text())
     specs = [RunSpec.model_validate_json(json.dumps(fields)) for fields in dumped]
     if args.run:
         collect({"run": [spec for spec in specs if spec.id == args.run]})
@@ -197,15 +192,16 @@ def main() -> int:
 
         if not torch.cuda.is_available():
             sys.exit("error: these runs are for a graphics card, and torch sees none here")
-    for state in (args.unpacked / "states").glob("*.safetensors"):
-        if not store().state(state.stem).is_file():
-            with paths.written_whole(store().state(state.stem)) as part:
-                shutil.copyfile(state, part)
     cores = len(os.sched_getaffinity(0))
     threads = 1 if on_card else max(spec.threads for spec in specs)
-    queue = Queue(specs, args.bundles, args.workers or max(1, cores // threads), args.settle)
-    queue.carry_out()
-    print(f"records in {args.bundles}; failed: {', '.join(queue.failed) or 'none'}")
+    bundles = paths.cache().parent / "records"
+    queue = Queue(specs, bundles, args.workers or max(1, cores // threads), args.settle)
+    try:
+        queue.carry_out()
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from here")
+        return 130
+    print(f"records in {bundles}; failed: {', '.join(queue.failed) or 'none'}")
     return bool(queue.failed)
 
 

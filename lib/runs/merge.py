@@ -31,7 +31,7 @@ def merge(
         packed: set[str] = set()
         for number, file in enumerate(files):
             members = read(file)
-            packed |= set(json.loads(members.pop(PLANNED)))
+            packed |= set(json.loads(members.pop(PLANNED, b"[]")))
             records |= _checked(members, file, specs, Path(scratch) / str(number))
         filed = [run for run in specs if run in records]  # parents first
         for run in filed:

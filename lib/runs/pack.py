@@ -58,7 +58,7 @@ def pack(
         for weights_name, architecture in {(spec.weights, spec.name) for spec in started}:
             weights.pack(scratch / "weights", weights_name, architecture)
         if python:
-            _download_wheels(python, scratch / "wheels")
+            _download_wheels(python, scratch / f"wheels-{python}")
         # filed where the plan says when they are merged, so not published there
         dumped = [spec.but(publish=False).model_dump(mode="json") for spec in specs]
         (scratch / "specs.json").write_text(json.dumps(dumped))

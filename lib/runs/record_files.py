@@ -22,6 +22,8 @@ PLANNED = "planned.json"
 
 def read(file: Path) -> dict[str, bytes]:
     """Reads the members of a bundle by name; ValueError, with the file, for another SHA-256."""
+    if not file.is_file():
+        raise ValueError(f"{file} is not there: give the files that `records` of the pack holds")
     digest, _, body = file.read_bytes().partition(b"\n")
     if hashlib.sha256(body).hexdigest().encode() != digest:
         raise ValueError(f"{file} is damaged: its SHA-256 is not the one in it; copy it again")

@@ -34,9 +34,9 @@ def unpack(target: Path) -> None:
             joined.write(data)
     with zipfile.ZipFile(scratch / "joined.zip") as archive:
         archive.extractall(scratch)
-    for wheel in (scratch / "wheels").glob("*.whl"):  # a wheel is a zip file of its packages
+    for wheel in scratch.glob("wheels-*/*.whl"):  # a wheel is a zip file of packages
         with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(scratch / "packages")
+            archive.extractall(scratch / wheel.parent.name.replace("wheels", "packages"))
     (scratch / "joined.zip").unlink()
     scratch.rename(target)
 
@@ -49,17 +49,21 @@ def main() -> None:
     target = HERE / f"unpacked-{name}"
     if not target.is_dir():
         unpack(target)
-    paths = [str(target / "code"), str(target / "packages")]
+    version = "{}.{}".format(*sys.version_info)
+    paths = [str(target / "code"), str(target / f"packages-{version}")]
     sys.path[:0] = paths
     if absent := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        sys.exit(f"error: this Python lacks {', '.join(absent)}: install them, or pack --wheels")
-    folders = {"MOE_DATA": target / "data", "MOE_WEIGHTS": target / "weights"}
-    folders |= {"MOE_CACHE": HERE / "work"}
-    env = {**os.environ, **{name: str(folder) for name, folder in folders.items()}}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [*paths, os.environ.get("PYTHONPATH")]))
+        sys.exit(
+            f"error: this Python lacks {', '.join(absent)}: install them, or pack the runs again "
+            f"with --wheels {version} (all but torch and torchvision)"
+        )
+    os.environ["MOE_CACHE"] = str(target)  # weights of parents lie in it where a store has them
+    os.environ["MOE_DATA"] = str(target / "data")
+    os.environ["MOE_WEIGHTS"] = str(target / "weights")
+    paths += filter(None, [os.environ.get("PYTHONPATH")])
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     os.chdir(target / "code")
-    command = [sys.executable, "-m", "lib.runs.away", str(target), str(HERE / "records")]
-    os.execve(sys.executable, [*command, *sys.argv[1:]], env)
+    os.execv(sys.executable, [sys.executable, "-m", "lib.runs.away", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from lib.__main__ import main
+from lib.pages import build, parameters, profiles
 from lib.runs import away as away_module
 from lib.runs import merge as merging
 from lib.runs import record_files
 from lib.runs.collect import collect, missing_runs
-from lib.runs.pack import pack
+from lib.runs.pack import _pinned, pack
 from lib.runs.store import Record, Store
 from lib.spec import BackboneSpec, DataSpec, MoESpec, RunSpec, TrainSpec
 
@@ -54,7 +59,7 @@ def test_packed_runs_are_those_of_collect(tmp_path, where):
     shutil.move(tmp_path / "packed", there)
 
     process = away(there, "--workers", "1")
-    while not (there / "work" / "states" / f"{PARENT.id}.safetensors").is_file():
+    while not list(there.glob(f"unpacked-*/states/{PARENT.id}.safetensors")):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)  # the run that follows the parent, too
@@ -81,6 +86,49 @@ def test_packed_runs_are_those_of_collect(tmp_path, where):
 def record_ids(there: Path) -> set[str]:
     names = [name for file in (there / "records").iterdir() for name in record_files.read(file)]
     return {Path(name).stem for name in names if name != record_files.PLANNED}
+
+
+def test_weights_that_are_there_travel_instead_of_their_run(tmp_path, where):
+    where.states.mkdir(parents=True)
+    where.state(PARENT.id).write_bytes(b"weights of the parent")
+    specs = missing_runs({"moe": [CHILD]}, where)
+    assert [spec.id for spec in specs] == [CHILD.id]
+    *parts, script = pack(specs, tmp_path / "packed", 100_000, where=where)
+    assert script.name == "run.py"
+    with zipfile.ZipFile(io.BytesIO(b"".join(part.read_bytes() for part in parts))) as archive:
+        assert archive.read(f"states/{PARENT.id}.safetensors") == b"weights of the parent"
+        assert [spec["seed"] for spec in json.loads(archive.read("specs.json"))] == [0]
+        endings = {Path(name).suffix for name in archive.namelist() if not name.endswith("/")}
+    assert endings == {".py", ".json", ".safetensors"}  # no pickles
+
+
+def test_wheels_are_of_all_that_is_imported_but_torch():
+    names = [pin.partition("==")[0] for pin in _pinned("3.12")]
+    assert {"timm", "pydantic", "pydantic_core", "numpy", "scipy", "tqdm"} <= {
+        name.replace("-", "_") for name in names
+    }
+    assert len(names) == len(set(names))
+    assert not any(name.startswith(("torch", "nvidia", "triton", "cuda")) for name in names)
+
+
+def test_the_commands(tmp_path, where, monkeypatch, capsys):
+    monkeypatch.setenv("MOE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(parameters, "key_of", lambda name: name)
+    monkeypatch.setattr(profiles, "plan", lambda key, profile: GRID)
+    monkeypatch.setattr(profiles, "has_profile", lambda key, profile: True)
+    monkeypatch.setattr(build, "in_book", lambda: ["a/one"])
+    out = tmp_path / "packed"
+    assert main(["pack", "a/one", "-o", str(out), "--part", "lots"]) == 2
+    assert "--part lots: give a size such as 60M, 500k or 1G" in capsys.readouterr().err
+    assert main(["pack", "a/one", "-o", str(out), "--part", "100k"]) == 0
+    assert "2 runs in " in capsys.readouterr().out
+    assert max(file.stat().st_size for file in out.iterdir()) == 100_000
+    record_files.append(tmp_path / "out", finished(where), [PARENT.id, CHILD.id])
+    bundle = str(tmp_path / "out" / "records-000.moe")
+    assert main(["merge", bundle]) == 0
+    assert f"1 records are there; still missing: {CHILD.id}" in capsys.readouterr().out
+    assert main(["merge", bundle + "x"]) == 2
+    assert "records-000.moex is not there" in capsys.readouterr().err
 
 
 # ---- as many at a time as fit
