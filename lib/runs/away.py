@@ -123,10 +123,10 @@ class Queue:
 
     def _give_up(self) -> None:
         """Counts what waits as failed if nothing can be started: the parents left no weights."""
-        for spec in self.waiting:
+        while self.waiting:
+            spec = self.waiting.pop(0)
             self.failed.append(spec.id)
             self._say(spec, "cannot start: a run that it starts from left no weights")
-        self.waiting.clear()
 
     def _bundle(self, record: Record) -> None:
         record_files.append(self.bundles, record, [spec.id for spec in self.specs])

@@ -22,6 +22,7 @@ from lib.runs import away as away_module
 from lib.runs import merge as merging
 from lib.runs import record_files
 from lib.runs.collect import collect, missing_runs
+from lib.runs.environment import _version
 from lib.runs.pack import _pinned, pack
 from lib.runs.store import Record, Store
 from lib.spec import BackboneSpec, DataSpec, MoESpec, RunSpec, TrainSpec
@@ -36,13 +37,32 @@ CHILD = PARENT.but(init=PARENT, moe=MoESpec(layers=1, experts=2), publish=True, 
 GRID = {"dense": [PARENT], "moe": [CHILD]}
 
 
+# every Python that has this on its path imports it first
+BARE = """
+from importlib.machinery import PathFinder
+
+finds = PathFinder.find_spec
+absent = ("datasets", "mlxtend", "h5py", "pandas", "matplotlib", "IPython", "papermill")
+
+def find_spec(name, path=None, target=None):
+    return None if name.split(".")[0] in absent else finds(name, path, target)
+
+PathFinder.find_spec = staticmethod(find_spec)
+"""
+
+
 def away(folder: Path, *options: str) -> subprocess.Popen:
-    """Starts the script with nothing of this project on its path and in its environment."""
-    kept = ("PATH", "HOME", "LANG", "TMPDIR", "OMP_WAIT_POLICY")
+    """Starts the script with nothing of this project on its path and in its environment, and
+    without the packages that `--wheels` does not bring."""
+    bare = folder.parent / "bare"
+    bare.mkdir(exist_ok=True)
+    (bare / "sitecustomize.py").write_text(BARE)
+    passed = ("PATH", "HOME", "LANG", "TMPDIR", "OMP_WAIT_POLICY")
+    env = {name: os.environ[name] for name in passed if name in os.environ}
     return subprocess.Popen(
         [sys.executable, "-I", folder / "run.py", "--settle", "0", *options],
         cwd="/",
-        env={name: os.environ[name] for name in kept if name in os.environ},
+        env=env | {"PYTHONPATH": str(bare)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -100,6 +120,10 @@ def test_weights_that_are_there_travel_instead_of_their_run(tmp_path, where):
         assert [spec["seed"] for spec in json.loads(archive.read("specs.json"))] == [0]
         endings = {Path(name).suffix for name in archive.namelist() if not name.endswith("/")}
     assert endings == {".py", ".json", ".safetensors"}  # no pickles
+
+
+def test_a_package_that_is_absent_has_no_version():
+    assert _version("no-such-package") == "none" and _version("torch")[0].isdigit()
 
 
 def test_wheels_are_of_all_that_is_imported_but_torch():
@@ -187,6 +211,13 @@ def test_a_run_that_does_not_fit_is_tried_alone(queue, monkeypatch, capsys):
         "planned",
         *(spec.id for spec in OF_SEEDS),
     }
+
+
+def test_a_run_whose_parent_is_not_there_is_said_to_fail(queue, capsys):
+    queue.specs = [CHILD]
+    queue.carry_out()
+    assert queue.failed == [CHILD.id] and FakeProcess.log == []
+    assert "[0/1]" in (out := capsys.readouterr().out) and "left no weights" in out
 
 
 def test_no_run_is_started_beside_others_where_none_more_fits(queue, monkeypatch):
