@@ -8,6 +8,7 @@ A run that does not fit all the same is tried again alone, when all others are d
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -174,6 +175,21 @@ def _reason(spec: RunSpec, process: subprocess.Popen, record: Record | None) -> 
     return log.splitlines()[-1][:300] if log else f"exit status {process.returncode}"
 
 
+def _check_packages(specs: list[RunSpec]) -> None:
+    """Ends the process with a message if a package is absent that a run would ask for at its end.
+
+    What every run imports, `unpack` has looked for.
+    """
+    is_needed = {
+        "pytorch_grad_cam": any(spec.cam_probe for spec in specs),
+        "hdbscan": any(spec.extract is not None for spec in specs),
+    }
+    for name, needed in is_needed.items():
+        if needed and importlib.util.find_spec(name) is None:
+            package = {"pytorch_grad_cam": "grad-cam"}.get(name, name)
+            sys.exit(f"error: some of these runs need the package {package}: install it here")
+
+
 def main() -> int:
     """Carries out all runs, or with --run one of them; the exit status is 1 if any failed."""
     parser = argparse.ArgumentParser(prog="run.py")
@@ -186,6 +202,7 @@ def main() -> int:
     if args.run:
         collect({"run": [spec for spec in specs if spec.id == args.run]})
         return 0
+    _check_packages(specs)
     on_card = any(spec.device == "cuda" for spec in specs)
     if on_card:
         import torch

@@ -126,6 +126,13 @@ def test_a_package_that_is_absent_has_no_version():
     assert _version("no-such-package") == "none" and _version("torch")[0].isdigit()
 
 
+def test_packages_that_only_some_runs_need_are_looked_for_before_any_work(monkeypatch):
+    monkeypatch.setattr(away_module.importlib.util, "find_spec", lambda name: None)
+    away_module._check_packages([PARENT, CHILD])
+    with pytest.raises(SystemExit, match="need the package grad-cam"):
+        away_module._check_packages([PARENT, CHILD.but(cam_probe=True)])
+
+
 def test_wheels_are_of_all_that_is_imported_but_torch():
     names = [pin.partition("==")[0] for pin in _pinned("3.12")]
     assert {"timm", "pydantic", "pydantic_core", "numpy", "scipy", "tqdm"} <= {
