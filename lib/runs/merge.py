@@ -1,0 +1,97 @@
+"""Files the records that packed runs brought back where `collect` would have filed them."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from ..spec import RunSpec
+from .collect import Grid, file_record, status_of
+from .record_files import PLANNED, read
+from .store import Record, Store, store
+
+
+def merge(
+    files: Sequence[Path], plan: Grid, where: Store | None = None
+) -> tuple[list[str], list[str]]:
+    """Files the records of some bundles; returns their ids, and those of runs still missing.
+
+    plan: the runs of all pages. Missing are those that were packed and have no record. Raises
+    ValueError, with the file, before anything is filed, for a bundle or a record that is damaged
+    and for records of runs that neither the plan holds nor a run of the plan needs.
+    """
+    where = where or store()
+    specs = _with_parents(spec for group in plan.values() for spec in group)
+    with tempfile.TemporaryDirectory() as scratch:
+        records: dict[str, Record] = {}
+        packed: set[str] = set()
+        for number, file in enumerate(files):
+            members = read(file)
+            packed |= set(json.loads(members.pop(PLANNED, b"[]")))
+            records |= _checked(members, file, specs, Path(scratch) / str(number))
+        filed = [run for run in specs if run in records]  # parents first
+        for run in filed:
+            _file(records[run], specs[run], where)
+    missing = [run for run in specs if run in packed and status_of(specs[run], where) != "done"]
+    return filed, missing
+
+
+def _with_parents(specs: Iterable[RunSpec]) -> dict[str, RunSpec]:
+    """The runs by id and those that they start from, parents first; published if any wants it."""
+    by_id: dict[str, RunSpec] = {}
+
+    def add(spec: RunSpec) -> None:
+        for needed in spec.needed_runs:
+            add(needed)
+        known = by_id.setdefault(spec.id, spec)
+        if spec.publish and not known.publish:
+            by_id[spec.id] = known.but(publish=True)
+
+    for spec in specs:
+        add(spec)
+    return by_id
+
+
+def _checked(
+    members: dict[str, bytes], file: Path, specs: dict[str, RunSpec], scratch: Path
+) -> dict[str, Record]:
+    """Unpacks the records of a bundle to a store of their own, which checks them as any other."""
+    bundled = Store(scratch / "published", scratch)
+    folder = scratch / "records" / "bundled"
+    folder.mkdir(parents=True)
+    for name, data in members.items():
+        if not re.fullmatch(r"[0-9a-f]{16}\.(json|npz)", name):
+            raise ValueError(f"{file} holds {name!r}, which is no file of a record")
+        (folder / name).write_bytes(data)
+    records = {}
+    for run in sorted(Path(name).stem for name in members if name.endswith(".json")):
+        if run not in specs:
+            raise ValueError(
+                f"{file} holds run {run}, which no page of this profile plans: give the --profile "
+                "that it was packed with, or pack again if the pages have changed since"
+            )
+        with warnings.catch_warnings(record=True) as damage:
+            warnings.simplefilter("always")
+            record = bundled.peek(run)
+        if record is None or record.spec.id != run or record.status != "ok":
+            reason = damage[0].message if damage else "it is not the record of a finished run"
+            raise ValueError(f"{file}, run {run}: {reason}")
+        records[run] = record
+    return records
+
+
+def _file(record: Record, spec: RunSpec, where: Store) -> None:
+    """Files one record as if the run had been computed here."""
+    arrays = record.arrays if "arrays" in record.content else {}
+    made_by_store = ("arrays", "checksum")
+    content = {name: value for name, value in record.content.items() if name not in made_by_store}
+    content["spec"] = spec.model_dump(mode="json")
+    # of the parent's record there; filing compares with the one here
+    content["weights"] = {k: v for k, v in record.weights.items() if k != "parent_differs"}
+    file_record(content, arrays, spec, where)
+    if spec.publish:
+        where.publish(spec)
