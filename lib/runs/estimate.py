@@ -73,6 +73,13 @@ class Estimates:
         machine: another one, as in `machine_of_record`. without: id of a record that is not used.
         """
         machine = machine or _machine(environment(spec), spec)
+        try:
+            return self._nearest(spec, machine, without)
+        except ValueError:  # its model cannot be built: the run will fail at once and say why
+            return Estimate(START_SECONDS, "no such model")
+
+    def _nearest(self, spec: RunSpec, machine: Hashable, without: str | None) -> Estimate:
+        """Estimates from the nearest kind that has records, else from a default rate."""
         for level, kind in enumerate(kinds(spec)):
             known = self._rates.get((machine, level, kind), {})
             rates = [rate for run, rate in known.items() if run != without]

@@ -113,6 +113,11 @@ def test_other_processors_and_failed_runs_say_nothing():
     assert len(known.seconds) == 2
 
 
+def test_a_model_that_cannot_be_built_stops_no_plan():
+    unfit = RUN.but(backbone={"patch": 5})
+    assert estimates(content(RUN, 10.0)).of(unfit).basis == "no such model"
+
+
 def test_kinds_go_from_near_to_far():
     again = RUN.but(seed=1)
     longer = RUN.but(train={"epochs": 2.0})
