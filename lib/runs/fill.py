@@ -359,9 +359,11 @@ def workers_of(scheduler: str | None, count: int | None) -> Iterator[tuple[Any, 
     try:
         yield executor, count or 1
     finally:
-        # ProcessPoolExecutor.terminate_workers does this from Python 3.14 on
-        for process in list((executor._processes or {}).values()):
-            process.terminate()
+        # Idle workers end by themselves; busy ones are what ProcessPoolExecutor.terminate_workers
+        # ends from Python 3.14 on.
+        if executor._pending_work_items:
+            for process in list(executor._processes.values()):
+                process.terminate()
         executor.shutdown(cancel_futures=True)
 
 
