@@ -1,12 +1,14 @@
-"""The command line: `python -m lib run | status | pack | merge | book`."""
+"""The command line: `python -m lib run | fill | status | pack | merge | book`."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,6 +16,8 @@ from typing import Any
 
 from .pages import parameters, profiles
 from .paths import ROOT
+
+AT_LEAST_ONE = "at least one run must be computed at a time"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -25,6 +29,25 @@ def _parser() -> argparse.ArgumentParser:
         "help": f"{', '.join(profiles.PROFILES)} (default: PROFILE in the environment, else quick)",
     }
 
+    _add_run(commands, profile)
+    _add_fill(commands, profile)
+
+    status = commands.add_parser(
+        "status", help="what is stale, missing, running, and the command that fills it"
+    )
+    status.add_argument("--profile", **profile)
+    status.set_defaults(do=_status)
+
+    _add_pack_and_merge(commands, profile)
+
+    book = commands.add_parser("book", help="build the book; the same as jupyter-book build book")
+    book.add_argument("--profile", **profile)
+    book.set_defaults(do=_book)
+    return parser
+
+
+def _add_run(commands: Any, profile: dict[str, Any]) -> None:
+    """Describes the options of `run`. profile: the settings of --profile."""
     run = commands.add_parser(
         "run",
         help="run one notebook and keep its records",
@@ -62,12 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(do=_run)
 
-    status = commands.add_parser(
-        "status", help="what is stale, missing, running, and the command that fills it"
-    )
-    status.add_argument("--profile", **profile)
-    status.set_defaults(do=_status)
 
+def _add_pack_and_merge(commands: Any, profile: dict[str, Any]) -> None:
+    """Describes the options of both. profile: the settings of --profile."""
     pack = commands.add_parser("pack", help="pack missing runs for a machine without network")
     pack.add_argument("notebooks", nargs="+", metavar="PAGE", help="such as vimoe/layer_scan")
     pack.add_argument("--profile", **profile)
@@ -81,10 +101,34 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--profile", **profile)
     merge.set_defaults(do=_merge)
 
-    book = commands.add_parser("book", help="build the book; the same as jupyter-book build book")
-    book.add_argument("--profile", **profile)
-    book.set_defaults(do=_book)
-    return parser
+
+def _add_fill(commands: Any, profile: dict[str, Any]) -> None:
+    """Describes the options of `fill`. profile: the settings of --profile."""
+    fill = commands.add_parser(
+        "fill",
+        help="compute what is missing, what completes most an hour first, inside a budget",
+        description="Compute missing runs of the book's pages in the order of arms (names of a "
+        "page's grid) that become complete an hour. Stops in time; goes on next time.",
+    )
+    fill.add_argument("--profile", **profile)
+    fill.add_argument(
+        "--budget", default="1h", metavar="TIME", help="such as 2h, 90m or 1h30m (default: 1h)"
+    )
+    fill.add_argument(
+        "--pages", nargs="+", default=[], metavar="PAGE", help="only these (default: all)"
+    )
+    fill.add_argument(
+        "--workers",
+        type=int,
+        help="runs computed at a time (default: 1; with --scheduler, the workers that it has)",
+    )
+    fill.add_argument(
+        "--dry", action="store_true", help="say what would be run, and how long; run nothing"
+    )
+    fill.add_argument(
+        "--scheduler", metavar="tcp://...", help="compute on the workers of a Dask cluster"
+    )
+    fill.set_defaults(do=_fill)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -127,13 +171,44 @@ def _records(key: str, profile: str, given: dict[str, Any], workers: int) -> int
 
     grid = profiles.plan(key, profile, **given)
     if workers < 1:
-        raise parameters.NotebookError(
-            f"--workers {workers}: at least one run must be computed at a time"
-        )
+        raise parameters.NotebookError(f"--workers {workers}: {AT_LEAST_ONE}")
     with runs.pool(workers) if workers > 1 else nullcontext() as executor:
         runs.collect(grid, executor)
     ids = {spec.id for specs in grid.values() for spec in specs}
     print(f"{key}, {profile}: all {len(ids)} records are there")
+    return 0
+
+
+def _fill(args: argparse.Namespace) -> int:
+    """Computes what is missing inside a budget of time, or says what it would do (--dry)."""
+    from .pages import build, missing
+    from .runs import fill
+    from .runs.store import store
+
+    began = time.monotonic()
+    profile, budget = profiles.check_profile(args.profile), fill.seconds_of(args.budget)
+    if args.workers is not None and args.workers < 1:
+        raise parameters.NotebookError(f"--workers {args.workers}: {AT_LEAST_ONE}")
+    book = build.in_book()
+    keys = [parameters.key_of(page) for page in args.pages]
+    for key in keys:
+        if not profiles.has_profile(key, profile):
+            raise parameters.NotebookError(f"{key} has no runs under the profile {profile}")
+    keys.sort(key=lambda key: book.index(key) if key in book else len(book))
+    plan = missing.plan(profile, keys or book)
+    if args.dry:
+        print(missing.listing(plan, budget, args.workers or 1))
+        return 0
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does
+    try:
+        with fill.workers_of(args.scheduler, args.workers) as (executor, workers):
+            rest = budget - (time.monotonic() - began)
+            outcome = fill.fill(plan, rest, executor, workers, store())
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    print(missing.summary(plan, outcome))
+    if outcome.failures:
+        raise RuntimeError("\n".join(outcome.failures))
     return 0
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from . import manifest, profiles
+from . import manifest, missing, profiles
 
 # -- the page of the book ------------------------------------------------------
 
@@ -166,7 +166,8 @@ def table(keys: Sequence[str], profile: str) -> str:
         for row in rows
     ]
     heading = ["", "To fill what is missing:"] if notes else []
-    return "\n".join([f"profile: {profile}", *lines, *heading, *notes])
+    first = missing.head(profile, keys)
+    return "\n".join([f"profile: {profile}", *lines, *heading, *notes, *first])
 
 
 def _share(count: Counter[str]) -> str:

@@ -15,8 +15,9 @@ import copy
 import multiprocessing
 import os
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,7 @@ def collect(
     failed and why, after all others have been computed and filed.
     """
     where = where or store()
-    specs = _unique(spec for group in grid.values() for spec in group)
+    specs = unique(spec for group in grid.values() for spec in group)
     missing = [spec for spec in specs if not _done(where, spec)]
     for spec in missing:
         check(spec)
@@ -58,11 +59,10 @@ def collect(
     failures: list[str] = []
     bar = tqdm(total=len(missing), unit="run", desc="runs", delay=5, leave=False)
     with bar:
-        for wave in _waves(missing, where):
-            for record in _compute(wave, executor, where):
-                if record.status == "failed":
-                    failures.append(_failure(record))
-                bar.update(any(record.id == spec.id for spec in missing))
+        for record in with_parents(missing, executor, where):
+            if record.status == "failed":
+                failures.append(failure(record))
+            bar.update(any(record.id == spec.id for spec in missing))
     if failures:
         raise RuntimeError(
             "\n".join(failures) + f"\nRuns that failed: {len(failures)}. They are filed as failed "
@@ -74,8 +74,18 @@ def collect(
     return {name: [where.get(spec) for spec in group] for name, group in grid.items()}
 
 
-def _failure(record: Record) -> str:
-    """One line: which run failed, and why."""
+def with_parents(specs: list[RunSpec], executor: Any, where: Store) -> Iterator[Record]:
+    """Computes runs that are missing, those first that they start from; yields records as they are
+    filed.
+
+    A run with `keep` whose record is there is computed again if its weights are not.
+    """
+    for wave in _waves(specs, where):
+        yield from _compute(wave, executor, where)
+
+
+def failure(record: Record) -> str:
+    """Says in one line which run failed, and why."""
     reason = " ".join(record.error["message"].split())
     return f"run {record.id}: {record.error['kind']}: {reason}"
 
@@ -92,7 +102,7 @@ def status_of(spec: RunSpec, where: Store | None = None) -> str:
 def missing_runs(grid: Grid, where: Store | None = None) -> list[RunSpec]:
     """Lists what `collect` would compute of a grid, in an order in which parents come first."""
     where = where or store()
-    specs = _unique(spec for group in grid.values() for spec in group)
+    specs = unique(spec for group in grid.values() for spec in group)
     waves = _waves([spec for spec in specs if not _done(where, spec)], where)
     return [spec for wave in waves for spec in wave]
 
@@ -109,8 +119,7 @@ def model_of(spec: RunSpec, where: Store | None = None) -> nn.Module:
     # The record may be there without the weights, which stay in the cache of who made them.
     if not where.state(spec.id).is_file():
         _check_device(spec)
-        for wave in _waves([spec], where):
-            list(_compute(wave, None, where))
+        list(with_parents([spec], None, where))
     splits = load_splits(spec.data.but(test=None))
     state = state_of(spec, where.states)
     return restored(spec, state, len(splits.class_names), splits.channels).eval()
@@ -177,8 +186,8 @@ def _check_device(spec: RunSpec) -> None:
         )
 
 
-def _unique(specs: Iterable[RunSpec]) -> list[RunSpec]:
-    """Each id once; `keep` and `publish` hold if any of the equal specs asks for them."""
+def unique(specs: Iterable[RunSpec]) -> list[RunSpec]:
+    """Returns each id once; `keep` and `publish` hold if any of the equal specs asks for them."""
     by_id: dict[str, RunSpec] = {}
     for spec in specs:
         known = by_id.setdefault(spec.id, spec)
@@ -315,7 +324,20 @@ def file_record(
 
 def pool(workers: int | None = None) -> ProcessPoolExecutor:
     """Opens a bounded local process pool for `collect`; each worker starts clean (spawn), so torch
-    threads do not collide."""
+    threads do not collide, and ends with the process that opened the pool, however that ends."""
     return ProcessPoolExecutor(
-        workers or os.cpu_count(), mp_context=multiprocessing.get_context("spawn")
+        workers or os.cpu_count(),
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_end_with_parent,
     )
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when its parent process dies: nobody would file what it computes, and the
+    next start goes on from its checkpoint."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

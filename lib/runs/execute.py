@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -80,6 +81,7 @@ class _Run:
     checkpoint: Path | None
     entries: dict[str, Any] = field(default_factory=dict)
     timing: dict[str, float] = field(default_factory=dict)
+    seconds_before: float = 0.0  # that processes which were interrupted have trained
 
     def carried_out(self) -> tuple[dict[str, Any], Arrays]:
         """Returns the entries of the record and its arrays."""
@@ -90,6 +92,7 @@ class _Run:
         from ..measure.timing import peak_rss_mib
         from ..training.evaluate import evaluate
 
+        began = time.perf_counter()
         _set_up(self.spec)
         splits = load_splits(self.spec.data)
         self.entries = {"classes": splits.class_names, "history": [], "curve": {}, "val": {}}
@@ -116,6 +119,7 @@ class _Run:
             _save(model, self.states / f"{self.spec.id}.safetensors")
         self.timing["peak_rss_mib"] = peak_rss_mib()
         self.entries |= {"cost": _cost(model, self.spec, self.entries["moe"])}
+        self.timing["run_seconds"] = time.perf_counter() - began + self.seconds_before
         return self.entries | {"weights": weights, "timing": self.timing}, result.arrays
 
     def _resident_mib(self, model: nn.Module, splits: Splits) -> dict[str, float]:
@@ -171,11 +175,14 @@ class _Run:
         """Trains in place, with the entries that this makes; returns the model to evaluate."""
         from ..training.loop import fit
 
-        spec = self.spec
+        spec, began = self.spec, time.perf_counter()
         with _tensorboard(self.states.parent / "tensorboard" / spec.id) as report:
             model, progress = fit(
                 model, splits.train, splits.val, spec, self.checkpoint, report, teacher, masks
             )
+        # progress.seconds counts the steps of all processes, without validation: where it is longer
+        # than this process was here, the rest was spent before the checkpoint
+        self.seconds_before = max(0.0, progress.seconds - (time.perf_counter() - began))
         last = progress.history[-1]
         names = [name for name in ("top1", "loss") if f"val_{name}" in last]
         val = {"n": len(splits.val)} | {name: last[f"val_{name}"] for name in names}

@@ -1,4 +1,4 @@
-"""The command line: `python -m lib run | status`, and papermill by hand."""
+"""The command line: `python -m lib run | fill | status`, and papermill by hand."""
 
 from __future__ import annotations
 
@@ -86,6 +86,12 @@ def test_status_names_state_and_command(tiny):
     assert ["a/one", "missing", "0/2", "0/2", "-"] in rows
     assert "a/one, small: python -m lib run a/one --profile small --records" in done.stdout
     assert "a/two, page: make book (never run)" in done.stdout
+    first = done.stdout.partition("(python -m lib fill --profile quick --budget 1h):\n")[2]
+    dry = tiny.call("-m", "lib", "fill", "--profile", "quick", "--budget", "9h", "--dry")
+    runs_of = {
+        text: [line.strip() for line in text.splitlines()[:3]] for text in (first, dry.stdout)
+    }
+    assert runs_of[first] == runs_of[dry.stdout] and "a/one: runs and 1 more" in first
 
 
 def test_papermill_by_hand_from_any_folder(tiny, away):

@@ -76,7 +76,8 @@ def test_entries_and_arrays(where, spec, entries, arrays):
     assert set(record.test) == {"n"} | losses
     assert set(record.val) == ({"n"} | losses if validated else set())
     trained = {"train_seconds", "train_images_per_s"} if spec.train is not None else set()
-    assert set(record.timing) == {"eval_images_per_s", "peak_rss_mib"} | trained
+    always = {"eval_images_per_s", "peak_rss_mib", "run_seconds"}
+    assert set(record.timing) == always | trained
     assert set(record.weights) >= {"start", "parent", "final"}
     assert len(record.moe) == (spec.moe is not None) + 2 * ("extract" in entries)
     assert set(record.cost) == {"params_stored", "params_active", "macs"}

@@ -1,0 +1,105 @@
+"""What the pages lack, in the order in which `python -m lib fill` computes it, as text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from . import profiles
+
+if TYPE_CHECKING:  # the build imports this module, and does without torch
+    from ..runs.fill import Item, Outcome, Plan
+
+
+def plan(profile: str, keys: Sequence[str]) -> Plan:
+    """Plans what pages lack under a profile; the first page goes first among equals.
+
+    Pages without that profile lack nothing.
+    """
+    import torch
+
+    from ..runs.estimate import Estimates, contents_of
+    from ..runs.fill import missing
+    from ..runs.store import store
+
+    grids = {key: profiles.plan(key, profile) for key in keys if profiles.has_profile(key, profile)}
+    return missing(grids, store(), Estimates(contents_of(store())), torch.cuda.is_available())
+
+
+def rows(items: Sequence[Item]) -> Iterator[str]:
+    """Writes a line for each run: id, seed, expected minutes, their running total, arms served."""
+    yield f"{'run':16}  seed  minutes   total  serves"
+    total = 0.0
+    for item in items:
+        minutes = item.estimate.seconds / 60
+        total += minutes
+        first, more = item.serves[0], len(item.serves) - 1
+        others = f" and {more} more" if more else ""
+        yield (
+            f"{item.spec.id}  {item.spec.seed:4}  {minutes:7.1f} {total:7.1f}  {first}{others} "
+            f"[{item.estimate.basis}]"
+        )
+
+
+def listing(plan: Plan, budget: float, workers: int) -> str:
+    """Writes what would be run inside a budget of seconds, and what will still be missing then."""
+    started = plan.schedule(budget, workers)
+    done = {item.spec.id for item in started}
+    lines = [*rows(started), ""] if started else ["nothing that is missing ends within the budget"]
+    return "\n".join([*lines, *_rest(plan, done, "then", budget)])
+
+
+def summary(plan: Plan, outcome: Outcome) -> str:
+    """Writes what a fill did, and what is still missing."""
+    interrupted = len(outcome.interrupted)
+    did = f"{_runs(len(outcome.filed))} filed, {len(outcome.failures)} failed"
+    cut = f", {interrupted} interrupted (to go on from the checkpoint)" if interrupted else ""
+    return "\n".join([did + cut, *_rest(plan, set(outcome.filed), "now")])
+
+
+def _rest(
+    plan: Plan, done: Collection[str], when: str, budget: float | None = None
+) -> Iterator[str]:
+    """Writes what is missing once some runs are there: their number and hours, page by page.
+
+    budget: in seconds; says how many runs are longer than all of it.
+    """
+    complete = len(plan.complete_after(done))
+    left = [item for item in plan.items if item.spec.id not in done]
+    yield f"complete {when}: {complete} of {len(plan.arms)} arms that lack runs"
+    if left:
+        yield f"still missing {when}: {_runs(len(left))}, {_hours(left)}"
+    for page in dict.fromkeys(item.serves[0].page for item in left):
+        of_page = [item for item in left if item.serves[0].page == page]
+        too_long = sum(budget is not None and item.estimate.seconds > budget for item in of_page)
+        note = f", {too_long} longer than the whole budget" if too_long else ""
+        yield f"  {page}: {_runs(len(of_page))}, {_hours(of_page)}{note}"
+    if plan.elsewhere:
+        yield f"computed by other processes now: {_runs(len(plan.elsewhere))}"
+    for page, arms in Counter(arm.page for arm in plan.without_card).items():
+        yield (
+            f"left out, as this machine has no card for device='cuda': {arms} "
+            f"arm{'s' * (arms != 1)} of {page}"
+        )
+
+
+def head(profile: str, keys: Sequence[str], lines: int = 5) -> list[str]:
+    """Writes the first runs of the list, with the command that computes them; none if nothing is
+    missing."""
+    items = plan(profile, keys).items
+    if not items:
+        return []
+    more = len(items) - lines
+    tail = [f"  ... and {more} more"] if more > 0 else []
+    command = f"python -m lib fill --profile {profile} --budget 1h"
+    first = [f"  {line}" for line in rows(items[:lines])]
+    return [f"Next, by arms completed an hour ({command}):", *first, *tail]
+
+
+def _runs(count: int) -> str:
+    return f"{count} run{'s' * (count != 1)}"
+
+
+def _hours(items: Sequence[Item]) -> str:
+    return f"{sum(item.estimate.seconds for item in items) / 3600:.1f} h"

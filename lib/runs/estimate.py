@@ -1,0 +1,289 @@
+"""What a run will take, in seconds of wall time, from the records of runs of its kind.
+
+A record is as near to a run as the first of its `kinds` that both share: another seed of the
+same run, the same model under another budget, the same backbone, and in the end anything that the
+same processor multiplied in the same type. The further away, the more is scaled: by the passes of
+images through the model, and by its multiply-adds. Records of other processors say nothing.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from ..spec import BackboneSpec, MoESpec, RunSpec
+from ..spec.base import Spec
+from .environment import environment
+from .store import Store
+
+BACKWARD = 2  # passes that a backward pass counts for: gradients of inputs and of weights
+# Where no record of this processor helps: multiply-adds a second, of a thread (a ViT-S at 56 px
+# reached 2e10 in float32 and 5e10 in bfloat16) and of a graphics card (4e12 on an H200), and what
+# a process takes to start.
+DEFAULT_RATE = {"cpu": 2.5e10, "cuda": 2e12}
+START_SECONDS = 5.0
+# images of training, validation and test where neither spec nor records say it: CIFAR-100's
+DEFAULT_SIZES = (45_000, 5_000, 10_000)
+# A record without `run_seconds` is followed by the next one of its machine. A gap longer than this,
+# in seconds and in multiples of what the record measured, is a pause.
+LONGEST_GAP = (60.0, 8.0)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Holds expected seconds of wall time, and what they are taken from."""
+
+    seconds: float
+    basis: str
+
+
+class Estimates:
+    """Estimates runs from records.
+
+    contents: JSON of records, by id; those that failed or that other specs made are left out.
+    """
+
+    def __init__(self, contents: Mapping[str, Mapping[str, Any]]):
+        finished = {run: c for run, c in contents.items() if c.get("status") == "ok"}
+        self._specs = {run: spec for run, c in finished.items() if (spec := _spec(c)) is not None}
+        self._contents = {run: finished[run] for run in self._specs}
+        self._sizes = _sizes(self._specs, self._contents)
+        self.seconds = whole_seconds(self._contents)
+        # seconds for a unit of work, by kind and run
+        self._rates: dict[Hashable, dict[str, float]] = defaultdict(dict)
+        for run, spec in self._specs.items():
+            content = self._contents[run]
+            machine = _machine(content["environment"], spec)
+            for level, kind in enumerate(kinds(spec)):
+                work = self._work(spec, level, content["cost"]["macs"])
+                self._rates[machine, level, kind][run] = self.seconds[run] / work
+
+    def of(self, spec: RunSpec, machine: Hashable = None, without: str | None = None) -> Estimate:
+        """Estimates a run on this machine.
+
+        machine: another one, as in `machine_of_record`. without: id of a record that is not used.
+        """
+        machine = machine or _machine(environment(spec), spec)
+        try:
+            return self._nearest(spec, machine, without)
+        except ValueError:  # its model cannot be built: the run will fail at once and say why
+            return Estimate(START_SECONDS, "no such model")
+
+    def _nearest(self, spec: RunSpec, machine: Hashable, without: str | None) -> Estimate:
+        """Estimates from the nearest kind that has records, else from a default rate."""
+        for level, kind in enumerate(kinds(spec)):
+            known = self._rates.get((machine, level, kind), {})
+            rates = [rate for run, rate in known.items() if run != without]
+            if rates:
+                seconds = statistics.median(rates) * self._work(spec, level)
+                return Estimate(seconds, f"{len(rates)} x {KINDS[level]}")
+        rate = DEFAULT_RATE[spec.device] * (spec.threads if spec.device == "cpu" else 1)
+        work = self.passes(spec) * _macs(spec.backbone, spec.data.image_size, spec.moe)
+        return Estimate(START_SECONDS + work / rate, "a default rate")
+
+    def machine_of_record(self, run: str) -> Hashable:
+        """Returns where a record was computed."""
+        return _machine(self._contents[run]["environment"], self._specs[run])
+
+    def spec_of_record(self, run: str) -> RunSpec:
+        """Returns the spec of a record."""
+        return self._specs[run]
+
+    def passes(self, spec: RunSpec) -> float:
+        """Counts the forward passes of single images that training and evaluation are worth."""
+        train, val, test = self.images(spec)
+        if spec.train is None:
+            return test
+        validations = 1 + math.ceil(spec.train.epochs)
+        return (1 + BACKWARD) * spec.train.epochs * train + validations * val + test
+
+    def images(self, spec: RunSpec) -> tuple[int, int, int]:
+        """Returns the numbers of images of training, validation and test."""
+        known = self._sizes.get(_split(spec), DEFAULT_SIZES)
+        given = (spec.data.train, spec.data.val, spec.data.test)
+        return tuple(k if own is None else own for own, k in zip(given, known, strict=True))
+
+    def _work(self, spec: RunSpec, level: int, macs: float | None = None) -> float:
+        """Computes what seconds are proportional to within a kind. macs: of the record's model;
+        None = counted."""
+        if level == 0:
+            return 1.0
+        # What is left after pruning or extraction only data decide, so nothing is scaled by it.
+        if level == 1 or _shrunk(spec):
+            return self.passes(spec)
+        macs = macs or _macs(spec.backbone, spec.data.image_size, spec.moe)
+        return self.passes(spec) * macs
+
+
+# ---- kinds of runs, from near to far
+
+KINDS = (
+    "another seed",
+    "the same model",
+    "the same methods",
+    "the same backbone",
+    "this processor",
+)
+
+
+def kinds(spec: RunSpec) -> tuple[Hashable, ...]:
+    """Names the kinds that a run belongs to, one for each of KINDS."""
+    train = spec.train
+    goal = None if train is None else (train.trainable, train.mask is not None)
+    recipe = None
+    if train is not None:
+        recipe = (train.batch, train.distil, train.distil_logits > 0, train.ema is not None)
+    probes = (spec.experts_off, spec.depth_probe, spec.cam_probe, spec.resident)
+    router = None if spec.moe is None else spec.moe.router
+    processor = (goal is None, _shrunk(spec), spec.dtype, spec.device, spec.threads)
+    whole_backbone = spec.backbone.but(drop_path=0.0, weights=None)
+    steps = tuple(name for name, _ in spec.steps)
+    backbone = (*processor, whole_backbone, spec.data.image_size, goal, router, steps)
+    methods = (*backbone, recipe, probes, *(_words(rules) for _, rules in spec.steps))
+    model = (*methods, spec.moe, *(rules for _, rules in spec.steps))
+    return _without_seeds(spec).id, model, methods, backbone, processor
+
+
+def _shrunk(spec: RunSpec) -> bool:
+    """Says whether the model is smaller than its backbone and its MoE layers say."""
+    return spec.narrowed or spec.extracted or spec.reduced
+
+
+def _words(rules: Spec) -> tuple[str, ...]:
+    """Lists the words in the rules of a step, the names of its methods."""
+    words = []
+    for name in type(rules).model_fields:
+        value = getattr(rules, name)
+        if isinstance(value, Spec):
+            words += _words(value)
+        elif isinstance(value, str):
+            words.append(value)
+    return tuple(words)
+
+
+def _without_seeds(spec: RunSpec) -> RunSpec:
+    init = None if spec.init is None else _without_seeds(spec.init)
+    return spec.but(seed=0, init=init)
+
+
+def _machine(place: Mapping[str, Any], spec: RunSpec) -> tuple[str, str]:
+    """Names what computes: the card or the processor, and how it multiplies (two processors of one
+    name may differ in that). place: the `environment` of a record."""
+    chip = place.get("accelerator") or place["processor"]
+    return chip, place.get("products", spec.dtype)
+
+
+def _macs(backbone: BackboneSpec, image_size: int, moe: MoESpec | None) -> float:
+    """Counts the multiply-adds of an image, before anything is pruned or extracted.
+
+    Models that differ in the number of MoE layers share a count of one such layer: a count takes
+    half a second, and an estimate needs no better.
+    """
+    dense = _counted(backbone, image_size, None)
+    if moe is None:
+        return dense
+    one_layer = _counted(backbone, image_size, moe.but(layers=1, blocks=None))
+    return dense + moe.layers * (one_layer - dense)
+
+
+@functools.cache
+def _counted(backbone: BackboneSpec, image_size: int, moe: MoESpec | None) -> float:
+    from ..measure.cost import count
+    from ..models.backbone import skeleton
+
+    return count(skeleton(backbone, image_size, classes=2, moe=moe), image_size).macs
+
+
+# ---- what records say
+
+
+def contents_of(where: Store) -> dict[str, dict[str, Any]]:
+    """Reads the JSON of every record of a store, by id; what cannot be read is left out."""
+    contents = {}
+    for root in (where.private / "records", where.published):
+        for file in root.glob("*/*.json"):
+            try:
+                contents[file.stem] = json.loads(file.read_text(encoding="utf-8"))
+            except (OSError, ValueError):  # damaged, or just being replaced
+                continue
+    return contents
+
+
+def whole_seconds(contents: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Returns the wall seconds of finished runs, by id.
+
+    A record without `run_seconds` knows its training and its evaluation alone. The rest (steps,
+    probes, data) is taken from when the next run on that machine started, as long as no pause is in
+    between; with several runs at a time that is a lower bound, too.
+    """
+    starts = defaultdict(list)
+    for content in contents.values():
+        starts[_clock(content)].append(_created(content))
+    for times in starts.values():
+        times.sort()
+    seconds = {}
+    for run, content in contents.items():
+        measured, start = _measured_seconds(content), _created(content)
+        later = (t - start for t in starts[_clock(content)] if t - start >= measured)
+        gap = next(later, math.inf)
+        pause = max(LONGEST_GAP[0], LONGEST_GAP[1] * measured)
+        inferred = gap if gap <= pause else measured
+        seconds[run] = content["timing"].get("run_seconds", inferred)
+    return seconds
+
+
+def _clock(content: Mapping[str, Any]) -> tuple[str, str | None]:
+    place = content["environment"]
+    return place["processor"], place.get("accelerator")
+
+
+def _created(content: Mapping[str, Any]) -> float:
+    """Reads when a run started, in seconds."""
+    return datetime.datetime.fromisoformat(content["created"]).timestamp()
+
+
+def _measured_seconds(content: Mapping[str, Any]) -> float:
+    """Adds up the training steps and the evaluations of a record."""
+    timing = content["timing"]
+    images = content["test"]["n"] + len(content["history"]) * content["val"].get("n", 0)
+    return timing.get("train_seconds", 0.0) + images / timing["eval_images_per_s"]
+
+
+def _spec(content: Mapping[str, Any]) -> RunSpec | None:
+    """Reads the spec of a record; None if another version of the specs made it."""
+    try:
+        return RunSpec.model_validate_json(json.dumps(content["spec"]))
+    except ValidationError:
+        return None
+
+
+def _split(spec: RunSpec) -> Hashable:
+    return spec.data.name, spec.data.label, spec.data.classes
+
+
+def _sizes(
+    specs: Mapping[str, RunSpec], contents: Mapping[str, Mapping[str, Any]]
+) -> dict[Hashable, tuple[int, int, int]]:
+    """Returns the images of training, validation and test of each data set, as far as records that
+    used them all say it; else the defaults."""
+    sizes: dict[Hashable, list[int]] = defaultdict(lambda: list(DEFAULT_SIZES))
+    for run, spec in specs.items():
+        content, size = contents[run], sizes[_split(spec)]
+        timing = content["timing"]
+        if spec.data.train is None and spec.train is not None:
+            images = timing["train_images_per_s"] * timing["train_seconds"]
+            size[0] = round(images / spec.train.epochs)
+        if spec.data.val is None and content["val"]:
+            size[1] = content["val"]["n"]
+        if spec.data.test is None:
+            size[2] = content["test"]["n"]
+    return {split: tuple(size) for split, size in sizes.items()}

@@ -1,0 +1,389 @@
+"""Fills what is missing, in the order in which it decides most an hour, inside a budget of time.
+
+    plan = missing({"vimoe/routing": grid}, where, estimates)  # what, in which order, for how long
+    plan.schedule(7200, workers=2)  # what would be started within two hours
+    fill(plan, 7200, executor, workers=2, where=where)
+
+An *arm* is a name of a page's grid. It is worth something once the runs of all its planned seeds
+are there, so arms come in the order of how many become complete an hour (`value`). Runs that others
+start from come first, and count as what their children cost, where the cache lacks their weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import queue
+import re
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, Future, InvalidStateError
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..spec import RunSpec
+from . import collect, locks
+from .collect import Grid
+from .estimate import Estimate, Estimates
+from .store import Store
+
+UNWIND_SECONDS = 5.0  # that interrupted runs are given to let go of their locks
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Holds a name of a page's grid, and what it lacks: ids of runs, parents before children."""
+
+    page: str
+    name: str
+    missing: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.page}: {self.name}"
+
+
+@dataclass(frozen=True)
+class Item:
+    """Holds a run that is missing, what it takes, the arms that it serves, and the missing runs
+    that it starts from, by id."""
+
+    spec: RunSpec
+    estimate: Estimate
+    serves: tuple[Arm, ...]
+    needs: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Holds what is missing, in its order.
+
+    without_card: arms that lack runs for a graphics card, on a machine that has none. elsewhere:
+    ids of runs that other processes compute now.
+    """
+
+    items: tuple[Item, ...]
+    arms: tuple[Arm, ...]
+    without_card: tuple[Arm, ...] = ()
+    elsewhere: tuple[str, ...] = ()
+
+    def schedule(self, budget: float, workers: int = 1) -> list[Item]:
+        """Lists what is started within `budget` seconds, in its order, if estimates are right."""
+        waiting, done, started = list(self.items), set(), []
+        running: list[tuple[float, int]] = []  # (end, place in started)
+        now = 0.0
+        while True:
+            while len(running) < workers:
+                item = startable(waiting, budget - now, lambda item: item.needs <= done)
+                if item is None:
+                    break
+                waiting.remove(item)
+                heapq.heappush(running, (now + item.estimate.seconds, len(started)))
+                started.append(item)
+            if not running:
+                return started
+            now, place = heapq.heappop(running)
+            done.add(started[place].spec.id)
+
+    def complete_after(self, done: Collection[str]) -> list[Arm]:
+        """Lists the arms that lack nothing once the runs of these ids are there."""
+        return [arm for arm in self.arms if set(arm.missing) <= set(done)]
+
+
+def startable(
+    waiting: Sequence[Item], seconds_left: float, ready: Callable[[Item], bool]
+) -> Item | None:
+    """Returns the first run that is expected to end in time and has what it starts from."""
+    for item in waiting:
+        if item.estimate.seconds <= seconds_left and ready(item):
+            return item
+    return None
+
+
+# ---- what is missing, and in which order
+
+
+def value(completed: Sequence[Arm]) -> float:
+    """Says what it is worth that these arms become complete: their number.
+
+    The place to change when claims have ids: then the number of claims that they decide.
+    """
+    return len(completed)
+
+
+def missing(plans: Mapping[str, Grid], where: Store, estimates: Estimates, card: bool) -> Plan:
+    """Plans what the store lacks of the grids of some pages.
+
+    plans: {page: its grid}, in the order that decides between equals. card: whether this machine
+    has a graphics card. A failed run counts as missing.
+    """
+    wanted = collect.unique(s for grid in plans.values() for specs in grid.values() for s in specs)
+    state = {spec.id: collect.status_of(spec, where) for spec in wanted}
+    chains = {spec.id: _chain(spec, where) for spec in wanted if state[spec.id] != "done"}
+    # as planned first: a page's own spec says where a record is filed
+    planned = [spec for spec in wanted if spec.id in chains]
+    specs = {s.id: s for s in collect.unique([*planned, *(s for c in chains.values() for s in c)])}
+    elsewhere = [run for run in specs if locks.is_held(where.lock(run))]
+    arms, without_card = [], []
+    for page, grid in plans.items():
+        for name, runs in grid.items():
+            chained = [s.id for spec in runs if spec.id in chains for s in chains[spec.id]]
+            lacks = tuple(run for run in dict.fromkeys(chained) if run not in elsewhere)
+            needs_card = not card and any(specs[run].device == "cuda" for run in lacks)
+            if lacks:
+                (without_card if needs_card else arms).append(Arm(page, name, lacks))
+    cost = {run: _remaining(specs[run], estimates, where) for arm in arms for run in arm.missing}
+    order = in_order(arms, {run: estimate.seconds for run, estimate in cost.items()})
+    items = []
+    for run in order:
+        serves = tuple(arm for arm in arms if run in arm.missing)
+        needs = frozenset(s.id for s in _chain(specs[run], where)) - {run}
+        items.append(Item(specs[run], cost[run], serves, needs))
+    return Plan(tuple(items), tuple(arms), tuple(without_card), tuple(elsewhere))
+
+
+def in_order(arms: Sequence[Arm], seconds: Mapping[str, float]) -> list[str]:
+    """Orders runs so that the arms that complete most value an hour come first; of equals, the
+    first.
+
+    seconds: what each run takes. A run that several arms lack is paid for once, by the first.
+    """
+    arms_of_run: dict[str, list[Arm]] = defaultdict(list)
+    for arm in arms:
+        for run in arm.missing:
+            arms_of_run[run].append(arm)
+
+    def an_hour(arm: Arm, placed: Mapping[str, None]) -> float:
+        new = [run for run in arm.missing if run not in placed]
+        together = placed.keys() | set(new)
+        # only an arm that lacks one of the new runs can become complete by them
+        touched = dict.fromkeys(other for run in new for other in arms_of_run[run])
+        completed = [other for other in touched if together.issuperset(other.missing)]
+        return value(completed) / max(sum(seconds[run] for run in new), 1e-9)
+
+    placed: dict[str, None] = {}
+    remaining = list(arms)
+    while remaining:
+        worth = [an_hour(arm, placed) for arm in remaining]
+        placed |= dict.fromkeys(remaining[worth.index(max(worth))].missing)
+        remaining = [arm for arm in remaining if not placed.keys() >= set(arm.missing)]
+    return list(placed)
+
+
+def _chain(spec: RunSpec, where: Store) -> list[RunSpec]:
+    """Lists a run after those that it starts from and whose weights the cache lacks."""
+    chain = []
+    for needed in spec.needed_runs:
+        if not where.state(needed.id).is_file():
+            chain += _chain(needed.but(keep=True), where)
+    return [*collect.unique(chain), spec]
+
+
+def _remaining(spec: RunSpec, estimates: Estimates, where: Store) -> Estimate:
+    """Estimates what is left of a run: all, or what its checkpoint has not done."""
+    estimate = estimates.of(spec)
+    checkpoint = where.checkpoint(spec.id)
+    if spec.train is None or not checkpoint.is_file():
+        return estimate
+    from ..training.checkpoint import Checkpoint
+
+    state = Checkpoint(checkpoint).read() or {"step": 0}
+    images, _, _ = estimates.images(spec)
+    steps = spec.train.epochs * images / spec.train.batch
+    share = max(0.0, 1 - state["step"] / steps)
+    return Estimate(share * estimate.seconds, f"{estimate.basis}, from its checkpoint")
+
+
+# ---- filling
+
+
+@dataclass
+class Outcome:
+    """Holds ids of the runs that were filed, the reasons of those that failed, and the ids of
+    those that the end of the budget interrupted."""
+
+    filed: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    interrupted: list[str] = field(default_factory=list)
+
+
+class Interrupted(BaseException):
+    """Ends a run from outside. No Exception: `collect` would take it for a lost worker, and go on
+    with the run in this process, where nothing could stop it."""
+
+
+class Workers:
+    """An executor for `collect` whose jobs end at once when it is stopped, for who waits for them.
+
+    What they do in a worker ends with the worker: who opened `executor` stops it, too.
+    """
+
+    def __init__(self, executor: Any):
+        self.executor = executor
+        self.jobs: set[Future] = set()
+        self.reason: str | None = None  # why no more jobs are taken
+
+    def submit(self, function: Callable, *arguments: Any) -> Future:
+        """Hands a job to the executor. Raises Interrupted once stopped or if a worker was lost."""
+        if self.reason is not None:
+            raise Interrupted(self.reason)
+        job: Future = Future()
+        self.jobs.add(job)
+        try:
+            inner = self.executor.submit(function, *arguments)
+        except BrokenExecutor as error:
+            self.reason = f"a worker was lost ({error})"
+            raise Interrupted(self.reason) from error
+        inner.add_done_callback(lambda inner: self._hand_over(inner, job))
+        return job
+
+    def _hand_over(self, inner: Any, job: Future) -> None:
+        self.jobs.discard(job)
+        with contextlib.suppress(InvalidStateError):  # it was stopped in the meantime
+            if inner.cancelled():
+                job.set_exception(Interrupted("it was cancelled"))
+            elif (error := inner.exception()) is None:
+                job.set_result(inner.result())
+            elif isinstance(error, Exception):  # execute returns its failures: this is the worker's
+                if isinstance(error, BrokenExecutor):
+                    self.reason = self.reason or f"a worker was lost ({error})"
+                job.set_exception(Interrupted(f"its worker was lost ({error})"))
+            else:
+                job.set_exception(error)
+
+    def stop(self, reason: str) -> None:
+        """Ends all jobs with Interrupted."""
+        self.reason = reason
+        for job in list(self.jobs):
+            with contextlib.suppress(InvalidStateError):
+                job.set_exception(Interrupted(reason))
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)  # a kill loses no line
+
+
+def fill(
+    plan: Plan,
+    budget: float,
+    executor: Any,
+    workers: int,
+    where: Store,
+    say: Callable[[str], None] = _print,
+) -> Outcome:
+    """Computes what is missing on an executor, `workers` runs at a time, for `budget` seconds.
+
+    No run is started that is not expected to end in time; one that outlives the budget is
+    interrupted, and its checkpoint stays for the next time. Each record is filed as it comes.
+    """
+    deadline = time.monotonic() + budget
+    jobs, results = Workers(executor), queue.SimpleQueue()
+    waiting, running, outcome = list(plan.items), {}, Outcome()
+
+    def ready(item: Item) -> bool:
+        parents_there = all(where.state(run).is_file() for run in item.needs)
+        return parents_there and not locks.is_held(where.lock(item.spec.id))
+
+    try:
+        while True:
+            while jobs.reason is None and len(running) < workers:
+                item = startable(waiting, deadline - time.monotonic(), ready)
+                if item is None:
+                    break
+                waiting.remove(item)
+                thread = threading.Thread(
+                    target=_drive, args=(item, jobs, where, results), daemon=True
+                )
+                running[item.spec.id] = thread
+                thread.start()
+            if not running:
+                break
+            try:
+                item, failure = results.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                break
+            del running[item.spec.id]
+            if failure is None:
+                outcome.filed.append(item.spec.id)
+            else:
+                outcome.failures.append(failure)
+            say(_progress(item, failure, outcome, plan))
+    finally:
+        jobs.stop("the budget is spent")
+        for thread in running.values():
+            thread.join(UNWIND_SECONDS)
+    while not results.empty():  # a record that was just being filed
+        item, failure = results.get()
+        if failure is None:
+            outcome.filed.append(item.spec.id)
+    outcome.interrupted = [run for run in running if run not in outcome.filed]
+    return outcome
+
+
+def _drive(item: Item, jobs: Workers, where: Store, results: queue.SimpleQueue) -> None:
+    """Has one run computed and filed, and says so: (item, None or why it failed)."""
+    spec, failure = item.spec, None
+    try:
+        collect.check(spec)
+        failed = [r for r in collect.with_parents([spec], jobs, where) if r.status == "failed"]
+        if failed:
+            failure = collect.failure(failed[0])
+    # a bad spec, a full disk, a lost worker: the others go on
+    except BaseException as error:
+        failure = f"run {spec.id}: {type(error).__name__}: {error}"
+    results.put((item, failure))
+
+
+def _progress(item: Item, failure: str | None, outcome: Outcome, plan: Plan) -> str:
+    done = f"{len(outcome.filed)} of {len(plan.items)} filed"
+    return failure or f"{item.spec.id}  seed {item.spec.seed}  {item.serves[0]}  ({done})"
+
+
+# ---- workers
+
+
+@contextlib.contextmanager
+def workers_of(scheduler: str | None, count: int | None) -> Iterator[tuple[Any, int]]:
+    """Opens an executor; yields it with the number of runs that it computes at a time.
+
+    scheduler: address of a Dask cluster; None = processes of this machine. count: None = all
+    workers of the cluster, or one process. Local processes end when the block does, whatever they
+    are doing. Raises ValueError where `distributed` is asked for and not installed.
+    """
+    if scheduler is not None:
+        with _dask_client(scheduler) as client:
+            yield client.get_executor(), count or max(1, len(client.nthreads()))
+        return
+    executor = collect.pool(count or 1)
+    try:
+        yield executor, count or 1
+    finally:
+        # Idle workers end by themselves; busy ones are what ProcessPoolExecutor.terminate_workers
+        # ends from Python 3.14 on.
+        if executor._pending_work_items:
+            for process in list(executor._processes.values()):
+                process.terminate()
+        executor.shutdown(cancel_futures=True)
+
+
+def _dask_client(address: str) -> Any:
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise ValueError(
+            f"--scheduler {address} needs the package distributed, which is not installed: "
+            'pip install -e ".[cluster]"'
+        ) from error
+    return Client(address)
+
+
+def seconds_of(text: str) -> float:
+    """Reads a budget such as 2h, 90m, 1h30m, 45s or 0. Raises ValueError for anything else."""
+    units = {"h": 3600.0, "m": 60.0, "s": 1.0}
+    parts = re.findall(r"(\d+(?:\.\d+)?)([hms])", text)
+    if text != "0" and (not parts or "".join(n + u for n, u in parts) != text):
+        raise ValueError(
+            f"budget {text!r} is no time: give hours, minutes or seconds, such as 2h, 90m or 1h30m"
+        )
+    return sum(float(number) * units[unit] for number, unit in parts)

@@ -1,0 +1,185 @@
+"""What a run is expected to take: by hand from made-up records, and against the committed ones."""
+
+from __future__ import annotations
+
+import pytest
+
+from lib.runs.environment import environment
+from lib.runs.estimate import (
+    DEFAULT_RATE,
+    START_SECONDS,
+    Estimates,
+    contents_of,
+    kinds,
+    whole_seconds,
+)
+from lib.runs.store import store
+from lib.spec import BackboneSpec, DataSpec, MoESpec, PruneSpec, RunSpec, TrainSpec
+
+RUN = RunSpec(
+    data=DataSpec(train=100, val=10, test=50),
+    backbone=BackboneSpec(patch=7, width=16, depth=2, heads=2),
+    train=TrainSpec(epochs=1.0, batch=10),
+    threads=1,
+)
+# 3 passes of 100 images, validation before and after the epoch, test
+PASSES = 3 * 100 + 2 * 10 + 50
+
+
+def content(spec, seconds, macs=1000.0, **changes):
+    """The JSON of a finished record, as far as an estimate reads it."""
+    return {
+        "status": "ok",
+        "spec": spec.model_dump(mode="json"),
+        "environment": environment(spec),
+        "created": "2026-01-01T00:00:00+00:00",
+        "test": {"n": 50},
+        "val": {"n": 10},
+        "history": [{}, {}],
+        "cost": {"macs": macs},
+        "timing": {"eval_images_per_s": 100.0, "train_seconds": 1.0, "train_images_per_s": 100.0}
+        | ({} if seconds is None else {"run_seconds": seconds}),
+    } | changes
+
+
+def estimates(*contents):
+    """Estimates from records, by the ids of their specs."""
+    by_id = {RunSpec.model_validate(c["spec"], strict=False).id: c for c in contents}
+    assert len(by_id) == len(contents)
+    return Estimates(by_id)
+
+
+def test_other_seeds_of_the_same_run_are_nearest():
+    far = content(RUN.but(train={"epochs": 2.0}), 999.0)
+    near = [content(RUN.but(seed=s), t) for s, t in ((1, 10.0), (2, 14.0), (3, 100.0))]
+    estimate = estimates(far, *near).of(RUN)
+    assert (estimate.seconds, estimate.basis) == (14.0, "3 x another seed")  # their median
+
+
+def test_a_record_may_be_left_out():
+    known = estimates(content(RUN, 10.0), content(RUN.but(seed=1), 30.0))
+    assert known.of(RUN).seconds == 20.0  # a parent that is computed again has its own record
+    assert known.of(RUN, without=RUN.id).seconds == 30.0
+
+
+def test_the_same_model_is_scaled_by_its_passes():
+    longer = RUN.but(train={"epochs": 2.0})
+    estimate = estimates(content(RUN, 10.0)).of(longer)
+    assert estimate.basis == "1 x the same model"
+    assert estimate.seconds == pytest.approx(10.0 * (3 * 200 + 3 * 10 + 50) / PASSES)
+
+
+def test_another_model_is_scaled_by_its_multiply_adds():
+    dense = estimates().of(RUN)
+    macs = (dense.seconds - START_SECONDS) * DEFAULT_RATE["cpu"] / PASSES
+    both = RUN.but(moe=MoESpec(layers=2, experts=2, top_k=2, router="token"))
+    one = RUN.but(moe=MoESpec(layers=1, experts=2, top_k=2, router="token"))
+    known = estimates(content(one, 10.0, macs=macs * 1.25))
+    estimate = known.of(both)
+    assert estimate.basis == "1 x the same methods"
+    default = (estimates().of(both).seconds - START_SECONDS) * DEFAULT_RATE["cpu"] / PASSES
+    assert estimate.seconds == pytest.approx(10.0 * default / (macs * 1.25))
+    assert 1.2 < default / macs < 2.0  # a second expert for each token, in both blocks
+
+
+def test_counting_one_moe_layer_is_enough():
+    from lib.measure.cost import count
+    from lib.models.backbone import skeleton
+
+    spec = RUN.but(moe=MoESpec(layers=2, experts=4, top_k=2, router="token", shared=True))
+    whole = count(skeleton(spec.backbone, 28, classes=2, moe=spec.moe), 28).macs
+    seconds = estimates().of(spec).seconds - START_SECONDS
+    assert seconds * DEFAULT_RATE["cpu"] / PASSES == pytest.approx(whole)
+
+
+def test_what_is_left_of_a_pruned_model_scales_nothing():
+    pruned = RUN.but(init=RUN, prune=PruneSpec(share=0.5), moe=None)
+    assert pruned.narrowed
+    wider = pruned.but(prune=PruneSpec(share=0.25))
+    estimate = estimates(content(pruned, 10.0, macs=1.0)).of(wider)
+    assert estimate.seconds == pytest.approx(10.0) and estimate.basis == "1 x the same methods"
+
+
+def test_other_processors_and_failed_runs_say_nothing():
+    here = environment(RUN)
+    other = content(RUN.but(seed=1), 10.0, environment=here | {"processor": "another"})
+    rounded = content(
+        RUN.but(seed=2), 10.0, environment=here | {"products": "float32, rounded to bfloat16"}
+    )
+    failed = content(RUN.but(seed=3), 10.0) | {"status": "failed"}
+    old = content(RUN.but(seed=4), 10.0)
+    known = Estimates({"1": other, "2": rounded, "3": failed, "4": old | {"spec": {"shape": 1}}})
+    assert known.of(RUN).basis == "a default rate"
+    assert len(known.seconds) == 2
+
+
+def test_a_model_that_cannot_be_built_stops_no_plan():
+    unfit = RUN.but(backbone={"patch": 5})
+    assert estimates(content(RUN, 10.0)).of(unfit).basis == "no such model"
+
+
+def test_kinds_go_from_near_to_far():
+    again = RUN.but(seed=1)
+    longer = RUN.but(train={"epochs": 2.0})
+    mixture = RUN.but(moe=MoESpec())
+    wider = RUN.but(backbone={"width": 32})
+    other_type = RUN.but(dtype="bfloat16")
+    shared = [
+        [a == b for a, b in zip(kinds(RUN), kinds(spec), strict=True)]
+        for spec in (again, longer, mixture, wider, other_type)
+    ]
+    assert shared == [
+        [True, True, True, True, True],
+        [False, True, True, True, True],
+        [False, False, False, False, True],
+        [False, False, False, False, True],
+        [False, False, False, False, False],
+    ]
+
+
+def test_old_records_are_completed_by_the_start_of_the_next():
+    def at(second, seconds=None, **environment_changes):
+        made = content(RUN, seconds, created=f"2026-01-01T00:{second // 60:02}:{second % 60:02}")
+        made["environment"] = made["environment"] | environment_changes
+        return made
+
+    # training 1 s, and 50 + 2 x 10 images at 100 a second: 1.7 s are measured
+    contents = {
+        "whole": at(0, seconds=5.0),
+        "followed": at(10),
+        "elsewhere": at(12, processor="another"),
+        "beside": at(11),  # starts before the measured part of "followed" is over
+        "before a pause": at(30),
+        "last": at(200),
+    }
+    seconds = whole_seconds(contents)
+    assert seconds == pytest.approx(
+        {
+            "whole": 5.0,
+            "followed": 20.0,
+            "elsewhere": 1.7,
+            "beside": 19.0,
+            "before a pause": 1.7,
+            "last": 1.7,
+        }
+    )
+
+
+def test_sizes_of_data_come_from_records():
+    whole = RUN.but(data={"train": None, "val": None, "test": None}, train={"epochs": 2.0})
+    record = content(whole, 10.0)  # 1 s at 100 images a second in two epochs
+    known = estimates(record)
+    assert known.images(whole) == (50, 10, 50)
+    assert known.images(whole.but(data={"train": 7})) == (7, 10, 50)
+    assert known.images(whole.but(data={"name": "other"})) == (45_000, 5_000, 10_000)
+
+
+def test_most_committed_records_lie_within_a_factor_of_two_of_their_estimate():
+    known = Estimates(contents_of(store()))
+    ratios = []
+    for run in sorted(known.seconds)[::4]:
+        spec, machine = known.spec_of_record(run), known.machine_of_record(run)
+        estimate = known.of(spec, machine, without=run)
+        ratios.append(estimate.seconds / known.seconds[run])
+    near = sum(0.5 <= ratio <= 2 for ratio in ratios)
+    assert len(ratios) > 100 and near / len(ratios) > 0.8

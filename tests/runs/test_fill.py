@@ -1,0 +1,478 @@
+"""What is missing, in which order, and filling it inside a budget: with made-up runs by hand, and
+with tiny ones from the command line, killed in the middle."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from lib import paths
+from lib.runs import collect as runs
+from lib.runs import fill as filling
+from lib.runs import locks
+from lib.runs.estimate import Estimate
+from lib.runs.fill import Arm
+from lib.runs.store import Store
+from lib.spec import BackboneSpec, DataSpec, RunSpec, TrainSpec
+from lib.training.checkpoint import Checkpoint
+
+TINY = RunSpec(
+    data=DataSpec(train=64, val=20, test=30),
+    backbone=BackboneSpec(patch=7, width=16, depth=2, heads=2),
+    threads=1,
+)
+
+
+class Given:
+    """Estimates that a test gives, in seconds by seed; 1 where it gives none."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def of(self, spec):
+        return Estimate(self.seconds.get(spec.seed, 1.0), "given")
+
+    def images(self, spec):
+        return spec.data.train, spec.data.val, spec.data.test
+
+
+def planned(grid, where, seconds=None, card=False):
+    """The plan of one page."""
+    return filling.missing({"a/one": grid}, where, Given(seconds or {}), card)
+
+
+def seeds(items):
+    return [item.spec.seed for item in items]
+
+
+def filled(plan, where, budget=1000.0, workers=1):
+    """Fills with threads in the place of processes."""
+    lines = []
+    with ThreadPoolExecutor(workers) as executor:
+        outcome = filling.fill(plan, budget, executor, workers, where, lines.append)
+    return outcome, lines
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """Runs are made up; returns the seeds computed so far, in the order of their starts."""
+
+    class Log(list):
+        bad: set[int] = set()
+
+    log = Log()
+
+    def execute(spec, states, checkpoint=None):
+        log.append(spec.seed)
+        head = {"id": spec.id, "spec": spec.model_dump(mode="json")}
+        if spec.seed in log.bad:
+            return head | {
+                "status": "failed",
+                "error": {"kind": "ValueError", "message": "bad"},
+            }, {}
+        state = Store(paths.RESULTS, Path(states).parent).state(spec.id)
+        if spec.keep:
+            state.parent.mkdir(parents=True, exist_ok=True)
+            state.write_text("weights")
+        weights = {"final": str(spec.seed), "parent": spec.init and str(spec.init.seed)}
+        return head | {"status": "ok", "test": {"top1": 50.0}, "weights": weights}, {}
+
+    monkeypatch.setattr(runs, "execute", execute)
+    return log
+
+
+# ---- in which order
+
+
+def test_arms_that_complete_most_an_hour_come_first():
+    arms = [Arm("a", "slow", ("s",)), Arm("a", "two", ("x", "y")), Arm("b", "one", ("y",))]
+    # "two" completes itself and "one" in 25 s, "one" itself in 10: 0.08 and 0.1 a second
+    assert filling.in_order(arms, {"s": 100.0, "x": 15.0, "y": 10.0}) == ["y", "x", "s"]
+    # 2 in 18 s is more than 1 in 10
+    assert filling.in_order(arms, {"s": 100.0, "x": 8.0, "y": 10.0}) == ["x", "y", "s"]
+    # equals: the first page, the first arm
+    equal = [Arm("a", "1", ("p",)), Arm("b", "2", ("q",)), Arm("b", "3", ("r",))]
+    assert filling.in_order(equal, {"p": 7.0, "q": 7.0, "r": 6.0}) == ["r", "p", "q"]
+
+
+def test_the_worth_of_arms_can_be_exchanged(monkeypatch):
+    arms = [Arm("a", "cheap", ("x",)), Arm("a", "dear", ("y",))]
+    assert filling.in_order(arms, {"x": 1.0, "y": 2.0}) == ["x", "y"]
+    monkeypatch.setattr(filling, "value", lambda done: sum(3 * (a.name == "dear") for a in done))
+    assert filling.in_order(arms, {"x": 1.0, "y": 2.0}) == ["y", "x"]
+
+
+def test_an_arm_costs_what_its_seeds_lack(where, computed):
+    grid = {
+        "three": [TINY.but(seed=s) for s in (1, 2, 3)],
+        "two": [TINY.but(seed=s) for s in (4, 5)],
+    }
+    assert seeds(planned(grid, where).items) == [4, 5, 1, 2, 3]
+    runs.collect({"three": grid["three"][:2]}, where=where)
+    plan = planned(grid, where)
+    assert seeds(plan.items) == [3, 4, 5]  # one seed completes the arm of three
+    assert [str(arm) for arm in plan.items[0].serves] == ["a/one: three"]
+
+
+def test_parents_without_weights_come_first_and_count(where, computed):
+    parent = TINY.but(seed=1)
+    grid = {"child": [TINY.but(seed=2, init=parent)], "other": [TINY.but(seed=3)]}
+    plan = planned(grid, where, {1: 5.0, 2: 1.0, 3: 4.0})  # 6 s for the child, 4 for the other
+    assert seeds(plan.items) == [3, 1, 2] and plan.items[1].spec.keep
+    assert plan.items[2].needs == {parent.id} and plan.items[1].needs == set()
+    runs.collect({"parent": [parent.but(keep=True)]}, where=where)
+    assert seeds(planned(grid, where, {1: 5.0, 2: 1.0, 3: 4.0}).items) == [2, 3]
+    where.state(parent.id).unlink()  # its record is there, and it has to be computed again
+    plan = planned(grid, where, {1: 5.0, 2: 1.0, 3: 4.0})
+    assert seeds(plan.items) == [3, 1, 2]
+    filled(plan, where)
+    assert planned(grid, where).items == ()
+    assert computed == [1, 3, 1, 2]
+
+
+def test_what_needs_a_card_is_left_out_where_there_is_none(where):
+    parent = TINY.but(seed=1, device="cuda")
+    grid = {
+        "card": [TINY.but(seed=2, device="cuda")],
+        "child of a card's": [TINY.but(seed=3, init=parent, device="cuda")],
+        "processor": [TINY.but(seed=4)],
+    }
+    plan = planned(grid, where)
+    assert seeds(plan.items) == [4]
+    assert [arm.name for arm in plan.without_card] == ["card", "child of a card's"]
+    assert seeds(planned(grid, where, card=True).items) == [2, 4, 1, 3]
+
+
+def test_what_another_process_computes_is_left_to_it(where):
+    grid = {"a": [TINY.but(seed=1)], "b": [TINY.but(seed=2)]}
+    with locks.held(where.lock(TINY.but(seed=1).id)):
+        plan = planned(grid, where)
+        assert seeds(plan.items) == [2] and plan.elsewhere == (TINY.but(seed=1).id,)
+    assert seeds(planned(grid, where).items) == [1, 2]
+
+
+def test_a_checkpoint_makes_a_run_shorter(where):
+    spec = TINY.but(seed=1, train=TrainSpec(epochs=2.0, batch=16))  # 8 steps
+    [item] = planned({"a": [spec]}, where, {1: 80.0}).items
+    assert item.estimate.seconds == 80.0
+    Checkpoint(where.checkpoint(spec.id)).write({"step": 6})
+    [item] = planned({"a": [spec]}, where, {1: 80.0}).items
+    assert item.estimate.seconds == pytest.approx(20.0)
+
+
+# ---- inside a budget
+
+
+def test_the_schedule_ends_in_its_budget(where):
+    grid = {f"arm {s}": [TINY.but(seed=s)] for s in (1, 2, 3)}
+    plan = planned(grid, where, {1: 10.0, 2: 50.0, 3: 10.0})
+    scheduled = {
+        (budget, workers): seeds(plan.schedule(budget, workers))
+        for budget, workers in ((0, 1), (25, 1), (60, 1), (70, 1), (60, 2))
+    }
+    assert scheduled == {
+        (0, 1): [],
+        (25, 1): [1, 3],
+        (60, 1): [1, 3],  # 40 s are left, and the third takes 50
+        (70, 1): [1, 3, 2],
+        (60, 2): [1, 3, 2],  # both are done after 10 s
+    }
+    done = {item.spec.id for item in plan.schedule(25)}
+    assert [arm.name for arm in plan.complete_after(done)] == ["arm 1", "arm 3"]
+
+
+def test_a_child_is_not_started_before_its_parent_is_done(where):
+    parent = TINY.but(seed=1)
+    plan = planned({"a": [TINY.but(seed=2, init=parent)]}, where, {1: 10.0, 2: 10.0})
+    assert seeds(plan.schedule(15, workers=2)) == [1]
+    assert seeds(plan.schedule(20, workers=2)) == [1, 2]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_everything_is_filed_once_and_parents_first(where, computed, workers):
+    parent = TINY.but(seed=1)
+    grid = {"a": [TINY.but(seed=s, init=parent) for s in (2, 3)], "b": [TINY.but(seed=4)]}
+    plan = planned(grid, where, {4: 0.5})
+    outcome, lines = filled(plan, where, workers=workers)
+    assert sorted(outcome.filed) == sorted(item.spec.id for item in plan.items)
+    assert sorted(computed) == [1, 2, 3, 4] and computed.index(1) < computed.index(2)
+    if workers == 1:
+        assert computed == seeds(plan.schedule(1000)) == [4, 1, 2, 3]
+    assert len(lines) == 4 and outcome.failures == outcome.interrupted == []
+    assert planned(grid, where).items == () and where.get(parent).status == "ok"
+
+
+def test_a_budget_that_is_too_small_starts_nothing(where, computed):
+    plan = planned({"a": [TINY.but(seed=1)], "b": [TINY.but(seed=2)]}, where, {1: 50.0, 2: 60.0})
+    assert filled(plan, where, budget=0.0)[0].filed == []
+    assert filled(plan, where, budget=49.0)[0].filed == [] and computed == []
+
+
+def test_a_run_that_outlives_the_budget_is_interrupted(where, computed, monkeypatch):
+    end, real = threading.Event(), runs.execute
+
+    def execute(spec, *folders):
+        if spec.seed == 2:
+            end.wait(30)
+        return real(spec, *folders)
+
+    monkeypatch.setattr(runs, "execute", execute)
+    grid = {"a": [TINY.but(seed=1)], "b": [TINY.but(seed=2)], "c": [TINY.but(seed=3)]}
+    plan = planned(grid, where, {1: 0.1, 2: 0.2, 3: 0.3})
+    runs.check(TINY)  # the first look at an architecture takes a while
+    with ThreadPoolExecutor(1) as executor:
+        began = time.monotonic()
+        outcome = filling.fill(plan, 3.0, executor, 1, where, lambda line: None)
+        assert time.monotonic() - began < 10
+        assert outcome.filed == [TINY.but(seed=1).id]
+        assert outcome.interrupted == [TINY.but(seed=2).id]
+        assert runs.status_of(TINY.but(seed=2), where) == "missing"  # its lock is free
+        end.set()
+    assert where.find(TINY.but(seed=2).id) is None  # what comes after the end is not filed
+    outcome, _ = filled(planned(grid, where), where)
+    assert computed == [1, 2, 2, 3] and len(outcome.filed) == 2
+
+
+def test_a_failing_run_does_not_stop_the_others(where, computed):
+    computed.bad.add(1)
+    grid = {str(s): [TINY.but(seed=s)] for s in (1, 2)}
+    grid["unfit"] = [TINY.but(seed=3, backbone={"patch": 5})]
+    outcome, _ = filled(planned(grid, where), where)
+    assert outcome.filed == [TINY.but(seed=2).id] and computed == [1, 2]
+    failed, unfit = sorted(outcome.failures, key=lambda line: "patch" in line)
+    assert failed == f"run {TINY.but(seed=1).id}: ValueError: bad"
+    assert "image_size=28 is not a multiple of the patch size 5" in unfit
+
+
+def test_a_lost_worker_ends_the_filling(where, computed):
+    class Broken:
+        def submit(self, function, *arguments):
+            job = Future()
+            job.set_exception(BrokenProcessPool("a process died"))
+            return job
+
+    plan = planned({str(s): [TINY.but(seed=s)] for s in (1, 2)}, where)
+    outcome = filling.fill(plan, 100.0, Broken(), 1, where, lambda line: None)
+    assert computed == []  # nothing is computed in this process, where nothing could stop it
+    [failure] = outcome.failures
+    assert "worker was lost (a process died)" in failure and outcome.filed == []
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("2h", 7200), ("90m", 5400), ("1h30m", 5400), ("1.5m", 90), ("0", 0)]
+)
+def test_budgets(text, seconds):
+    assert filling.seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["2", "2 h", "h", "", "2d", "-1h"])
+def test_what_is_no_budget(text):
+    with pytest.raises(ValueError, match="is no time: give hours, minutes or seconds"):
+        filling.seconds_of(text)
+
+
+# ---- workers
+
+
+def test_a_cluster_needs_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)  # as if it were not installed
+    with pytest.raises(ValueError, match=r"needs the package distributed.*\[cluster\]"):
+        with filling.workers_of("tcp://host:1", None):
+            pass
+
+
+def test_a_cluster_computes_as_many_runs_as_it_has_workers(monkeypatch, where, computed):
+    executor = ThreadPoolExecutor(2)
+
+    class Client:
+        def __init__(self, address):
+            assert address == "tcp://host:1"
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *reason):
+            executor.shutdown()
+
+        def get_executor(self):
+            return executor
+
+        def nthreads(self):
+            return {"tcp://host:2": 4, "tcp://host:3": 4}
+
+    monkeypatch.setitem(sys.modules, "distributed", SimpleNamespace(Client=Client))
+    with filling.workers_of("tcp://host:1", None) as (workers, count):
+        assert (workers, count) == (executor, 2)
+        plan = planned({str(s): [TINY.but(seed=s)] for s in (1, 2, 3)}, where)
+        outcome = filling.fill(plan, 100.0, workers, count, where, lambda line: None)
+    assert len(outcome.filed) == 3 and sorted(computed) == [1, 2, 3]
+    with filling.workers_of("tcp://host:1", 5) as (_, count):
+        assert count == 5
+
+
+ORPHANS = """
+import os, signal, sys, time
+from pathlib import Path
+from lib.runs.collect import pool
+
+def work(file):
+    Path(file).write_text(str(os.getpid()))
+    time.sleep(120)
+
+if __name__ == "__main__":
+    pool(1).submit(work, sys.argv[1])
+    while not Path(sys.argv[1]).exists():
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_the_process_that_opened_the_pool(tmp_path):
+    script, file = tmp_path / "script.py", tmp_path / "pid"
+    script.write_text(ORPHANS)
+    env = {**os.environ, "PYTHONPATH": str(paths.ROOT)}
+    subprocess.run([sys.executable, str(script), str(file)], env=env, timeout=120)
+    worker, deadline = int(file.read_text()), time.monotonic() + 30
+    while _alive(worker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _alive(worker)
+
+
+def _alive(process: int) -> bool:
+    try:  # one that has ended and that nobody has waited for is not alive
+        state = (Path("/proc") / str(process) / "stat").read_text()
+    except OSError:
+        return False
+    return state.rpartition(")")[2].split()[0] != "Z"
+
+
+# ---- from the command line, with runs that are computed
+
+SPECS = """import lib
+from lib.spec import BackboneSpec, DataSpec, RunSpec, TrainSpec
+
+p = lib.profile("{key}", profile, width=width, scale=scale, layers=layers)
+
+
+def grid(p):
+    run = RunSpec(
+        data=DataSpec(train=64, val=20, test=30),
+        backbone=BackboneSpec(patch=7, width=16, depth=2, heads=2),
+        train=TrainSpec(epochs=float(p.width), batch=16),
+        threads=1,
+    )
+    return {{f"arm {{s}}": [run.but(seed=s)] for s in p.layers}}
+"""
+
+
+@pytest.fixture
+def book(tiny):
+    """A book of one page with three short runs, each of which has a checkpoint after every step."""
+    tiny.contents("notebooks/a/one")
+    tiny.notebook("a/one", specs=SPECS)
+    tiny.profile("smoke", "a/one: {width: 12, layers: [0, 1, 2]}\n")
+    file = tiny.root / "lib" / "training" / "checkpoint.py"
+    text = file.read_text()
+    for old in ("CHECKPOINT_SECONDS = 60", "WRITE_SHARE = 20"):
+        assert old in text
+        text = text.replace(old, f"{old.split()[0]} = 0")
+    file.write_text(text)
+    return tiny
+
+
+def fill_command(book, *options):
+    """Starts `python -m lib fill` in a book."""
+    env = {**os.environ, "PYTHONPATH": str(book.root), "MOE_CACHE": str(book.root / "cache")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "lib", "fill", "--profile", "smoke", *options],
+        cwd=book.root,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def ids_of(text):
+    """The ids that start a line, in their order."""
+    words = [line.split()[0] for line in text.splitlines() if line.strip()]
+    return [word for word in words if len(word) == 16]
+
+
+def wait_for(condition, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.005)
+
+
+def test_killed_twice_and_nothing_is_lost_or_doubled(book):
+    dry, _ = fill_command(book, "--budget", "1h", "--dry").communicate(timeout=120)
+    order = ids_of(dry)
+    assert len(order) == 3 and "complete then: 3 of 3 arms" in dry
+    cache, filed = Store(book.root / "data" / "results", book.root / "cache"), []
+    for run, kill in zip(order, (signal.SIGKILL, signal.SIGTERM), strict=False):
+        child = fill_command(book, "--budget", "1h")
+        wait_for(cache.checkpoint(run).is_file)
+        child.send_signal(kill)
+        said, error = child.communicate(timeout=60)
+        assert child.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 130}[kill], error
+        filed += ids_of(said)
+        assert cache.find(run) is None or run in filed
+    written = {run: cache.find(run).stat().st_mtime_ns for run in filed}
+    child = fill_command(book, "--budget", "1h")
+    said, error = child.communicate(timeout=120)
+    assert child.returncode == 0, error
+    assert filed + ids_of(said) == order  # each of them once, in the order of the dry run
+    assert {run: cache.find(run).stat().st_mtime_ns for run in filed} == written
+    for run in order:  # as if nobody had killed anything
+        record = cache.peek(run)
+        whole = Store(book.root / "p", book.root / "q")
+        [unbroken] = runs.collect({"a": [record.spec]}, where=whole)["a"]
+        assert record.result() == unbroken.result()
+        assert 0 < record.timing["train_seconds"] < record.timing["run_seconds"]
+
+
+def test_the_end_of_the_budget_leaves_a_checkpoint(book):
+    book.profile("smoke", "a/one: {width: 100000, layers: [0]}\n")  # hours
+    file = book.root / "lib" / "runs" / "estimate.py"
+    file.write_text(file.read_text() + "\nDEFAULT_RATE = dict.fromkeys(DEFAULT_RATE, 1e20)\n")
+    child = fill_command(book, "--budget", "30s")
+    said, error = child.communicate(timeout=120)
+    assert child.returncode == 0, error
+    assert said.startswith("0 runs filed, 0 failed, 1 interrupted (to go on from the checkpoint)")
+    [checkpoint] = (book.root / "cache" / "checkpoints").glob("*.pt")
+    assert Checkpoint(checkpoint).read()["step"] > 0
+    assert not list((book.root / "cache").rglob("*.json"))
+
+
+def test_dry_says_what_will_still_be_missing(book):
+    dry, error = fill_command(book, "--budget", "0", "--dry").communicate(timeout=120)
+    assert "nothing that is missing ends within the budget" in dry, error
+    assert "complete then: 0 of 3 arms" in dry and "  a/one: 3 runs, " in dry
+    assert "3 longer than the whole budget" in dry
+    assert not (book.root / "cache" / "records").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--budget", "soon"], "budget 'soon' is no time"),
+        (["--workers", "0"], "--workers 0: at least one run"),
+        (["--pages", "a/two"], "a/two has no runs under the profile smoke"),
+    ],
+)
+def test_bad_input_is_refused(book, options, says):
+    child = fill_command(book, *options)
+    _, error = child.communicate(timeout=60)
+    assert child.returncode == 2 and says in error
