@@ -27,10 +27,15 @@ from typing import Any
 import yaml
 
 from ..paths import ROOT, written_whole
-from . import ledger, manifest, parameters, profiles, status
+from . import all_verdicts, manifest, parameters, profiles, status
 
-# included by status.md and verdicts.md
-GENERATED = {"status_table.md": status.page, "verdicts_table.md": ledger.page}
+# included by status.md, verdicts.md and intro.md; the last one lies beside the pages
+GENERATED = {
+    "status_table.md": status.page,
+    "verdicts_table.md": all_verdicts.page,
+    "state.md": all_verdicts.state,
+    "claims.json": all_verdicts.as_json,
+}
 HEARTBEAT = 30.0  # seconds between lines about notebooks that take long
 
 

@@ -21,17 +21,19 @@ from IPython.display import Markdown, display
 from ..report import tables, text
 from ..report.style import Shown, show
 from ..runs.collect import Grid, collect, load
+from ..verdicts import ledger
 from ..verdicts.claims import Verdict
 from ..verdicts.costs import cost_rows
+from ..verdicts.evidence import Evidence, verdicts_on
 from ..verdicts.stats import Interval, accuracy_interval, finished
-from .profiles import PUBLISHED, Profile, profile
+from .profiles import PUBLISHED, Profile, plan, profile, with_further_seeds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ..runs.store import Record
 
-Claims = Callable[["Side"], Iterable[Verdict]]
+Claims = Callable[["Side"], Iterable[Evidence]]
 # names of the runs that are shown, or a condition on them; None = all
 Keys = Iterable[str] | Callable[[str], bool] | None
 
@@ -96,11 +98,12 @@ class Page:
 
     def __init__(self, grid: Callable[[Profile], Grid], p: Profile, reads: str | None = None):
         self.p, self.small = p, profile(p.notebook, PUBLISHED)
-        planned = grid(self.small)
+        planned = with_further_seeds(p.notebook, grid, self.small)
         in_folder = any(run.data.in_folder for runs in planned.values() for run in runs)
         self.fill = "MOE_DATA=... " if in_folder else ""
         self.fill += f"python -m lib run {reads or p.notebook} --profile {PUBLISHED} --records"
-        self.build = Side("This build", p, collect(grid(p)), self.fill)
+        wanted = with_further_seeds(p.notebook, grid, p)
+        self.build = Side("This build", p, collect(wanted), self.fill)
         self.reproduced = Side("Reproduced", self.small, load(planned), self.fill)
 
     @property
@@ -116,12 +119,32 @@ class Page:
 
     def answer(self, claims: Claims) -> Markdown:
         """Lists the claims by verdict, on the reproduced records: the head of a page."""
-        return text.answer(claims(self.reproduced), self.reproduced.name)
+        return text.answer(self.judged(claims, self.reproduced), self.reproduced.name)
 
     def verdicts(self, claims: Claims, caption: str = text.RULE) -> tables.Table:
         """Tabulates the claims of both sides with the numbers behind them."""
-        judged = [v.said_of(side.name) for side in self.sides for v in claims(side)]
+        judged = [v.said_of(side.name) for side in self.sides for v in self.judged(claims, side)]
         return text.verdicts(judged, caption)
+
+    def judged(self, claims: Claims, side: Side) -> list[Verdict]:
+        """Judges the page's claims of the ledger by what a function yields of one side.
+
+        claims: see `verdicts.evidence`. Raises ValueError for a claim that is not in the ledger,
+        and, on the reproduced side, for one of the ledger that is left out or judged on other runs
+        than the ledger says.
+        """
+        listed, evidence = ledger.of_page(self.p.notebook), list(claims(side))
+        judged = verdicts_on(evidence, listed)
+        if side is self.reproduced:
+            given = {piece.claim: piece for piece in evidence}
+            for claim in (part for whole in listed for part in whole.judged()):
+                if claim.id not in given:
+                    raise ValueError(
+                        f"{self.p.notebook} yields no evidence of claim {claim.id}, which the "
+                        "ledger (data/papers) gives to it: yield some, or change its `page`"
+                    )
+                _check_arms(claim, given[claim.id])
+        return judged
 
     def table(
         self,
@@ -182,6 +205,22 @@ class Page:
     def show(self, figure: Figure, caption: str, alt: str, keys: Keys = None) -> Shown:
         """Puts a figure of both sides on the page; see `Side.show`."""
         return self.reproduced.show(figure, caption, alt, keys)
+
+
+def _check_arms(claim: ledger.Claim, piece: Evidence) -> None:
+    """Refuses evidence from runs that the ledger does not name: `fill` would not compute them."""
+    if not piece.records:
+        return
+    planned = plan(claim.runs_page, PUBLISHED)
+    named = {run.id for arm in claim.arms for run in planned.get(arm, [])}
+    strange = [record.id for record in piece.records if record.id not in named]
+    if strange:
+        arms = [arm for arm, runs in planned.items() if {run.id for run in runs} & set(strange)]
+        raise ValueError(
+            f"claim {claim.id} is judged on runs that its `arms` in the ledger do not name: they "
+            f"are of {', '.join(map(repr, arms)) or 'no arm'} of {claim.runs_page}; the ledger "
+            f"has {', '.join(map(repr, claim.arms)) or 'none'}"
+        )
 
 
 def page(grid: Callable[[Profile], Grid], p: Profile, reads: str | None = None) -> Page:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -48,6 +48,11 @@ class Profile:
 
     def __init__(self, notebook: str, values: Mapping[str, Any]) -> None:
         self.__dict__.update(values, notebook=notebook)
+
+    def but(self, **values: Any) -> Profile:
+        """Returns the parameters with some of them changed."""
+        fields = {name: value for name, value in self.__dict__.items() if name != "notebook"}
+        return Profile(self.notebook, fields | values)
 
     @property
     def base(self) -> RunSpec:
@@ -265,9 +270,33 @@ def plan(key: str, name: str, **given: Any) -> dict[str, list[RunSpec]]:
     served = getattr(space.get("p"), "notebook", key)
     if served != key:
         raise NotebookError(f"notebooks/{key}.ipynb asks lib.profile for {served!r}; write {key!r}")
-    runs = space["grid"](profile(key, name, **given))
+    runs = with_further_seeds(key, space["grid"], profile(key, name, **given))
     if not isinstance(runs, dict) or not all(isinstance(v, list) for v in runs.values()):
         raise NotebookError(
             f"notebooks/{key}.ipynb: grid(p) must return dict[str, list[RunSpec]], got {runs!r:.80}"
         )
+    return runs
+
+
+def with_further_seeds(
+    key: str, grid: Callable[[Profile], dict[str, list[RunSpec]]], p: Profile
+) -> dict[str, list[RunSpec]]:
+    """Returns the runs of a grid, with the second stage of seeds where the ledger has fixed one.
+
+    Only the arms of such claims get further seeds, and only in the published profile with its own
+    seeds: whoever chooses seeds gets these.
+    """
+    from ..verdicts import ledger  # it reads all of data/papers
+
+    runs = grid(p)
+    if p.profile != PUBLISHED or "seeds" not in p.__dict__:
+        return runs
+    own = tuple(profile(key, PUBLISHED).seeds)
+    if tuple(p.seeds) != own:
+        return runs
+    waiting = [claim for claim in ledger.on_runs_of(key) if claim.planned_seeds > len(own)]
+    for count in sorted({claim.planned_seeds for claim in waiting}):
+        wider = grid(p.but(seeds=tuple(range(count))))
+        arms = {a for claim in waiting if claim.planned_seeds >= count for a in claim.arms}
+        runs |= {arm: wider[arm] for arm in arms if arm in wider}
     return runs

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from typing import Any
 
 import pandas as pd
 from IPython.display import Markdown
 
-from ..verdicts import DECIDED, WORDS
+from ..verdicts import DECIDED, WORDS, ledger
 from ..verdicts.claims import Verdict
 from .tables import Table, table
 
 # the caption of every table of verdicts
-RULE = "Verdicts by one rule: an order needs three seeds, and an interval that lies on one side."
+RULE = (
+    "Verdicts by one rule: an order needs three seeds; it holds if the interval lies on the claimed "
+    "side, and is not reproduced if the interval leaves out the published size."
+)
 
-__all__ = ["RULE", "answer", "gaps", "say", "verdicts"]
+__all__ = ["RULE", "answer", "gaps", "published", "say", "verdicts"]
 
 
 def gaps(records: dict[str, list], command: str) -> str:
@@ -34,24 +38,39 @@ def say(*sentences: str) -> Markdown:
 
 
 def verdicts(judged: Iterable[Verdict], caption: str = RULE) -> Table:
-    """Makes a table of claims: what was claimed, the verdict, the numbers behind it."""
-    rows = [(v.claim, v.verdict, v.text) for v in judged]
-    frame = pd.DataFrame(rows, columns=["claim", "verdict", "in our records"])
+    """Makes a table of claims: what is claimed, what was published, our numbers, the verdict."""
+    rows = [(v.claim, published(v.id), v.text.partition(";")[0], v.word) for v in judged]
+    frame = pd.DataFrame(rows, columns=["claim", "published", "in our records", "verdict"])
     return table(frame, caption, wrap=True)
+
+
+def published(claim: str) -> str:
+    """Says what was published of a claim of the ledger, by its id; of one that is not there, ""."""
+    entry = ledger.claims().get(claim)
+    if entry is None or entry.direction == "joint":
+        return ""
+    if entry.published_size is None:
+        smallest = f"{entry.size:g} {entry.unit}".strip()
+        return f"counts from {smallest}" if entry.kind == "ours" else f"no size; counts from {smallest}"
+    sign = {"greater": "+", "less": "-"}.get(entry.direction, "")
+    return f"{sign}{entry.published_size:.{entry.decimals}f} {entry.unit}".strip()
 
 
 def answer(judged: Iterable[Verdict], source: str = "Reproduced") -> Markdown:
     """Lists the claims of a page by verdict, for its head.
 
     source: what the records are; taken off the beginning of the claims. What is decided comes one
-    claim a line with its interval, the rest in one line a verdict. The claims go with the list as
-    data, which the page of all verdicts reads (`lib.pages.ledger`).
+    claim a line with its interval, the rest in one line a verdict; parts of a joint claim stand
+    inside its line. The claims go with the list as data, which the page of all verdicts reads
+    (`lib.pages.all_verdicts`).
     """
     judged = [replace(v, claim=v.claim.removeprefix(f"{source}: ")) for v in judged]
-    data = {"source": source, "claims": [asdict(v) for v in judged]}
-    by_verdict = {verdict: [v for v in judged if v.verdict == verdict] for verdict in WORDS}
+    data = {"source": source, "claims": [_plain(v) for v in judged]}
+    parts = {part.id for claim in ledger.claims().values() for part in claim.parts}
+    whole = [v for v in judged if v.id not in parts]
+    by_verdict = {verdict: [v for v in whole if v.verdict == verdict] for verdict in WORDS}
     untested = len(by_verdict["not tested"])
-    if untested == len(judged):
+    if untested == len(whole):
         return Markdown(
             f"**{source}, in short.** None of this page's {untested} claims has its records yet.",
             metadata=data,
@@ -59,9 +78,28 @@ def answer(judged: Iterable[Verdict], source: str = "Reproduced") -> Markdown:
     lines = [f"**{source}, in short.** The table of verdicts below has all the numbers.", ""]
     for verdict in DECIDED:
         for v in by_verdict[verdict]:
-            lines.append(f"- *{verdict.capitalize()}:* {v.claim}: {v.text.partition(';')[0]}")
+            # all parts of a joint claim, but of an interval only its first statement
+            said = v.text if v.estimate is None else v.text.partition(";")[0]
+            lines.append(f"- *{v.word.capitalize()}:* {_sentence(v)}: {said}")
     if by_verdict["undecided"]:
-        lines.append(f"- *Undecided:* {'; '.join(v.claim for v in by_verdict['undecided'])}.")
+        lines.append(f"- *Undecided:* {'; '.join(map(_sentence, by_verdict['undecided']))}.")
     if untested:
-        lines.append(f"- *Not tested* for want of records: {untested} of {len(judged)} claims.")
+        lines.append(f"- *Not tested* for want of records: {untested} of {len(whole)} claims.")
     return Markdown("\n".join(lines), metadata=data)
+
+
+def _sentence(verdict: Verdict) -> str:
+    """Writes a claim inside a line, with its id."""
+    claim = verdict.claim.removesuffix(".")
+    return f"{claim} ({verdict.id})" if verdict.id else claim
+
+
+def _plain(verdict: Verdict) -> dict[str, Any]:
+    """Returns a verdict as data: its numbers, without the law behind them."""
+    numbers = asdict(replace(verdict, estimate=None))
+    estimate = verdict.estimate
+    if estimate is None:
+        return numbers | {"estimate": None}
+    interval = {name: getattr(estimate, name) for name in ("mean", "low", "high", "method")}
+    law = None if estimate.law is None else asdict(estimate.law)
+    return numbers | {"estimate": interval | {"law": law}}

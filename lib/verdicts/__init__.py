@@ -3,15 +3,6 @@
 Nothing here imports torch.
 """
 
-COUNTED = ("holds", "does not hold", "undecided", "not tested")  # by a margin; counted if 0, too
-AGAINST_PUBLISHED = (  # by the published size
-    "holds",
-    "holds, smaller than published",
-    "not reproduced",
-    "opposite",
-    "undecided",
-    "not tested",
-)
 # what is decided, in the order of every list: each such claim gets a line of its own
-DECIDED = (*AGAINST_PUBLISHED[:4], "does not hold")
+DECIDED = ("holds", "holds, smaller than published", "not reproduced", "opposite")
 WORDS = (*DECIDED, "undecided", "not tested")

@@ -1,20 +1,6 @@
-"""Judges published claims, by a stated rule.
+"""Judges a claim against what was published, by one rule.
 
-`judge` compares with a margin:
-
-| what the records say | verdict |
-| --- | --- |
-| no record on one of the sides | not tested |
-| fewer than three seeds | undecided (one seed claims no order) |
-| the 95% interval lies wholly on the claimed side of the margin | holds |
-| it lies wholly on the other side | does not hold |
-| it contains the margin | undecided |
-
-For a claim of equality the claimed side is the band of plus and minus the margin: within it, holds;
-apart from it, does not hold. A wide interval therefore never proves equality.
-
-`judge_against` compares with what was published, so that a true null is decided in the end. Of an
-interval [low, high] in the claimed direction and a published size d > 0, the first line that fits:
+Of an interval [low, high] in the claimed direction and a size d > 0, the first line that fits:
 
 | claim | what the records say | verdict |
 | --- | --- | --- |
@@ -31,41 +17,33 @@ interval [low, high] in the claimed direction and a published size d > 0, the fi
 | not worse | -d < low | holds |
 | | high < -d | not reproduced |
 | | -d inside | undecided |
+| joint | a part is opposite or not reproduced | not reproduced |
+| | a part is not tested | not tested |
+| | a part is undecided | undecided |
+| | all parts hold | holds |
 
-An end of the interval that is equal to 0 or to d counts as inside. "equal" asks for the band from
--d to d; "not worse" has its lower end alone, so that a gain never fails it. Neither claims a
-direction, so nothing is their opposite.
+d is the published size, so a true null is decided in the end. An end of the interval that is equal
+to 0 or to d counts as inside. "equal" asks for the band from -d to d; "not worse" has its lower end
+alone, so that a gain never fails it. Neither claims a direction, so nothing is their opposite. A
+joint claim all of whose parts are opposite is opposite itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
-from .stats import MIN_SEEDS, Difference, Interval, format_interval, paired_difference, trend
+from .stats import MIN_SEEDS, Difference, Interval, format_interval
 
-if TYPE_CHECKING:
-    from .moderated import SeedPrior
+__all__ = ["Verdict", "judge", "judge_jointly"]
 
-__all__ = [
-    "SizedVerdict",
-    "Verdict",
-    "compare",
-    "compare_against",
-    "compare_trend",
-    "judge",
-    "judge_against",
-]
-
-Direction = Literal["greater", "less", "equal"]
-PublishedDirection = Literal["greater", "less", "equal", "not worse"]
+Direction = Literal["greater", "less", "equal", "not worse"]
 VerdictWord = Literal[
     "holds",
     "holds, smaller than published",
     "not reproduced",
     "opposite",
-    "does not hold",
     "undecided",
     "not tested",
 ]
@@ -75,71 +53,108 @@ VerdictWord = Literal[
 class Verdict:
     """Says what the records make of a claim.
 
-    claim: the published sentence. verdict: see the tables above. text: the numbers behind it.
-    n: number of seeds.
+    claim: the sentence. verdict: see the table above. text: the numbers behind it. n: number of
+    seeds. size: published, or half of the band of an equality; None of a joint claim. p: the chance
+    of the records, or of ones that say it more clearly, where the claim is false, one-sided; None
+    without interval. From the law of the estimate (`law.Law`) and not from its draws, whose
+    smallest share is too large for a correction over many claims. So p is below 2.5% where the 95%
+    interval says "holds", but for the random error of its ends. id: of the claim in the ledger.
+    records: ids of those behind it. pilot: whether further seeds are planned.
     """
 
     claim: str
     verdict: VerdictWord
     text: str
     n: int
+    size: float | None = None
+    p: float | None = None
+    id: str = ""
+    estimate: Interval | None = None
+    records: tuple[str, ...] = ()
+    pilot: bool = False
 
     def __str__(self) -> str:
-        return f"{self.claim}: {self.verdict} ({self.text})"
+        return f"{self.claim}: {self.word} ({self.text})"
+
+    @property
+    def word(self) -> str:
+        """Returns the verdict, with the mark of a pilot."""
+        return f"{self.verdict} (pilot)" if self.pilot else self.verdict
+
+    @property
+    def holds(self) -> bool:
+        """Says whether the claim holds, at its published size or a smaller one."""
+        return self.verdict.startswith("holds")
 
     def said_of(self, source: str) -> Verdict:
         """Returns the same verdict, its claim headed by the source that it was judged on."""
         return replace(self, claim=f"{source}: {self.claim}")
 
 
-@dataclass(frozen=True)
-class SizedVerdict(Verdict):
-    """Says what the records make of a claim of a published size.
-
-    size: published, or half of the band of an equality. p: the chance of the records, or of ones
-    that say it more clearly, where the claim is false, one-sided; None without interval. From the
-    law of the estimate (`law.Law`) and not from its draws, whose smallest share is too large for a
-    correction over many claims. So p is below 2.5% where the 95% interval says "holds", but for the
-    random error of its ends.
-    """
-
-    size: float = 0.0
-    p: float | None = None
-
-
 def judge(
     claim: str,
     estimate: Interval | None,
     direction: Direction,
-    margin: float = 0.0,
+    size: float,
     unit: str = "points",
     decimals: int = 1,
 ) -> Verdict:
-    """Judges an estimate by the rule above.
+    """Judges an estimate against what was published, by the table above.
 
-    estimate: a difference or a slope, in `unit`; None = no records. direction: "greater" and "less"
-    compare with +margin and -margin; "equal" asks for the band between and needs margin > 0.
-    Raises ValueError for another direction or margin.
+    estimate: a difference or a slope, in `unit`; None = no records. direction: "not worse" is for
+    estimates of which more is better. size: the published size, above 0 also for "less"; half of
+    the band for "equal" and "not worse". Raises ValueError for another direction or size.
     """
-    if direction not in ("greater", "less", "equal"):
-        raise ValueError(f"direction={direction!r} is unknown: use 'greater', 'less' or 'equal'")
-    if margin < 0 or (direction == "equal" and margin == 0):
+    if direction not in ("greater", "less", "equal", "not worse"):
         raise ValueError(
-            f"margin={margin} with direction={direction!r}: give a margin above 0 for 'equal' "
-            "(no finite sample shows exact equality) and 0 or more otherwise"
+            f"direction={direction!r} is unknown: use 'greater', 'less', 'equal' or 'not worse'"
+        )
+    if not size > 0:
+        raise ValueError(
+            f"size={size} with direction={direction!r}: give the published size as a number above "
+            "0; where a document prints none, the smallest effect that counts"
         )
     if estimate is None:
-        return Verdict(claim, "not tested", "no records", 0)
+        return Verdict(claim, "not tested", "no records", 0, size)
     text = _numbers(estimate, unit, decimals)
     if estimate.low is None:
-        return Verdict(claim, "undecided", text, estimate.n)
-    if direction == "equal":
-        text += f"; band of {margin:g} {unit}"
-    return Verdict(claim, _verdict_of(estimate, direction, margin), text, estimate.n)
+        return Verdict(claim, "undecided", text, estimate.n, size, estimate=estimate)
+    banded = direction in ("equal", "not worse")
+    text += f"; {'band of' if banded else 'published'} {size:g} {unit}".rstrip()
+    verdict, p = _verdict_of(estimate, direction, size), _p_of(estimate, direction, size)
+    return Verdict(claim, verdict, text, estimate.n, size, p, estimate=estimate)
+
+
+def judge_jointly(claim: str, parts: Sequence[Verdict]) -> Verdict:
+    """Judges a claim that states several things at once by the verdicts on its parts.
+
+    Its p-value is the largest of theirs: what holds jointly is no surer than its weakest part.
+    """
+    words = [part.verdict for part in parts]
+    p_values = [part.p for part in parts]
+    p = None if None in p_values else max(p_values)
+    text = "; ".join(f"{part.id or part.claim} {part.word}" for part in parts)
+    n = min(part.n for part in parts)
+    records = tuple(dict.fromkeys(run for part in parts for run in part.records))
+    pilot = any(part.pilot for part in parts)
+    return Verdict(claim, _joint_word(words), text, n, p=p, records=records, pilot=pilot)
+
+
+def _joint_word(words: Sequence[VerdictWord]) -> VerdictWord:
+    if all(word == "opposite" for word in words):
+        return "opposite"
+    if {"opposite", "not reproduced"} & set(words):
+        return "not reproduced"
+    for word in ("not tested", "undecided", "holds, smaller than published"):
+        if word in words:
+            return word
+    return "holds"
 
 
 def _numbers(estimate: Interval, unit: str, decimals: int) -> str:
     """Writes an estimate for a verdict, and why it has no interval if it has none."""
+    if estimate.method == "exact":
+        return f"{estimate.mean:+.{decimals}f} {unit}".rstrip() + ", counted"
     text = format_interval(estimate, decimals, signed=True)
     if unit:  # +1.2 [0.3, 2.1] points, n=3
         value, _, seeds = text.rpartition(", n=")
@@ -156,55 +171,7 @@ def _numbers(estimate: Interval, unit: str, decimals: int) -> str:
     return text
 
 
-def _verdict_of(estimate: Interval, direction: Direction, margin: float) -> str:
-    """Compares an interval, which must be there, with the claimed side of the margin."""
-    low, high = estimate.low, estimate.high
-    if direction == "greater":
-        holds, fails = low > margin, high < margin
-    elif direction == "less":
-        holds, fails = high < -margin, low > -margin
-    else:
-        holds, fails = -margin < low and high < margin, low > margin or high < -margin
-    if holds:
-        return "holds"
-    return "does not hold" if fails else "undecided"
-
-
-def judge_against(
-    claim: str,
-    estimate: Interval | None,
-    direction: PublishedDirection,
-    size: float,
-    unit: str = "points",
-    decimals: int = 1,
-) -> SizedVerdict:
-    """Judges an estimate against what was published, by the second table above.
-
-    estimate: a difference or a slope, in `unit`; None = no records. direction: "not worse" is for
-    estimates of which more is better. size: the published size, above 0 also for "less"; half of
-    the band for "equal" and "not worse". Raises ValueError for another direction or size.
-    """
-    if direction not in ("greater", "less", "equal", "not worse"):
-        raise ValueError(
-            f"direction={direction!r} is unknown: use 'greater', 'less', 'equal' or 'not worse'"
-        )
-    if not size > 0:
-        raise ValueError(
-            f"size={size} with direction={direction!r}: give the published size as a number above "
-            "0; where a document prints none, the smallest effect that counts"
-        )
-    if estimate is None:
-        return SizedVerdict(claim, "not tested", "no records", 0, size)
-    text = _numbers(estimate, unit, decimals)
-    if estimate.low is None:
-        return SizedVerdict(claim, "undecided", text, estimate.n, size)
-    banded = direction in ("equal", "not worse")
-    text += f"; {'band of' if banded else 'published'} {size:g} {unit}".rstrip()
-    verdict = _verdict_against(estimate, direction, size)
-    return SizedVerdict(claim, verdict, text, estimate.n, size, _p_of(estimate, direction, size))
-
-
-def _verdict_against(estimate: Interval, direction: PublishedDirection, size: float) -> VerdictWord:
+def _verdict_of(estimate: Interval, direction: Direction, size: float) -> VerdictWord:
     """Compares an interval, which must be there, with a published size or a band."""
     low, high = estimate.low, estimate.high
     if direction == "equal":
@@ -224,7 +191,7 @@ def _verdict_against(estimate: Interval, direction: PublishedDirection, size: fl
     return "not reproduced" if excluded else "undecided"
 
 
-def _p_of(estimate: Interval, direction: PublishedDirection, size: float) -> float | None:
+def _p_of(estimate: Interval, direction: Direction, size: float) -> float | None:
     """Computes the one-sided p-value of a claim; of the two sides of a band the larger one."""
     law = estimate.law
     if law is None:
@@ -235,47 +202,3 @@ def _p_of(estimate: Interval, direction: PublishedDirection, size: float) -> flo
         return law.above(0.0)
     worse = law.below(-size)
     return worse if direction == "not worse" else max(worse, law.above(size))
-
-
-def compare_against(
-    claim: str,
-    records_a: Sequence[Any],
-    records_b: Sequence[Any],
-    direction: PublishedDirection,
-    size: float,
-    prior: SeedPrior | None = None,
-) -> SizedVerdict:
-    """Judges test top-1 of a against b, paired by seed, against a published size in points.
-
-    prior: what the study says of the variance between seeds (`moderated.study_prior`).
-    """
-    difference = paired_difference(records_a, records_b, prior=prior)
-    return judge_against(claim, difference, direction, size)
-
-
-def compare(
-    claim: str,
-    records_a: Sequence[Any],
-    records_b: Sequence[Any],
-    direction: Direction,
-    margin: float = 0.0,
-) -> Verdict:
-    """Judges test top-1 of a against b, one record per seed on each side, in points."""
-    return judge(claim, paired_difference(records_a, records_b), direction, margin)
-
-
-def compare_trend(
-    claim: str,
-    x: Sequence[float],
-    rows: Sequence[Sequence[float]],
-    direction: Direction,
-    margin: float = 0.0,
-    unit: str = "per block",
-    decimals: int = 3,
-) -> Verdict:
-    """Judges the slope of y over x.
-
-    x: (J,) positions, such as block numbers; rows: (S, J) values of y, such as information by
-    depth, one row per seed. Without rows the claim is not tested.
-    """
-    return judge(claim, trend(x, rows) if len(rows) else None, direction, margin, unit, decimals)

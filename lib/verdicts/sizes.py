@@ -1,4 +1,4 @@
-"""Models made of one dense model: accuracy and size beside it, and comparisons at equal size.
+"""Models made of one dense model: accuracy and size beside it.
 
 A *family* is what one method gives at its levels, such as shares of active neurons:
 {level: records, one a seed}. Families are kept by the name of their method.
@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .claims import Verdict, judge
-from .stats import Interval, accuracy_interval, beyond_line, finished, retained
+from .stats import Interval, accuracy_interval, finished, retained
 
 Family = Mapping[float, Sequence[Any]]
 
@@ -54,21 +53,6 @@ def _sized(method: str, level: float, records: Sequence[Any], dense: Sequence[An
         return SizedModel(method, level)
     shares = (100 * done[0].cost[key] / whole[0].cost[key] for key in ("macs", "params_stored"))
     return SizedModel(method, level, *shares, accuracy_interval(records), retained(records, dense))
-
-
-def compare_at_equal_size(
-    claim: str,
-    records: Sequence[Any],
-    family: Family,
-    dense: Sequence[Any],
-    size: str = "params_stored",
-) -> Verdict:
-    """Judges whether the records are more accurate than a family of rivals of the same size.
-
-    size: an entry of a record's cost. Between two levels the family is a straight line over size;
-    see `stats.beyond_line`.
-    """
-    return judge(claim, beyond_line(records, list(family.values()), dense, size), "greater")
 
 
 def best_on_validation(settings: Mapping[str, Sequence[Any]]) -> str | None:

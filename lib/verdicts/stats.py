@@ -55,6 +55,7 @@ __all__ = [
     "mean_interval",
     "paired_difference",
     "retained",
+    "second_stage",
     "seed_differences",
     "trend",
 ]
@@ -62,6 +63,7 @@ __all__ = [
 MIN_SEEDS = 3  # below, a mean gets no interval and no rank
 LEVEL = 0.95
 RESAMPLES = 4000
+MOST_SEEDS = 10  # of a second stage
 
 
 @dataclass(frozen=True)
@@ -360,3 +362,22 @@ def trend(
         )
     centred = x - x.mean()
     return mean_interval(y @ centred / (centred @ centred), method="t", prior=prior)
+
+
+def second_stage(estimate: Interval | None, size: float) -> int | None:
+    """Computes how many seeds a claim needs in all, from its pilot (Stein 1945).
+
+    The least number, from those of the pilot to MOST_SEEDS, whose interval is at most as wide as
+    `size`, so its half at most half of it; MOST_SEEDS if none is. The variance and its degrees of
+    freedom are the pilot's. What the test images add stays, however many seeds there are. None for
+    an estimate without interval.
+    """
+    law = estimate.law if estimate is not None else None
+    if law is None:
+        return None
+    of_seeds = _stats.t.ppf((1 + LEVEL) / 2, law.degrees) ** 2 * law.seed_variance * estimate.n
+    of_images = _stats.norm.ppf((1 + LEVEL) / 2) ** 2 * law.image_variance
+    for n in range(estimate.n, MOST_SEEDS):
+        if np.sqrt(of_images + of_seeds / n) <= size / 2:
+            return n
+    return max(estimate.n, MOST_SEEDS)

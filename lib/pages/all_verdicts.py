@@ -1,0 +1,222 @@
+"""The page of all verdicts and `claims.json`: what the pages' answers say, beside the ledger.
+
+A page's answer (`lib.report.text.answer`) carries its verdicts as data beside the sentence that a
+reader sees. Nothing is judged here, so neither can say anything else than the pages do. What is
+added is what no page can know: the correction for the number of claims of a study.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..verdicts import WORDS, ledger
+from ..verdicts.many import BY_CHANCE, corrected
+from ..verdicts.papers import load
+from . import manifest
+
+Row = dict[str, Any]
+
+
+def rows(keys: Sequence[str]) -> list[Row]:
+    """Lists every claim of the ledger with what the executed notebooks say of it, as plain data.
+
+    A part of a joint claim follows it, with the joint one's id in `part_of`. `verdict` is None
+    where the page has not run or says nothing of the claim, and for claims with a `reason`.
+    """
+    said = {claim["id"]: claim for key in keys for claim in answered(_cells(key))}
+    listed = []
+    for study in ledger.studies():
+        found = [
+            _row(claim, whole, said.get(claim.id))
+            for whole in ledger.of_study(study)
+            for claim in (whole, *whole.parts)
+        ]
+        _correct(found)
+        listed += found
+    return listed
+
+
+def _row(claim: ledger.Claim, whole: ledger.Claim, said: Mapping[str, Any] | None) -> Row:
+    """Puts an entry and the verdict on it together. whole: the joint claim of a part, or itself."""
+    said = said or {}
+    estimate = said.get("estimate") or {}
+    return {
+        "id": claim.id,
+        "study": claim.study,
+        "part_of": whole.id if whole is not claim else None,
+        "kind": claim.kind,
+        "statement": claim.statement,
+        "source": claim.source,
+        "direction": claim.direction,
+        "published": claim.published_size,
+        "smallest": claim.size,
+        "unit": claim.unit,
+        "page": claim.page,
+        "arms": list(claim.arms),
+        "reason": claim.reason,
+        "effect": estimate.get("mean"),
+        "low": estimate.get("low"),
+        "high": estimate.get("high"),
+        "method": estimate.get("method"),
+        "law": estimate.get("law"),
+        "n": said.get("n"),
+        "planned_n": None if claim.reason else claim.planned_seeds,
+        "p": said.get("p"),
+        "verdict": said.get("verdict"),
+        "pilot": said.get("pilot"),
+        "after_correction": None,
+        "text": said.get("text"),
+        "records": said.get("records", []),
+    }
+
+
+def _correct(found: Sequence[Row]) -> None:
+    """Says of each claim of a study whether it holds after the correction for their number.
+
+    None where it does not hold alone. A joint claim holds where all of its parts do.
+    """
+    joint = {row["part_of"] for row in found} - {None}
+    tested = [row for row in found if row["verdict"] and row["id"] not in joint]
+    for row, after in zip(tested, corrected([row["p"] for row in tested]), strict=True):
+        row["after_correction"] = after if holds(row) else None
+    for row in found:
+        if row["id"] in joint and holds(row):
+            parts = [part for part in found if part["part_of"] == row["id"]]
+            row["after_correction"] = all(part["after_correction"] for part in parts)
+
+
+def holds(row: Row) -> bool:
+    """Says whether a claim holds by its own interval."""
+    return (row["verdict"] or "").startswith("holds")
+
+
+def decided(row: Row) -> bool:
+    """Says whether a verdict stands: of a claim that holds, also after the correction."""
+    if holds(row):
+        return bool(row["after_correction"])
+    return row["verdict"] in ("not reproduced", "opposite")
+
+
+def tested(listed: Iterable[Row]) -> list[Row]:
+    """Keeps the claims that can be tested here, joint ones whole."""
+    return [row for row in listed if row["part_of"] is None and row["reason"] is None]
+
+
+def page(keys: Sequence[str]) -> str:
+    """Writes the generated part of the page, Markdown: the state, and a table for each study."""
+    listed = rows(keys)
+    lines = [state_of(listed), ""]
+    for study in ledger.studies():
+        found = [row for row in listed if row["study"] == study]
+        lines += [f"## {load(study)['paper']['title']}", "", _chance(found), ""]
+        lines += ["| | claim | published | in our records | verdict |", "| --- " * 5 + "|"]
+        lines += [_line(row) for row in found if row["reason"] is None]
+        lines.append("")
+        untestable = [row for row in found if row["reason"] is not None]
+        if untestable:
+            lines += ["Not tested here:", ""]
+            lines += [f"- **{r['id']}** {r['statement']} {r['reason']}" for r in untestable]
+            lines.append("")
+    return "\n".join(lines)
+
+
+def state(keys: Sequence[str]) -> str:
+    """Writes the sentences of the front page about the state of the records."""
+    return state_of(rows(keys)) + "\n"
+
+
+def state_of(listed: Sequence[Row]) -> str:
+    """Says how many claims there are, how many are decided, and which way."""
+    claims = [row for row in listed if row["part_of"] is None]
+    documents = [row for row in claims if row["kind"] == "document"]
+    able = tested(documents)
+    count = sum(map(decided, able))
+    own = len(claims) - len(documents)
+    words = Counter(_word(row) for row in able)
+    listing = ", ".join(f"{words[word]} {word}" for word in words_in_order(words))
+    records = len({run for row in listed for run in row["records"]})
+    return (
+        f"**State of the claims.** The documents make {len(documents)} claims; {len(able)} can be "
+        f"tested here and {count} of them are decided: {listing}. {own} controls of our own stand "
+        f"beside them. Behind these verdicts are {records} records of runs."
+    )
+
+
+def words_in_order(words: Iterable[str]) -> list[str]:
+    """Sorts verdicts as every list has them; marks such as those of the correction stay with
+    their word."""
+    return sorted(words, key=lambda word: (_place(word), word))
+
+
+def _place(word: str) -> int:
+    fits = [place for place, known in enumerate(WORDS) if word.startswith(known)]
+    return max(fits, default=len(WORDS))
+
+
+def _word(row: Row) -> str:
+    """Says the verdict, and what makes it weaker than it looks."""
+    if row["verdict"] is None:
+        return "not judged yet"
+    alone = holds(row) and not row["after_correction"]
+    return row["verdict"] + (", alone" if alone else "")
+
+
+def _chance(found: Sequence[Row]) -> str:
+    """Says how many of a study's claims were tested, and how many false ones to expect."""
+    joint = {row["part_of"] for row in found} - {None}
+    single = [row for row in found if row["id"] not in joint and row["p"] is not None]
+    alone = [row for row in single if holds(row)]
+    after = sum(bool(row["after_correction"]) for row in alone)
+    return (
+        f"{len(single)} claims and parts have an interval. If all of them were false, "
+        f"{BY_CHANCE * len(single):.1f} would hold by chance; {len(alone)} hold, {after} of them "
+        f"also after the correction for their number, of which {BY_CHANCE * after:.1f} are expected "
+        "to be false at most."
+    )
+
+
+def _line(row: Row) -> str:
+    from ..report.text import published  # pandas and matplotlib, which an idle build does not need
+
+    pilot = ", pilot" if row["pilot"] else ""
+    indent = "&nbsp;&nbsp;" if row["part_of"] else ""
+    link = f"[{row['page']}](notebooks/{row['page']}.ipynb)"
+    where = "" if row["part_of"] else f" ({'ours' if row['kind'] == 'ours' else row['source']}; {link})"
+    text = (row["text"] or "").partition(";")[0] if row["effect"] is not None else row["text"] or ""
+    cells = (
+        f"{indent}{row['id']}",
+        _cell(row["statement"]) + where,
+        _cell(published(row["id"])),
+        _cell(text),
+        f"**{_word(row)}**{pilot}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def answered(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the verdicts of an executed notebook's answer, as data; none without an answer."""
+    for cell in cells:
+        for output in cell.get("outputs", ()):
+            data = output.get("metadata", {}).get("text/markdown", {})
+            if data.get("claims"):
+                return data["claims"]
+    return []
+
+
+def as_json(keys: Sequence[str]) -> str:
+    """Writes `claims.json`."""
+    return json.dumps(rows(keys), indent=1) + "\n"
+
+
+def _cells(key: str) -> list[dict[str, Any]]:
+    """Reads the cells of the executed copy; none where it is not there."""
+    path = manifest.executed(key)
+    return json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []
+
+
+def _cell(text: str) -> str:
+    """Escapes a text for a cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,214 @@
+"""Reads the ledger: every claim of every document, and this book's own, from `data/papers`.
+
+An entry of `claims` in a file of `data/papers` says what is claimed, how large it was published,
+and on which runs it is judged, before it is judged. A page names a claim by its id and adds only
+the records. Form of an entry:
+
+- `id`, `statement` (in our words), `source` (table, figure or section of the document)
+- `kind: ours` for a control of this book
+- `direction`: greater, less, equal, not worse, or joint with `parts`, entries of their own
+- `published`: the printed size in `unit` (default points), above 0; or where it stands: {table,
+  column, of: {column: value}, than: {column: value}}, the cell of one row less that of another
+- `smallest`: the smallest effect that counts, half of the band of an equality; by default the
+  published size, and needed where none is printed
+- `statistic`: the number that is judged; by default test top-1 of the first arm less the second's
+- `page` that judges it, the `runs` page that plans its runs (by default the same), and `arms`: the
+  names of these runs there
+- `seeds`: [3] for a pilot whose second stage is open, [3, 8] once it is fixed, a number where all
+  seeds were planned at once; 1 for what is counted and has no chance in it
+- `reason` in place of all that: why it cannot be tested here
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .. import paths
+from . import papers
+
+__all__ = [
+    "Cell",
+    "Claim",
+    "claims",
+    "of_page",
+    "of_study",
+    "on_runs_of",
+    "studies",
+]
+
+PILOT = 3  # seeds
+TOP1 = "test top-1, the first less the second"
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Cell(_Entry):
+    """Names a published size: a cell of a printed table less another one of the same column."""
+
+    table: str
+    column: str
+    of: dict[str, Any]
+    than: dict[str, Any] | None = None  # None: the cell itself
+
+    def size(self, study: str) -> float:
+        """Returns the size as it is printed; raises ValueError unless each row is there once."""
+        frame = papers.table(study, self.table)
+        value = self._value(frame, self.of)
+        return value if self.than is None else value - self._value(frame, self.than)
+
+    def _value(self, frame: Any, wanted: dict[str, Any]) -> float:
+        rows = frame
+        for column, value in wanted.items():
+            rows = rows[rows[column].isna() if value is None else rows[column] == value]
+        if len(rows) != 1:
+            raise ValueError(f"{len(rows)} rows of {self.table} are {wanted}: name one")
+        return float(rows[self.column].iloc[0])
+
+
+class Claim(_Entry):
+    """Holds an entry of the ledger; see the module. study: the name of its file."""
+
+    id: str
+    study: str
+    statement: str
+    source: str
+    kind: Literal["document", "ours"] = "document"
+    direction: Literal["greater", "less", "equal", "not worse", "joint"] | None = None
+    published: Annotated[float, Field(gt=0)] | Cell | None = None
+    smallest: Annotated[float, Field(gt=0)] | None = None
+    unit: str = "points"
+    statistic: str = TOP1
+    page: str | None = None
+    runs: str | None = None
+    arms: tuple[str, ...] = ()
+    seeds: int | tuple[int, ...] = (PILOT,)
+    reason: str | None = None
+    parts: tuple[Claim, ...] = ()
+
+    @model_validator(mode="after")
+    def _whole(self) -> Claim:
+        if self.reason is not None:
+            if self.page or self.direction or self.parts:
+                raise ValueError("an entry with a reason is not judged: give no page and direction")
+            return self
+        if self.page is None or self.direction is None:
+            raise ValueError("give `page` and `direction`, or the `reason` why it is not tested")
+        if (self.direction == "joint") != bool(self.parts):
+            raise ValueError("`parts` go with direction joint, and direction joint with `parts`")
+        if not self.parts and self.published is None and self.smallest is None:
+            raise ValueError("give the `published` size, or the `smallest` effect that counts")
+        stages = (self.seeds,) if isinstance(self.seeds, int) else self.seeds
+        if not 1 <= len(stages) <= 2 or list(stages) != sorted(stages) or stages[0] < 1:
+            raise ValueError(f"seeds={self.seeds}: give [pilot], [pilot, all] or a number")
+        return self
+
+    @property
+    def published_size(self) -> float | None:
+        """Returns the printed size in the claimed direction, in `unit`; None where none is."""
+        if isinstance(self.published, Cell):
+            size = self.published.size(self.study)
+            return -size if self.direction == "less" else size
+        return self.published
+
+    @property
+    def size(self) -> float | None:
+        """Returns the smallest effect that counts, in `unit`; None of a joint claim."""
+        return self.smallest if self.smallest is not None else self.published_size
+
+    @property
+    def decimals(self) -> int:
+        """Returns the decimals that show a tenth of the smallest effect, one at least."""
+        return max(1, 1 - math.floor(math.log10(self.size)))
+
+    @property
+    def planned_seeds(self) -> int:
+        """Returns the number of seeds of its last stage."""
+        return self.seeds if isinstance(self.seeds, int) else self.seeds[-1]
+
+    @property
+    def runs_page(self) -> str | None:
+        """Returns the key of the notebook that plans its runs."""
+        return self.runs or self.page
+
+    def is_pilot(self, n: int) -> bool:
+        """Says whether a verdict on n seeds is that of a pilot: further seeds are planned, or
+        nobody has said yet how many."""
+        if isinstance(self.seeds, int):
+            return False
+        return len(self.seeds) == 1 or n < self.seeds[-1]
+
+    def judged(self) -> Iterator[Claim]:
+        """Yields what is judged on records of its own: the claim, or the parts of a joint one."""
+        if self.reason is None:
+            yield from self.parts or (self,)
+
+
+def studies() -> list[str]:
+    """Lists the studies that have claims."""
+    return list(_read())
+
+
+def of_study(study: str) -> list[Claim]:
+    """Lists the claims of a study in their order, joint ones without their parts."""
+    return list(_read()[study])
+
+
+def of_page(key: str) -> list[Claim]:
+    """Lists the claims that a page judges, joint ones without their parts."""
+    return [claim for found in _read().values() for claim in found if claim.page == key]
+
+
+def on_runs_of(key: str) -> list[Claim]:
+    """Lists the claims and parts that are judged on the runs of a page."""
+    return [claim for claim in claims().values() if claim.runs_page == key and claim.arms]
+
+
+def claims() -> dict[str, Claim]:
+    """Returns all claims and parts by their ids."""
+    listed = (c for found in _read().values() for claim in found for c in (claim, *claim.parts))
+    return {claim.id: claim for claim in listed}
+
+
+def _read() -> dict[str, tuple[Claim, ...]]:
+    files = {name: paths.PAPERS / f"{name}.yaml" for name in papers.names()}
+    # a file that changes is read again; tests and live notebooks change them
+    stamped = tuple((n, str(f), f.stat().st_mtime_ns, f.stat().st_size) for n, f in files.items())
+    return _read_files(stamped)
+
+
+@functools.lru_cache(maxsize=4)
+def _read_files(stamped: tuple[tuple[str, str, int, int], ...]) -> dict[str, tuple[Claim, ...]]:
+    ledger: dict[str, tuple[Claim, ...]] = {}
+    seen: dict[str, str] = {}
+    for study, path, *_ in stamped:
+        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8")).get("claims") or []
+        found = tuple(_claim(study, entry) for entry in entries)
+        for claim in (c for whole in found for c in (whole, *whole.parts)):
+            if claim.id in seen:
+                raise ValueError(f"claim {claim.id} is in the ledger twice: {seen[claim.id]}, {study}")
+            seen[claim.id] = study
+        if found:
+            ledger[study] = found
+    return ledger
+
+
+def _claim(study: str, entry: dict[str, Any]) -> Claim:
+    """Makes an entry a claim; its parts have its study, source, kind, page, runs and unit, unless
+    they say another."""
+    common = ("source", "kind", "page", "runs", "unit", "statistic", "seeds", "arms")
+    shared = {name: entry[name] for name in common if name in entry}
+    parts = [shared | part | {"study": study} for part in entry.get("parts", [])]
+    try:
+        return Claim(**entry | {"study": study, "parts": parts} if parts else entry | {"study": study})
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"data/papers/{study}.yaml, claim {entry.get('id')}: {problems}") from None
