@@ -1,4 +1,4 @@
-"""The command line: `python -m lib run | fill | status | pack | merge | book`."""
+"""The command line: `python -m lib run | fill | status | claims | pack | merge | book`."""
 
 from __future__ import annotations
 
@@ -37,6 +37,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     status.add_argument("--profile", **profile)
     status.set_defaults(do=_status)
+
+    claims = commands.add_parser(
+        "claims",
+        help="where the claims of the documents stand, from the built pages",
+        description="Say where the claims of the ledger stand, from claims.json of the last build.",
+    )
+    claims.add_argument(
+        "--fix-seeds",
+        action="store_true",
+        help="write into data/papers how many seeds each finished pilot asks for",
+    )
+    claims.add_argument(
+        "--readme", action="store_true", help="write the state of the claims into README.md"
+    )
+    claims.set_defaults(do=_claims)
 
     _add_pack_and_merge(commands, profile)
 
@@ -106,9 +121,10 @@ def _add_fill(commands: Any, profile: dict[str, Any]) -> None:
     """Describes the options of `fill`. profile: the settings of --profile."""
     fill = commands.add_parser(
         "fill",
-        help="compute what is missing, what completes most an hour first, inside a budget",
-        description="Compute missing runs of the book's pages in the order of arms (names of a "
-        "page's grid) that become complete an hour. Stops in time; goes on next time.",
+        help="compute what is missing, what decides most an hour first, inside a budget",
+        description="Compute missing runs of the book's pages in the order of claims that they "
+        "decide an hour, then of arms (names of a page's grid) that no claim needs. Stops in time; "
+        "goes on next time.",
     )
     fill.add_argument("--profile", **profile)
     fill.add_argument(
@@ -220,16 +236,36 @@ def _status(args: argparse.Namespace) -> int:
     return 0
 
 
+def _claims(args: argparse.Namespace) -> int:
+    """Prints where the claims stand; writes second stages of seeds and the README's state."""
+    from .pages import all_verdicts, stages
+
+    listed = all_verdicts.read()
+    if args.fix_seeds:
+        for claim, seeds in stages.fix(listed).items():
+            print(f"{claim}: {seeds} seeds in all")
+    if args.readme:
+        all_verdicts.write_readme(listed)
+    print(all_verdicts.overview(listed))
+    return 0
+
+
 def _pack(args: argparse.Namespace) -> int:
     """Packs the missing runs of some pages for a machine without network."""
+    from .pages import missing
     from .runs import collect as runs
     from .runs.pack import pack
 
     part = re.fullmatch(r"(\d+)([kMG]?)", args.part)
     if part is None:
         raise parameters.NotebookError(f"--part {args.part}: give a size such as 60M, 500k or 1G")
-    plans = [profiles.plan(parameters.key_of(name), args.profile) for name in args.notebooks]
+    keys = [parameters.key_of(name) for name in args.notebooks]
+    plans = [profiles.plan(key, args.profile) for key in keys]
     specs = runs.missing_runs({str(n): sum(plan.values(), []) for n, plan in enumerate(plans)})
+    # what `fill` would compute first, on a machine that has a card; before it what is under way
+    # here, which may be a parent
+    ordered = [item.spec.id for item in missing.plan(args.profile, keys, card=True).items]
+    specs.sort(key=lambda spec: ordered.index(spec.id) if spec.id in ordered else -1)
     if not specs:
         print("no run is missing: nothing to pack")
         return 0

@@ -79,6 +79,10 @@ class TinyBook:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
 
+    def ledger(self, study: str, text: str) -> None:
+        """Writes a file of `data/papers`."""
+        (self.root / "data" / "papers" / f"{study}.yaml").write_text(text)
+
     def notebook(
         self, key: str, *cells: str, parameters: str = PARAMETERS, specs: str = SPECS
     ) -> Path:

@@ -8,16 +8,19 @@ added is what no page can know: the correction for the number of claims of a stu
 from __future__ import annotations
 
 import json
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..paths import ROOT, written_whole
 from ..verdicts import WORDS, ledger
 from ..verdicts.many import BY_CHANCE, corrected
 from ..verdicts.papers import load
 from . import manifest
 
 Row = dict[str, Any]
+START, END = "<!-- state of the claims -->", "<!-- end of the state -->"
 
 
 def rows(keys: Sequence[str]) -> list[Row]:
@@ -29,24 +32,21 @@ def rows(keys: Sequence[str]) -> list[Row]:
     said = {claim["id"]: claim for key in keys for claim in answered(_cells(key))}
     listed = []
     for study in ledger.studies():
-        found = [
-            _row(claim, whole, said.get(claim.id))
-            for whole in ledger.of_study(study)
-            for claim in (whole, *whole.parts)
-        ]
+        entries = (c for whole in ledger.of_study(study) for c in (whole, *whole.parts))
+        found = [_row(claim, said.get(claim.id)) for claim in entries]
         _correct(found)
         listed += found
     return listed
 
 
-def _row(claim: ledger.Claim, whole: ledger.Claim, said: Mapping[str, Any] | None) -> Row:
-    """Puts an entry and the verdict on it together. whole: the joint claim of a part, or itself."""
+def _row(claim: ledger.Claim, said: Mapping[str, Any] | None) -> Row:
+    """Puts an entry and the verdict on it together."""
     said = said or {}
     estimate = said.get("estimate") or {}
     return {
         "id": claim.id,
         "study": claim.study,
-        "part_of": whole.id if whole is not claim else None,
+        "part_of": claim.part_of,
         "kind": claim.kind,
         "statement": claim.statement,
         "source": claim.source,
@@ -140,8 +140,8 @@ def state_of(listed: Sequence[Row]) -> str:
     records = len({run for row in listed for run in row["records"]})
     return (
         f"**State of the claims.** The documents make {len(documents)} claims; {len(able)} can be "
-        f"tested here and {count} of them are decided: {listing}. {own} controls of our own stand "
-        f"beside them. Behind these verdicts are {records} records of runs."
+        f"tested here and {count} of them are decided: {listing}. {own} of our own stand beside "
+        f"them. Behind these verdicts are {records} records of runs."
     )
 
 
@@ -171,10 +171,10 @@ def _chance(found: Sequence[Row]) -> str:
     alone = [row for row in single if holds(row)]
     after = sum(bool(row["after_correction"]) for row in alone)
     return (
-        f"{len(single)} claims and parts have an interval. If all of them were false, "
-        f"{BY_CHANCE * len(single):.1f} would hold by chance; {len(alone)} hold, {after} of them "
-        f"also after the correction for their number, of which {BY_CHANCE * after:.1f} are expected "
-        "to be false at most."
+        f"{len(single)} claims and parts have an interval. If all of them were false, at most "
+        f"{BY_CHANCE * len(single):.1f} would hold by chance; {len(alone)} hold. After the "
+        f"correction for their number {after} hold, of which at most {BY_CHANCE * after:.1f} are "
+        "expected to be false."
     )
 
 
@@ -184,16 +184,50 @@ def _line(row: Row) -> str:
     pilot = ", pilot" if row["pilot"] else ""
     indent = "&nbsp;&nbsp;" if row["part_of"] else ""
     link = f"[{row['page']}](notebooks/{row['page']}.ipynb)"
-    where = "" if row["part_of"] else f" ({'ours' if row['kind'] == 'ours' else row['source']}; {link})"
+    where = (
+        "" if row["part_of"] else f" ({'ours' if row['kind'] == 'ours' else row['source']}; {link})"
+    )
     text = (row["text"] or "").partition(";")[0] if row["effect"] is not None else row["text"] or ""
     cells = (
         f"{indent}{row['id']}",
         _cell(row["statement"]) + where,
-        _cell(published(row["id"])),
+        _cell(published(ledger.claims()[row["id"]])),
         _cell(text),
         f"**{_word(row)}**{pilot}",
     )
     return f"| {' | '.join(cells)} |"
+
+
+def read() -> list[Row]:
+    """Reads `claims.json` of the last build. Raises FileNotFoundError where there is none."""
+    path = ROOT / "book" / "claims.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"book/{path.name} is not there: `make book` writes it")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def overview(listed: Sequence[Row]) -> str:
+    """Writes the state, and what is open: a line for each claim that can be tested."""
+    lines = [state_of(listed).replace("**", ""), ""]
+    for row in listed:
+        if row["reason"] is None and not decided(row):
+            seeds = f"n={row['n'] or 0} of {row['planned_n']}"
+            lines.append(f"{row['id']:10} {_word(row):30} {seeds:12} {row['page']}")
+    return "\n".join(lines)
+
+
+def write_readme(listed: Sequence[Row]) -> None:
+    """Puts the state of the claims between its two marks in README.md."""
+    path = ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+    if text.count(START) != 1 or text.count(END) != 1:
+        raise ValueError(f"README.md must have {START} and {END} once each")
+    before, _, rest = text.partition(START)
+    written = textwrap.fill(state_of(listed), 125)
+    with written_whole(path) as part:
+        part.write_text(
+            f"{before}{START}\n{written}\n{END}{rest.partition(END)[2]}", encoding="utf-8"
+        )
 
 
 def answered(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -374,6 +374,9 @@ def _before_reading(app: Any) -> None:
         # a file that is written anew would make Sphinx read the page again
         if not target.exists() or target.read_text(encoding="utf-8") != text:
             write(target, text)
+    published = Path(app.outdir) / "claims.json"
+    published.parent.mkdir(parents=True, exist_ok=True)
+    write(published, (Path(app.srcdir) / published.name).read_text(encoding="utf-8"))
 
 
 def setup(app: Any) -> dict[str, bool]:

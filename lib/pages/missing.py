@@ -6,16 +6,18 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from ..verdicts import ledger
 from . import profiles
 
 if TYPE_CHECKING:  # the build imports this module, and does without torch
-    from ..runs.fill import Item, Outcome, Plan
+    from ..runs.fill import Item, Outcome, Plan, Purpose
 
 
-def plan(profile: str, keys: Sequence[str]) -> Plan:
+def plan(profile: str, keys: Sequence[str], card: bool | None = None) -> Plan:
     """Plans what pages lack under a profile; the first page goes first among equals.
 
-    Pages without that profile lack nothing.
+    Pages without that profile lack nothing. card: whether there is a graphics card; None = asks
+    this machine.
     """
     import torch
 
@@ -24,11 +26,16 @@ def plan(profile: str, keys: Sequence[str]) -> Plan:
     from ..runs.store import store
 
     grids = {key: profiles.plan(key, profile) for key in keys if profiles.has_profile(key, profile)}
-    return missing(grids, store(), Estimates(contents_of(store())), torch.cuda.is_available())
+    claims = {}
+    if profile == profiles.PUBLISHED:  # no other profile's records are judged
+        claims = {c.id: (key, c.arms) for key in grids for c in ledger.on_runs_of(key)}
+    estimates = Estimates(contents_of(store()))
+    card = torch.cuda.is_available() if card is None else card
+    return missing(grids, store(), estimates, card, claims)
 
 
 def rows(items: Sequence[Item]) -> Iterator[str]:
-    """Writes a line for each run: id, seed, expected minutes, their running total, arms served."""
+    """Writes a line for each run: id, seed, minutes expected, their running total, what for."""
     yield f"{'run':16}  seed  minutes   total  serves"
     total = 0.0
     for item in items:
@@ -65,9 +72,9 @@ def _rest(
 
     budget: in seconds; says how many runs are longer than all of it.
     """
-    complete = len(plan.complete_after(done))
+    served = plan.served_after(done)
     left = [item for item in plan.items if item.spec.id not in done]
-    yield f"complete {when}: {complete} of {len(plan.arms)} arms that lack runs"
+    yield f"complete {when}: {_counted(served, plan.purposes)} that lack runs"
     if left:
         yield f"still missing {when}: {_runs(len(left))}, {_hours(left)}"
     for page in dict.fromkeys(item.serves[0].page for item in left):
@@ -77,11 +84,18 @@ def _rest(
         yield f"  {page}: {_runs(len(of_page))}, {_hours(of_page)}{note}"
     if plan.elsewhere:
         yield f"computed by other processes now: {_runs(len(plan.elsewhere))}"
-    for page, arms in Counter(arm.page for arm in plan.without_card).items():
-        yield (
-            f"left out, as this machine has no card for device='cuda': {arms} "
-            f"arm{'s' * (arms != 1)} of {page}"
-        )
+    for page, count in Counter(purpose.page for purpose in plan.without_card).items():
+        yield f"left out, as this machine has no card for device='cuda': {count} of {page}"
+
+
+def _counted(served: Sequence[Purpose], purposes: Sequence[Purpose]) -> str:
+    """Counts what is served of all: claims, and arms that no claim needs."""
+    kinds = {"claims": True, "arms": False}
+    counts = {
+        kind: [sum((p.worth == 1.0) is claim for p in listed) for listed in (served, purposes)]
+        for kind, claim in kinds.items()
+    }
+    return " and ".join(f"{n} of {total} {kind}" for kind, (n, total) in counts.items() if total)
 
 
 def head(profile: str, keys: Sequence[str], lines: int = 5) -> list[str]:
@@ -94,7 +108,7 @@ def head(profile: str, keys: Sequence[str], lines: int = 5) -> list[str]:
     tail = [f"  ... and {more} more"] if more > 0 else []
     command = f"python -m lib fill --profile {profile} --budget 1h"
     first = [f"  {line}" for line in rows(items[:lines])]
-    return [f"Next, by arms completed an hour ({command}):", *first, *tail]
+    return [f"Next, by claims decided an hour ({command}):", *first, *tail]
 
 
 def _runs(count: int) -> str:

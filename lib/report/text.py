@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from IPython.display import Markdown
 
-from ..verdicts import DECIDED, WORDS, ledger
-from ..verdicts.claims import Verdict
+from ..verdicts import DECIDED, WORDS
+from ..verdicts.claims import Verdict, amount
 from .tables import Table, table
+
+if TYPE_CHECKING:
+    from ..verdicts.ledger import Claim
 
 # the caption of every table of verdicts
 RULE = (
-    "Verdicts by one rule: an order needs three seeds; it holds if the interval lies on the claimed "
-    "side, and is not reproduced if the interval leaves out the published size."
+    "Verdicts by one rule: an order needs three seeds; it holds if the interval lies on the "
+    "claimed side, and is not reproduced if the interval leaves out the published size."
 )
 
 __all__ = ["RULE", "answer", "gaps", "published", "say", "verdicts"]
@@ -39,21 +42,21 @@ def say(*sentences: str) -> Markdown:
 
 def verdicts(judged: Iterable[Verdict], caption: str = RULE) -> Table:
     """Makes a table of claims: what is claimed, what was published, our numbers, the verdict."""
-    rows = [(v.claim, published(v.id), v.text.partition(";")[0], v.word) for v in judged]
+    rows = [(v.claim, published(v.entry), v.text.partition(";")[0], v.word) for v in judged]
     frame = pd.DataFrame(rows, columns=["claim", "published", "in our records", "verdict"])
     return table(frame, caption, wrap=True)
 
 
-def published(claim: str) -> str:
-    """Says what was published of a claim of the ledger, by its id; of one that is not there, ""."""
-    entry = ledger.claims().get(claim)
-    if entry is None or entry.direction == "joint":
+def published(entry: Claim | None) -> str:
+    """Says what was published of a claim of the ledger; of a joint one, or None, ""."""
+    if entry is None or entry.size is None:
         return ""
-    if entry.published_size is None:
-        smallest = f"{entry.size:g} {entry.unit}".strip()
-        return f"counts from {smallest}" if entry.kind == "ours" else f"no size; counts from {smallest}"
+    size = entry.published_size
+    if size is None:
+        smallest = f"counts from {amount(entry.size, entry.unit)}"
+        return smallest if entry.kind == "ours" else f"no size printed; {smallest}"
     sign = {"greater": "+", "less": "-"}.get(entry.direction, "")
-    return f"{sign}{entry.published_size:.{entry.decimals}f} {entry.unit}".strip()
+    return f"{sign}{size:.{entry.decimals}f} {entry.unit}".strip()
 
 
 def answer(judged: Iterable[Verdict], source: str = "Reproduced") -> Markdown:
@@ -66,8 +69,7 @@ def answer(judged: Iterable[Verdict], source: str = "Reproduced") -> Markdown:
     """
     judged = [replace(v, claim=v.claim.removeprefix(f"{source}: ")) for v in judged]
     data = {"source": source, "claims": [_plain(v) for v in judged]}
-    parts = {part.id for claim in ledger.claims().values() for part in claim.parts}
-    whole = [v for v in judged if v.id not in parts]
+    whole = [v for v in judged if v.entry is None or v.entry.part_of is None]
     by_verdict = {verdict: [v for v in whole if v.verdict == verdict] for verdict in WORDS}
     untested = len(by_verdict["not tested"])
     if untested == len(whole):
@@ -79,7 +81,8 @@ def answer(judged: Iterable[Verdict], source: str = "Reproduced") -> Markdown:
     for verdict in DECIDED:
         for v in by_verdict[verdict]:
             # all parts of a joint claim, but of an interval only its first statement
-            said = v.text if v.estimate is None else v.text.partition(";")[0]
+            joint = v.entry is not None and v.entry.parts
+            said = v.text if joint else v.text.partition(";")[0]
             lines.append(f"- *{v.word.capitalize()}:* {_sentence(v)}: {said}")
     if by_verdict["undecided"]:
         lines.append(f"- *Undecided:* {'; '.join(map(_sentence, by_verdict['undecided']))}.")
@@ -96,7 +99,8 @@ def _sentence(verdict: Verdict) -> str:
 
 def _plain(verdict: Verdict) -> dict[str, Any]:
     """Returns a verdict as data: its numbers, without the law behind them."""
-    numbers = asdict(replace(verdict, estimate=None))
+    numbers = asdict(replace(verdict, estimate=None, entry=None)) | {"id": verdict.id}
+    del numbers["entry"]
     estimate = verdict.estimate
     if estimate is None:
         return numbers | {"estimate": None}

@@ -4,8 +4,9 @@
     plan.schedule(7200, workers=2)  # what would be started within two hours
     fill(plan, 7200, executor, workers=2, where=where)
 
-An *arm* is a name of a page's grid. It is worth something once the runs of all its planned seeds
-are there, so arms come in the order of how many become complete an hour (`value`). Runs that others
+A *purpose* is a claim of the ledger, or an arm (a name of a page's grid) on which no claim is
+judged. It is served once the runs of all its planned seeds are there, so purposes come in the order
+of how many are served an hour (`value`); a claim is worth far more than an arm. Runs that others
 start from come first, and count as what their children cost, where the cache lacks their weights.
 """
 
@@ -32,13 +33,20 @@ from .store import Store
 UNWIND_SECONDS = 5.0  # that interrupted runs are given to let go of their locks
 
 
+ARM_WORTH = 0.01  # of an arm that no claim needs, in claims
+
+
 @dataclass(frozen=True)
-class Arm:
-    """Holds a name of a page's grid, and what it lacks: ids of runs, parents before children."""
+class Purpose:
+    """Holds a claim or an arm of a page, and what it lacks: ids of runs, parents before children.
+
+    worth: 1 for a claim.
+    """
 
     page: str
     name: str
     missing: tuple[str, ...]
+    worth: float = 1.0
 
     def __str__(self) -> str:
         return f"{self.page}: {self.name}"
@@ -46,12 +54,12 @@ class Arm:
 
 @dataclass(frozen=True)
 class Item:
-    """Holds a run that is missing, what it takes, the arms that it serves, and the missing runs
-    that it starts from, by id."""
+    """Holds a run that is missing, what it takes, the purposes that it serves, and the missing
+    runs that it starts from, by id."""
 
     spec: RunSpec
     estimate: Estimate
-    serves: tuple[Arm, ...]
+    serves: tuple[Purpose, ...]
     needs: frozenset[str]
 
 
@@ -59,13 +67,13 @@ class Item:
 class Plan:
     """Holds what is missing, in its order.
 
-    without_card: arms that lack runs for a graphics card, on a machine that has none. elsewhere:
-    ids of runs that other processes compute now.
+    without_card: purposes that lack runs for a graphics card, on a machine that has none.
+    elsewhere: ids of runs that other processes compute now.
     """
 
     items: tuple[Item, ...]
-    arms: tuple[Arm, ...]
-    without_card: tuple[Arm, ...] = ()
+    purposes: tuple[Purpose, ...]
+    without_card: tuple[Purpose, ...] = ()
     elsewhere: tuple[str, ...] = ()
 
     def schedule(self, budget: float, workers: int = 1) -> list[Item]:
@@ -86,9 +94,9 @@ class Plan:
             now, place = heapq.heappop(running)
             done.add(started[place].spec.id)
 
-    def complete_after(self, done: Collection[str]) -> list[Arm]:
-        """Lists the arms that lack nothing once the runs of these ids are there."""
-        return [arm for arm in self.arms if set(arm.missing) <= set(done)]
+    def served_after(self, done: Collection[str]) -> list[Purpose]:
+        """Lists the purposes that lack nothing once the runs of these ids are there."""
+        return [purpose for purpose in self.purposes if set(purpose.missing) <= set(done)]
 
 
 def startable(
@@ -104,19 +112,23 @@ def startable(
 # ---- what is missing, and in which order
 
 
-def value(completed: Sequence[Arm]) -> float:
-    """Says what it is worth that these arms become complete: their number.
-
-    The place to change when claims have ids: then the number of claims that they decide.
-    """
-    return len(completed)
+def value(served: Sequence[Purpose]) -> float:
+    """Says what it is worth that these purposes are served: the sum of their worths."""
+    return sum(purpose.worth for purpose in served)
 
 
-def missing(plans: Mapping[str, Grid], where: Store, estimates: Estimates, card: bool) -> Plan:
+def missing(
+    plans: Mapping[str, Grid],
+    where: Store,
+    estimates: Estimates,
+    card: bool,
+    claims: Mapping[str, tuple[str, Sequence[str]]] | None = None,
+) -> Plan:
     """Plans what the store lacks of the grids of some pages.
 
     plans: {page: its grid}, in the order that decides between equals. card: whether this machine
-    has a graphics card. A failed run counts as missing.
+    has a graphics card. claims: {id: (page whose grid has its runs, names of its arms)}. A failed
+    run counts as missing.
     """
     wanted = collect.unique(s for grid in plans.values() for specs in grid.values() for s in specs)
     state = {spec.id: collect.status_of(spec, where) for spec in wanted}
@@ -125,49 +137,68 @@ def missing(plans: Mapping[str, Grid], where: Store, estimates: Estimates, card:
     planned = [spec for spec in wanted if spec.id in chains]
     specs = {s.id: s for s in collect.unique([*planned, *(s for c in chains.values() for s in c)])}
     elsewhere = [run for run in specs if locks.is_held(where.lock(run))]
-    arms, without_card = [], []
-    for page, grid in plans.items():
-        for name, runs in grid.items():
-            chained = [s.id for spec in runs if spec.id in chains for s in chains[spec.id]]
-            lacks = tuple(run for run in dict.fromkeys(chained) if run not in elsewhere)
-            needs_card = not card and any(specs[run].device == "cuda" for run in lacks)
-            if lacks:
-                (without_card if needs_card else arms).append(Arm(page, name, lacks))
-    cost = {run: _remaining(specs[run], estimates, where) for arm in arms for run in arm.missing}
-    order = in_order(arms, {run: estimate.seconds for run, estimate in cost.items()})
+    purposes, without_card = [], []
+    for page, name, worth, runs in _purposes(plans, claims or {}):
+        chained = [s.id for spec in runs if spec.id in chains for s in chains[spec.id]]
+        lacks = tuple(run for run in dict.fromkeys(chained) if run not in elsewhere)
+        needs_card = not card and any(specs[run].device == "cuda" for run in lacks)
+        if lacks:
+            listed = without_card if needs_card else purposes
+            listed.append(Purpose(page, name, lacks, worth))
+    cost = {
+        run: _remaining(specs[run], estimates, where)
+        for run in dict.fromkeys(run for purpose in purposes for run in purpose.missing)
+    }
+    order = in_order(purposes, {run: estimate.seconds for run, estimate in cost.items()})
     items = []
     for run in order:
-        serves = tuple(arm for arm in arms if run in arm.missing)
+        serves = tuple(purpose for purpose in purposes if run in purpose.missing)
         needs = frozenset(s.id for s in _chain(specs[run], where)) - {run}
         items.append(Item(specs[run], cost[run], serves, needs))
-    return Plan(tuple(items), tuple(arms), tuple(without_card), tuple(elsewhere))
+    return Plan(tuple(items), tuple(purposes), tuple(without_card), tuple(elsewhere))
 
 
-def in_order(arms: Sequence[Arm], seconds: Mapping[str, float]) -> list[str]:
-    """Orders runs so that the arms that complete most value an hour come first; of equals, the
-    first.
+def _purposes(
+    plans: Mapping[str, Grid], claims: Mapping[str, tuple[str, Sequence[str]]]
+) -> Iterator[tuple[str, str, float, list[RunSpec]]]:
+    """Yields page, name, worth and runs of each claim, then of each arm that no claim names."""
+    named = set()
+    for claim, (page, arms) in claims.items():
+        if page in plans:
+            named |= {(page, arm) for arm in arms}
+            runs = [spec for arm in arms for spec in plans[page].get(arm, [])]
+            yield page, f"claim {claim}", 1.0, runs
+    for page, grid in plans.items():
+        for arm, runs in grid.items():
+            if (page, arm) not in named:
+                yield page, arm, ARM_WORTH, runs
 
-    seconds: what each run takes. A run that several arms lack is paid for once, by the first.
+
+def in_order(purposes: Sequence[Purpose], seconds: Mapping[str, float]) -> list[str]:
+    """Orders runs so that the purposes that are served at most value an hour come first; of
+    equals, the first.
+
+    seconds: what each run takes. A run that several lack is paid for once, by the first.
     """
-    arms_of_run: dict[str, list[Arm]] = defaultdict(list)
-    for arm in arms:
-        for run in arm.missing:
-            arms_of_run[run].append(arm)
+    purposes_of_run: dict[str, list[Purpose]] = defaultdict(list)
+    for purpose in purposes:
+        for run in purpose.missing:
+            purposes_of_run[run].append(purpose)
 
-    def an_hour(arm: Arm, placed: Mapping[str, None]) -> float:
-        new = [run for run in arm.missing if run not in placed]
+    def an_hour(purpose: Purpose, placed: Mapping[str, None]) -> float:
+        new = [run for run in purpose.missing if run not in placed]
         together = placed.keys() | set(new)
-        # only an arm that lacks one of the new runs can become complete by them
-        touched = dict.fromkeys(other for run in new for other in arms_of_run[run])
-        completed = [other for other in touched if together.issuperset(other.missing)]
-        return value(completed) / max(sum(seconds[run] for run in new), 1e-9)
+        # only one that lacks one of the new runs can be served by them
+        touched = dict.fromkeys(other for run in new for other in purposes_of_run[run])
+        served = [other for other in touched if together.issuperset(other.missing)]
+        return value(served) / max(sum(seconds[run] for run in new), 1e-9)
 
     placed: dict[str, None] = {}
-    remaining = list(arms)
+    remaining = list(purposes)
     while remaining:
-        worth = [an_hour(arm, placed) for arm in remaining]
+        worth = [an_hour(purpose, placed) for purpose in remaining]
         placed |= dict.fromkeys(remaining[worth.index(max(worth))].missing)
-        remaining = [arm for arm in remaining if not placed.keys() >= set(arm.missing)]
+        remaining = [p for p in remaining if not placed.keys() >= set(p.missing)]
     return list(placed)
 
 

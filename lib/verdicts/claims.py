@@ -32,11 +32,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from .stats import MIN_SEEDS, Difference, Interval, format_interval
 
-__all__ = ["Verdict", "judge", "judge_jointly"]
+if TYPE_CHECKING:
+    from .ledger import Claim
+
+__all__ = ["Verdict", "amount", "judge", "judge_jointly"]
 
 Direction = Literal["greater", "less", "equal", "not worse"]
 VerdictWord = Literal[
@@ -58,7 +61,7 @@ class Verdict:
     of the records, or of ones that say it more clearly, where the claim is false, one-sided; None
     without interval. From the law of the estimate (`law.Law`) and not from its draws, whose
     smallest share is too large for a correction over many claims. So p is below 2.5% where the 95%
-    interval says "holds", but for the random error of its ends. id: of the claim in the ledger.
+    interval says "holds", but for the random error of its ends. entry: the claim in the ledger.
     records: ids of those behind it. pilot: whether further seeds are planned.
     """
 
@@ -68,13 +71,18 @@ class Verdict:
     n: int
     size: float | None = None
     p: float | None = None
-    id: str = ""
+    entry: Claim | None = None
     estimate: Interval | None = None
     records: tuple[str, ...] = ()
     pilot: bool = False
 
     def __str__(self) -> str:
         return f"{self.claim}: {self.word} ({self.text})"
+
+    @property
+    def id(self) -> str:
+        """Returns the id of the claim in the ledger; "" for one that is not in it."""
+        return self.entry.id if self.entry else ""
 
     @property
     def word(self) -> str:
@@ -120,7 +128,7 @@ def judge(
     if estimate.low is None:
         return Verdict(claim, "undecided", text, estimate.n, size, estimate=estimate)
     banded = direction in ("equal", "not worse")
-    text += f"; {'band of' if banded else 'published'} {size:g} {unit}".rstrip()
+    text += f"; {'band of' if banded else 'published'} {amount(size, unit)}"
     verdict, p = _verdict_of(estimate, direction, size), _p_of(estimate, direction, size)
     return Verdict(claim, verdict, text, estimate.n, size, p, estimate=estimate)
 
@@ -128,16 +136,19 @@ def judge(
 def judge_jointly(claim: str, parts: Sequence[Verdict]) -> Verdict:
     """Judges a claim that states several things at once by the verdicts on its parts.
 
-    Its p-value is the largest of theirs: what holds jointly is no surer than its weakest part.
+    It has no p-value of its own: what is corrected for their number is the parts.
     """
     words = [part.verdict for part in parts]
-    p_values = [part.p for part in parts]
-    p = None if None in p_values else max(p_values)
     text = "; ".join(f"{part.id or part.claim} {part.word}" for part in parts)
     n = min(part.n for part in parts)
     records = tuple(dict.fromkeys(run for part in parts for run in part.records))
     pilot = any(part.pilot for part in parts)
-    return Verdict(claim, _joint_word(words), text, n, p=p, records=records, pilot=pilot)
+    return Verdict(claim, _joint_word(words), text, n, records=records, pilot=pilot)
+
+
+def amount(size: float, unit: str) -> str:
+    """Writes a size with its unit: 1 point, 2.5 points."""
+    return f"{size:g} {unit.removesuffix('s') if size == 1 else unit}".rstrip()
 
 
 def _joint_word(words: Sequence[VerdictWord]) -> VerdictWord:

@@ -108,9 +108,11 @@ def verdicts_on(evidence: Iterable[Evidence], claims: Sequence[Claim]) -> list[V
     prior = study_prior(piece.sides for piece in found.values() if piece.sides)
     judged = []
     for claim in claims:
-        parts = [_verdict(part, found[part.id], prior) for part in claim.judged() if part.id in found]
+        parts = [
+            _verdict(part, found[part.id], prior) for part in claim.judged() if part.id in found
+        ]
         if claim.parts and parts:
-            judged.append(replace(judge_jointly(claim.statement, parts), id=claim.id))
+            judged.append(replace(judge_jointly(claim.statement, parts), entry=claim))
         judged += parts
     return judged
 
@@ -123,4 +125,4 @@ def _verdict(claim: Claim, piece: Evidence, prior: SeedPrior | None) -> Verdict:
     counted = estimate is not None and estimate.method == "exact"
     pilot = verdict.n > 0 and not counted and claim.is_pilot(verdict.n)
     ids = tuple(dict.fromkeys(record.id for record in piece.records))
-    return replace(verdict, id=claim.id, records=ids, pilot=pilot)
+    return replace(verdict, entry=claim, records=ids, pilot=pilot)

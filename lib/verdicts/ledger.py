@@ -45,6 +45,8 @@ __all__ = [
 
 PILOT = 3  # seeds
 TOP1 = "test top-1, the first less the second"
+# what the parts of a joint claim have from it
+OF_PARTS = ("source", "kind", "page", "runs", "unit", "statistic", "seeds", "arms", "smallest")
 
 
 class _Entry(BaseModel):
@@ -75,7 +77,10 @@ class Cell(_Entry):
 
 
 class Claim(_Entry):
-    """Holds an entry of the ledger; see the module. study: the name of its file."""
+    """Holds an entry of the ledger; see the module.
+
+    study: the name of its file. part_of: the id of the joint claim that it is a part of.
+    """
 
     id: str
     study: str
@@ -92,6 +97,7 @@ class Claim(_Entry):
     arms: tuple[str, ...] = ()
     seeds: int | tuple[int, ...] = (PILOT,)
     reason: str | None = None
+    part_of: str | None = None
     parts: tuple[Claim, ...] = ()
 
     @model_validator(mode="after")
@@ -122,6 +128,8 @@ class Claim(_Entry):
     @property
     def size(self) -> float | None:
         """Returns the smallest effect that counts, in `unit`; None of a joint claim."""
+        if self.parts:
+            return None
         return self.smallest if self.smallest is not None else self.published_size
 
     @property
@@ -154,61 +162,66 @@ class Claim(_Entry):
 
 def studies() -> list[str]:
     """Lists the studies that have claims."""
-    return list(_read())
+    return [study for study in papers.names() if of_study(study)]
 
 
-def of_study(study: str) -> list[Claim]:
-    """Lists the claims of a study in their order, joint ones without their parts."""
-    return list(_read()[study])
+def of_study(study: str) -> tuple[Claim, ...]:
+    """Returns the claims of a study in their order, joint ones without their parts."""
+    path = paths.PAPERS / f"{study}.yaml"
+    # a file that changes is read again: tests and live notebooks change them
+    stamp = (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
+    return _read(study, path, stamp) if stamp else ()
 
 
 def of_page(key: str) -> list[Claim]:
     """Lists the claims that a page judges, joint ones without their parts."""
-    return [claim for found in _read().values() for claim in found if claim.page == key]
+    return [claim for claim in _around(key) if claim.page == key]
 
 
 def on_runs_of(key: str) -> list[Claim]:
     """Lists the claims and parts that are judged on the runs of a page."""
-    return [claim for claim in claims().values() if claim.runs_page == key and claim.arms]
+    listed = (part for claim in _around(key) for part in claim.judged())
+    return [claim for claim in listed if claim.runs_page == key and claim.arms]
 
 
 def claims() -> dict[str, Claim]:
-    """Returns all claims and parts by their ids."""
-    listed = (c for found in _read().values() for claim in found for c in (claim, *claim.parts))
-    return {claim.id: claim for claim in listed}
+    """Returns all claims and parts by their ids. Raises ValueError for an id that comes twice."""
+    by_id: dict[str, Claim] = {}
+    for study in studies():
+        for claim in (c for whole in of_study(study) for c in (whole, *whole.parts)):
+            if claim.id in by_id:
+                raise ValueError(
+                    f"claim {claim.id} is in the ledger twice: in data/papers/"
+                    f"{by_id[claim.id].study}.yaml and {study}.yaml"
+                )
+            by_id[claim.id] = claim
+    return by_id
 
 
-def _read() -> dict[str, tuple[Claim, ...]]:
-    files = {name: paths.PAPERS / f"{name}.yaml" for name in papers.names()}
-    # a file that changes is read again; tests and live notebooks change them
-    stamped = tuple((n, str(f), f.stat().st_mtime_ns, f.stat().st_size) for n, f in files.items())
-    return _read_files(stamped)
+def _around(key: str) -> Iterator[Claim]:
+    """Yields the claims among which those of a page are: of its own study, if it has some.
+
+    A page that reads no other file is not stale when another file changes.
+    """
+    own = of_study(key.split("/")[0])
+    yield from own or (claim for study in studies() for claim in of_study(study))
 
 
-@functools.lru_cache(maxsize=4)
-def _read_files(stamped: tuple[tuple[str, str, int, int], ...]) -> dict[str, tuple[Claim, ...]]:
-    ledger: dict[str, tuple[Claim, ...]] = {}
-    seen: dict[str, str] = {}
-    for study, path, *_ in stamped:
-        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8")).get("claims") or []
-        found = tuple(_claim(study, entry) for entry in entries)
-        for claim in (c for whole in found for c in (whole, *whole.parts)):
-            if claim.id in seen:
-                raise ValueError(f"claim {claim.id} is in the ledger twice: {seen[claim.id]}, {study}")
-            seen[claim.id] = study
-        if found:
-            ledger[study] = found
-    return ledger
+@functools.lru_cache(maxsize=32)
+def _read(study: str, path: Path, stamp: tuple[int, int]) -> tuple[Claim, ...]:
+    entries = yaml.safe_load(path.read_text(encoding="utf-8")).get("claims") or []
+    return tuple(_claim(study, entry) for entry in entries)
 
 
 def _claim(study: str, entry: dict[str, Any]) -> Claim:
-    """Makes an entry a claim; its parts have its study, source, kind, page, runs and unit, unless
-    they say another."""
-    common = ("source", "kind", "page", "runs", "unit", "statistic", "seeds", "arms")
-    shared = {name: entry[name] for name in common if name in entry}
-    parts = [shared | part | {"study": study} for part in entry.get("parts", [])]
+    """Makes an entry a claim; its parts have what they share with it, unless they say another."""
+    shared = {name: entry[name] for name in OF_PARTS if name in entry}
+    fields = entry | {"study": study}
+    if "parts" in entry:
+        of_whole = shared | {"study": study, "part_of": entry.get("id")}
+        fields["parts"] = [of_whole | part for part in entry["parts"]]
     try:
-        return Claim(**entry | {"study": study, "parts": parts} if parts else entry | {"study": study})
+        return Claim(**fields)
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ValueError(f"data/papers/{study}.yaml, claim {entry.get('id')}: {problems}") from None

@@ -11,10 +11,23 @@ from lib import paths
 from lib.pages import build, manifest, parameters, profiles
 from lib.runs import store
 
-ANSWER = """from lib.verdicts.claims import Verdict
+LEDGER = """paper: {title: A document}
+claims:
+  - id: A1
+    statement: a|b
+    source: Table 1
+    direction: greater
+    published: 0.5
+    page: a/one
+    seeds: 3
+  - {id: A2, statement: Too large., source: Table 2, reason: Not at this scale.}
+"""
+ANSWER = """from lib.verdicts import ledger
+from lib.verdicts.evidence import judge_estimate, verdicts_on
+from lib.verdicts.stats import mean_interval
 from lib.report.text import answer
-held = Verdict("Reproduced: a|b", "holds", "+1.0 [+0.5, +1.5] points, n=3", 3)
-answer([held, Verdict("c", "not tested", "no records", 0)])"""
+given = judge_estimate("A1", mean_interval([0.9, 1.0, 1.1]))
+answer(verdicts_on([given], ledger.of_page("a/one")))"""
 
 
 @pytest.fixture
@@ -32,6 +45,7 @@ def why(key: str, profile: str = "quick") -> str | None:
 
 
 def test_build_then_nothing_then_only_what_changed(book):
+    book.ledger("a", LEDGER)
     book.notebook("a/one", "from lib.tiny import FACTOR", "print(FACTOR * p.width)", ANSWER)
     book.notebook(
         "a/two",
@@ -47,11 +61,15 @@ def test_build_then_nothing_then_only_what_changed(book):
     assert (html / "index.html").is_file()
     assert "6" in (html / "notebooks" / "a" / "one.html").read_text()
     assert "a/one" in (html / "status.html").read_text()
-    assert "<strong>2 claims:</strong> 1 <em>holds</em>, 0" in (html / "verdicts.html").read_text()
     verdicts = (book.root / "book" / "verdicts_table.md").read_text()
-    assert "From [a/one](notebooks/a/one.ipynb): reproduced." in verdicts
-    assert "## Notebook a/one" in verdicts and "a/two" not in verdicts
-    assert "| a\\|b | holds | +1.0 [+0.5, +1.5] points, n=3 |" in verdicts
+    assert "The documents make 2 claims; 1 can be tested here and 1 of them are decided" in verdicts
+    assert "| A1 | a\\|b (Table 1; [a/one](notebooks/a/one.ipynb)) | +0.50 points |" in verdicts
+    assert "+1.00 [+0.75, +1.25] points, n=3 | **holds** |" in verdicts
+    assert "- **A2** Too large. Not at this scale." in verdicts
+    assert "<strong>State of the claims.</strong>" in (html / "verdicts.html").read_text()
+    published = json.loads((html / "claims.json").read_text())
+    assert [row["verdict"] for row in published] == ["holds", None]
+    assert published == json.loads((book.root / "book" / "claims.json").read_text())
 
     one = book.executed("a/one")
     assert str(book.root) not in json.dumps(one)

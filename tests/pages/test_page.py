@@ -6,15 +6,34 @@ import factory
 import pandas as pd
 import pytest
 
-from lib.pages import ledger, parameters, profiles
+from lib import paths
+from lib.pages import all_verdicts, parameters, profiles
 from lib.pages import page as pages
 from lib.report import tables
-from lib.verdicts.claims import compare
+from lib.verdicts.evidence import compare, judge_count
 
 PARAMETERS = """profile: str = "quick"  # smoke, quick, small or paper
 seeds: list[int] = None  # random starts
 """
 BASE = "base: {data: {name: %s}, backbone: {patch: 7, width: 16, depth: 2, heads: 2}}\n"
+LEDGER = """paper: {title: A document}
+claims:
+  - id: A1
+    statement: MoE beats dense.
+    source: Table 1
+    direction: greater
+    published: 2.5
+    page: a/one
+    arms: [moe, dense]
+  - id: A.wide
+    kind: ours
+    statement: wide beats dense
+    source: a control
+    direction: greater
+    smallest: 1
+    page: a/one
+    arms: [wide, dense]
+"""
 FILL = "python -m lib run a/one --profile small --records"
 
 
@@ -24,6 +43,8 @@ def book(tiny, monkeypatch):
     for module in (parameters, profiles):
         monkeypatch.setattr(module, "ROOT", tiny.root)
     monkeypatch.setattr(profiles, "asked", {})
+    monkeypatch.setattr(paths, "PAPERS", tiny.root / "data" / "papers")
+    tiny.ledger("a", LEDGER)
     tiny.notebook("a/one", parameters=PARAMETERS)
     tiny.profile("quick", BASE % "mnist5k" + "a/one: {seeds: [0]}\n")
     tiny.profile("small", BASE % "mnist5k" + "a/one: {seeds: [0, 1, 2]}\n")
@@ -76,8 +97,8 @@ def page_of(name="quick", **options):
 
 
 def claims(side):
-    yield compare("MoE beats dense", side["moe"], side["dense"], "greater")
-    yield compare("wide beats dense", side.done("wide"), side["dense"], "greater")
+    yield compare("A1", side["moe"], side["dense"])
+    yield compare("A.wide", side.done("wide"), side["dense"])
 
 
 # ---- sides
@@ -178,35 +199,88 @@ def test_intro_says_what_both_sides_were_computed_on(book, records):
     assert short == "**Reproduced:** 3 seeds. **This build:** 1 seeds."
 
 
-def test_the_answer_is_on_reproduced_records_and_the_ledger_reads_it(book, records):
+@pytest.fixture
+def planned(monkeypatch):
+    """The plan of the tiny page is the grid of this file, as its notebook's would be."""
+    monkeypatch.setattr(
+        pages, "plan", lambda key, name: {**grid(profiles.profile(key, name)), "third": []}
+    )
+
+
+def test_the_answer_is_on_reproduced_records_and_all_verdicts_read_it(book, records, planned):
     reproduce(records, ["dense", "moe"])
     answer = page_of().answer(claims)
     assert answer.data.startswith("**Reproduced, in short.**")
-    assert "- *Holds:* MoE beats dense: +" in answer.data
+    assert "- *Holds (pilot):* MoE beats dense (A1): +" in answer.data
     assert "- *Not tested* for want of records: 1 of 2 claims." in answer.data
     data, metadata = answer._repr_markdown_()
     cell = {
         "cell_type": "code",
         "outputs": [{"data": {"text/markdown": data}, "metadata": {"text/markdown": metadata}}],
     }
-    source, said = ledger.answered([{"cell_type": "markdown"}, cell])
-    assert source == "Reproduced"
-    assert [(claim["claim"], claim["verdict"], claim["n"]) for claim in said] == [
-        ("MoE beats dense", "holds", 3),
-        ("wide beats dense", "not tested", 0),
+    said = all_verdicts.answered([{"cell_type": "markdown"}, cell])
+    assert [(claim["id"], claim["verdict"], claim["n"]) for claim in said] == [
+        ("A1", "holds", 3),
+        ("A.wide", "not tested", 0),
     ]
 
 
-def test_verdicts_of_both_sides_are_headed_by_their_source(book, records):
+def test_verdicts_of_both_sides_are_headed_by_their_source(book, records, planned):
     reproduce(records)
     table = page_of().verdicts(claims)
-    assert table.frame[["claim", "verdict"]].values.tolist() == [
-        ["Reproduced: MoE beats dense", "holds"],
-        ["Reproduced: wide beats dense", "undecided"],
-        ["This build: MoE beats dense", "undecided"],
-        ["This build: wide beats dense", "not tested"],
+    assert table.frame[["claim", "published", "verdict"]].values.tolist() == [
+        ["Reproduced: MoE beats dense.", "+2.5 points", "holds (pilot)"],
+        ["Reproduced: wide beats dense", "counts from 1 point", "undecided (pilot)"],
+        ["This build: MoE beats dense.", "+2.5 points", "undecided (pilot)"],
+        ["This build: wide beats dense", "counts from 1 point", "not tested"],
     ]
     assert page_of().verdicts(claims, "By hand.").caption == "By hand."
+
+
+def test_a_page_judges_what_the_ledger_gives_to_it_and_nothing_else(book, records, planned):
+    reproduce(records)
+    page = page_of()
+    with pytest.raises(ValueError, match="a/one yields no evidence of claim A.wide, which the"):
+        page.answer(lambda side: list(claims(side))[:1])
+    with pytest.raises(ValueError, match="claim A3 is not one of this page in the ledger"):
+        page.answer(lambda side: [*claims(side), judge_count("A3", 1.0)])
+    # a small build may lack an arm, so what it leaves out is no error
+    assert page.judged(lambda side: [], page.build) == []
+
+
+def test_a_page_judges_the_runs_that_the_ledger_names(book, records, planned):
+    reproduce(records)
+
+    def other_runs(side):
+        yield compare("A1", side["moe"], side.done("wide"))
+        yield compare("A.wide", side.done("wide"), side["dense"])
+
+    with pytest.raises(ValueError) as error:
+        page_of().answer(other_runs)
+    assert "claim A1 is judged on runs that its `arms`" in str(error.value)
+    assert "they are of 'wide' of a/one; the ledger has 'moe', 'dense'" in str(error.value)
+
+
+def test_a_second_stage_gives_further_seeds_to_the_arms_of_its_claim(book, records):
+    book.ledger(
+        "a",
+        LEDGER.replace(
+            "page: a/one\n    arms: [moe", "page: a/one\n    seeds: [3, 5]\n    arms: [moe"
+        ),
+    )
+    small = profiles.profile("a/one", "small")
+
+    def seeds(p):
+        wanted = profiles.with_further_seeds("a/one", grid, p)
+        return {name: [run.seed for run in runs] for name, runs in wanted.items()}
+
+    assert seeds(small) == {"dense": [0, 1, 2, 3, 4], "moe": [0, 1, 2, 3, 4], "wide": [0]}
+    assert seeds(profiles.profile("a/one", "quick"))["moe"] == [0]
+    # whoever chooses seeds gets these
+    assert seeds(profiles.profile("a/one", "small", seeds=(1, 2)))["moe"] == [1, 2]
+    assert [record and record.spec.seed for record in page_of().reproduced["moe"]] == [0] + [
+        None
+    ] * 4
 
 
 def test_a_table_sets_both_sides_beside_what_was_published(book, records):

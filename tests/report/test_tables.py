@@ -1,5 +1,6 @@
 """Tables and sentences from synthetic records: sources apart, honest about n."""
 
+import json
 import re
 
 import numpy as np
@@ -117,23 +118,20 @@ def test_answer_sorts_the_claims_by_verdict():
     judged = [
         Verdict("Reproduced: b", "undecided", "", 1),
         Verdict("Reproduced: a", "holds", "+1 [0, 2]; all above 0", 3),
-        Verdict("c", "does not hold", "-1", 3),
+        Verdict("c", "not reproduced", "-1", 3, pilot=True),
         Verdict("d", "not tested", "", 0),
         Verdict("e", "undecided", "", 1),
     ]
     lines = text.answer(judged).data
     assert lines.split("\n")[2:] == [
         "- *Holds:* a: +1 [0, 2]",
-        "- *Does not hold:* c: -1",
+        "- *Not reproduced (pilot):* c: -1",
         "- *Undecided:* b; e.",
         "- *Not tested* for want of records: 1 of 5 claims.",
     ]
-    assert text.answer(judged).metadata["claims"][0] == {
-        "claim": "b",
-        "verdict": "undecided",
-        "text": "",
-        "n": 1,
-    }
+    first = text.answer(judged).metadata["claims"][0]
+    assert (first["claim"], first["verdict"], first["n"], first["id"]) == ("b", "undecided", 1, "")
+    assert first["estimate"] is None and json.dumps(first)
     assert text.answer(judged, "In this model").metadata["source"] == "In this model"
     untested = [Verdict("Reproduced: a", "not tested", "", 0)] * 2
     assert (

@@ -21,7 +21,7 @@ from lib.runs import collect as runs
 from lib.runs import fill as filling
 from lib.runs import locks
 from lib.runs.estimate import Estimate
-from lib.runs.fill import Arm
+from lib.runs.fill import ARM_WORTH, Purpose
 from lib.runs.store import Store
 from lib.spec import BackboneSpec, DataSpec, RunSpec, TrainSpec
 from lib.training.checkpoint import Checkpoint
@@ -94,22 +94,36 @@ def computed(monkeypatch):
 # ---- in which order
 
 
-def test_arms_that_complete_most_an_hour_come_first():
-    arms = [Arm("a", "slow", ("s",)), Arm("a", "two", ("x", "y")), Arm("b", "one", ("y",))]
+def test_what_serves_most_an_hour_comes_first():
+    arms = [
+        Purpose("a", "slow", ("s",)),
+        Purpose("a", "two", ("x", "y")),
+        Purpose("b", "one", ("y",)),
+    ]
     # "two" completes itself and "one" in 25 s, "one" itself in 10: 0.08 and 0.1 a second
     assert filling.in_order(arms, {"s": 100.0, "x": 15.0, "y": 10.0}) == ["y", "x", "s"]
     # 2 in 18 s is more than 1 in 10
     assert filling.in_order(arms, {"s": 100.0, "x": 8.0, "y": 10.0}) == ["x", "y", "s"]
     # equals: the first page, the first arm
-    equal = [Arm("a", "1", ("p",)), Arm("b", "2", ("q",)), Arm("b", "3", ("r",))]
+    equal = [Purpose("a", "1", ("p",)), Purpose("b", "2", ("q",)), Purpose("b", "3", ("r",))]
     assert filling.in_order(equal, {"p": 7.0, "q": 7.0, "r": 6.0}) == ["r", "p", "q"]
 
 
-def test_the_worth_of_arms_can_be_exchanged(monkeypatch):
-    arms = [Arm("a", "cheap", ("x",)), Arm("a", "dear", ("y",))]
-    assert filling.in_order(arms, {"x": 1.0, "y": 2.0}) == ["x", "y"]
-    monkeypatch.setattr(filling, "value", lambda done: sum(3 * (a.name == "dear") for a in done))
-    assert filling.in_order(arms, {"x": 1.0, "y": 2.0}) == ["y", "x"]
+def test_a_claim_is_worth_more_than_an_arm():
+    purposes = [Purpose("a", "cheap", ("x",), ARM_WORTH), Purpose("a", "claim A1", ("y",))]
+    assert filling.in_order(purposes, {"x": 1.0, "y": 20.0}) == ["y", "x"]
+    # unless an hour of it is: 1 in 200 s is less than 0.01 in 1
+    assert filling.in_order(purposes, {"x": 1.0, "y": 200.0}) == ["x", "y"]
+
+
+def test_a_claim_takes_the_place_of_its_arms(where, computed):
+    grid = {name: [TINY.but(seed=s)] for name, s in (("few", 1), ("many", 2), ("other", 3))}
+    claims = {"A1": ("a/one", ("few", "many")), "B1": ("b/one", ("few",))}
+    plan = filling.missing({"a/one": grid}, where, Given({1: 9.0, 2: 9.0, 3: 1.0}), False, claims)
+    assert [str(p) for p in plan.purposes] == ["a/one: claim A1", "a/one: other"]
+    assert seeds(plan.items) == [1, 2, 3]  # 1 in 18 s before 0.01 in 1
+    assert [str(p) for p in plan.items[1].serves] == ["a/one: claim A1"]
+    assert [p.name for p in plan.served_after([s.id for s in grid["other"]])] == ["other"]
 
 
 def test_an_arm_costs_what_its_seeds_lack(where, computed):

@@ -5,13 +5,12 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from paired_runs import right_of, runs
 from scipy import stats as scipy_stats
 
 from lib.report import text
-from lib.verdicts import AGAINST_PUBLISHED, WORDS, claims
+from lib.verdicts import WORDS, claims
 from lib.verdicts.law import Law
-from lib.verdicts.many import correct
+from lib.verdicts.many import BY_CHANCE, corrected
 from lib.verdicts.stats import Difference, Interval
 
 
@@ -39,8 +38,8 @@ RULE = [
 
 @pytest.mark.parametrize("low, high, verdict", RULE)
 def test_directional_claims(low, high, verdict):
-    assert claims.judge_against("c", estimate(low, high), "greater", 2.0).verdict == verdict
-    assert claims.judge_against("c", estimate(-high, -low), "less", 2.0).verdict == verdict
+    assert claims.judge("c", estimate(low, high), "greater", 2.0).verdict == verdict
+    assert claims.judge("c", estimate(-high, -low), "less", 2.0).verdict == verdict
 
 
 @pytest.mark.parametrize(
@@ -59,7 +58,7 @@ def test_directional_claims(low, high, verdict):
     ],
 )
 def test_equality_by_its_band(low, high, verdict):
-    assert claims.judge_against("c", estimate(low, high), "equal", 1.0).verdict == verdict
+    assert claims.judge("c", estimate(low, high), "equal", 1.0).verdict == verdict
 
 
 @pytest.mark.parametrize(
@@ -75,26 +74,26 @@ def test_equality_by_its_band(low, high, verdict):
     ],
 )
 def test_not_worse_has_one_side(low, high, verdict):
-    assert claims.judge_against("c", estimate(low, high), "not worse", 1.0).verdict == verdict
+    assert claims.judge("c", estimate(low, high), "not worse", 1.0).verdict == verdict
 
 
 def test_without_interval_or_records():
-    none = claims.judge_against("c", None, "greater", 2.0)
+    none = claims.judge("c", None, "greater", 2.0)
     assert (none.verdict, none.text, none.n, none.p) == ("not tested", "no records", 0, None)
-    one = claims.judge_against("c", Interval(5.0, None, None, 1), "greater", 2.0)
+    one = claims.judge("c", Interval(5.0, None, None, 1), "greater", 2.0)
     assert (one.verdict, one.p) == ("undecided", None)
     assert one.text == "+5.0 points, n=1; one seed claims no order"
-    two = claims.judge_against("c", Interval(5.0, None, None, 2), "equal", 2.0)
+    two = claims.judge("c", Interval(5.0, None, None, 2), "equal", 2.0)
     assert two.verdict == "undecided" and two.text.endswith("2 seeds claim no order, 3 are needed")
 
 
 def test_text_names_the_size():
     difference = Difference(0.5, 0.25, 0.75, 3, "t 95%", 0.99, law=Law(0.5, 0.0, 0.01, 2.0))
-    judged = claims.judge_against("c", difference, "greater", 1.25)
+    judged = claims.judge("c", difference, "greater", 1.25)
     assert judged.text == (
         "+0.5 [+0.2, +0.8] points, n=3; 99.0% of draws above 0; published 1.25 points"
     )
-    slope = claims.judge_against("c", estimate(1.0, 2.0), "not worse", 1.0, unit="")
+    slope = claims.judge("c", estimate(1.0, 2.0), "not worse", 1.0, unit="")
     assert slope.text == "+1.5 [+1.0, +2.0], n=3; band of 1"
     assert judged.said_of("Reproduced").claim == "Reproduced: c"
     assert judged.said_of("Reproduced").p == judged.p
@@ -107,7 +106,7 @@ def test_text_names_the_size():
 )  # fmt: skip
 def test_refused(direction, size, message):
     with pytest.raises(ValueError, match=message):
-        claims.judge_against("c", None, direction, size)
+        claims.judge("c", None, direction, size)
 
 
 def test_p_values_by_hand():
@@ -116,7 +115,7 @@ def test_p_values_by_hand():
     interval = Interval(1.0, 1 - 0.5 * 4.302653, 1 + 0.5 * 4.302653, 3, law=law)
 
     def p(direction):
-        return claims.judge_against("c", interval, direction, 3.0).p
+        return claims.judge("c", interval, direction, 3.0).p
 
     assert p("greater") == pytest.approx(scipy_stats.t.cdf(-2, 2))
     assert p("less") == pytest.approx(scipy_stats.t.cdf(2, 2))
@@ -124,28 +123,19 @@ def test_p_values_by_hand():
     assert p("equal") == pytest.approx(scipy_stats.t.cdf(-4, 2))
     # at the end of the interval the p-value is the level of the rule
     at_end = replace(interval, law=replace(law, mean=0.5 * 4.302653))
-    assert claims.judge_against("c", at_end, "greater", 3.0).p == pytest.approx(0.025, rel=1e-4)
-
-
-def test_from_records():
-    a, b = runs(right_of(60, 61, 62), "a"), runs(right_of(50, 50, 50), "b")
-    judged = claims.compare_against("a beats b", a, b, "greater", 30.0)
-    assert judged.verdict == "holds, smaller than published" and judged.n == 3
-    assert claims.compare_against("b beats a", b, a, "greater", 1.0).verdict == "opposite"
-    assert claims.compare_against("b is worse", b, a, "less", 1.0).verdict == "holds"
-    assert claims.compare_against("?", a, [], "less", 1.0).verdict == "not tested"
+    assert claims.judge("c", at_end, "greater", 3.0).p == pytest.approx(0.025, rel=1e-4)
 
 
 def test_an_answer_lists_every_word():
     assert set(get_args(claims.VerdictWord)) == set(WORDS)
     judged = [
-        claims.judge_against(f"claim {word}", estimate(low, high), "greater", 2.0)
+        claims.judge(f"claim {word}", estimate(low, high), "greater", 2.0)
         for low, high, word in RULE
     ]
-    judged.append(claims.judge_against("claim not tested", None, "greater", 2.0))
-    assert {v.verdict for v in judged} == set(AGAINST_PUBLISHED)
+    judged.append(claims.judge("claim not tested", None, "greater", 2.0))
+    assert {v.verdict for v in judged} == set(WORDS)
     lines = text.answer(judged).data.split("\n")
-    for word in set(AGAINST_PUBLISHED) - {"undecided", "not tested"}:
+    for word in set(WORDS) - {"undecided", "not tested"}:
         said = [
             line for line in lines if line.startswith(f"- *{word.capitalize()}:* claim {word}:")
         ]
@@ -153,35 +143,61 @@ def test_an_answer_lists_every_word():
     assert any(line.startswith("- *Undecided:* claim undecided") for line in lines)
 
 
+# ---------------------------------------------------------------- joint claims
+
+HOLDS, SMALLER, NOT, OPPOSITE, OPEN, UNTESTED = WORDS
+
+
+@pytest.mark.parametrize(
+    "words, joint",
+    [
+        ((HOLDS, HOLDS), HOLDS),
+        ((HOLDS, SMALLER), SMALLER),
+        ((HOLDS, OPEN), OPEN),
+        ((OPEN, UNTESTED), UNTESTED),
+        ((HOLDS, NOT), NOT),
+        ((UNTESTED, NOT), NOT),  # whatever the other part says
+        ((HOLDS, OPPOSITE), NOT),
+        ((OPPOSITE, OPPOSITE), OPPOSITE),
+    ],
+)
+def test_a_joint_claim_holds_where_all_parts_do(words, joint):
+    parts = [claims.Verdict(f"part {i}", word, "", 3 + i) for i, word in enumerate(words)]
+    judged = claims.judge_jointly("all of it", parts)
+    assert (judged.verdict, judged.n) == (joint, 3)
+    assert judged.text == f"part 0 {words[0]}; part 1 {words[1]}"
+
+
+def test_a_joint_claim_is_a_pilot_where_a_part_is():
+    parts = [
+        claims.Verdict("c", HOLDS, "", 8, p=0.01),
+        claims.Verdict("c", OPEN, "", 3, pilot=True),
+    ]
+    judged = claims.judge_jointly("c", parts)
+    assert judged.pilot and judged.word == "undecided (pilot)" and judged.p is None
+    assert not claims.judge_jointly("c", parts[:1]).pilot
+
+
 # ---------------------------------------------------------------- many claims
-
-
-def judged(p, word="holds"):
-    return claims.SizedVerdict("c", word, "", 3, 1.0, p)
 
 
 def test_correction_by_hand():
     """Benjamini-Yekutieli of four: the k-th smallest p times 4 (1 + 1/2 + 1/3 + 1/4) / k."""
-    family = [judged(0.002), judged(0.02), judged(0.9, "opposite"), judged(0.001)]
-    result = correct(family, level=0.025)
     # 25/3 times p over its rank: 0.0083 for both of the first two, 0.056 for the third
-    assert result.after == (True, False, False, True)
-    assert (result.tested, result.hold_alone, result.hold_after) == (4, 3, 2)
-    assert result.expected_by_chance == pytest.approx(4 * 0.025)
-    assert result.expected_false == pytest.approx(2 * 0.025)
+    assert corrected([0.002, 0.02, 0.9, 0.001], level=0.025) == [True, False, False, True]
 
 
 def test_a_single_claim_needs_no_correction():
-    assert correct([judged(0.02)]).after == (True,)
-    assert correct([judged(0.03)]).after == (False,)
+    assert corrected([0.02]) == [True] and corrected([0.03]) == [False]
+    assert corrected([]) == []
 
 
-def test_what_has_no_p_value_is_not_in_the_family():
-    alone = correct([judged(0.02), judged(None, "not tested"), judged(None, "undecided")])
-    assert alone.after == (True, False, False) and alone.tested == 1
-    assert correct([]).tested == 0 and correct([judged(None, "not tested")]).expected_false == 0
-    # a small p-value alone does not make a claim hold
-    assert correct([judged(0.001, "undecided")]).after == (False,)
+def test_what_is_counted_has_no_chance_in_it():
+    assert corrected([None, 0.02, None]) == [True, True, True]
+    assert corrected([None]) == [True]
+    # it takes no part: two claims with chance need 0.025 / (1 + 1/2), or half of it
+    assert corrected([None, 0.017, 0.9]) == [True, False, False]
+    assert corrected([0.008, None, 0.9]) == [True, True, False]
 
 
 def test_correction_keeps_false_claims_rare():
@@ -192,8 +208,7 @@ def test_correction_keeps_false_claims_rare():
     for _ in range(300):
         z = rng.normal(size=40) + rng.normal()
         p = scipy_stats.norm.sf(z / np.sqrt(2))
-        result = correct([judged(float(x), "holds" if x < 0.025 else "undecided") for x in p])
-        some_alone.append(result.hold_alone > 0)
-        some_after.append(result.hold_after > 0)
+        some_alone.append((p < BY_CHANCE).any())
+        some_after.append(any(corrected([float(x) for x in p])))
     assert np.mean(some_alone) > 0.2
     assert np.mean(some_after) < 0.025

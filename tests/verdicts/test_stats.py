@@ -1,11 +1,12 @@
-"""Intervals by hand and by simulation; verdicts by their rule."""
+"""Intervals by hand and by simulation, and a second stage of seeds."""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from lib.verdicts import claims, stats
+from lib.verdicts import stats
+from lib.verdicts.law import Law
 
 
 def run(correct, seed=0, status="ok"):
@@ -224,61 +225,27 @@ def test_beyond_the_line_of_a_family_by_hand():
     assert result.high - result.low == pytest.approx(200 * 1.96 * 0.4 / np.sqrt(1000), rel=0.05)
 
 
-# ---------------------------------------------------------------- verdicts
+# ---------------------------------------------------------------- a second stage of seeds
 
 
-@pytest.mark.parametrize(
-    "low, high, direction, margin, verdict",
-    [
-        (0.1, 1.0, "greater", 0, "holds"),
-        (-1.0, -0.1, "greater", 0, "does not hold"),
-        (-0.1, 1.0, "greater", 0, "undecided"),
-        (0.1, 1.0, "greater", 0.5, "undecided"),
-        (-1.0, -0.1, "less", 0, "holds"),
-        (0.1, 1.0, "less", 0, "does not hold"),
-        (-0.2, 0.3, "equal", 0.5, "holds"),
-        (0.6, 0.9, "equal", 0.5, "does not hold"),
-        (-0.2, 0.9, "equal", 0.5, "undecided"),
-    ],
-)
-def test_rule(low, high, direction, margin, verdict):
-    estimate = stats.Difference((low + high) / 2, low, high, 3, "t 95%", 0.5)
-    assert claims.judge("claim", estimate, direction, margin).verdict == verdict
+def pilot(image_variance, seed_variance, degrees=2.0):
+    """Three seeds; seed_variance: of their mean."""
+    law = Law(1.0, image_variance, seed_variance, degrees)
+    return stats.Interval(1.0, 0.0, 2.0, 3, law=law)
 
 
-def test_text_of_a_verdict_with_and_without_a_unit():
-    estimate = stats.Interval(0.25, 0.125, 0.375, 5)
-    assert claims.judge("c", estimate, "greater").text == "+0.2 [+0.1, +0.4] points, n=5"
-    assert (
-        claims.judge("c", estimate, "greater", unit="", decimals=3).text
-        == "+0.250 [+0.125, +0.375], n=5"
-    )
+def test_seeds_of_a_second_stage_by_hand():
+    """Variance of a seed 3 * 0.03, t(0.975, 2) = 4.302653: half the width is 1.291 / sqrt(n)."""
+    assert stats.second_stage(pilot(0.0, 0.03), 2.0) == 3  # 0.745 is at most 1
+    assert stats.second_stage(pilot(0.0, 0.03), 1.2) == 5  # 0.577 at 5, 0.645 at 4
+    assert stats.second_stage(pilot(0.0, 0.03), 0.1) == 10  # ten at most
+    # a prior that lends degrees of freedom asks for fewer
+    assert stats.second_stage(pilot(0.0, 0.03, np.inf), 0.6) == 4  # 1.96 * 0.3 / sqrt(4) = 0.294
+    # what the images add stays: 1.96 * 0.2 = 0.392
+    assert stats.second_stage(pilot(0.04, 0.0), 0.8) == 3
+    assert stats.second_stage(pilot(0.04, 0.0), 0.7) == 10
 
 
-def test_one_seed_claims_no_order_and_no_record_is_not_tested():
-    one = claims.compare("a beats b", [run([1, 1])], [run([0, 1])], "greater")
-    assert (
-        one.verdict == "undecided"
-        and one.n == 1
-        and one.text == "+50.0 points, n=1; one seed claims no order"
-    )
-    assert claims.compare("a beats b", [], [run([1])], "greater").verdict == "not tested"
-    assert claims.compare_trend("grows", [0, 1], [], "greater").verdict == "not tested"
-
-
-def test_verdicts_from_records_and_trends():
-    a, b = [[run(np.arange(300) < top, s) for s in range(3)] for top in (180, 150)]
-    result = claims.compare("a beats b", a, b, "greater")
-    assert result.verdict == "holds" and "+10.0 [" in result.text and "points, n=3" in result.text
-    rows = [[0.1, 0.2, 0.3], [0.1, 0.2, 0.31], [0.1, 0.2, 0.29]]
-    sharp = claims.compare_trend("sharper with depth", [1, 2, 3], rows, "greater")
-    assert sharp.verdict == "holds" and sharp.text.startswith("+0.100 [")
-
-
-@pytest.mark.parametrize(
-    "direction, margin, message",
-    [("equal", 0, "above 0"), ("greater", -1, "margin=-1"), ("up", 0, "'up'")],
-)
-def test_judge_refuses(direction, margin, message):
-    with pytest.raises(ValueError, match=message):
-        claims.judge("claim", None, direction, margin)
+def test_without_interval_there_is_no_second_stage():
+    assert stats.second_stage(None, 1.0) is None
+    assert stats.second_stage(stats.Interval(1.0, None, None, 2), 1.0) is None

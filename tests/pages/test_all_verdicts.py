@@ -1,0 +1,175 @@
+"""All verdicts: the ledger beside what pages said, corrected for the number of claims of a study,
+the sentences on the state, and the second stage of seeds."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lib import paths
+from lib.pages import all_verdicts, manifest, stages
+from lib.verdicts import ledger
+
+CLAIM = """
+  - id: %s
+    statement: "Claim %s."
+    source: Table 1
+    direction: greater
+    published: 2.0
+    page: a/one
+    arms: [more, less]
+"""
+JOINT = """
+  - id: A9
+    statement: "Both."
+    source: Figure 1
+    kind: ours
+    direction: joint
+    page: a/one
+    smallest: 1
+    parts:
+      - id: A9a
+        statement: "First."
+        direction: greater
+        arms: [x]
+      - id: A9b
+        statement: "Second."
+        direction: equal
+        arms: [y]
+  - {id: A10, statement: "Too large.", source: Table 9, reason: "Not at this scale."}
+"""
+
+
+def said(name, p, verdict="holds", mean=1.0, pilot=False, n=3):
+    """What a page's answer says of a claim, as data."""
+    law = {"mean": mean, "image_variance": 0.0, "seed_variance": 0.03, "degrees": 2.0}
+    estimate = {"mean": mean, "low": mean - 1, "high": mean + 1, "method": "t 95%", "law": law}
+    text, records = f"{mean:+.1f}; and more", [f"run of {name}", "shared run"]
+    numbers = {"id": name, "verdict": verdict, "p": p, "n": n, "pilot": pilot}
+    return numbers | {"text": text, "records": records, "estimate": estimate}
+
+
+@pytest.fixture
+def book(tmp_path, monkeypatch):
+    """A ledger, and a function that makes the executed page say something of its claims."""
+    monkeypatch.setattr(paths, "PAPERS", tmp_path / "data" / "papers")
+    monkeypatch.setattr(manifest, "ROOT", tmp_path)
+    monkeypatch.setattr(all_verdicts, "ROOT", tmp_path)
+    paths.PAPERS.mkdir(parents=True)
+    text = "paper: {title: A document}\nclaims:" + "".join(
+        CLAIM.replace("%s", f"A{i}") for i in "1234"
+    )
+    (paths.PAPERS / "a.yaml").write_text(text + JOINT)
+
+    def page(*claims):
+        data = {"source": "Reproduced", "claims": list(claims)}
+        output = {"data": {}, "metadata": {"text/markdown": data}}
+        path = manifest.executed("a/one")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"cells": [{"cell_type": "code", "outputs": [output]}]}))
+        return {row["id"]: row for row in all_verdicts.rows(["a/one", "a/unbuilt"])}
+
+    return page
+
+
+def test_claims_hold_after_the_correction_of_their_study(book):
+    """Three with a p-value and one counted: 11/6 times 3 / rank times p, against 2.5%."""
+    rows = book(
+        said("A1", 0.001), said("A2", 0.012), said("A3", 0.9, "opposite"), said("A4", None, n=1)
+    )
+    after = {name: row["after_correction"] for name, row in rows.items()}
+    assert after == {
+        "A1": True, "A2": False, "A3": None, "A4": True, "A9": None, "A9a": None, "A9b": None,
+        "A10": None,
+    }  # fmt: skip
+    decided = [name for name, row in rows.items() if all_verdicts.decided(row)]
+    assert decided == ["A1", "A3", "A4"]
+    assert rows["A10"]["reason"] and rows["A10"]["verdict"] is None
+    assert rows["A1"]["published"] == 2.0 and rows["A1"]["effect"] == 1.0
+    assert rows["A1"]["records"] == ["run of A1", "shared run"]
+
+
+def test_a_joint_claim_holds_after_it_where_its_parts_do(book):
+    parts = [said("A9a", 0.001), said("A9b", 0.001)]
+    rows = book(said("A9", None), *parts)
+    assert rows["A9"]["after_correction"] is True and rows["A9a"]["part_of"] == "A9"
+    rows = book(said("A9", None), parts[0], said("A9b", 0.02))
+    assert rows["A9"]["after_correction"] is False
+    rows = book(said("A9", None, "undecided"), parts[0], said("A9b", 0.3, "undecided"))
+    assert rows["A9"]["after_correction"] is None
+
+
+def test_sentences_on_the_state_are_counted(book):
+    rows = book(said("A1", 0.001), said("A2", 0.012), said("A3", 0.9, "opposite"))
+    state = all_verdicts.state_of(list(rows.values()))
+    assert "The documents make 5 claims; 4 can be tested here and 2 of them are decided:" in state
+    assert "1 holds, 1 holds, alone, 1 opposite, 1 not judged yet." in state
+    assert "1 of our own" in state and "are 4 records of runs." in state
+
+
+def test_the_page_shows_published_beside_ours(book):
+    book(said("A1", 0.001, pilot=True), said("A2", 0.012))
+    text = all_verdicts.page(["a/one"])
+    assert "## A document" in text and "- **A10** Too large. Not at this scale." in text
+    line = "| A1 | Claim A1. (Table 1; [a/one](notebooks/a/one.ipynb)) | +2.0 points | +1.0 |"
+    assert f"{line} **holds**, pilot |" in text
+    assert "| &nbsp;&nbsp;A9b | Second. | counts from 1 point |  | **not judged yet** |" in text
+    assert "2 claims and parts have an interval. If all of them were false, at most 0.1" in text
+
+
+def test_the_json_is_what_the_pages_said(book):
+    book(said("A1", 0.001))
+    rows = json.loads(all_verdicts.as_json(["a/one"]))
+    assert rows == all_verdicts.rows(["a/one"])
+    with pytest.raises(FileNotFoundError, match="`make book` writes it"):
+        all_verdicts.read()
+    (paths.PAPERS.parents[1] / "book" / "claims.json").write_text(json.dumps(rows))
+    assert all_verdicts.read() == rows
+    overview = all_verdicts.overview(rows)
+    assert overview.startswith("State of the claims.") and "\nA1 " not in overview
+    assert "A2         not judged yet                 n=0 of 3     a/one" in overview
+
+
+def test_the_readme_has_the_state_between_its_marks(book):
+    rows = list(book(said("A1", 0.001)).values())
+    readme = paths.PAPERS.parents[1] / "README.md"
+    readme.write_text("no marks")
+    with pytest.raises(ValueError, match="once each"):
+        all_verdicts.write_readme(rows)
+    marks = f"{all_verdicts.START}\nof last year\n{all_verdicts.END}"
+    readme.write_text(f"# Title\n\n{marks}\n\nRest.\n")
+    all_verdicts.write_readme(rows)
+    once = readme.read_text()
+    assert once.startswith("# Title\n\n") and once.endswith(f"{all_verdicts.END}\n\nRest.\n")
+    assert "The documents make 5 claims" in once and "last year" not in once
+    all_verdicts.write_readme(rows)
+    assert readme.read_text() == once
+
+
+# ---- the second stage
+
+
+def test_the_second_stage_is_written_once(book):
+    """Half of 4.302653 * 0.3 / sqrt(n) is at most 1 at once, and at most 0.5 from n = 7."""
+    rows = book(said("A1", 0.001), said("A2", 0.2, n=2), said("A9a", 0.5), said("A9", None))
+    before = (paths.PAPERS / "a.yaml").read_text()
+    assert stages.fix(rows.values()) == {"A1": 3, "A9a": 7}
+    after = (paths.PAPERS / "a.yaml").read_text()
+    entries = ledger.claims()
+    assert entries["A1"].seeds == (3, 3) and entries["A9a"].seeds == (3, 7)
+    assert entries["A2"].seeds == entries["A9b"].seeds == (3,)
+    new = [line for line in after.splitlines() if line not in before.splitlines()]
+    assert new == ["    seeds: [3, 3]", "        seeds: [3, 7]"]
+    assert stages.fix(book(said("A1", 0.9, mean=9.0)).values()) == {}  # never again
+
+
+def test_a_stage_replaces_the_pilot_of_its_own_entry():
+    text = "claims:\n  - id: A1\n    seeds: [3]\n    parts:\n      - id: A1a\n        seeds: [3]\n"
+    text += "  - id: A2\n"
+    assert stages.with_stage(text, "A1", [3, 8]) == text.replace("[3]", "[3, 8]", 1)
+    part = stages.with_stage(text, "A1a", [3, 8])
+    assert part == text.replace("        seeds: [3]", "        seeds: [3, 8]")
+    assert stages.with_stage(text, "A2", [3, 4]) == text + "    seeds: [3, 4]\n"
+    with pytest.raises(ValueError, match="0 entries have the line '- id: A3'"):
+        stages.with_stage(text, "A3", [3, 4])
