@@ -202,7 +202,7 @@ def test_the_schedule_ends_in_its_budget(where):
         (60, 2): [1, 3, 2],  # both are done after 10 s
     }
     done = {item.spec.id for item in plan.schedule(25)}
-    assert [arm.name for arm in plan.complete_after(done)] == ["arm 1", "arm 3"]
+    assert [arm.name for arm in plan.served_after(done)] == ["arm 1", "arm 3"]
 
 
 def test_a_child_is_not_started_before_its_parent_is_done(where):
