@@ -18,7 +18,8 @@ class AllExperts(Router):
     """Sends every token through every expert, with weight 1 (gate="printed": the sum) or 1/E
     ("renormalised": the mean).
 
-    With two experts and weight 1 this is the dense two-FFN model of ViMoE's Table 3.
+    With two experts and weight 1 this is the sum of two MLPs, a control beside ViMoE's Table 3,
+    whose dense models weight the two by a gate.
     """
 
     def __init__(self, experts: int, gate: str = "printed"):

@@ -40,6 +40,24 @@ def layer_intervals(
     return intervals
 
 
+def late_less_early(values: Sequence[float]) -> float | None:
+    """Computes the mean of the late half of the layers less that of the early half.
+
+    values: one a layer, from the first block to the last; the middle one of an odd number is in
+    neither half. None below two layers. It stands for what a picture shows over depth: a slope
+    would give most weight to the two ends.
+    """
+    half = len(values) // 2
+    return float(np.mean(values[-half:]) - np.mean(values[:half])) if half else None
+
+
+def last_less_early(values: Sequence[float]) -> float | None:
+    """Computes the number of the last layer less the mean of the early half; see
+    `late_less_early`."""
+    half = len(values) // 2
+    return float(values[-1] - np.mean(values[:half])) if half else None
+
+
 def pair_mean(table: Sequence[Sequence[float]]) -> float | None:
     """Computes the mean over pairs of different experts of a table (E, E); None below two."""
     pairs, experts = np.asarray(table, float), len(table)

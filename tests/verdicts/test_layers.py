@@ -4,7 +4,13 @@ from operator import itemgetter
 
 import pytest
 
-from lib.verdicts.layers import layer_intervals, layer_mean, pair_mean
+from lib.verdicts.layers import (
+    last_less_early,
+    late_less_early,
+    layer_intervals,
+    layer_mean,
+    pair_mean,
+)
 from lib.verdicts.stats import mean_interval
 
 NOISE = itemgetter("noise")
@@ -40,3 +46,10 @@ def test_pairs_leave_out_the_diagonal():
     assert pair_mean([[5.0, -1.0], [-1.0, 5.0]]) == -1.0
     assert pair_mean([[1.0]]) is None
     assert pair_mean([]) is None
+
+
+def test_halves_leave_out_the_middle_layer():
+    assert late_less_early([1.0, 3.0, 100.0, 4.0, 8.0]) == 4.0  # 6 less 2
+    assert last_less_early([1.0, 3.0, 100.0, 4.0, 8.0]) == 6.0  # 8 less 2
+    assert late_less_early([5.0, 2.0]) == last_less_early([5.0, 2.0]) == -3.0
+    assert late_less_early([5.0]) is None and last_less_early([]) is None
