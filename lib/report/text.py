@@ -42,9 +42,15 @@ def say(*sentences: str) -> Markdown:
 
 def verdicts(judged: Iterable[Verdict], caption: str = RULE) -> Table:
     """Makes a table of claims: what is claimed, what was published, our numbers, the verdict."""
-    rows = [(v.claim, published(v.entry), v.text.partition(";")[0], v.word) for v in judged]
+    rows = [(v.claim, published(v.entry), numbers(v), v.word) for v in judged]
     frame = pd.DataFrame(rows, columns=["claim", "published", "in our records", "verdict"])
     return table(frame, caption, wrap=True)
+
+
+def numbers(verdict: Verdict) -> str:
+    """Returns the interval behind a verdict, or the words on all parts of a joint claim."""
+    joint = verdict.entry is not None and verdict.entry.parts
+    return verdict.text if joint else verdict.text.partition(";")[0]
 
 
 def published(entry: Claim | None) -> str:
@@ -80,10 +86,7 @@ def answer(judged: Iterable[Verdict], source: str = "Reproduced") -> Markdown:
     lines = [f"**{source}, in short.** The table of verdicts below has all the numbers.", ""]
     for verdict in DECIDED:
         for v in by_verdict[verdict]:
-            # all parts of a joint claim, but of an interval only its first statement
-            joint = v.entry is not None and v.entry.parts
-            said = v.text if joint else v.text.partition(";")[0]
-            lines.append(f"- *{v.word.capitalize()}:* {_sentence(v)}: {said}")
+            lines.append(f"- *{v.word.capitalize()}:* {_sentence(v)}: {numbers(v)}")
     if by_verdict["undecided"]:
         lines.append(f"- *Undecided:* {'; '.join(map(_sentence, by_verdict['undecided']))}.")
     if untested:

@@ -65,7 +65,8 @@ class Cell(_Entry):
         """Returns the size as it is printed; raises ValueError unless each row is there once."""
         frame = papers.table(study, self.table)
         value = self._value(frame, self.of)
-        return value if self.than is None else value - self._value(frame, self.than)
+        # printed values have few digits, their binary difference has many
+        return value if self.than is None else round(value - self._value(frame, self.than), 6)
 
     def _value(self, frame: Any, wanted: dict[str, Any]) -> float:
         rows = frame
