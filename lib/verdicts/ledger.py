@@ -31,7 +31,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .. import paths
-from . import papers
 
 __all__ = [
     "Cell",
@@ -63,6 +62,8 @@ class Cell(_Entry):
 
     def size(self, study: str) -> float:
         """Returns the size as it is printed; raises ValueError unless each row is there once."""
+        from . import papers  # pandas, which the planning of runs does without
+
         frame = papers.table(study, self.table)
         value = self._value(frame, self.of)
         # printed values have few digits, their binary difference has many
@@ -163,7 +164,7 @@ class Claim(_Entry):
 
 def studies() -> list[str]:
     """Lists the studies that have claims."""
-    return [study for study in papers.names() if of_study(study)]
+    return [path.stem for path in sorted(paths.PAPERS.glob("*.yaml")) if of_study(path.stem)]
 
 
 def of_study(study: str) -> tuple[Claim, ...]:
