@@ -4,7 +4,14 @@ from operator import itemgetter
 
 import pytest
 
-from lib.verdicts.layers import layer_intervals, layer_mean, pair_mean
+from lib.verdicts.layers import (
+    half_means,
+    late_less_early,
+    layer_intervals,
+    layer_mean,
+    mean_above,
+    pair_mean,
+)
 from lib.verdicts.stats import mean_interval
 
 NOISE = itemgetter("noise")
@@ -19,6 +26,19 @@ def test_mean_is_over_the_layers_that_have_the_number():
     assert layer_mean(layers(0.0, None), NOISE) == 0.0  # zero is a number
     assert layer_mean(layers(None, None), NOISE) is None
     assert layer_mean([], NOISE) is None
+
+
+def test_mean_above_a_level():
+    assert mean_above(layers(1.0, None, 4.0), NOISE, 2.0) == 0.5
+    assert mean_above(layers(None), NOISE, 2.0) is None
+
+
+def test_halves_leave_out_the_middle_and_what_is_not_there():
+    assert half_means([1.0, 3.0, 99.0, None, 6.0]) == (2.0, 6.0)
+    assert late_less_early([1.0, 3.0, 99.0, None, 6.0]) == 4.0
+    assert half_means(iter([None, 2.0, 5.0, 7.0])) == (2.0, 6.0)
+    assert half_means([None, 1.0]) == (None, 1.0) and late_less_early([None, 1.0]) is None
+    assert half_means([1.0]) == half_means([]) == (None, None)
 
 
 def test_each_layer_has_its_own_interval_over_seeds():
