@@ -140,7 +140,9 @@ def judge_jointly(claim: str, parts: Sequence[Verdict]) -> Verdict:
     """
     words = [part.verdict for part in parts]
     text = "; ".join(f"{part.id or part.claim} {part.word}" for part in parts)
-    n = min(part.n for part in parts)
+    # what is counted has no seeds that a joint claim could be short of
+    measured = [part for part in parts if part.estimate is None or part.estimate.method != "exact"]
+    n = min(part.n for part in measured or parts)
     records = tuple(dict.fromkeys(run for part in parts for run in part.records))
     pilot = any(part.pilot for part in parts)
     return Verdict(claim, _joint_word(words), text, n, records=records, pilot=pilot)

@@ -8,7 +8,7 @@ Axis letters: **E** experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,47 @@ LayerValue = Callable[[Layer], float | None]  # one number of a layer; None = th
 
 def layer_mean(layers: Sequence[Layer], value: LayerValue) -> float | None:
     """Computes the mean of a number over the layers that have it; None if no layer has."""
-    values = [number for number in map(value, layers) if number is not None]
-    return float(np.mean(values)) if values else None
+    return _mean(map(value, layers))
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Computes the mean of the values that are there; None if none is."""
+    there = [number for number in values if number is not None]
+    return float(np.mean(there)) if there else None
+
+
+def mean_above(layers: Sequence[Layer], value: LayerValue, level: float) -> float | None:
+    """Computes by how much the mean of a number over the layers that have it exceeds a level."""
+    mean = layer_mean(layers, value)
+    return None if mean is None else mean - level
+
+
+def half_means(values: Iterable[float | None]) -> tuple[float | None, float | None]:
+    """Computes the means of the early and of the late half of the layers.
+
+    values: one a layer, from the first to the last; None where a layer lacks the number. The middle
+    one of an odd number belongs to neither half. None for a half in which no layer has it.
+    """
+    values = list(values)
+    half = len(values) // 2
+    return _mean(values[:half]), _mean(values[len(values) - half :])
+
+
+def late_less_early(values: Iterable[float | None]) -> float | None:
+    """Computes the mean of the late half of the layers less that of the early half.
+
+    values: as of `half_means`. None if either half lacks the number. A picture that "rises with
+    depth" is judged by it, since a slope would follow single layers at either end.
+    """
+    early, late = half_means(values)
+    return None if early is None or late is None else late - early
+
+
+def last_less_early(values: Iterable[float | None]) -> float | None:
+    """Computes the number of the last layer less the mean of the early half; see `half_means`."""
+    values = list(values)
+    early, _ = half_means(values)
+    return None if early is None or values[-1] is None else values[-1] - early
 
 
 def layer_intervals(
@@ -38,24 +77,6 @@ def layer_intervals(
         values = [number for number in map(value, layer_of_seeds) if number is not None]
         intervals.append(mean_interval(values) if values else None)
     return intervals
-
-
-def late_less_early(values: Sequence[float]) -> float | None:
-    """Computes the mean of the late half of the layers less that of the early half.
-
-    values: one a layer, from the first block to the last; the middle one of an odd number is in
-    neither half. None below two layers. It stands for what a picture shows over depth: a slope
-    would give most weight to the two ends.
-    """
-    half = len(values) // 2
-    return float(np.mean(values[-half:]) - np.mean(values[:half])) if half else None
-
-
-def last_less_early(values: Sequence[float]) -> float | None:
-    """Computes the number of the last layer less the mean of the early half; see
-    `late_less_early`."""
-    half = len(values) // 2
-    return float(values[-1] - np.mean(values[:half])) if half else None
 
 
 def pair_mean(table: Sequence[Sequence[float]]) -> float | None:

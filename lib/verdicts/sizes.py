@@ -7,7 +7,7 @@ A *family* is what one method gives at its levels, such as shares of active neur
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,19 @@ def _sized(method: str, level: float, records: Sequence[Any], dense: Sequence[An
         return SizedModel(method, level)
     shares = (100 * done[0].cost[key] / whole[0].cost[key] for key in ("macs", "params_stored"))
     return SizedModel(method, level, *shares, accuracy_interval(records), retained(records, dense))
+
+
+def retained_change(records: Sequence[Any], dense: Sequence[Any]) -> Interval | None:
+    """Computes how far test top-1 is from the dense model's, in percent of it: -2 keeps 98%.
+
+    records, dense: as of `stats.retained`, whose interval it has.
+    """
+    share = retained(records, dense)
+    if share is None or share.low is None:
+        return share and replace(share, mean=share.mean - 100)
+    law = replace(share.law, mean=share.law.mean - 100)
+    ends = {name: getattr(share, name) - 100 for name in ("mean", "low", "high")}
+    return replace(share, **ends, law=law)
 
 
 def best_on_validation(settings: Mapping[str, Sequence[Any]]) -> str | None:

@@ -168,6 +168,12 @@ def test_a_joint_claim_holds_where_all_parts_do(words, joint):
     assert judged.text == f"part 0 {words[0]}; part 1 {words[1]}"
 
 
+def test_what_is_counted_does_not_lower_the_seeds_of_a_joint_claim():
+    counted = claims.Verdict("c", HOLDS, "", 1, estimate=Interval(1.0, 1.0, 1.0, 1, "exact"))
+    assert claims.judge_jointly("c", [counted, claims.Verdict("c", HOLDS, "", 8)]).n == 8
+    assert claims.judge_jointly("c", [counted, counted]).n == 1
+
+
 def test_a_joint_claim_is_a_pilot_where_a_part_is():
     parts = [
         claims.Verdict("c", HOLDS, "", 8, p=0.01),

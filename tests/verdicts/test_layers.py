@@ -5,10 +5,12 @@ from operator import itemgetter
 import pytest
 
 from lib.verdicts.layers import (
+    half_means,
     last_less_early,
     late_less_early,
     layer_intervals,
     layer_mean,
+    mean_above,
     pair_mean,
 )
 from lib.verdicts.stats import mean_interval
@@ -25,6 +27,19 @@ def test_mean_is_over_the_layers_that_have_the_number():
     assert layer_mean(layers(0.0, None), NOISE) == 0.0  # zero is a number
     assert layer_mean(layers(None, None), NOISE) is None
     assert layer_mean([], NOISE) is None
+
+
+def test_mean_above_a_level():
+    assert mean_above(layers(1.0, None, 4.0), NOISE, 2.0) == 0.5
+    assert mean_above(layers(None), NOISE, 2.0) is None
+
+
+def test_halves_leave_out_the_middle_and_what_is_not_there():
+    assert half_means([1.0, 3.0, 99.0, None, 6.0]) == (2.0, 6.0)
+    assert late_less_early([1.0, 3.0, 99.0, None, 6.0]) == 4.0
+    assert half_means(iter([None, 2.0, 5.0, 7.0])) == (2.0, 6.0)
+    assert half_means([None, 1.0]) == (None, 1.0) and late_less_early([None, 1.0]) is None
+    assert half_means([1.0]) == half_means([]) == (None, None)
 
 
 def test_each_layer_has_its_own_interval_over_seeds():
@@ -48,8 +63,8 @@ def test_pairs_leave_out_the_diagonal():
     assert pair_mean([]) is None
 
 
-def test_halves_leave_out_the_middle_layer():
-    assert late_less_early([1.0, 3.0, 100.0, 4.0, 8.0]) == 4.0  # 6 less 2
+def test_the_last_layer_against_the_early_half():
     assert last_less_early([1.0, 3.0, 100.0, 4.0, 8.0]) == 6.0  # 8 less 2
-    assert late_less_early([5.0, 2.0]) == last_less_early([5.0, 2.0]) == -3.0
-    assert late_less_early([5.0]) is None and last_less_early([]) is None
+    assert last_less_early([5.0, 2.0]) == late_less_early([5.0, 2.0]) == -3.0
+    assert last_less_early([]) is None and last_less_early([None, 2.0]) is None
+    assert last_less_early([2.0, 5.0, None]) is None

@@ -8,9 +8,10 @@ import pytest
 from lib.verdicts.sizes import (
     SizedModel,
     best_on_validation,
-    compare_at_equal_size,
+    retained_change,
     sized_models,
 )
+from lib.verdicts.stats import beyond_line, retained
 
 
 def run(top1, size, seed=0, status="ok", val=0.0):
@@ -53,18 +54,31 @@ def test_without_the_dense_model_nothing_has_a_share():
     assert sized_models({"cut": {0.5: [run(60.0, 40)]}}, [None]) == [SizedModel("cut", 0.5)]
 
 
-def test_comparison_at_equal_size():
+def test_change_of_what_is_retained_by_hand():
+    """60, 62 and 64% of 80% are 75, 77.5 and 80% of it: 22.5% are lost."""
+    ours = [run(60.0 + 2 * seed, 50, seed) for seed in range(3)]
+    kept, change = retained(ours, DENSE), retained_change(ours, DENSE)
+    assert change.mean == pytest.approx(-22.5)
+    assert (change.low, change.high) == (kept.low - 100, kept.high - 100)
+    assert change.law.below(-22.5) == pytest.approx(0.5) and change.n == 3
+    alone = retained_change(ours[:1], DENSE)
+    assert (alone.mean, alone.low, alone.n) == (pytest.approx(-25), None, 1)
+    assert retained_change(ours, [None]) is None and retained_change([None], DENSE) is None
+
+
+@pytest.mark.parametrize("size", ["params_stored", "macs"])  # macs grow with storage here
+def test_family_is_a_line_over_either_size(size):
     """The family's line over stored parameters: (40, 50), (60, 70), and the dense (100, 80)."""
-    family = {x: [run(top1, x, seed) for seed in range(3)] for x, top1 in ((40, 50.0), (60, 70.0))}
+    family = [[run(top1, x, seed) for seed in range(3)] for x, top1 in ((40, 50.0), (60, 70.0))]
 
-    def judged(top1, size, of="params_stored"):
-        ours = [run(top1, size, seed) for seed in range(3)]
-        return compare_at_equal_size("ours is better", ours, family, DENSE, of)
+    def beyond(top1, stored):
+        ours = [run(top1, stored, seed) for seed in range(3)]
+        return beyond_line(ours, family, DENSE, size)
 
-    assert (judged(70.0, 50).verdict, judged(50.0, 50).verdict) == ("holds", "does not hold")
-    assert judged(70.0, 50).text.startswith("+10.0 ")
-    assert judged(70.0, 50, "macs").text == judged(70.0, 50).text  # macs grow with storage here
-    assert judged(70.0, 39).verdict == "not tested"  # smaller than all of the family
+    assert beyond(70.0, 50).mean == pytest.approx(10)
+    assert beyond(50.0, 50).mean == pytest.approx(-10)
+    assert beyond(76.0, 80).mean == pytest.approx(1)
+    assert beyond(70.0, 39) is None  # smaller than all of the family
 
 
 def test_best_on_validation_looks_at_validation_alone():
