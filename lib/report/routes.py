@@ -207,12 +207,16 @@ def checker_maps(records: dict[str, Any], cells: int = 4, prefix: int = 1) -> Fi
     return fig
 
 
-def cam_shares(record: Any, layer: int, prefix: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def cam_shares(
+    record: Any, layer: int, prefix: int = 1, shift: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Computes (E,) the share of the GradCAM on each expert's patches, and (E,) of the patches.
 
-    Over all probe images. Raises ValueError if the record holds no GradCAM.
+    Over all probe images. shift: the patches of an image meet the GradCAM of the one that comes so
+    many later, around the end; then places alone can bring the two together. Raises ValueError if
+    the record holds no GradCAM.
     """
-    heat = _heat_of_patches(record, prefix)
+    heat = np.roll(_heat_of_patches(record, prefix), -shift, axis=0)
     experts = range(len(record.moe[layer]["load"]))
     expert_of_patch = record.arrays["token_expert"][layer][:, prefix:]  # (P, patches)
     heat_of_expert = np.array([heat[expert_of_patch == e].sum() for e in experts])

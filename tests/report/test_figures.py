@@ -224,6 +224,10 @@ def test_gradcam_shares_by_hand():
     r.arrays["token_expert"][1, :, 1] = 3  # which goes to expert 3 in the second layer
     mass, patches = routes.cam_shares(r, 1)
     assert mass.tolist() == [0, 0, 0, 1] and patches.tolist() == [15 / 16, 0, 0, 1 / 16]
+    r.arrays["token_expert"][1, 1:, 1] = 0  # of the first image alone
+    r.arrays["cam"][:2] = 0.0
+    assert routes.cam_shares(r, 1)[0].tolist() == [1, 0, 0, 0]
+    assert routes.cam_shares(r, 1, shift=2)[0].tolist() == [0.9, 0, 0, 0.1]
     del r.arrays["cam"]
     with pytest.raises(ValueError, match="holds no GradCAM"):
         routes.cam_masks(r)
