@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..measure.routing import load_share
+from ..verdicts.routes import main_route
 from .maps import class_names
 from .overlays import (
     as_picture,
@@ -30,7 +31,6 @@ __all__ = [
     "cam_shares",
     "checker_maps",
     "layer_shares",
-    "main_route",
     "position_maps",
     "routes",
     "shared_routes",
@@ -56,15 +56,6 @@ def layer_shares(records: dict[str, Any]) -> Figure:
         axes[0, 0].set_ylabel("block (1 = first)")
         fig.colorbar(image, ax=list(axes[0]), label="share of assignments (%)", aspect=18)
     return fig
-
-
-def main_route(record: Any, label: int) -> tuple[list[int], list[float]]:
-    """Finds the expert that gets most of a class's tokens in each layer, and its share.
-
-    (M,) each, shallow to deep.
-    """
-    share = load_share(record.arrays["class_expert"][:, label])
-    return share.argmax(1).tolist(), share.max(1).tolist()
 
 
 def routes(record: Any, labels: Sequence[int]) -> Figure:

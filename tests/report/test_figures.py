@@ -368,7 +368,6 @@ def test_routes_by_hand():
     two_layers.arrays["class_expert"] = np.array(
         [[[9, 1], [2, 8], [6, 4]], [[0, 5], [5, 0], [1, 4]]]
     )
-    assert routes.main_route(two_layers, 0) == ([0, 1], [0.9, 1.0])
     assert routes.shared_routes(two_layers) == [
         {"route (expert in each block)": "0 → 1", "classes": 2, "which": "a, c"}
     ]
