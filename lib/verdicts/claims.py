@@ -127,8 +127,6 @@ def judge(
     text = _numbers(estimate, unit, decimals)
     if estimate.low is None:
         return Verdict(claim, "undecided", text, estimate.n, size, estimate=estimate)
-    banded = direction in ("equal", "not worse")
-    text += f"; {'band of' if banded else 'published'} {amount(size, unit)}"
     verdict, p = _verdict_of(estimate, direction, size), _p_of(estimate, direction, size)
     return Verdict(claim, verdict, text, estimate.n, size, p, estimate=estimate)
 

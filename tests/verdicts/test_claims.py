@@ -87,14 +87,12 @@ def test_without_interval_or_records():
     assert two.verdict == "undecided" and two.text.endswith("2 seeds claim no order, 3 are needed")
 
 
-def test_text_names_the_size():
+def test_text_says_the_numbers():
     difference = Difference(0.5, 0.25, 0.75, 3, "t 95%", 0.99, law=Law(0.5, 0.0, 0.01, 2.0))
     judged = claims.judge("c", difference, "greater", 1.25)
-    assert judged.text == (
-        "+0.5 [+0.2, +0.8] points, n=3; 99.0% of draws above 0; published 1.25 points"
-    )
-    slope = claims.judge("c", estimate(1.0, 2.0), "not worse", 1.0, unit="")
-    assert slope.text == "+1.5 [+1.0, +2.0], n=3; band of 1"
+    assert judged.text == "+0.5 [+0.2, +0.8] points, n=3; 99.0% of draws above 0"
+    slope = claims.judge("c", estimate(1.0, 2.0), "not worse", 1.0, unit="", decimals=3)
+    assert slope.text == "+1.500 [+1.000, +2.000], n=3"
     assert judged.said_of("Reproduced").claim == "Reproduced: c"
     assert judged.said_of("Reproduced").p == judged.p
 
