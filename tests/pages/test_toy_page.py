@@ -40,9 +40,8 @@ def test_a_new_study_is_built_and_its_own_command_fills_it(book):
     assert "None of this page’s 1 claims has its records yet." in page
     assert page.count(FILL) >= 2  # below the table, and in the caption of the costs
     assert "This build: Sorting tokens by place beats the dense model" in page
-    assert (
-        "points, n=1</td>" in page and "undecided (pilot)</td>" in page
-    )  # one seed claims no order
+    # one seed claims no order
+    assert "points, n=1</td>" in page and "undecided (pilot)</td>" in page
     assert "Limit: the speed of &#x27;dense&#x27; scaled by multiply-adds." in page
     verdicts = html_of(book, "verdicts")
     assert "Routing by hash" in verdicts and "<strong>not tested</strong>" in verdicts
