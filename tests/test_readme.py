@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from test_rooms import ORDER
-from toy_study import CELLS, CLASS, PARAMETERS, ROUTER, SPECS, WORD
+from toy_study import CELLS, CLASS, LEDGER, PARAMETERS, ROUTER, SPECS, WORD
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -16,7 +16,7 @@ def test_the_new_study_of_the_readme_is_the_one_that_is_tested():
     for text in (WORD, CLASS, ROUTER):
         for line in text.strip("\n").splitlines():
             assert f"+{line}\n" in README, line
-    for text in (PARAMETERS, SPECS, *CELLS):
+    for text in (LEDGER, PARAMETERS, SPECS, *CELLS):
         assert text.strip() in README, text
 
 

@@ -43,13 +43,23 @@ class HashRouter(Router):
         return 0
 '''
 
-# ---- the page: the two tagged cells, the others, and an entry in a profile
+# ---- the page: its claim in the ledger, the two tagged cells, the others, an entry in a profile
+LEDGER = """paper: {title: Routing by hash}
+claims:
+  - id: H.place
+    kind: ours
+    statement: "Sorting tokens by place beats the dense model."
+    source: our own idea
+    direction: greater
+    smallest: 1
+    page: hash/positions
+    arms: [hash, dense]
+"""
 
 PARAMETERS = """profile: str = "quick"  # smoke, quick, small or paper
 seeds: list[int] = None  # random starts
 """
 SPECS = """import lib
-from lib.verdicts.claims import compare
 
 
 def grid(p):
@@ -63,11 +73,13 @@ p = lib.profile("hash/positions", globals())
 CELLS = (
     """import pandas as pd
 
+from lib.verdicts.evidence import compare
+
 page = lib.page(grid, p)
 page.intro()
 """,
     """def claims(side):
-    yield compare("sorting by place beats dense", side["hash"], side["dense"], "greater")
+    yield compare("H.place", side["hash"], side["dense"])
 
 
 page.answer(claims)

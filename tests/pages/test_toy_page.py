@@ -1,12 +1,12 @@
-"""A new study: three edits of lib, a notebook, an entry in the profiles, a line in the table of
-contents."""
+"""A new study: three edits of lib, a file of the ledger, a notebook, an entry in the profiles, a
+line in the table of contents."""
 
 from __future__ import annotations
 
 import shlex
 
 import pytest
-from toy_study import BASE, CELLS, PARAMETERS, SPECS, add_router
+from toy_study import BASE, CELLS, LEDGER, PARAMETERS, SPECS, add_router
 
 KEY = "hash/positions"
 FILL = f"python -m lib run {KEY} --profile small --records"
@@ -16,10 +16,11 @@ FILL = f"python -m lib run {KEY} --profile small --records"
 def book(tiny):
     """The tiny book with one page, of the router by hash."""
     add_router(tiny.root / "lib")
+    (tiny.root / "data" / "papers" / "hash.yaml").write_text(LEDGER)
     specs = SPECS.replace("{", "{{").replace("}", "}}")
     tiny.notebook(KEY, *CELLS, parameters=PARAMETERS, specs=specs)
-    for name, seed, publish in (("quick", 0, "false"), ("small", 1, "true")):
-        tiny.profile(name, f"{BASE}  publish: {publish}\n{KEY}: {{seeds: [{seed}]}}\n")
+    for name, seeds, publish in (("quick", [0], "false"), ("small", [1, 2, 3], "true")):
+        tiny.profile(name, f"{BASE}  publish: {publish}\n{KEY}: {{seeds: {seeds}}}\n")
     tiny.contents(f"notebooks/{KEY}", "status", "verdicts", "how_to_read")
     return tiny
 
@@ -38,20 +39,22 @@ def test_a_new_study_is_built_and_its_own_command_fills_it(book):
     assert "<strong>Reproduced:</strong> mnist5k at 28 px, 64 training images" in page
     assert "None of this page’s 1 claims has its records yet." in page
     assert page.count(FILL) >= 2  # below the table, and in the caption of the costs
-    assert "This build: sorting by place beats dense" in page
-    assert "one seed claims no order" in page
+    assert "This build: Sorting tokens by place beats the dense model" in page
+    # one seed claims no order
+    assert "points, n=1</td>" in page and "undecided (pilot)</td>" in page
     assert "Limit: the speed of &#x27;dense&#x27; scaled by multiply-adds." in page
-    assert "0 <em>undecided</em>, 1 <em>not tested</em>" in html_of(book, "verdicts")
+    verdicts = html_of(book, "verdicts")
+    assert "Routing by hash" in verdicts and "<strong>not tested</strong>" in verdicts
     records = book.executed(KEY)["metadata"]["moe"]["records"]
-    assert sorted(map(bool, records.values())) == [False, False, True, True]
+    assert sorted(map(bool, records.values())) == [False] * 6 + [True] * 2
     assert {path.parent.name for path in book.root.glob("cache/records/*/*.json")} == {"hash"}
 
     filled = book.call(*shlex.split(FILL)[1:])
     assert filled.returncode == 0, filled.stderr
-    assert filled.stdout == f"{KEY}, small: all 2 records are there\n"
+    assert filled.stdout == f"{KEY}, small: all 6 records are there\n"
     published = [path.stem for path in book.root.glob("data/results/hash/*.json")]
     assert sorted(published) == sorted(record for record, value in records.items() if not value)
     stale = book.call(
         "-c", f"from lib.pages.manifest import *; print(reason_to_run({KEY!r}, 'quick'))"
     )
-    assert stale.stdout.startswith("2 of the records it read changed"), stale.stderr
+    assert stale.stdout.startswith("6 of the records it read changed"), stale.stderr

@@ -11,10 +11,12 @@ import torch
 from lib.pruning.experts.theory import (
     PatchModel,
     PatchSpec,
+    PatchTest,
     draw,
     proficiency,
     sgd_step,
     simulate,
+    simulate_and_test,
     start,
 )
 
@@ -146,6 +148,27 @@ def test_a_simulation_is_its_seed_and_logs_both_ends():
     )
     assert torch.equal(run.scores()["router_norm_change_abs"], (run.norm[-1] - run.norm[0]).abs())
     assert not torch.equal(simulate(spec, seeded(4), every=10).norm, run.norm)
+
+
+def test_accuracy_counts_the_votes_of_the_kept_experts():
+    votes = torch.tensor([[2.0, -1, 3, 1], [0.0, 2, -4, -2]])
+    tested = PatchTest(None, votes, torch.tensor([1.0, 1, -1, -1]))
+    # The first expert alone is right of the first image; the second of all but the first, on which
+    # it has no vote; together they give +2, +1, -1, -1.
+    assert tested.accuracy(torch.tensor([0])) == 25.0
+    assert tested.accuracy(torch.tensor([1])) == 75.0
+    assert tested.accuracy(torch.tensor([0, 1])) == 100.0
+    assert tested.accuracy(torch.tensor([], dtype=torch.long)) == 0.0
+
+
+def test_a_simulation_is_tested_once_and_on_images_of_its_own():
+    spec = PatchSpec(steps=5)
+    tested = simulate_and_test(spec, 3, images=50)
+    assert simulate_and_test(spec, 3, images=50) is tested
+    assert torch.equal(tested.run.norm, simulate(spec, seeded(3)).norm)
+    patches, label = draw(spec, 50, seeded(10_003))
+    assert torch.equal(tested.label, label)
+    assert torch.equal(tested.votes, tested.run.after.votes(patches, spec.taken))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])

@@ -23,6 +23,7 @@ patterns, **H** neurons of an expert, **E** experts, **S** logged steps.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -140,6 +141,23 @@ class PatchRun:
         }
 
 
+@dataclass(frozen=True)
+class PatchTest:
+    """Holds a simulation and what its experts say of fresh images.
+
+    votes: (E, B), see `PatchModel.votes`. label: (B,), +1 or -1.
+    """
+
+    run: PatchRun
+    votes: Tensor
+    label: Tensor
+
+    def accuracy(self, kept_experts: Tensor) -> float:
+        """Computes the accuracy in percent where only these experts vote; indices (K,)."""
+        output = self.votes[kept_experts].sum(dim=0)
+        return 100 * (output.sign() == self.label).float().mean().item()
+
+
 def draw(spec: PatchSpec, images: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draws images as (B, N) patterns, and their labels (B,), +1 or -1.
 
@@ -221,3 +239,14 @@ def simulate(spec: PatchSpec, generator: torch.Generator, every: int = 20) -> Pa
             losses.append(loss)
         model = updated if step < spec.steps else model
     return PatchRun(steps, torch.stack(norms), losses, proficiency_before, before, model)
+
+
+@functools.cache
+def simulate_and_test(spec: PatchSpec, seed: int, every: int = 20, images: int = 4000) -> PatchTest:
+    """Simulates a seed and lets the experts vote on fresh images, once in a process.
+
+    every: see `simulate`. images: number of fresh images, of which each draw has its own generator.
+    """
+    run = simulate(spec, torch.Generator().manual_seed(seed), every)
+    patches, label = draw(spec, images, torch.Generator().manual_seed(10_000 + seed))
+    return PatchTest(run, run.after.votes(patches, spec.taken), label)
