@@ -136,12 +136,14 @@ def state_of(listed: Sequence[Row]) -> str:
     count = sum(map(decided, able))
     own = len(claims) - len(documents)
     words = Counter(_word(row) for row in able)
-    listing = ", ".join(f"{words[word]} {word}" for word in words_in_order(words))
+    listing = ", ".join(f"{words[word]} *{word}*" for word in words_in_order(words))
+    pilots = sum(bool(row["pilot"]) for row in able if decided(row))
     records = len({run for row in listed for run in row["records"]})
     return (
-        f"**State of the claims.** The documents make {len(documents)} claims; {len(able)} can be "
-        f"tested here and {count} of them are decided: {listing}. {own} of our own stand beside "
-        f"them. Behind these verdicts are {records} records of runs."
+        f"**State of the claims.** The documents make {len(documents)} claims. {len(able)} can be "
+        f"tested here and {count} of these are decided, {pilots} of them on the first three seeds "
+        f"of more that are planned. All verdicts: {listing}. {own} controls of this book stand "
+        f"beside them. Behind these verdicts are {records} records of runs."
     )
 
 
@@ -206,9 +208,22 @@ def read() -> list[Row]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def settled() -> set[str]:
+    """Lists the claims whose verdict stands in the last build, parts of joint ones among them.
+
+    None where nothing was built: then all count as open.
+    """
+    try:
+        listed = read()
+    except FileNotFoundError:
+        return set()
+    stands = {row["id"] for row in listed if decided(row)}
+    return stands | {row["id"] for row in listed if row["part_of"] in stands}
+
+
 def overview(listed: Sequence[Row]) -> str:
     """Writes the state, and what is open: a line for each claim that can be tested."""
-    lines = [state_of(listed).replace("**", ""), ""]
+    lines = [state_of(listed).replace("*", ""), ""]
     for row in listed:
         if row["reason"] is None and not decided(row):
             seeds = f"n={row['n'] or 0} of {row['planned_n']}"

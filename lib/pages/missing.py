@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ..verdicts import ledger
-from . import profiles
+from . import all_verdicts, profiles
 
 if TYPE_CHECKING:  # the build imports this module, and does without torch
     from ..runs.fill import Item, Outcome, Plan, Purpose
@@ -31,7 +31,7 @@ def plan(profile: str, keys: Sequence[str], card: bool | None = None) -> Plan:
         claims = {c.id: (key, c.arms) for key in grids for c in ledger.on_runs_of(key)}
     estimates = Estimates(contents_of(store()))
     card = torch.cuda.is_available() if card is None else card
-    return missing(grids, store(), estimates, card, claims)
+    return missing(grids, store(), estimates, card, claims, all_verdicts.settled())
 
 
 def rows(items: Sequence[Item]) -> Iterator[str]:
@@ -89,11 +89,10 @@ def _rest(
 
 
 def _counted(served: Sequence[Purpose], purposes: Sequence[Purpose]) -> str:
-    """Counts what is served of all: claims, and arms that no claim needs."""
-    kinds = {"claims": True, "arms": False}
+    """Counts what is served of all: open claims, and others (arms and claims that are decided)."""
     counts = {
-        kind: [sum((p.worth == 1.0) is claim for p in listed) for listed in (served, purposes)]
-        for kind, claim in kinds.items()
+        kind: [sum((p.worth == 1.0) is is_open for p in listed) for listed in (served, purposes)]
+        for kind, is_open in {"open claims": True, "others": False}.items()
     }
     return " and ".join(f"{n} of {total} {kind}" for kind, (n, total) in counts.items() if total)
 

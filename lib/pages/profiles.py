@@ -295,8 +295,9 @@ def with_further_seeds(
     if tuple(p.seeds) != own:
         return runs
     waiting = [claim for claim in ledger.on_runs_of(key) if claim.planned_seeds > len(own)]
-    for count in sorted({claim.planned_seeds for claim in waiting}):
-        wider = grid(p.but(seeds=tuple(range(count))))
-        arms = {a for claim in waiting if claim.planned_seeds >= count for a in claim.arms}
-        runs |= {arm: wider[arm] for arm in arms if arm in wider}
+    if waiting:
+        wider = grid(p.but(seeds=tuple(range(max(claim.planned_seeds for claim in waiting)))))
+        for claim in sorted(waiting, key=lambda claim: claim.planned_seeds):
+            # one run a seed, in their order
+            runs |= {arm: wider[arm][: claim.planned_seeds] for arm in claim.arms if arm in wider}
     return runs

@@ -31,12 +31,12 @@ def fix(listed: Iterable[Mapping[str, Any]]) -> dict[str, int]:
                 row["effect"], row["low"], row["high"], row["n"], law=Law(**row["law"])
             )
             fixed[claim.id] = second_stage(estimate, claim.size)
-    for study in {entries[claim].study for claim in fixed}:
-        path = paths.PAPERS / f"{study}.yaml"
-        text = path.read_text(encoding="utf-8")
-        for claim, seeds in fixed.items():
-            if entries[claim].study == study:
-                text = with_stage(text, claim, [entries[claim].seeds[0], seeds])
+    texts = {}
+    for claim, seeds in fixed.items():
+        path = paths.PAPERS / f"{entries[claim].study}.yaml"
+        text = texts.get(path) or path.read_text(encoding="utf-8")
+        texts[path] = with_stage(text, claim, [entries[claim].seeds[0], seeds])
+    for path, text in texts.items():  # only once all entries were found
         with paths.written_whole(path) as part:
             part.write_text(text, encoding="utf-8")
     return fixed
@@ -47,7 +47,7 @@ def with_stage(text: str, claim: str, seeds: list[int]) -> str:
 
     The rest stays as it is, comments too. Raises ValueError unless the entry is there once.
     """
-    heads = list(re.finditer(rf"^( *)- id: {re.escape(claim)} *$", text, re.MULTILINE))
+    heads = list(re.finditer(rf"^( *)- id: {re.escape(claim)} *(?:#.*)?$", text, re.MULTILINE))
     if len(heads) != 1:
         raise ValueError(f"{len(heads)} entries have the line '- id: {claim}': write it so, once")
     (head,), indent = heads, heads[0][1] + "  "

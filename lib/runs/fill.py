@@ -6,7 +6,8 @@
 
 A *purpose* is a claim of the ledger, or an arm (a name of a page's grid) on which no claim is
 judged. It is served once the runs of all its planned seeds are there, so purposes come in the order
-of how many are served an hour (`value`); a claim is worth far more than an arm. Runs that others
+of how many are served an hour (`value`); an open claim is worth far more than one whose verdict
+stands or an arm. Runs that others
 start from come first, and count as what their children cost, where the cache lacks their weights.
 """
 
@@ -33,20 +34,20 @@ from .store import Store
 UNWIND_SECONDS = 5.0  # that interrupted runs are given to let go of their locks
 
 
-ARM_WORTH = 0.01  # of an arm that no claim needs, in claims
+OPEN_CLAIM, OTHER = 1.0, 0.01  # worths; other: a claim whose verdict stands, an arm without claim
 
 
 @dataclass(frozen=True)
 class Purpose:
     """Holds a claim or an arm of a page, and what it lacks: ids of runs, parents before children.
 
-    worth: 1 for a claim.
+    worth: OPEN_CLAIM for a claim that nothing has decided yet, else OTHER.
     """
 
     page: str
     name: str
     missing: tuple[str, ...]
-    worth: float = 1.0
+    worth: float = OPEN_CLAIM
 
     def __str__(self) -> str:
         return f"{self.page}: {self.name}"
@@ -123,12 +124,14 @@ def missing(
     estimates: Estimates,
     card: bool,
     claims: Mapping[str, tuple[str, Sequence[str]]] | None = None,
+    decided: Collection[str] = (),
 ) -> Plan:
     """Plans what the store lacks of the grids of some pages.
 
     plans: {page: its grid}, in the order that decides between equals. card: whether this machine
-    has a graphics card. claims: {id: (page whose grid has its runs, names of its arms)}. A failed
-    run counts as missing.
+    has a graphics card. claims: {id: (page whose grid has its runs, names of its arms)}. decided:
+    ids of those whose verdict stands, so that further runs only narrow it. A failed run counts as
+    missing.
     """
     wanted = collect.unique(s for grid in plans.values() for specs in grid.values() for s in specs)
     state = {spec.id: collect.status_of(spec, where) for spec in wanted}
@@ -138,7 +141,7 @@ def missing(
     specs = {s.id: s for s in collect.unique([*planned, *(s for c in chains.values() for s in c)])}
     elsewhere = [run for run in specs if locks.is_held(where.lock(run))]
     purposes, without_card = [], []
-    for page, name, worth, runs in _purposes(plans, claims or {}):
+    for page, name, worth, runs in _purposes(plans, claims or {}, decided):
         chained = [s.id for spec in runs if spec.id in chains for s in chains[spec.id]]
         lacks = tuple(run for run in dict.fromkeys(chained) if run not in elsewhere)
         needs_card = not card and any(specs[run].device == "cuda" for run in lacks)
@@ -159,7 +162,9 @@ def missing(
 
 
 def _purposes(
-    plans: Mapping[str, Grid], claims: Mapping[str, tuple[str, Sequence[str]]]
+    plans: Mapping[str, Grid],
+    claims: Mapping[str, tuple[str, Sequence[str]]],
+    decided: Collection[str],
 ) -> Iterator[tuple[str, str, float, list[RunSpec]]]:
     """Yields page, name, worth and runs of each claim, then of each arm that no claim names."""
     named = set()
@@ -167,11 +172,11 @@ def _purposes(
         if page in plans:
             named |= {(page, arm) for arm in arms}
             runs = [spec for arm in arms for spec in plans[page].get(arm, [])]
-            yield page, f"claim {claim}", 1.0, runs
+            yield page, f"claim {claim}", OTHER if claim in decided else OPEN_CLAIM, runs
     for page, grid in plans.items():
         for arm, runs in grid.items():
             if (page, arm) not in named:
-                yield page, arm, ARM_WORTH, runs
+                yield page, arm, OTHER, runs
 
 
 def in_order(purposes: Sequence[Purpose], seconds: Mapping[str, float]) -> list[str]:

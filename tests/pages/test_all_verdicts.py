@@ -103,9 +103,10 @@ def test_a_joint_claim_holds_after_it_where_its_parts_do(book):
 def test_sentences_on_the_state_are_counted(book):
     rows = book(said("A1", 0.001), said("A2", 0.012), said("A3", 0.9, "opposite"))
     state = all_verdicts.state_of(list(rows.values()))
-    assert "The documents make 5 claims; 4 can be tested here and 2 of them are decided:" in state
-    assert "1 holds, 1 holds, alone, 1 opposite, 1 not judged yet." in state
-    assert "1 of our own" in state and "are 4 records of runs." in state
+    assert "The documents make 5 claims. 4 can be tested here and 2 of these are decided," in state
+    assert "0 of them on the first three seeds" in state
+    assert "1 *holds*, 1 *holds, alone*, 1 *opposite*, 1 *not judged yet*." in state
+    assert "1 controls of this book" in state and "are 4 records of runs." in state
 
 
 def test_the_page_shows_published_beside_ours(book):
@@ -122,10 +123,12 @@ def test_the_json_is_what_the_pages_said(book):
     book(said("A1", 0.001))
     rows = json.loads(all_verdicts.as_json(["a/one"]))
     assert rows == all_verdicts.rows(["a/one"])
+    assert all_verdicts.settled() == set()
     with pytest.raises(FileNotFoundError, match="`make book` writes it"):
         all_verdicts.read()
     (paths.PAPERS.parents[1] / "book" / "claims.json").write_text(json.dumps(rows))
     assert all_verdicts.read() == rows
+    assert all_verdicts.settled() == {"A1"}
     overview = all_verdicts.overview(rows)
     assert overview.startswith("State of the claims.") and "\nA1 " not in overview
     assert "A2         not judged yet                 n=0 of 3     a/one" in overview
@@ -166,7 +169,7 @@ def test_the_second_stage_is_written_once(book):
 
 def test_a_stage_replaces_the_pilot_of_its_own_entry():
     text = "claims:\n  - id: A1\n    seeds: [3]\n    parts:\n      - id: A1a\n        seeds: [3]\n"
-    text += "  - id: A2\n"
+    text += "  - id: A2  # a comment\n"
     assert stages.with_stage(text, "A1", [3, 8]) == text.replace("[3]", "[3, 8]", 1)
     part = stages.with_stage(text, "A1a", [3, 8])
     assert part == text.replace("        seeds: [3]", "        seeds: [3, 8]")

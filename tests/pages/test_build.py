@@ -62,7 +62,9 @@ def test_build_then_nothing_then_only_what_changed(book):
     assert "6" in (html / "notebooks" / "a" / "one.html").read_text()
     assert "a/one" in (html / "status.html").read_text()
     verdicts = (book.root / "book" / "verdicts_table.md").read_text()
-    assert "The documents make 2 claims; 1 can be tested here and 1 of them are decided" in verdicts
+    assert (
+        "The documents make 2 claims. 1 can be tested here and 1 of these are decided" in verdicts
+    )
     assert "| A1 | a\\|b (Table 1; [a/one](notebooks/a/one.ipynb)) | +0.50 points |" in verdicts
     assert "+1.00 [+0.75, +1.25] points, n=3 | **holds** |" in verdicts
     assert "- **A2** Too large. Not at this scale." in verdicts

@@ -21,7 +21,7 @@ from lib.runs import collect as runs
 from lib.runs import fill as filling
 from lib.runs import locks
 from lib.runs.estimate import Estimate
-from lib.runs.fill import ARM_WORTH, Purpose
+from lib.runs.fill import OTHER, Purpose
 from lib.runs.store import Store
 from lib.spec import BackboneSpec, DataSpec, RunSpec, TrainSpec
 from lib.training.checkpoint import Checkpoint
@@ -110,7 +110,7 @@ def test_what_serves_most_an_hour_comes_first():
 
 
 def test_a_claim_is_worth_more_than_an_arm():
-    purposes = [Purpose("a", "cheap", ("x",), ARM_WORTH), Purpose("a", "claim A1", ("y",))]
+    purposes = [Purpose("a", "cheap", ("x",), OTHER), Purpose("a", "claim A1", ("y",))]
     assert filling.in_order(purposes, {"x": 1.0, "y": 20.0}) == ["y", "x"]
     # unless an hour of it is: 1 in 200 s is less than 0.01 in 1
     assert filling.in_order(purposes, {"x": 1.0, "y": 200.0}) == ["x", "y"]
@@ -124,6 +124,10 @@ def test_a_claim_takes_the_place_of_its_arms(where, computed):
     assert seeds(plan.items) == [1, 2, 3]  # 1 in 18 s before 0.01 in 1
     assert [str(p) for p in plan.items[1].serves] == ["a/one: claim A1"]
     assert [p.name for p in plan.served_after([s.id for s in grid["other"]])] == ["other"]
+    # a claim whose verdict stands waits as an arm does: 1 in 18 s after 1 in 1
+    times = Given({1: 9.0, 2: 9.0, 3: 1.0})
+    plan = filling.missing({"a/one": grid}, where, times, False, claims, {"A1"})
+    assert seeds(plan.items) == [3, 1, 2]
 
 
 def test_an_arm_costs_what_its_seeds_lack(where, computed):
@@ -433,7 +437,7 @@ def wait_for(condition, seconds=90):
 def test_killed_twice_and_nothing_is_lost_or_doubled(book):
     dry, _ = fill_command(book, "--budget", "1h", "--dry").communicate(timeout=120)
     order = ids_of(dry)
-    assert len(order) == 3 and "complete then: 3 of 3 arms" in dry
+    assert len(order) == 3 and "complete then: 3 of 3 others" in dry
     cache, filed = Store(book.root / "data" / "results", book.root / "cache"), []
     for run, kill in zip(order, (signal.SIGKILL, signal.SIGTERM), strict=False):
         child = fill_command(book, "--budget", "1h")
@@ -473,7 +477,7 @@ def test_the_end_of_the_budget_leaves_a_checkpoint(book):
 def test_dry_says_what_will_still_be_missing(book):
     dry, error = fill_command(book, "--budget", "0", "--dry").communicate(timeout=120)
     assert "nothing that is missing ends within the budget" in dry, error
-    assert "complete then: 0 of 3 arms" in dry and "  a/one: 3 runs, " in dry
+    assert "complete then: 0 of 3 others" in dry and "  a/one: 3 runs, " in dry
     assert "3 longer than the whole budget" in dry
     assert not (book.root / "cache" / "records").exists()
 
