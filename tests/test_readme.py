@@ -8,6 +8,9 @@ from pathlib import Path
 from test_rooms import ORDER
 from toy_study import CELLS, CLASS, LEDGER, PARAMETERS, ROUTER, SPECS, WORD
 
+from lib.pages import all_verdicts
+from lib.verdicts import ledger
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -24,6 +27,20 @@ def test_the_drawing_of_the_rooms_has_them_all_in_their_order():
     drawn = README[README.index("notebooks/  ") :]
     places = [min(drawn.index(f"lib/{room} ") for room in rooms) for rooms in ORDER[1:-1]]
     assert places == sorted(places, reverse=True)
+
+
+def test_the_state_of_the_claims_is_that_of_the_ledger():
+    """Verdicts change with each record: `python -m lib claims --readme` writes them anew. What the
+    ledger alone says must be right at any time."""
+    state = README.split(all_verdicts.START)[1].split(all_verdicts.END)[0]
+    whole = [claim for claim in ledger.claims().values() if claim.part_of is None]
+    documents = [claim for claim in whole if claim.kind == "document"]
+    tested = [claim for claim in documents if claim.reason is None]
+    said = " ".join(state.split())
+    assert f"The documents make {len(documents)} claims. {len(tested)} can be tested here" in said
+    assert f"{len(whole) - len(documents)} controls of this book" in said
+    verdicts = said.partition("All verdicts:")[2].partition(". ")[0]
+    assert sum(map(int, re.findall(r"(\d+) \*", verdicts))) == len(tested)
 
 
 def test_files_that_the_readme_names_are_there():

@@ -31,12 +31,20 @@ def rows(keys: Sequence[str]) -> list[Row]:
     """
     said = {claim["id"]: claim for key in keys for claim in answered(_cells(key))}
     listed = []
-    for study in ledger.studies():
+    for study in _in_order(keys):
         entries = (c for whole in ledger.of_study(study) for c in (whole, *whole.parts))
         found = [_row(claim, said.get(claim.id)) for claim in entries]
         _correct(found)
         listed += found
     return listed
+
+
+def _in_order(keys: Sequence[str]) -> list[str]:
+    """Lists the studies that have claims as the book has their pages; those without a page last."""
+    in_book = list(dict.fromkeys(key.split("/")[0] for key in keys))
+    return sorted(
+        ledger.studies(), key=lambda s: in_book.index(s) if s in in_book else len(in_book)
+    )
 
 
 def _row(claim: ledger.Claim, said: Mapping[str, Any] | None) -> Row:
@@ -109,9 +117,14 @@ def page(keys: Sequence[str]) -> str:
     """Writes the generated part of the page, Markdown: the state, and a table for each study."""
     listed = rows(keys)
     lines = [state_of(listed), ""]
-    for study in ledger.studies():
-        found = [row for row in listed if row["study"] == study]
-        lines += [f"## {load(study)['paper']['title']}", "", _chance(found), ""]
+    for study in _in_order(keys):
+        found, paper = [row for row in listed if row["study"] == study], load(study)["paper"]
+        lines += [
+            f"## {paper.get('short', study)}",
+            "",
+            f"*{paper['title']}.* {_chance(found)}",
+            "",
+        ]
         lines += ["| | claim | published | in our records | verdict |", "| --- " * 5 + "|"]
         lines += [_line(row) for row in found if row["reason"] is None]
         lines.append("")
@@ -136,7 +149,7 @@ def state_of(listed: Sequence[Row]) -> str:
     count = sum(map(decided, able))
     own = len(claims) - len(documents)
     words = Counter(_word(row) for row in able)
-    listing = ", ".join(f"{words[word]} *{word}*" for word in words_in_order(words))
+    listing = "; ".join(f"{words[word]} *{word}*" for word in words_in_order(words))
     pilots = sum(bool(row["pilot"]) for row in able if decided(row))
     records = len({run for row in listed for run in row["records"]})
     return (

@@ -57,7 +57,7 @@ def book(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "ROOT", tmp_path)
     monkeypatch.setattr(all_verdicts, "ROOT", tmp_path)
     paths.PAPERS.mkdir(parents=True)
-    text = "paper: {title: A document}\nclaims:" + "".join(
+    text = "paper: {short: Doc, title: A document}\nclaims:" + "".join(
         CLAIM.replace("%s", f"A{i}") for i in "1234"
     )
     (paths.PAPERS / "a.yaml").write_text(text + JOINT)
@@ -105,18 +105,22 @@ def test_sentences_on_the_state_are_counted(book):
     state = all_verdicts.state_of(list(rows.values()))
     assert "The documents make 5 claims. 4 can be tested here and 2 of these are decided," in state
     assert "0 of them on the first three seeds" in state
-    assert "1 *holds*, 1 *holds, alone*, 1 *opposite*, 1 *not judged yet*." in state
+    assert "1 *holds*; 1 *holds, alone*; 1 *opposite*; 1 *not judged yet*." in state
     assert "1 controls of this book" in state and "are 4 records of runs." in state
 
 
 def test_the_page_shows_published_beside_ours(book):
     book(said("A1", 0.001, pilot=True), said("A2", 0.012))
     text = all_verdicts.page(["a/one"])
-    assert "## A document" in text and "- **A10** Too large. Not at this scale." in text
+    assert (
+        "## Doc" in text
+        and "*A document.* 2 claims" in text
+        and "- **A10** Too large. Not at this scale." in text
+    )
     line = "| A1 | Claim A1. (Table 1; [a/one](notebooks/a/one.ipynb)) | +2.0 points | +1.0 |"
     assert f"{line} **holds**, pilot |" in text
     assert "| &nbsp;&nbsp;A9b | Second. | counts from 1 point |  | **not judged yet** |" in text
-    assert "2 claims and parts have an interval. If all of them were false, at most 0.1" in text
+    assert "claims and parts have an interval. If all of them were false, at most 0.1" in text
 
 
 def test_the_json_is_what_the_pages_said(book):

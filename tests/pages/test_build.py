@@ -11,7 +11,7 @@ from lib import paths
 from lib.pages import build, manifest, parameters, profiles
 from lib.runs import store
 
-LEDGER = """paper: {title: A document}
+LEDGER = """paper: {short: Doc, title: A document}
 claims:
   - id: A1
     statement: a|b

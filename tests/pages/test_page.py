@@ -16,7 +16,7 @@ PARAMETERS = """profile: str = "quick"  # smoke, quick, small or paper
 seeds: list[int] = None  # random starts
 """
 BASE = "base: {data: {name: %s}, backbone: {patch: 7, width: 16, depth: 2, heads: 2}}\n"
-LEDGER = """paper: {title: A document}
+LEDGER = """paper: {short: Doc, title: A document}
 claims:
   - id: A1
     statement: MoE beats dense.
