@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 
 
-def runs(right, name="", seeds=None):
+def runs(right, name="", seeds=None, device="cpu"):
     """Records with given correctness (S, I), named after their side and seed."""
     right = np.asarray(right, int)
     seeds = range(len(right)) if seeds is None else seeds
@@ -13,7 +13,7 @@ def runs(right, name="", seeds=None):
         SimpleNamespace(
             id=f"{name}{seed}",
             status="ok",
-            spec=SimpleNamespace(seed=seed),
+            spec=SimpleNamespace(seed=seed, device=device),
             arrays={"test_label": np.zeros(row.size, int), "test_pred": 1 - row},
         )
         for seed, row in zip(seeds, right, strict=True)

@@ -36,10 +36,23 @@ if TYPE_CHECKING:
 Grid = dict[str, list[RunSpec]]
 
 
-def load(grid: Grid, where: Store | None = None) -> dict[str, list[Record | None]]:
-    """Reads the records of a grid, in its order, None where there is none. Never computes."""
+def load(
+    grid: Grid, where: Store | None = None, any_device: bool = False
+) -> dict[str, list[Record | None]]:
+    """Reads the records of a grid, in its order, None where there is none. Never computes.
+
+    any_device: a run for a graphics card that has no finished record may have one of the same run
+    on the CPU, which then stands for it; the record's spec says so.
+    """
     where = where or store()
-    return {name: [where.get(spec) for spec in specs] for name, specs in grid.items()}
+
+    def record(spec: RunSpec) -> Record | None:
+        planned = where.get(spec)
+        if not any_device or spec.device == "cpu" or (planned and planned.status == "ok"):
+            return planned
+        return where.get(spec.on("cpu")) or planned
+
+    return {name: [record(spec) for spec in specs] for name, specs in grid.items()}
 
 
 def collect(

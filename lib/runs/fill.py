@@ -132,7 +132,15 @@ def missing(
     has a graphics card. claims: {id: (page whose grid has its runs, names of its arms)}. decided:
     ids of those whose verdict stands, so that further runs only narrow it. A failed run counts as
     missing.
+
+    Without a card, the seeds that a claim lacks of runs for a card are planned on the CPU: both
+    sides of a seed must share a device, and not all seeds. Not so where an arm is one model for all
+    seeds, which is not on the CPU.
     """
+    if not card:
+        plans = {
+            page: _on_this_machine(grid, page, claims or {}, where) for page, grid in plans.items()
+        }
     wanted = collect.unique(s for grid in plans.values() for specs in grid.values() for s in specs)
     state = {spec.id: collect.status_of(spec, where) for spec in wanted}
     chains = {spec.id: _chain(spec, where) for spec in wanted if state[spec.id] != "done"}
@@ -159,6 +167,25 @@ def missing(
         needs = frozenset(s.id for s in _chain(specs[run], where)) - {run}
         items.append(Item(specs[run], cost[run], serves, needs))
     return Plan(tuple(items), tuple(purposes), tuple(without_card), tuple(elsewhere))
+
+
+def _on_this_machine(
+    grid: Grid, page: str, claims: Mapping[str, tuple[str, Sequence[str]]], where: Store
+) -> Grid:
+    """Returns a grid with runs on the CPU in the place of those for a card that claims lack."""
+    seeded = {
+        arm
+        for its_page, arms in claims.values()
+        if its_page == page and all(len(grid.get(arm, [])) > 1 for arm in arms)
+        for arm in arms
+    }
+    return {
+        arm: [
+            run.on("cpu") if arm in seeded and collect.status_of(run, where) != "done" else run
+            for run in runs
+        ]
+        for arm, runs in grid.items()
+    }
 
 
 def _purposes(

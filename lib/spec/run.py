@@ -68,6 +68,10 @@ class RunSpec(Spec):
         compares = self.drop is not None and self.drop.compares
         return [self.init, self.init.init] if compares else [self.init]
 
+    def on(self, device: str) -> RunSpec:
+        """Returns the run, and all that it starts from, on a device."""
+        return self.but(device=device, init=self.init and self.init.on(device))
+
     @property
     def reduced(self) -> bool:
         """Says whether whole experts were dropped in this run or in one that it starts from."""

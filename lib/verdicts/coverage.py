@@ -145,7 +145,7 @@ def _records(
             SimpleNamespace(
                 id=f"{name}, seed {seed}",
                 status="ok",
-                spec=SimpleNamespace(seed=seed),
+                spec=SimpleNamespace(seed=seed, device="cpu"),
                 arrays={"test_label": label, "test_pred": wrong.astype(np.uint8)},
             )
         )

@@ -57,6 +57,7 @@ __all__ = [
     "retained",
     "second_stage",
     "seed_differences",
+    "seed_of",
     "trend",
 ]
 
@@ -207,16 +208,31 @@ def accuracy_interval(
     return _around(float(y.mean()), y, rng, prior)
 
 
+def seed_of(record: Any) -> tuple[int, str]:
+    """Returns what the two records of a pair must share: the seed, and the device.
+
+    A device rounds in its own way, so a seed on another device is another one.
+    """
+    return record.spec.seed, record.spec.device
+
+
 def _pair_by_seed(a: list[Any], b: list[Any]) -> tuple[list[Any], list[Any], bool]:
-    """Puts finished records in pairs by seed, if the sides share three seeds or have the same ones.
+    """Puts finished records in pairs by seed and device, if the sides share three or have the same
+    ones.
 
     Returns both sides, and whether they are paired; if not, they are as given.
     """
-    shared = sorted({r.spec.seed for r in a} & {r.spec.seed for r in b})
+    by_seed = [{seed_of(record): record for record in side} for side in (a, b)]
+    shared = sorted(by_seed[0].keys() & by_seed[1].keys())
     if not (len(shared) >= MIN_SEEDS or len(shared) == len(a) == len(b)):
         return a, b, False
-    a, b = ([next(r for r in side if r.spec.seed == seed) for seed in shared] for side in (a, b))
+    a, b = ([side[seed] for seed in shared] for side in by_seed)
     return a, b, True
+
+
+def _beside(records: list[Any], whole: list[Any]) -> list[Any]:
+    """Keeps the records of the device of the one model that they are compared with."""
+    return [record for record in records if record.spec.device == whole[0].spec.device]
 
 
 def seed_differences(records_a: Sequence[Any], records_b: Sequence[Any]) -> np.ndarray | None:
@@ -284,6 +300,9 @@ def retained(
     smaller_models, whole_model = finished(records), finished(whole)[:1]
     if not smaller_models or not whole_model:
         return None
+    smaller_models = _beside(smaller_models, whole_model)
+    if not smaller_models:
+        return None
     y = _correct([*smaller_models, *whole_model])
     y_smaller, y_whole = y[:-1], y[-1]
     ratio = float(y_smaller.mean() / y_whole.mean())
@@ -313,9 +332,7 @@ def beyond_line(
     levels = [finished(level) for level in family]
     differences = []  # (I,) for each record that has a line
     for r in finished(records):
-        line = [
-            x for level in levels for x in level if len(level) == 1 or x.spec.seed == r.spec.seed
-        ]
+        line = [x for level in levels for x in level if len(level) == 1 or seed_of(x) == seed_of(r)]
         line = sorted(line + whole_model, key=lambda x: x.cost[size])
         sizes = [x.cost[size] for x in line]
         if len(line) == len(family) + 1 and whole_model and sizes[0] <= r.cost[size]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .stats import Interval, finished, mean_interval
+from .stats import Interval, finished, mean_interval, seed_of
 
 if TYPE_CHECKING:
     from .moderated import SeedPrior
@@ -21,10 +21,10 @@ def same_seed(*settings: Sequence[Any]) -> list[tuple[Any, ...]]:
     """Returns the finished records of the seeds that all settings share, one tuple a seed.
 
     settings: records of one setting each, one a seed; a tuple has one record of each setting, in
-    their order. Seeds come in the order of the first setting. A seed that any setting lacks is left
-    out, so that records of different seeds never meet.
+    their order. Seeds come in the order of the first setting. A seed that any setting lacks, or has
+    on another device, is left out, so that records of different seeds never meet.
     """
-    by_seed = [{record.spec.seed: record for record in finished(records)} for records in settings]
+    by_seed = [{seed_of(record): record for record in finished(records)} for records in settings]
     shared = [seed for seed in by_seed[0] if all(seed in records for records in by_seed)]
     return [tuple(records[seed] for records in by_seed) for seed in shared]
 

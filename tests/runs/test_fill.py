@@ -171,6 +171,36 @@ def test_what_needs_a_card_is_left_out_where_there_is_none(where):
     assert seeds(planned(grid, where, card=True).items) == [2, 4, 1, 3]
 
 
+def test_seeds_of_a_claim_do_not_wait_for_a_card(where, computed):
+    few, many = ([TINY.but(seed=s, device="cuda", threads=n) for s in (1, 2)] for n in (1, 2))
+    parent = TINY.but(seed=9, device="cuda")
+    grid = {
+        "few": few,
+        "many": many,
+        "one model": [parent],
+        "its children": [TINY.but(seed=s, init=parent, device="cuda") for s in (3, 4)],
+        "no claim": [TINY.but(seed=5, device="cuda")],
+    }
+    claims = {"A1": ("a/one", ("few", "many")), "A2": ("a/one", ("its children", "one model"))}
+    times = Given({})
+    # as if a card had computed the first seed of one side
+    record = {"id": few[0].id, "spec": few[0].model_dump(mode="json"), "status": "ok"}
+    where.put(
+        record | {"test": {"top1": 50.0}, "weights": {"final": "", "parent": None}}, {}, few[0]
+    )
+    plan = filling.missing({"a/one": grid}, where, times, False, claims)
+    wanted = [few[1].on("cpu"), *(run.on("cpu") for run in many)]
+    assert [item.spec.id for item in plan.items] == [run.id for run in wanted]
+    assert [p.name for p in plan.without_card] == ["claim A2", "no claim"]
+    filled(plan, where)
+    there = runs.load({"few": few, "many": many}, where, any_device=True)
+    assert [r.spec.device for r in there["few"]] == ["cuda", "cpu"]
+    assert [r.spec.device for r in there["many"]] == ["cpu", "cpu"]
+    assert filling.missing({"a/one": grid}, where, times, False, claims).items == ()
+    strict = runs.load({"few": few, "many": many}, where)
+    assert [r and r.spec.device for r in strict["few"]] == ["cuda", None]
+
+
 def test_what_another_process_computes_is_left_to_it(where):
     grid = {"a": [TINY.but(seed=1)], "b": [TINY.but(seed=2)]}
     with locks.held(where.lock(TINY.but(seed=1).id)):

@@ -12,7 +12,7 @@ def run(seed=0, macs=4e9, train=200.0, status="ok"):
     timing = {"eval_images_per_s": 1600.0}
     return SimpleNamespace(
         status=status,
-        spec=SimpleNamespace(seed=seed),
+        spec=SimpleNamespace(seed=seed, device="cpu"),
         cost={"params_stored": 30_000_000, "params_active": 22_000_000, "macs": macs},
         timing=timing if train is None else timing | {"train_images_per_s": train},
     )

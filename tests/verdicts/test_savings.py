@@ -11,7 +11,11 @@ from lib.verdicts.stats import mean_interval
 def run(seed=0, macs=100.0, stored=1000, status="ok", **fields):
     cost = {"macs": macs, "params_stored": stored}
     return SimpleNamespace(
-        status=status, spec=SimpleNamespace(seed=seed), cost=cost, extract=[], **fields
+        status=status,
+        spec=SimpleNamespace(seed=seed, device="cpu"),
+        cost=cost,
+        extract=[],
+        **fields,
     )
 
 
@@ -40,7 +44,9 @@ def test_a_neuron_of_several_experts_counts_once_in_one_store():
         {"stored": 12, "union": 12, "width": 8},  # no neuron is in two experts
     ]
     assert one_store_parameters(record) == 10_000 - 10 * 17
-    dense = SimpleNamespace(status="ok", spec=SimpleNamespace(seed=0), cost=run().cost)
+    dense = SimpleNamespace(
+        status="ok", spec=SimpleNamespace(seed=0, device="cpu"), cost=run().cost
+    )
     assert one_store_parameters(dense) == 1000
     saved = saved_percent([record], [run(stored=20_000)], one_store_parameters)
     assert saved.mean == pytest.approx(100 * (1 - 9830 / 20_000))

@@ -19,7 +19,7 @@ def run(top1, size, seed=0, status="ok", val=0.0):
     label = np.zeros(1000, int)
     return SimpleNamespace(
         status=status,
-        spec=SimpleNamespace(seed=seed),
+        spec=SimpleNamespace(seed=seed, device="cpu"),
         cost={"params_stored": size, "macs": 2 * size + 10},
         val={"top1": val},
         id=f"{top1}",

@@ -3,10 +3,13 @@
 from types import SimpleNamespace
 
 import numpy as np
+import paired_runs
 import pytest
+from paired_runs import right_of
 
 from lib.verdicts import stats
 from lib.verdicts.law import Law
+from lib.verdicts.values import value_difference
 
 
 def run(correct, seed=0, status="ok"):
@@ -15,7 +18,7 @@ def run(correct, seed=0, status="ok"):
     return SimpleNamespace(
         id=f"run{seed}",
         status=status,
-        spec=SimpleNamespace(seed=seed),
+        spec=SimpleNamespace(seed=seed, device="cpu"),
         arrays={"test_label": np.zeros(correct.size, int), "test_pred": 1 - correct},
     )
 
@@ -163,7 +166,7 @@ def sized(top1, size, seed=0, status="ok", images=1000):
     guess = (np.arange(images) >= round(top1 * images / 100)).astype(int)
     return SimpleNamespace(
         status=status,
-        spec=SimpleNamespace(seed=seed),
+        spec=SimpleNamespace(seed=seed, device="cpu"),
         cost={"params_stored": size},
         id=f"{top1}",
         arrays={"test_label": label, "test_pred": guess},
@@ -223,6 +226,31 @@ def test_beyond_the_line_of_a_family_by_hand():
     result = stats.beyond_line([sized(70.0, 40, seed) for seed in range(3)], three, whole)
     assert result.mean == pytest.approx(20.0)
     assert result.high - result.low == pytest.approx(200 * 1.96 * 0.4 / np.sqrt(1000), rel=0.05)
+
+
+# ---------------------------------------------------------------- seeds on two devices
+
+
+def test_a_pair_shares_seed_and_device():
+    a = [
+        *paired_runs.runs(right_of(60, 61), "a"),
+        *paired_runs.runs(right_of(80), "c", [2], "cuda"),
+    ]
+    b = [*paired_runs.runs(right_of(50, 50), "b"), *paired_runs.runs(right_of(50), "d", [2])]
+    for side in (a, b):
+        side += paired_runs.runs(right_of(52), f"{side[0].id}-", [3], "cuda")
+    # seed 2 has run on two devices, so it has no partner
+    assert stats.seed_differences(a, b) == pytest.approx([10, 11, 0])
+    assert stats.paired_difference(a, b).n == 3
+    same = value_difference(a, b, lambda record: 100.0 * (record.spec.seed == 2))
+    assert (same.mean, same.n) == (0.0, 3)
+
+
+def test_a_model_of_another_device_is_not_beside_the_one_it_was_made_from():
+    whole = paired_runs.runs(right_of(80), "w")
+    cut = paired_runs.runs(right_of(40, 60), "c") + paired_runs.runs(right_of(1), "x", [5], "cuda")
+    assert (stats.retained(cut, whole).mean, stats.retained(cut, whole).n) == (62.5, 2)
+    assert stats.retained(cut[2:], whole) is None
 
 
 # ---------------------------------------------------------------- a second stage of seeds

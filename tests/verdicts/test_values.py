@@ -11,7 +11,7 @@ from lib.verdicts.values import same_seed, value_difference, value_interval
 
 
 def run(seed, loss, status="ok"):
-    return SimpleNamespace(status=status, spec=SimpleNamespace(seed=seed), loss=loss)
+    return SimpleNamespace(status=status, spec=SimpleNamespace(seed=seed, device="cpu"), loss=loss)
 
 
 def loss(record):
