@@ -15,7 +15,6 @@ from typing import Any
 
 from ..paths import ROOT, written_whole
 from ..verdicts import WORDS, ledger
-from ..verdicts.many import BY_CHANCE, corrected
 from ..verdicts.papers import load
 from . import manifest
 
@@ -86,6 +85,8 @@ def _correct(found: Sequence[Row]) -> None:
 
     None where it does not hold alone. A joint claim holds where all of its parts do.
     """
+    from ..verdicts.many import corrected  # scipy, which an idle build does without
+
     joint = {row["part_of"] for row in found} - {None}
     tested = [row for row in found if row["verdict"] and row["id"] not in joint]
     for row, after in zip(tested, corrected([row["p"] for row in tested]), strict=True):
@@ -181,6 +182,8 @@ def _word(row: Row) -> str:
 
 def _chance(found: Sequence[Row]) -> str:
     """Says how many of a study's claims were tested, and how many false ones to expect."""
+    from ..verdicts.many import BY_CHANCE
+
     joint = {row["part_of"] for row in found} - {None}
     single = [row for row in found if row["id"] not in joint and row["p"] is not None]
     alone = [row for row in single if holds(row)]

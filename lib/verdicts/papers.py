@@ -5,12 +5,14 @@ Each set of values comes with its source, units and confidence.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import yaml
 
 from .. import paths
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def names() -> list[str]:
@@ -35,6 +37,8 @@ def table(name: str, table_id: str) -> pd.DataFrame:
     Its `.attrs` hold source, units, confidence and what it is about. Raises ValueError for an
     unknown paper or table.
     """
+    import pandas as pd  # planning and the build read claims without it
+
     tables = load(name)["tables"]
     if table_id not in tables:
         raise ValueError(f"{name} has no table {table_id!r}: it has {', '.join(tables)}")
