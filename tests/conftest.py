@@ -51,7 +51,7 @@ class TinyBook:
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / "lib", root / "lib", ignore=ignored)
         shutil.copy(ROOT / "_config.yml", root)
-        for name in ("status.md", "verdicts.md", "how_to_read.md", "references.bib"):
+        for name in ("status.md", "verdicts.md", "coverage.md", "how_to_read.md", "references.bib"):
             (root / "book").mkdir(exist_ok=True)
             shutil.copy(ROOT / "book" / name, root / "book")
         (root / "lib" / "tiny.py").write_text("FACTOR = 2\n")
@@ -60,7 +60,8 @@ class TinyBook:
         (root / "book" / "intro.md").write_text(
             "# Tiny\n\nA book {cite}`vimoe`.\n\n```{bibliography}\n```\n"
         )
-        self.contents("notebooks/a/one", "notebooks/a/two", "status", "verdicts", "how_to_read")
+        prose = ("status", "verdicts", "coverage", "how_to_read")
+        self.contents("notebooks/a/one", "notebooks/a/two", *prose)
         (root / "book" / "_toc.yml").symlink_to("../_toc.yml")
         self.notebook("a/one", "from lib.tiny import FACTOR", "print(FACTOR * p.width)")
         self.notebook("a/two", "print(open(lib.paths.ROOT / 'data/papers/tiny.yaml').read())")

@@ -30,7 +30,7 @@ def rows(keys: Sequence[str]) -> list[Row]:
     """
     said = {claim["id"]: claim for key in keys for claim in answered(_cells(key))}
     listed = []
-    for study in _in_order(keys):
+    for study in in_order(ledger.studies(), keys):
         entries = (c for whole in ledger.of_study(study) for c in (whole, *whole.parts))
         found = [_row(claim, said.get(claim.id)) for claim in entries]
         _correct(found)
@@ -38,12 +38,10 @@ def rows(keys: Sequence[str]) -> list[Row]:
     return listed
 
 
-def _in_order(keys: Sequence[str]) -> list[str]:
-    """Lists the studies that have claims as the book has their pages; those without a page last."""
+def in_order(studies: Iterable[str], keys: Iterable[str]) -> list[str]:
+    """Sorts studies as the book has their pages, `keys`; those without a page come last."""
     in_book = list(dict.fromkeys(key.split("/")[0] for key in keys))
-    return sorted(
-        ledger.studies(), key=lambda s: in_book.index(s) if s in in_book else len(in_book)
-    )
+    return sorted(studies, key=lambda s: in_book.index(s) if s in in_book else len(in_book))
 
 
 def _row(claim: ledger.Claim, said: Mapping[str, Any] | None) -> Row:
@@ -85,7 +83,7 @@ def _correct(found: Sequence[Row]) -> None:
 
     None where it does not hold alone. A joint claim holds where all of its parts do.
     """
-    from ..verdicts.many import corrected  # scipy, which an idle build does without
+    from ..verdicts.many import corrected  # scipy, which an import of the build does without
 
     joint = {row["part_of"] for row in found} - {None}
     tested = [row for row in found if row["verdict"] and row["id"] not in joint]
@@ -118,7 +116,7 @@ def page(keys: Sequence[str]) -> str:
     """Writes the generated part of the page, Markdown: the state, and a table for each study."""
     listed = rows(keys)
     lines = [state_of(listed), ""]
-    for study in _in_order(keys):
+    for study in in_order(ledger.studies(), keys):
         found, paper = [row for row in listed if row["study"] == study], load(study)["paper"]
         lines += [
             f"## {paper.get('short', study)}",
@@ -208,9 +206,9 @@ def _line(row: Row) -> str:
     text = (row["text"] or "").partition(";")[0] if row["effect"] is not None else row["text"] or ""
     cells = (
         f"{indent}{row['id']}",
-        _cell(row["statement"]) + where,
-        _cell(published(ledger.claims()[row["id"]])),
-        _cell(text),
+        cell(row["statement"]) + where,
+        cell(published(ledger.claims()[row["id"]])),
+        cell(text),
         f"**{_word(row)}**{pilot}",
     )
     return f"| {' | '.join(cells)} |"
@@ -282,6 +280,6 @@ def _cells(key: str) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     """Escapes a text for a cell of a Markdown table."""
     return text.replace("|", "\\|").replace("\n", " ")

@@ -1,10 +1,13 @@
-"""Reads published values and claims from `data/papers/NAME.yaml`.
+"""Reads published values, items and claims from `data/papers/NAME.yaml`.
 
 Each set of values comes with its source, units and confidence.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -21,13 +24,20 @@ def names() -> list[str]:
 
 
 def load(name: str) -> dict[str, Any]:
-    """Reads one file: paper, tables, numbers, claims. Raises ValueError for an unknown name."""
+    """Reads a file: paper, tables, numbers, items, claims. ValueError for an unknown name."""
     path = paths.PAPERS / f"{name}.yaml"
     if name not in names():
         raise ValueError(
             f"no published values called {name!r}: known are {', '.join(names()) or 'none'}; "
             f"a new paper is a file {path.relative_to(paths.ROOT)}"
         )
+    # a file that changes is read again: tests and live notebooks change them
+    stamp = path.stat()
+    return copy.deepcopy(_read(path, (stamp.st_mtime_ns, stamp.st_size)))
+
+
+@functools.lru_cache(maxsize=32)
+def _read(path: Path, stamp: tuple[int, int]) -> dict[str, Any]:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
@@ -37,7 +47,7 @@ def table(name: str, table_id: str) -> pd.DataFrame:
     Its `.attrs` hold source, units, confidence and what it is about. Raises ValueError for an
     unknown paper or table.
     """
-    import pandas as pd  # planning and the build read claims without it
+    import pandas as pd  # which reading the ledger, and so planning and building, does without
 
     tables = load(name)["tables"]
     if table_id not in tables:

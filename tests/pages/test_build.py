@@ -21,7 +21,12 @@ claims:
     page: a/one
     seeds: 3
   - {id: A2, statement: Too large., source: Table 2, reason: Not at this scale.}
+items:
+  - {id: T1, what: a|b, page: a/one, arms: [run*]}
+  - {id: F1, what: A drawing., page: a/one}
 """
+# a Markdown cell with two labels, one of which belongs to the code cell behind it
+LABELS = "(a-t1)=\n## Table 1\n\nBefore a figure.\n\n(a-f1)="
 ANSWER = """from lib.verdicts import ledger
 from lib.verdicts.evidence import judge_estimate, verdicts_on
 from lib.verdicts.stats import mean_interval
@@ -46,7 +51,12 @@ def why(key: str, profile: str = "quick") -> str | None:
 
 def test_build_then_nothing_then_only_what_changed(book):
     book.ledger("a", LEDGER)
-    book.notebook("a/one", "from lib.tiny import FACTOR", "print(FACTOR * p.width)", ANSWER)
+    one = book.notebook("a/one", "from lib.tiny import FACTOR", "print(FACTOR * p.width)", ANSWER)
+    content = json.loads(one.read_text())
+    content["cells"][-1:-1] = [
+        {"cell_type": "markdown", "id": "m", "metadata": {}, "source": LABELS}
+    ]
+    one.write_text(json.dumps(content))
     book.notebook(
         "a/two",
         "text = open(lib.paths.ROOT / 'data/papers/tiny.yaml').read()",
@@ -69,13 +79,19 @@ def test_build_then_nothing_then_only_what_changed(book):
     assert "+1.00 [+0.75, +1.25] points, n=3 | **holds** |" in verdicts
     assert "- **A2** Too large. Not at this scale." in verdicts
     assert "<strong>State of the claims.</strong>" in (html / "verdicts.html").read_text()
+    covered = (html / "coverage.html").read_text()
+    assert "2 tables and figures: 1 <strong>whole</strong>, 0 <strong>partly</strong>," in covered
+    assert ": a|b</p>" in covered and "absent, 0\u00a0of\u00a01" in covered
+    page = (html / "notebooks" / "a" / "one.html").read_text()
+    for label in ("a-t1", "a-f1"):
+        assert f'href="notebooks/a/one.html#{label}"' in covered and f'id="{label}"' in page
     published = json.loads((html / "claims.json").read_text())
     assert [row["verdict"] for row in published] == ["holds", None]
     assert published == json.loads((book.root / "book" / "claims.json").read_text())
 
     one = book.executed("a/one")
     assert str(book.root) not in json.dumps(one)
-    assert [cell.get("execution_count") for cell in one["cells"]] == [None, 1, 2, 3, 4, 5, 6]
+    assert [cell.get("execution_count") for cell in one["cells"]] == [None, 1, 2, 3, 4, 5, None, 6]
     assert not any("lib.pages.manifest" in "".join(cell["source"]) for cell in one["cells"])
     modules = {"lib/tiny.py", "lib/spec/run.py", "lib/__init__.py"}
     assert modules <= set(one["metadata"]["moe"]["modules"])
