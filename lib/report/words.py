@@ -21,8 +21,11 @@ def _mean(value: Value) -> float | None:
 
 
 def order(values: Mapping[str, Value]) -> str:
-    """Lists names from the highest value to the lowest, then those without one."""
-    means = {name: _mean(value) for name, value in values.items()}
+    """Lists names from the highest value to the lowest, then those without one.
+
+    Commas within a name are left out, since they part the names.
+    """
+    means = {name.replace(",", ""): _mean(value) for name, value in values.items()}
     there = {name: mean for name, mean in means.items() if mean is not None}
     names = sorted(there, key=lambda name: -there[name])
     text = "".join(names[:1])

@@ -10,7 +10,7 @@ def test_order_runs_from_the_highest_to_the_lowest_and_names_what_has_no_value()
     assert words.order(values) == "b, above d, above a; no value yet of c"
     assert words.order({"a": 1.0, "b": 2.0, "c": 1.0}) == "b, above a, level with c"
     assert words.order({"a": None, "b": None}) == "no value yet of a, b"
-    assert words.order({"a": 1.0}) == "a"
+    assert words.order({"N=2, L=5": 1.0}) == "N=2 L=5"
 
 
 def test_changes_compare_the_last_value_with_the_first_that_are_there():
