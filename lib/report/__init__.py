@@ -4,7 +4,8 @@
 draws curves and points, `relations` one quantity against another, `maps` where classes go,
 `overlays` images under the experts of their patches, `routes` whole models; `process` and
 `schematic` draw how a method works. `tables` keeps published, reproduced and this build apart,
-`text` writes sentences with numbers, `explorer` is for live notebooks.
+`matrices` draws them in the shape of a printed table. `text` writes sentences with numbers, `words`
+alternative texts, `explorer` is for live notebooks.
 """
 
 # Set against the theme, whose captions are pale, thin and centred.

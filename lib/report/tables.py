@@ -64,6 +64,11 @@ class Table:
     @property
     def html(self) -> str:
         """Writes a scrollable table with caption and notes; equal tables are equal text."""
+        return in_figure(self.caption, self.body, self.notes)
+
+    @property
+    def body(self) -> str:
+        """Writes the scrollable table alone."""
         styler = (
             self.frame.style.format(escape="html")
             .format_index(escape="html", axis=1)
@@ -95,13 +100,7 @@ class Table:
         styler.set_table_styles(rules)
         # pandas leaves out the scope, by which screen readers tie a cell to its column
         body = styler.to_html().replace("<th ", '<th scope="col" ')
-        notes = "".join(f"<div>{html.escape(note)}</div>" for note in self.notes)
-        return (
-            f'<figure style="margin:1em 0"><figcaption style="{CAPTION_STYLE}">'
-            f"{html.escape(self.caption)}</figcaption>"
-            f'<div style="overflow-x:auto;max-width:100%" tabindex="0">{body}</div>'
-            f'<div style="font-size:0.85em;line-height:1.5">{notes}</div></figure>'
-        )
+        return f'<div style="overflow-x:auto;max-width:100%" tabindex="0">{body}</div>'
 
     @property
     def _uuid(self) -> str:
@@ -116,12 +115,26 @@ class Table:
         return "\n".join([self.caption, self.frame.to_string(index=False), *self.notes])
 
 
+def in_figure(caption: str, body: str, notes: Sequence[str]) -> str:
+    """Puts HTML between a caption and notes, which are plain text."""
+    below = "".join(f"<div>{html.escape(note)}</div>" for note in notes)
+    return (
+        f'<figure style="margin:1em 0"><figcaption style="{CAPTION_STYLE}">'
+        f"{html.escape(caption)}</figcaption>{body}"
+        f'<div style="font-size:0.85em;line-height:1.5">{below}</div></figure>'
+    )
+
+
 def _look(cell: str) -> str:
-    """Styles a cell: numbers to the right, long texts wrapped, missing and retold values paler."""
+    """Styles a cell: numbers to the right, long texts wrapped, missing and retold values paler.
+
+    A cell of several lines keeps them.
+    """
     numeric = cell[:1] in "+-–0123456789" and len(cell) <= 40
     return (
         ("text-align:right;" if numeric else "text-align:left;")
         + ("white-space:normal;min-width:18em;" if len(cell) > 40 else "")
+        + ("white-space:pre;" if "\n" in cell else "")
         + ("color:#6a6a6a;" if cell.startswith(MISSING) or cell.endswith("†") else "")
     )
 
@@ -150,7 +163,7 @@ def _setting(value: Any) -> str:
     return _number(value, 1)
 
 
-class _Notes:
+class Notes:
     """Numbers commands and sources in the order in which cells need them."""
 
     def __init__(self) -> None:
@@ -202,7 +215,7 @@ def table(
     """
     if not caption.strip():
         raise ValueError("a table needs a caption: what is shown, on which data, with which n")
-    below = _Notes()
+    below = Notes()
     decimals_of = decimals if isinstance(decimals, Mapping) else dict.fromkeys(frame, decimals)
     cells = {
         column: [_cell(value, decimals_of.get(column, 1), below) for value in frame[column]]
@@ -214,7 +227,7 @@ def table(
     return Table(texts, caption, (*notes, *empty, *below.lines()), wrap)
 
 
-def _cell(value: Any, decimals: int, notes: _Notes) -> str:
+def _cell(value: Any, decimals: int, notes: Notes) -> str:
     """Writes a cell that is no missing record, and notes the source of a retold value."""
     if isinstance(value, Secondary):
         return _number(value.value, decimals) + notes.retold(value.source)
@@ -254,7 +267,7 @@ def three_groups(
     where no run is planned (the cell then stays blank). The interval is named in a note wherever
     one is printed. Raises ValueError for a column of another length, or a group without a command.
     """
-    rows, below = len(index_frame), _Notes()
+    rows, below = len(index_frame), Notes()
     cells: dict[tuple[str, str], list[str]] = {}
     for name in index_frame:
         cells["setting", str(name)] = [_setting(value) for value in index_frame[name]]
@@ -278,7 +291,7 @@ def three_groups(
 
 
 def _cell_of_group(
-    value: Any, decimals: int, notes: _Notes, group: str, row: int, fill_command: FillCommand
+    value: Any, decimals: int, notes: Notes, group: str, row: int, fill_command: FillCommand
 ) -> str:
     """Writes a cell of `three_groups`; an absent value of a run gets the mark of its command."""
     notes.interval(value)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from .stats import Interval, paired_difference
+from .values import same_seed
 
 
 @dataclass(frozen=True)
@@ -59,3 +63,28 @@ class PrintedCells(dict[str, Cell]):
         """Returns the `count` smallest ratios and the `count` largest, from small to large."""
         ratios = sorted(((label, cell.ratio) for label, cell in self.items()), key=lambda x: x[1])
         return dict([*ratios[:count], *ratios[-count:]])
+
+
+def gain_over(records: Sequence[Any], reference: Sequence[Any]) -> Interval | None:
+    """Computes how much test top-1 records gain over a reference, in points.
+
+    Paired by the seeds that both have; without one in common, the means are compared. None without
+    a record of either.
+    """
+    shared = list(zip(*same_seed(records, reference), strict=True))
+    return paired_difference(*(shared or (records, reference)))
+
+
+def beyond_printed(
+    records: Sequence[Any], reference: Sequence[Any], printed_gain: float
+) -> Interval | None:
+    """Computes how much more records gain over a reference than the printed values do, in points.
+
+    So the levels of two data sets or budgets drop out. printed_gain: printed top-1 less that of the
+    reference. None without a record of either.
+    """
+    gain = gain_over(records, reference)
+    if gain is None:
+        return None
+    low, high = (None if end is None else end - printed_gain for end in (gain.low, gain.high))
+    return Interval(gain.mean - printed_gain, low, high, gain.n, gain.method)

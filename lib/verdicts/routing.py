@@ -11,7 +11,7 @@ Axis letters: **E** experts, **K** experts per token, **L** MoE layers of a mode
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -141,3 +141,15 @@ def suggested_layers(values: Sequence[float], threshold: float = 0.3) -> int:
             break
         layers += 1
     return layers
+
+
+def plateau(accuracy_of_layers: Mapping[int, float | None], within: float = 0.0) -> int | None:
+    """Finds the smallest L whose accuracy is at most `within` points below the best of a scan.
+
+    accuracy_of_layers: {L: accuracy}. None where one of them is missing: it could be the best.
+    """
+    accuracies = list(accuracy_of_layers.values())
+    if not accuracies or None in accuracies:
+        return None
+    least = max(accuracies) - within - 1e-9  # rounding must not decide between equal accuracies
+    return min(layers for layers, value in accuracy_of_layers.items() if value >= least)

@@ -85,6 +85,14 @@ def test_routing_degree_of_the_paper():
         tables.routing_degree(2, 3, 1)
 
 
+def test_plateau_is_the_smallest_depth_that_is_as_good_as_the_best():
+    scan = {1: 91.4, 2: 91.5, 4: 91.5, 6: 90.4}
+    assert tables.plateau(scan) == 2
+    assert tables.plateau(scan, within=0.1) == 1  # 91.5 - 91.4 is a little more than 0.1 in floats
+    assert tables.plateau(scan | {9: 92.5}, within=1) == 2
+    assert tables.plateau(scan | {9: None}) is None and tables.plateau({}) is None
+
+
 def test_suggested_layers():
     assert tables.suggested_layers([0.9, 0.1, 0.5, 0.6], 0.3) == 2
     assert tables.suggested_layers([0.1, 0.2], 0.3) == 0

@@ -1,8 +1,10 @@
 """Our values beside printed ones: texts, ratios, and which digits differ."""
 
 import pytest
+from factory import record
 
-from lib.verdicts.printed import PrintedCells
+from lib.verdicts.printed import PrintedCells, beyond_printed, gain_over
+from lib.verdicts.stats import paired_difference
 
 
 @pytest.fixture
@@ -41,3 +43,20 @@ def test_extremes_are_the_smallest_and_largest_ratios_each_once(cells):
 def test_a_column_needs_its_decimals(cells):
     with pytest.raises(KeyError, match="active"):
         cells.row("T1", "a", {"active (M)": (1.0, 1.0)})
+
+
+def test_gains_beyond_the_printed_ones_are_paired_by_seed_where_they_can_be():
+    dense, moe = ([record(seed, top1=top1) for seed in range(3)] for top1 in (60.0, 62.0))
+    gain = paired_difference(moe, dense)
+    beyond = beyond_printed(moe, dense, 0.5)
+    assert beyond.mean == pytest.approx(gain.mean - 0.5) and beyond.n == 3
+    assert (beyond.low, beyond.high) == pytest.approx((gain.low - 0.5, gain.high - 0.5))
+    one = beyond_printed(moe[1:2], dense, 0.5)  # against the dense model of the same seed alone
+    assert one.mean == pytest.approx(moe[1].test["top1"] - dense[1].test["top1"] - 0.5)
+    assert one.low is None and one.n == 1
+    stranger = [record(7, top1=62.0)]  # no seed in common: against the mean of all dense models
+    mean = sum(r.test["top1"] for r in dense) / 3
+    assert beyond_printed(stranger, dense, 0.0).mean == pytest.approx(
+        stranger[0].test["top1"] - mean
+    )
+    assert beyond_printed([None], dense, 0.5) is None and gain_over(moe, [None]) is None

@@ -1,0 +1,70 @@
+"""Says in words what a figure shows, for its alternative text, made of the values that are drawn.
+
+No numbers: they stand in the table beside the figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+
+from ..verdicts.stats import Interval
+from .figures import Curve
+
+__all__ = ["change", "changes", "changes_by_panel", "order"]
+
+Value = float | Interval | None
+
+
+def _mean(value: Value) -> float | None:
+    return value.mean if isinstance(value, Interval) else value
+
+
+def order(values: Mapping[str, Value]) -> str:
+    """Lists names from the highest value to the lowest, then those without one.
+
+    Commas within a name are left out, since they part the names.
+    """
+    means = {name.replace(",", ""): _mean(value) for name, value in values.items()}
+    there = {name: mean for name, mean in means.items() if mean is not None}
+    names = sorted(there, key=lambda name: -there[name])
+    text = "".join(names[:1])
+    for before, name in pairwise(names):
+        text += (", level with " if there[before] == there[name] else ", above ") + name
+    absent = [name for name in means if name not in there]
+    missing = f"no value yet of {', '.join(absent)}" if absent else ""
+    return "; ".join(filter(None, [text, missing]))
+
+
+def change(values: Iterable[Value], level_within: float = 1.0) -> str:
+    """Says whether values rise, fall or stay level, from the first that is there to the last.
+
+    level_within: how far the two may lie apart if they stay level, in the unit of the values.
+    """
+    means = [mean for mean in map(_mean, values) if mean is not None]
+    if len(means) < 2:
+        return "one value" if means else "no value yet"
+    rise = means[-1] - means[0]
+    if abs(rise) <= level_within:
+        return "level"
+    return "rising" if rise > 0 else "falling"
+
+
+def changes(curves: Iterable[Curve], level_within: float = 1.0) -> str:
+    """Sorts curves by the `change` of their values."""
+    names_of_change: dict[str, list[str]] = {
+        word: [] for word in ("rising", "level", "falling", "one value", "no value yet")
+    }
+    for curve in curves:
+        names_of_change[change(curve.y, level_within)].append(curve.label.replace(",", ""))
+    return "; ".join(
+        f"{word} {', '.join(names)}" for word, names in names_of_change.items() if names
+    )
+
+
+def changes_by_panel(panels: Mapping[str, Sequence[Curve]], level_within: float = 1.0) -> str:
+    """Says `changes` of the curves of each panel, one sentence a panel."""
+    return " ".join(
+        f"{title[:1].upper()}{title[1:]}: {changes(curves, level_within)}."
+        for title, curves in panels.items()
+    )

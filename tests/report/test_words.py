@@ -1,0 +1,31 @@
+"""Words for alternative texts, from values by hand."""
+
+from lib.report import words
+from lib.report.figures import Curve
+from lib.verdicts.stats import Interval
+
+
+def test_order_runs_from_the_highest_to_the_lowest_and_names_what_has_no_value():
+    values = {"a": 1.0, "b": Interval(3.0, 2.5, 3.5, 3), "c": None, "d": 2.0}
+    assert words.order(values) == "b, above d, above a; no value yet of c"
+    assert words.order({"a": 1.0, "b": 2.0, "c": 1.0}) == "b, above a, level with c"
+    assert words.order({"a": None, "b": None}) == "no value yet of a, b"
+    assert words.order({"N=2, L=5": 1.0}) == "N=2 L=5"
+
+
+def test_changes_compare_the_last_value_with_the_first_that_are_there():
+    curves = [
+        Curve([1, 2, 3], [50.0, 90.0, 51.0], "N=2", "shared"),
+        Curve([1, 2, 3], [None, 60.0, Interval(50.0, 49, 51, 3)], "N=4", "shared"),
+        Curve([1, 2], [50.0, 51.1], "N=8"),
+        Curve([1, 2], [50.0, None], "N=16"),
+        Curve([1, 2], [None, None], "N=32"),
+        Curve([1, 2], [91.5, 52.9], "N=64"),
+    ]
+    assert words.changes(curves) == (
+        "rising N=8; level N=2 shared; falling N=4 shared, N=64; one value N=16; no value yet N=32"
+    )
+    assert words.change([0.3, None, 0.2], level_within=0.05) == "falling"
+    assert words.changes(curves[:1], level_within=0.5) == "rising N=2 shared"
+    panels = {"published": curves[2:3], "reproduced": curves[5:]}
+    assert words.changes_by_panel(panels) == "Published: rising N=8. Reproduced: falling N=64."
