@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPERS = ROOT / "data" / "papers"
+PROBES = ROOT / "data" / "probes"
 RESULTS = ROOT / "data" / "results"
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from .overlays import probe_images, token_maps, token_view
+from .overlays import token_maps, token_view
+from .probes import absent_images, probe_images, probe_names
 from .style import Shown, figure, png, show, style
 
 __all__ = ["Explorer", "explorer", "of_record"]
@@ -29,7 +30,7 @@ class Explorer:
 
     def __init__(
         self,
-        images: np.ndarray,
+        images: np.ndarray | None,
         token_expert: np.ndarray,
         blocks: Sequence[int],
         experts: int,
@@ -57,7 +58,7 @@ class Explorer:
             fig, axes = figure(height=4.0, width=4.2)
             token_view(
                 axes[0, 0],
-                self.images[image],
+                None if self.images is None else self.images[image],
                 self.token_expert[layer, image],
                 self.experts,
                 prefix=self.prefix,
@@ -119,7 +120,7 @@ class Explorer:
 
 
 def explorer(
-    images: np.ndarray,
+    images: np.ndarray | None,
     token_expert: np.ndarray,
     blocks: Sequence[int],
     experts: int,
@@ -133,18 +134,17 @@ def explorer(
 ) -> Explorer:
     """Makes an explorer of probe images, to be the value of a cell.
 
-    images: (P, ...); token_expert: (M, P, N) of a record; blocks: (M,) 0-based; names: (P,), such
-    as the true classes. caption, alt: of the static figure, which shows the first `shown` images at
-    up to four layers.
+    images: (P, ...), or None to draw the experts alone; token_expert: (M, P, N) of a record;
+    blocks: (M,) 0-based; names: (P,), such as the true classes. caption, alt: of the static figure,
+    which shows the first `shown` images at up to four layers.
     """
     token_expert = np.asarray(token_expert)
     if names is None:
-        names = [f"image {i}" for i in range(len(images))]
+        names = [f"image {i}" for i in range(token_expert.shape[1])]
     else:
         names = [f"{i}: {name}" for i, name in enumerate(names)]
-    shown = min(shown, len(images))
     fig = token_maps(
-        images[:shown],
+        None if images is None else images[:shown],
         token_expert[:, :shown],
         blocks,
         experts,
@@ -159,35 +159,29 @@ def explorer(
 def of_record(record: Any, shown: int = 4) -> Explorer:
     """Makes an explorer of a record's probe images.
 
-    Where the data set is not at hand the maps stand alone, on grey. Raises ValueError if the record
-    has no MoE layer.
+    Where the images are not at hand the maps stand alone. Raises ValueError if the record has no
+    MoE layer.
     """
     if not record.moe:
         raise ValueError(f"record {record.id} has no MoE layer: give a record whose spec has moe")
-    maps, index = record.arrays["token_expert"], record.arrays["probe_index"]
     caption = (
         "Probe images of the test split and the expert that each patch goes to first, "
         f"for layers from shallow to deep; {record.spec.data.name}, run {record.id}."
     )
-    images_and_labels = probe_images(record, len(index))
-    if images_and_labels is None:
-        names = None
-        images = [np.full((8, 8), 200, np.uint8)] * len(index)
-        caption += " The images are not on the machine that built this page (MOE_DATA)."
-    else:
-        names = [record.class_names[label] for _, label in images_and_labels]
-        images = [image for image, _ in images_and_labels]
-    # images of several sizes are cut to one
-    height = min(image.shape[-2] for image in images)
-    width = min(image.shape[-1] for image in images)
+    caption += absent_images(record)
+    images = probe_images(record)
+    if images is not None:  # those of several sizes are cut to one
+        height = min(image.shape[-2] for image in images)
+        width = min(image.shape[-1] for image in images)
+        images = np.stack([image[..., :height, :width] for image in images])
     return explorer(
-        np.stack([image[..., :height, :width] for image in images]),
-        maps,
+        images,
+        record.arrays["token_expert"],
         [m["block"] for m in record.moe],
         len(record.moe[-1]["load"]),
-        names=names,
+        names=probe_names(record),
         shown=shown,
         caption=caption,
-        alt="A row an image: the image, then the same image tiled with expert numbers, one tile a "
-        "patch, one column a layer.",
+        alt="A row an image, named by its class, and a column a layer: the image tiled with expert "
+        "numbers, one tile a patch.",
     )

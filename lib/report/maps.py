@@ -16,7 +16,8 @@ from matplotlib.image import AxesImage
 
 from ..measure.routing import load_share
 from ..verdicts.routing import information, max_vio
-from .overlays import as_picture, bare, probe_images, spread
+from .overlays import as_picture, bare, row_name, spread
+from .probes import probe_images, probe_names
 from .style import WIDTH, centred_text, expert_colours, figure, style
 
 __all__ = [
@@ -196,7 +197,7 @@ def reconstructions(record: Any, shown: int = 6) -> Figure:
             f"record {record.id} holds no reconstructions: give a record whose spec has train.mask"
         )
     pictures, hidden = record.arrays["picture"][:shown], record.arrays["hidden"][:shown]
-    images = probe_images(record, len(pictures))
+    images, names = probe_images(record, len(pictures)), probe_names(record)
     side = int(round(hidden.shape[1] ** 0.5))
     columns = ["image"] * (images is not None) + ["seen", "reconstruction"]
     with style():
@@ -204,7 +205,7 @@ def reconstructions(record: Any, shown: int = 6) -> Figure:
             len(pictures),
             len(columns),
             height=0.4 + 1.15 * len(pictures),
-            width=1.3 * len(columns) + 0.4,
+            width=1.3 * len(columns) + 0.6,
         )
         for i, row in enumerate(axes):
             picture = as_picture(pictures[i])
@@ -212,10 +213,11 @@ def reconstructions(record: Any, shown: int = 6) -> Figure:
             is_hidden = np.kron(hidden[i].reshape(side, side), patch)[..., None] > 0  # (h, w, 1)
             cells = [np.where(is_hidden, 0.75, picture), picture]
             if images is not None:
-                cells.insert(0, as_picture(images[i][0]))
+                cells.insert(0, as_picture(images[i]))
             for ax, title, cell in zip(row, columns, cells, strict=True):
                 ax.imshow(cell)
                 bare(ax)
                 if i == 0:
                     ax.set_title(title)
+            row[0].set_ylabel(row_name(names[i]), fontsize=8.5)
     return fig

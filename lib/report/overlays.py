@@ -7,8 +7,9 @@ images, **N** tokens (prefix tokens first), **h**, **w** height and width. Block
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import Any
+from textwrap import fill
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -24,8 +25,9 @@ OPACITY = 0.6  # of an expert's colour over the image
 __all__ = [
     "as_picture",
     "bare",
+    "draw_dimmed",
     "expert_bar",
-    "probe_images",
+    "row_name",
     "spread",
     "token_grid",
     "token_maps",
@@ -76,7 +78,7 @@ def token_grid(tokens: int, prefix: int, grid: tuple[int, int] | None) -> tuple[
 
 def token_view(
     ax: Axes,
-    image: np.ndarray,
+    image: np.ndarray | None,
     expert_of_token: np.ndarray,
     experts: int,
     *,
@@ -84,22 +86,18 @@ def token_view(
     grid: tuple[int, int] | None = None,
     highlight: int | None = None,
 ) -> None:
-    """Draws one image with the expert of each patch over it.
+    """Draws one image with the expert of each patch over it, or the experts alone for no image.
 
     expert_of_token: (N,) first choices, -1 = none. highlight: colours the patches of this expert
     only. Prefix tokens have no place in the image; the first is named below it. Numbers are printed
     up to an 8 x 8 grid, and once if all patches agree.
     """
     rows, columns = token_grid(len(expert_of_token), prefix, grid)
-    picture = as_picture(image)
-    height, width = picture.shape[:2]
-    grey = picture @ [0.299, 0.587, 0.114]
-    # A light grey image keeps shapes visible below the colours.
-    ax.imshow(
-        0.35 + 0.65 * np.repeat(grey[..., None], 3, -1),
-        extent=(0, columns, rows, 0),
-        aspect=height * columns / (width * rows),
-    )
+    if image is None:
+        ax.set_aspect("equal")
+    else:
+        draw_dimmed(ax, image, rows, columns)
+    opacity = 1 if image is None else OPACITY
     colours = expert_colours(experts)
     expert_of_patch = np.asarray(expert_of_token)[prefix:].reshape(rows, columns)
     all_agree = np.ptp(expert_of_patch) == 0
@@ -112,20 +110,37 @@ def token_view(
                 1,
                 1,
                 facecolor=colours[expert],
-                alpha=OPACITY,
+                alpha=opacity,
                 edgecolor="white",
                 linewidth=0 if all_agree else 0.5,
             )
         )
         if max(rows, columns) <= 8 and not all_agree:
-            _print_expert(ax, j + 0.5, i + 0.5, expert, colours[expert], 8)
+            _print_expert(ax, j + 0.5, i + 0.5, expert, colours[expert], opacity, 8)
     expert = int(expert_of_patch[0, 0])
     if all_agree and expert >= 0 and highlight in (None, expert):
-        _print_expert(ax, columns / 2, rows / 2, expert, colours[expert], 13)
+        _print_expert(ax, columns / 2, rows / 2, expert, colours[expert], opacity, 13)
     if prefix and expert_of_token[0] >= 0:
         ax.set_xlabel(f"class token: {int(expert_of_token[0])}", fontsize=8, labelpad=2)
     ax.set(xlim=(0, columns), ylim=(rows, 0))
     bare(ax)
+
+
+def draw_dimmed(ax: Axes, image: np.ndarray, rows: int, columns: int) -> None:
+    """Draws an image in light grey below its grid of patches, of which each is 1 x 1 in the axes.
+
+    Its contrast is stretched, so that shapes of a dark or pale image stay visible below colours.
+    """
+    picture = as_picture(image)
+    height, width = picture.shape[:2]
+    grey = picture @ [0.299, 0.587, 0.114]
+    darkest, lightest = np.percentile(grey, [1, 99])
+    grey = np.clip((grey - darkest) / max(lightest - darkest, 1e-6), 0, 1)
+    ax.imshow(
+        0.4 + 0.6 * np.repeat(grey[..., None], 3, -1),
+        extent=(0, columns, rows, 0),
+        aspect=height * columns / (width * rows),
+    )
 
 
 def bare(ax: Axes) -> None:
@@ -135,14 +150,16 @@ def bare(ax: Axes) -> None:
     ax.spines[:].set_visible(False)
 
 
-def _print_expert(ax: Axes, x: float, y: float, expert: int, colour, size: float) -> None:
+def _print_expert(
+    ax: Axes, x: float, y: float, expert: int, colour, opacity: float, size: float
+) -> None:
     # what the eye sees: the colour over the image, whose pixels are 0.7 or so
-    background = OPACITY * np.array(colour) + (1 - OPACITY) * 0.7
+    background = opacity * np.array(colour) + (1 - opacity) * 0.7
     centred_text(ax, x, y, str(expert), background, size)
 
 
 def token_maps(
-    images: np.ndarray,
+    images: Sequence[np.ndarray] | None,
     token_expert: np.ndarray,
     blocks: Sequence[int],
     experts: int,
@@ -154,43 +171,49 @@ def token_maps(
 ) -> Figure:
     """Draws images with the first-choice expert of each patch, a row an image, a column a layer.
 
-    images: (P, ...) in any usual layout; token_expert: (M, P, N); blocks: (M,) 0-based blocks;
-    names: (P,) row labels. layers: indices into M, default up to four, spread. The colour bar names
-    the experts; small grids print numbers as well. Raises ValueError for shapes that do not fit.
+    images: (P, ...) in any usual layout, None to draw the experts alone; token_expert: (M, P, N);
+    blocks: (M,) 0-based blocks; names: (P,) row labels. layers: indices into M, default up to four,
+    spread. The colour bar names the experts; small grids print numbers as well. Raises ValueError
+    for shapes that do not fit.
     """
     token_expert = np.asarray(token_expert)
-    if (
-        token_expert.ndim != 3
-        or len(images) != token_expert.shape[1]
-        or len(blocks) != len(token_expert)
-        or not len(images)
-    ):
+    count = token_expert.shape[1] if images is None else len(images)
+    if token_expert.ndim != 3 or token_expert.shape[:2] != (len(blocks), count) or not count:
         raise ValueError(
-            f"token_expert must be (M, P, N) for {len(blocks)} blocks and {len(images)} images, "
+            f"token_expert must be (M, P, N) for {len(blocks)} blocks and {count} images, "
             f"got {token_expert.shape}"
         )
     chosen = spread(len(blocks)) if layers is None else list(layers)
-    columns = 1 + len(chosen)
+    titles = [f"block {blocks[layer] + 1}" for layer in chosen]
+    if images is not None:
+        titles.insert(0, "image")
+    columns = len(titles)
     side = (WIDTH - 0.9) / max(columns, 4)
     with style():
         fig, axes = figure(
-            len(images),
+            count,
             columns,
-            height=0.5 + len(images) * (side + 0.22),
+            height=0.5 + count * (side + 0.22),
             width=0.9 + side * columns,
         )
         for p, row in enumerate(axes):
-            row[0].imshow(as_picture(images[p]))
-            bare(row[0])
-            name = f"image {p}" if names is None else str(names[p]).replace("_", " ")
-            row[0].set_ylabel(name, fontsize=8.5)
-            for ax, layer in zip(row[1:], chosen, strict=True):
-                token_view(ax, images[p], token_expert[layer, p], experts, prefix=prefix, grid=grid)
-        titles = ["image", *(f"block {blocks[layer] + 1}" for layer in chosen)]
+            image = None if images is None else images[p]
+            if image is not None:
+                row[0].imshow(as_picture(image))
+                bare(row[0])
+            row[0].set_ylabel(row_name(f"image {p}" if names is None else names[p]), fontsize=8.5)
+            for ax, layer in zip(row[columns - len(chosen) :], chosen, strict=True):
+                token_view(ax, image, token_expert[layer, p], experts, prefix=prefix, grid=grid)
         for ax, title in zip(axes[0], titles, strict=True):
             ax.set_title(title)
         expert_bar(fig, list(axes.ravel()), experts)
     return fig
+
+
+def row_name(name: str) -> str:
+    """Breaks the name of a row of pictures into lines that are no longer than the row is high."""
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", str(name).replace("_", " "))
+    return fill(spaced, 16)
 
 
 def expert_bar(fig: Figure, axes: list[Axes], experts: int) -> None:
@@ -205,25 +228,7 @@ def expert_bar(fig: Figure, axes: list[Axes], experts: int) -> None:
         aspect=40,
         shrink=0.6,
         pad=0.15 / fig.get_figheight(),
-        label="expert (overlay shown paler)",
+        label="expert (paler over an image)",
     )
     bar.set_ticks(range(0, experts, 1 if experts <= 16 else experts // 8))
     bar.ax.grid(False)
-
-
-def probe_images(record: Any, count: int) -> list[tuple[np.ndarray, int]] | None:
-    """Reads the record's first probe images with their labels.
-
-    None where the data set is not at hand.
-    """
-    # here, since it needs torch: images are read only to be looked at, and no number needs them
-    from ..inputs.splits import load_splits
-
-    try:
-        source = load_splits(record.spec.data).test.source
-    except FileNotFoundError:
-        return None
-    return [
-        (source.image(int(row)).numpy(), int(source.labels[row]))
-        for row in record.arrays["probe_index"][:count]
-    ]

@@ -1,4 +1,4 @@
-"""Draws where whole models send tokens: by layer, class, position, checkerboard and GradCAM.
+"""Draws where whole models send tokens: by layer, class, position and checkerboard.
 
 Axis letters: **M** MoE layers from the shallowest to the deepest, **C** classes, **E** experts,
 **P** probe images, **N** tokens.
@@ -19,7 +19,6 @@ from .overlays import (
     as_picture,
     bare,
     expert_bar,
-    probe_images,
     spread,
     token_grid,
     token_view,
@@ -27,8 +26,6 @@ from .overlays import (
 from .style import WIDTH, centred_text, expert_colours, figure, print_values, style
 
 __all__ = [
-    "cam_masks",
-    "cam_shares",
     "checker_maps",
     "layer_shares",
     "position_maps",
@@ -196,78 +193,3 @@ def checker_maps(records: dict[str, Any], cells: int = 4, prefix: int = 1) -> Fi
             ax.set_title(title)
         expert_bar(fig, list(axes.ravel()), experts)
     return fig
-
-
-def cam_shares(
-    record: Any, layer: int, prefix: int = 1, shift: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Computes (E,) the share of the GradCAM on each expert's patches, and (E,) of the patches.
-
-    Over all probe images. shift: the patches of an image meet the GradCAM of the one that comes so
-    many later, around the end; then places alone can bring the two together. Raises ValueError if
-    the record holds no GradCAM.
-    """
-    heat = np.roll(_heat_of_patches(record, prefix), -shift, axis=0)
-    experts = range(len(record.moe[layer]["load"]))
-    expert_of_patch = record.arrays["token_expert"][layer][:, prefix:]  # (P, patches)
-    heat_of_expert = np.array([heat[expert_of_patch == e].sum() for e in experts])
-    share_of_patches = np.array([(expert_of_patch == e).mean() for e in experts])
-    return heat_of_expert / max(heat_of_expert.sum(), 1e-12), share_of_patches
-
-
-def cam_masks(record: Any, layer: int = -1, shown: int = 4, prefix: int = 1) -> Figure:
-    """Draws probe images, their GradCAM, and the GradCAM on the patches of each expert alone.
-
-    After Leiden, Figures 3 to 5; a row an image. Raises ValueError if the record holds no GradCAM.
-    """
-    heat = _heat_of_patches(record, prefix)[:shown]
-    expert_of_patch = record.arrays["token_expert"][layer][:shown, prefix:]
-    experts = range(len(record.moe[layer]["load"]))
-    images = probe_images(record, shown)
-    side = int(round(heat.shape[1] ** 0.5))
-    titles = ["image"] * (images is not None) + ["GradCAM", *(f"expert {e}" for e in experts)]
-    with style():
-        fig, axes = figure(
-            len(heat),
-            len(titles),
-            height=0.8 + 1.05 * len(heat),
-            width=min(WIDTH, 0.9 + 1.05 * len(titles)),
-        )
-        for i, row in enumerate(axes):
-            masked = [np.where(expert_of_patch[i] == e, heat[i], np.nan) for e in experts]
-            cells = [heat[i], *masked]
-            for ax, cell in zip(row[-len(cells) :], cells, strict=True):
-                image = ax.imshow(cell.reshape(side, side), vmin=0, vmax=1)
-                ax.set_facecolor("#d9d9d9")  # patches of other experts
-                ax.set(xticks=[], yticks=[])
-                ax.grid(False)
-            if images is not None:
-                picture, label = images[i]
-                row[0].imshow(as_picture(picture))
-                bare(row[0])
-                row[0].set_ylabel(class_names(record, 1 + label)[label], fontsize=8.5)
-        for ax, title in zip(axes[0], titles, strict=True):
-            ax.set_title(title)
-        fig.colorbar(
-            image,
-            ax=list(axes.ravel()),
-            location="bottom",
-            aspect=40,
-            shrink=0.6,
-            pad=0.12 / fig.get_figheight(),
-            label="GradCAM of the predicted class, largest of an image = 1",
-        )
-    return fig
-
-
-def _heat_of_patches(record: Any, prefix: int) -> np.ndarray:
-    """Averages the GradCAM over the pixels of each patch: (P, patches)."""
-    if "cam" not in record.arrays:
-        raise ValueError(
-            f"record {record.id} holds no GradCAM: give a record whose spec has cam_probe"
-        )
-    cam = record.arrays["cam"].astype(float)
-    rows, columns = token_grid(record.arrays["token_expert"].shape[-1], prefix, None)
-    # (P, h, w) -> (P, rows, pixels, columns, pixels): one cell a patch
-    cells = cam.reshape(len(cam), rows, cam.shape[1] // rows, columns, cam.shape[2] // columns)
-    return cells.mean(axis=(2, 4)).reshape(len(cam), -1)

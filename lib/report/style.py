@@ -45,6 +45,8 @@ __all__ = [
 WIDTH = 7.2  # inches; 691 CSS pixels, the text width of the book
 DPI = 180  # about twice the CSS resolution, sharp on phones and when zoomed
 MAP = "cividis"  # for shares and counts: made for colour-blind readers, lightness rises evenly
+# for experts: MAP is grey in its middle, and an expert in grey looks like a missing picture
+EXPERT_MAP = "viridis"
 
 # Dark to light; neighbours differ by at least 0.08 in luma.
 COLOURS = ("#1f2f56", "#8c2a6b", "#c2542c", "#35b395", "#62b1e3", "#e3c14a")
@@ -147,12 +149,12 @@ def print_values(
 
 
 def expert_colours(experts: int) -> list[tuple[float, float, float]]:
-    """Gives each of E experts a colour, evenly spaced in lightness.
+    """Gives each of E experts a colour, dark to light in even steps.
 
     Pictures print the expert's number as well.
     """
     places = np.linspace(0, 1, experts) if experts > 1 else [0.5]
-    return [tuple(mpl.colormaps[MAP](place)[:3]) for place in places]
+    return [tuple(mpl.colormaps[EXPERT_MAP](place)[:3]) for place in places]
 
 
 # ---------------------------------------------------------------- onto the page

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["cohesion", "differ_by_label", "first_choices"]
+__all__ = ["cohesion", "differ_by_label", "first_choices", "probe_labels", "probes_of_classes"]
 
 
 def first_choices(record: Any, layer: int, prefix: int = 1) -> np.ndarray:
@@ -22,6 +22,28 @@ def first_choices(record: Any, layer: int, prefix: int = 1) -> np.ndarray:
     patches = record.arrays["token_expert"][layer][:, prefix:]
     side = round(patches.shape[1] ** 0.5)
     return patches.reshape(-1, side, side)
+
+
+def probe_labels(record: Any) -> np.ndarray:
+    """Returns (P,) the class of each probe image.
+
+    Records hold the classes of the whole test split, (n,), over which the probe images are evenly
+    spread.
+    """
+    labels = record.arrays["test_label"]
+    places = np.linspace(0, len(labels) - 1, len(record.arrays["probe_index"]))
+    return labels[places.astype(int)]
+
+
+def probes_of_classes(record: Any, classes: int, count: int) -> list[int]:
+    """Chooses `count` probe images, or as many as there are, of each of so many classes.
+
+    Returns their places among the probe images, class by class. The classes are those that the
+    probe images have first.
+    """
+    labels = probe_labels(record)
+    chosen = sorted(list(dict.fromkeys(labels.tolist()))[:classes])
+    return [int(i) for label in chosen for i in np.flatnonzero(labels == label)[:count]]
 
 
 def cohesion(expert_of_patch: np.ndarray) -> float:

@@ -15,6 +15,7 @@ from lib.report import (
     explorer,
     figures,
     maps,
+    masks,
     overlays,
     process,
     relations,
@@ -128,7 +129,11 @@ FIGURES = {
     "scan over shares": lambda: figures.scan(
         {"this build": [figures.Curve([40.2 + 0.1 * i for i in range(30)], range(30), "x")]}
     ),
-    "pictures of GradCAM": lambda: routes.cam_masks(record(0), shown=3),
+    "pictures of GradCAM": lambda: masks.cam_masks(record(0), shown=3),
+    "pictures of masks": lambda: masks.expert_masks(
+        [("95% pruned", record(0), 0), ("unpruned", record(1, class_names=LONG), 1)], (0, -1)
+    ),
+    "tokens without images": lambda: overlays.token_maps(None, *tokens(), names=LONG[:4]),
     "scatter": lambda: relations.scatter(
         {"first block": ([1e-8, 1e-5], [1e-4, 1e-2]), "last": ([1, 2], [3, 4])},
         xlabel="score",
@@ -222,15 +227,15 @@ def test_gradcam_shares_by_hand():
     r.arrays["cam"][:, :4, :4] = 1.0  # all of it on the first patch
     r.arrays["token_expert"] = np.zeros((4, 12, 17), np.int16)
     r.arrays["token_expert"][1, :, 1] = 3  # which goes to expert 3 in the second layer
-    mass, patches = routes.cam_shares(r, 1)
+    mass, patches = masks.cam_shares(r, 1)
     assert mass.tolist() == [0, 0, 0, 1] and patches.tolist() == [15 / 16, 0, 0, 1 / 16]
     r.arrays["token_expert"][1, 1:, 1] = 0  # of the first image alone
     r.arrays["cam"][:2] = 0.0
-    assert routes.cam_shares(r, 1)[0].tolist() == [1, 0, 0, 0]
-    assert routes.cam_shares(r, 1, shift=2)[0].tolist() == [0.9, 0, 0, 0.1]
+    assert masks.cam_shares(r, 1)[0].tolist() == [1, 0, 0, 0]
+    assert masks.cam_shares(r, 1, shift=2)[0].tolist() == [0.9, 0, 0, 0.1]
     del r.arrays["cam"]
     with pytest.raises(ValueError, match="holds no GradCAM"):
-        routes.cam_masks(r)
+        masks.cam_masks(r)
 
 
 def test_front_by_hand():

@@ -5,7 +5,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lib.verdicts.masks import cohesion, differ_by_label, first_choices
+from lib.verdicts.masks import (
+    cohesion,
+    differ_by_label,
+    first_choices,
+    probe_labels,
+    probes_of_classes,
+)
 
 
 def test_first_choices_leave_the_class_token_out():
@@ -54,3 +60,14 @@ def test_each_pair_counts_by_its_share_of_places():
 def test_without_pairs_of_both_kinds(labels):
     with pytest.raises(ValueError, match="pairs of both kinds"):
         differ_by_label(np.zeros((3, 4)), labels)
+
+
+def test_labels_and_choice_of_the_probe_images_by_hand():
+    # of seven test images the first, fourth and last are probe images; then all of them
+    few = SimpleNamespace(arrays={"test_label": np.arange(7), "probe_index": np.zeros(3)})
+    assert probe_labels(few).tolist() == [0, 3, 6]
+    labels = np.array([2, 2, 5, 0, 2, 5, 0])
+    every = SimpleNamespace(arrays={"test_label": labels, "probe_index": np.arange(7)})
+    assert probes_of_classes(every, 2, 2) == [0, 1, 2, 5]  # of classes 2 and 5
+    assert probes_of_classes(every, 3, 1) == [3, 0, 2]
+    assert probes_of_classes(every, 1, 9) == [0, 1, 4]
