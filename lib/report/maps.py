@@ -7,6 +7,7 @@ Blocks and layers are printed 1-based; experts keep their number, from 0.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from .probes import probe_images, probe_names
 from .style import WIDTH, centred_text, expert_colours, figure, style
 
 __all__ = [
+    "class_expert_counts",
     "class_expert_heatmap",
     "class_names",
     "class_order",
@@ -103,6 +105,34 @@ def class_expert_heatmap(record: Any, layers: Sequence[int] | None = None) -> Fi
             pad=0.15 / fig.get_figheight(),
             label=f"share of a class's {_unit_of_routing(record)}",
         )
+    return fig
+
+
+def class_expert_counts(records: dict[str, Any], layer: int = -1) -> Figure:
+    """Draws how many images (or tokens) of each class each expert gets, a panel a model.
+
+    After Durham, Figures 13 and 14. Rows are classes and columns experts, in their order; the
+    number is the count, the colour its share of the class. Where tokens are routed on their own, a
+    record counts tokens: how many images go mostly to an expert is not known from it. layer: index
+    into the MoE layers.
+    """
+    with style():
+        classes = max(len(record.arrays["class_expert"][0]) for record in records.values())
+        fig, axes = figure(1, len(records), height=1.9 + 0.24 * classes, sharey=True)
+        for ax, (label, record) in zip(axes[0], records.items(), strict=True):
+            (index,) = _layers(record, [layer])
+            counts = record.arrays["class_expert"][index][:, : len(record.moe[index]["load"])]
+            share = load_share(counts)
+            image = ax.imshow(share, vmin=0, vmax=1, aspect="auto")
+            for (row, column), count in np.ndenumerate(counts):
+                background = image.cmap(share[row, column])[:3]
+                centred_text(ax, column, row, str(count), background, 8)
+            ax.set(title=f"{fill(label, 24)}\n({_unit_of_routing(record)})", xlabel="expert")
+            ax.set_xticks(range(counts.shape[1]))
+            ax.set_yticks(range(len(counts)), class_names(record, len(counts)))
+            ax.grid(False)
+        axes[0, 0].set_ylabel("class")
+        fig.colorbar(image, ax=list(axes[0]), label="share of the class", aspect=25)
     return fig
 
 

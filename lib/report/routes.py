@@ -6,14 +6,15 @@ Axis letters: **M** MoE layers from the shallowest to the deepest, **C** classes
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..measure.routing import load_share
-from ..verdicts.routes import main_route
+from ..verdicts.routes import main_route, pairs_on_one_route
 from .maps import class_names
 from .overlays import (
     as_picture,
@@ -30,8 +31,11 @@ __all__ = [
     "layer_shares",
     "position_maps",
     "routes",
+    "routes_of_sets",
     "shared_routes",
 ]
+
+ROUTE = "route (expert in each block)"
 
 
 def layer_shares(records: dict[str, Any]) -> Figure:
@@ -55,67 +59,96 @@ def layer_shares(records: dict[str, Any]) -> Figure:
     return fig
 
 
-def routes(record: Any, labels: Sequence[int]) -> Figure:
+def routes(record: Any, labels: Sequence[int], columns: int = 4) -> Figure:
     """Draws the main route of some classes through the layers, a panel a class.
 
-    After Durham, Figures 7 to 9. The width of a step is the share it carries.
+    After Durham, Figures 7 to 9. The width of a step is the share it carries. columns: panels in a
+    row, at most.
     """
     names = class_names(record, len(record.arrays["class_expert"][0]))
     experts = _most_experts([record])
+    rows, columns = -(-len(labels) // columns), min(columns, len(labels))
     with style():
-        fig, axes = figure(1, len(labels), height=max(2.6, 0.9 + 0.45 * experts), sharey=True)
-        for ax, label in zip(axes[0], labels, strict=True):
-            path, share = main_route(record, label)
-            for i in range(len(path) - 1):
-                ax.plot(
-                    [i, i + 1],
-                    path[i : i + 2],
-                    color="#333333",
-                    linewidth=0.5 + 5 * share[i + 1],
-                    marker="",
-                    linestyle="-",
-                    zorder=2,
-                )
-            ax.scatter(
-                range(len(path)),
-                path,
-                s=[60 + 140 * v for v in share],
-                color=[expert_colours(experts)[e] for e in path],
-                edgecolor="#333333",
-                zorder=3,
-            )
-            ax.set(
-                title=names[label],
-                xlabel="block (1 = first)",
-                ylim=(experts - 0.5, -0.5),
-                xlim=(-0.4, len(path) - 0.6),
-            )
-            ax.set_xticks(range(len(path)), [m["block"] + 1 for m in record.moe])
-            ax.set_yticks(range(experts))
-        axes[0, 0].set_ylabel("main expert")
+        fig, axes = figure(rows, columns, height=rows * max(2.6, 0.9 + 0.45 * experts), sharey=True)
+        for ax in axes.flat[len(labels) :]:
+            ax.remove()
+        for ax, label in zip(axes.flat, labels, strict=False):
+            _draw_route(ax, *main_route(record, label), experts)
+            ax.set(title=names[label], xlabel="block (1 = first)")
+            ax.set_xticks(range(len(record.moe)), [m["block"] + 1 for m in record.moe])
+        for ax in axes[:, 0]:
+            ax.set_ylabel("main expert")
     return fig
 
 
-def shared_routes(record: Any, least: int = 2) -> list[dict[str, Any]]:
+def _draw_route(ax: Axes, path: list[int], share: list[float], experts: int) -> None:
+    """Draws the main experts of a class, one a layer, and lines of the share's width to each."""
+    for i in range(len(path) - 1):
+        ax.plot(
+            [i, i + 1],
+            path[i : i + 2],
+            color="#333333",
+            linewidth=0.5 + 5 * share[i + 1],
+            marker="",
+            linestyle="-",
+            zorder=2,
+        )
+    colours = expert_colours(experts)
+    ax.scatter(
+        range(len(path)),
+        path,
+        s=[60 + 140 * v for v in share],
+        color=[colours[e] for e in path],
+        edgecolor="#333333",
+        zorder=3,
+    )
+    ax.set(ylim=(experts - 0.5, -0.5), xlim=(-0.4, len(path) - 0.6))
+    ax.set_yticks(range(experts))
+
+
+def shared_routes(
+    record: Any, least: int = 2, labels: Sequence[int] | None = None
+) -> list[dict[str, Any]]:
     """Lists the main routes that classes share, those of most classes first.
 
     A row of the table is a route through all layers; one of fewer than `least` classes is left out.
+    labels: the classes; None = all.
     """
     names = class_names(record, len(record.arrays["class_expert"][0]))
     classes_of_route: dict[tuple[int, ...], list[str]] = {}
-    for label, name in enumerate(names):
+    for label in range(len(names)) if labels is None else labels:
         route, _ = main_route(record, label)
-        classes_of_route.setdefault(tuple(route), []).append(name)
+        classes_of_route.setdefault(tuple(route), []).append(names[label])
     ordered = sorted(classes_of_route.items(), key=lambda item: (-len(item[1]), item[0]))
     return [
-        {
-            "route (expert in each block)": " → ".join(map(str, route)),
-            "classes": len(classes),
-            "which": ", ".join(classes),
-        }
+        {ROUTE: " → ".join(map(str, route)), "classes": len(classes), "which": ", ".join(classes)}
         for route, classes in ordered
         if len(classes) >= least
     ]
+
+
+def routes_of_sets(record: Any, sets: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+    """Lists how far classes that belong together share their main route, a row a set.
+
+    sets: names of classes, which the record must have. The route is that of most of them; pairs as
+    in `pairs_on_one_route`, in percent.
+    """
+    rows = []
+    for title, names in sets.items():
+        labels = [record.class_names.index(name) for name in names]
+        widest = shared_routes(record, least=1, labels=labels)[0]
+        inside, mixed = pairs_on_one_route(record, names)
+        rows.append(
+            {
+                "classes": title,
+                "number": len(names),
+                ROUTE: widest[ROUTE],
+                "of them on it": widest["classes"],
+                "pairs of them on one route (%)": inside,
+                "pairs with another class (%)": mixed,
+            }
+        )
+    return rows
 
 
 def _most_experts(records: Iterable[Any]) -> int:

@@ -8,12 +8,17 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from .style import centred_text, expert_colours, figure, style
 
-__all__ = ["moe_layer"]
+__all__ = ["blocks", "moe_layer"]
 
 LINE = {"color": "#333333", "linewidth": 1.1, "marker": ""}  # not the cycle of the plots
 
 # Where the columns of boxes stand; rows are one apart.
 TOKENS_X, ROUTER_X, EXPERT_X, SUM_X = 0.6, 3.0, 6.1, 9.6
+
+# Where the parts of a block stand, from its input at the bottom to its output at the top.
+IN_Y, NORM_Y, ATTENTION_Y, ADD_Y, SECOND_NORM_Y = 0.0, 1.0, 2.0, 2.9, 3.8
+ROUTER_Y, EXPERT_Y, SUM_Y, SECOND_ADD_Y, OUT_Y = 4.9, 6.1, 7.2, 8.1, 9.0
+RESIDUAL_X, WEIGHTS_X = -2.35, 2.35  # left and right of the parts, which stand around 0
 
 
 def moe_layer(experts: int = 3) -> Figure:
@@ -42,6 +47,74 @@ def moe_layer(experts: int = 3) -> Figure:
         _draw_router_arrows(ax, experts, middle, router_row)
         _draw_shared_path(ax, shared_row, middle)
     return fig
+
+
+def blocks(experts: int = 4) -> Figure:
+    """Draws a transformer block beside one with experts, at one scale, read from the bottom up.
+
+    After Durham, Figure 1. Both have the same attention; the right one has a router and experts in
+    the place of the MLP. Raises ValueError for fewer than two experts.
+    """
+    if experts < 2:
+        raise ValueError(f"experts={experts}: a drawing of routing needs at least two")
+    with style():
+        fig, axes = figure(1, 2, height=6.2, width=5.8)
+        for ax, title in zip(axes[0], ("transformer block", "block with experts"), strict=True):
+            # one scale for both panels, whatever stands in them
+            ax.set(xlim=(-2.7, 2.9), ylim=(-0.5, 9.5), title=title, xticks=[], yticks=[])
+            ax.axis("off")
+            _draw_block(ax)
+        _draw_mlp(axes[0, 0])
+        _draw_mixture(axes[0, 1], experts)
+    return fig
+
+
+def _draw_block(ax: Axes) -> None:
+    """Draws what both blocks have: attention, norms, and the residual connections around."""
+    parts = {
+        IN_Y: "tokens",
+        NORM_Y: "norm",
+        ATTENTION_Y: "attention",
+        ADD_Y: "+",
+        SECOND_NORM_Y: "norm",
+        SECOND_ADD_Y: "+",
+        OUT_Y: "tokens",
+    }
+    for y, text in parts.items():
+        _box(ax, 0, y, text, width=0.5 if text == "+" else 2.2, height=0.5)
+    heights = list(parts)
+    for below, above in zip(heights, heights[1:], strict=False):
+        if below != SECOND_NORM_Y:  # what differs between the blocks stands there
+            _arrow(ax, (0, below + 0.27), (0, above - 0.27))
+    for start, end in (((IN_Y + NORM_Y) / 2, ADD_Y), ((ADD_Y + SECOND_NORM_Y) / 2, SECOND_ADD_Y)):
+        ax.plot([0, RESIDUAL_X, RESIDUAL_X], [start, start, end], linestyle="-", **LINE)
+        _arrow(ax, (RESIDUAL_X, end), (-0.27, end))
+
+
+def _draw_mlp(ax: Axes) -> None:
+    """Draws the MLP of the transformer block, which all tokens pass."""
+    _box(ax, 0, EXPERT_Y, "MLP", width=2.2, height=0.5)
+    _arrow(ax, (0, SECOND_NORM_Y + 0.27), (0, EXPERT_Y - 0.27))
+    _arrow(ax, (0, EXPERT_Y + 0.27), (0, SECOND_ADD_Y - 0.27))
+
+
+def _draw_mixture(ax: Axes, experts: int) -> None:
+    """Draws a router, and experts of which a token passes one; dashed are those it does not."""
+    _box(ax, 0, ROUTER_Y, "router", width=2.2, height=0.5)
+    _box(ax, 0, SUM_Y, "times weight", width=2.2, height=0.5)
+    _arrow(ax, (0, SECOND_NORM_Y + 0.27), (0, ROUTER_Y - 0.27))
+    _arrow(ax, (0, SUM_Y + 0.27), (0, SECOND_ADD_Y - 0.27))
+    step = 3.8 / experts
+    for i, colour in enumerate(expert_colours(experts)):
+        x = (i - (experts - 1) / 2) * step
+        is_passed_by = i == 1
+        _box(ax, x, EXPERT_Y, f"{i + 1}", colour, width=0.8 * step, height=0.5)
+        near = 0.25 * x  # arrows leave and reach the boxes around their middle
+        _arrow(ax, (near, ROUTER_Y + 0.27), (x, EXPERT_Y - 0.27), dashed=not is_passed_by)
+        _arrow(ax, (x, EXPERT_Y + 0.27), (near, SUM_Y - 0.27), dashed=not is_passed_by)
+    ax.plot([1.12, WEIGHTS_X, WEIGHTS_X], [ROUTER_Y, ROUTER_Y, SUM_Y], linestyle="-", **LINE)
+    _arrow(ax, (WEIGHTS_X, SUM_Y), (1.12, SUM_Y))
+    ax.text(WEIGHTS_X + 0.1, EXPERT_Y, "weight", fontsize=8.5, rotation=90, va="center")
 
 
 def _draw_experts(ax: Axes, expert_rows: list[float], middle: float) -> None:

@@ -36,12 +36,11 @@ def widest_route(record: Any) -> float:
     return 100 * max(classes_of_route.values()) / classes_of_route.total()
 
 
-def shared_route_excess(record: Any, together: Collection[str]) -> float:
-    """Computes how much more often two classes that belong together have one main route, in points.
+def pairs_on_one_route(record: Any, together: Collection[str]) -> tuple[float, float]:
+    """Computes the share of pairs of classes, in percent, that have one main route.
 
-    together: the names of these classes, two or more, and not all of the record's. Their pairs are
-    compared with those of one of them and another class: 0 where routes have nothing to do with
-    what belongs together, a collapsed router included, and at most 100.
+    together: the names of classes that belong together, two or more, and not all of the record's.
+    First of their pairs, then of the pairs of one of them and another class.
     """
     route = _route_of_class(record)
     others = [name for name in route if name not in together]
@@ -49,8 +48,17 @@ def shared_route_excess(record: Any, together: Collection[str]) -> float:
     def share_of_pairs(pairs: Any) -> float:
         return 100 * float(np.mean([route[a] == route[b] for a, b in pairs]))
 
-    inside = share_of_pairs(combinations(together, 2))
-    return inside - share_of_pairs(product(together, others))
+    return share_of_pairs(combinations(together, 2)), share_of_pairs(product(together, others))
+
+
+def shared_route_excess(record: Any, together: Collection[str]) -> float:
+    """Computes how much more often two classes that belong together have one main route, in points.
+
+    The difference of `pairs_on_one_route`: 0 where routes have nothing to do with what belongs
+    together, a collapsed router included, and at most 100.
+    """
+    inside, mixed = pairs_on_one_route(record, together)
+    return inside - mixed
 
 
 def colour_information(record: Any, prefix: int = 1) -> float | None:

@@ -109,6 +109,13 @@ FIGURES = {
         )
     ),
     "heatmap, 32 experts": lambda: maps.class_expert_heatmap(record(0, experts=32), layers=[-1]),
+    "counts of classes by experts": lambda: maps.class_expert_counts(
+        {
+            "token choice": record(0, experts=5, blocks=[0]),
+            "manual": record(1, experts=5, blocks=[0], per_image=True),
+            "manual, router learnt afterwards": record(2, experts=5, blocks=[0]),
+        }
+    ),
     "loads": lambda: maps.expert_loads(record(0, blocks=range(12), experts=8)),
     "loads of one layer": lambda: maps.expert_loads(record(0, blocks=[11])),
     "tokens": lambda: overlays.token_maps(IMAGES, *tokens(), names=LONG[:4]),
@@ -119,6 +126,9 @@ FIGURES = {
         {f"arm {i}": record(i, blocks=[0, 1], experts=2) for i in range(4)}
     ),
     "routes": lambda: routes.routes(record(0, classes=100, class_names=LONG), [0, 33, 66, 99]),
+    "routes in two rows": lambda: routes.routes(
+        record(0, blocks=range(6), classes=100, class_names=LONG), range(7)
+    ),
     "routes, two layers": lambda: routes.routes(record(0, blocks=[0, 1], experts=2), [0, 1, 2, 3]),
     "position maps": lambda: routes.position_maps(
         {"proposed": record(0), "token choice": record(1)}
@@ -126,6 +136,7 @@ FIGURES = {
     "checkerboard": lambda: routes.checker_maps({"proposed": record(0), "token choice": record(1)}),
     "reconstructions": lambda: maps.reconstructions(record(0)),
     "schematic": lambda: schematic.moe_layer(),
+    "schematic of two blocks": lambda: schematic.blocks(),
     "scan over shares": lambda: figures.scan(
         {"this build": [figures.Curve([40.2 + 0.1 * i for i in range(30)], range(30), "x")]}
     ),
@@ -332,6 +343,14 @@ def test_classes_by_expert_names_every_class_once():
     assert rows[0]["classes that prefer it (share, %)"].startswith("class 0 100")
 
 
+def test_counts_by_hand():
+    by_image = record(0, blocks=[0], experts=2, classes=2, per_image=True)
+    by_image.arrays["class_expert"] = np.array([[[12, 0], [3, 9]]])
+    panel = maps.class_expert_counts({"manual": by_image}).axes[0]
+    assert [text.get_text() for text in panel.texts] == ["12", "0", "3", "9"]
+    assert panel.get_title() == "manual\n(images)"
+
+
 def test_depth_information_of_a_sharp_layer():
     blocks, values = figures.depth_information(record(0, images=1000, per_image=True))
     assert (
@@ -377,6 +396,25 @@ def test_routes_by_hand():
         {"route (expert in each block)": "0 → 1", "classes": 2, "which": "a, c"}
     ]
     assert len(routes.shared_routes(two_layers, least=1)) == 2
+    assert routes.shared_routes(two_layers, labels=[0, 1]) == []
+    assert routes.routes_of_sets(two_layers, {"first two": ["a", "b"], "ends": ["a", "c"]}) == [
+        {
+            "classes": "first two",
+            "number": 2,
+            "route (expert in each block)": "0 → 1",
+            "of them on it": 1,
+            "pairs of them on one route (%)": 0.0,
+            "pairs with another class (%)": 50.0,
+        },
+        {
+            "classes": "ends",
+            "number": 2,
+            "route (expert in each block)": "0 → 1",
+            "of them on it": 2,
+            "pairs of them on one route (%)": 100.0,
+            "pairs with another class (%)": 0.0,
+        },
+    ]
 
 
 def test_reconstructions_need_a_masked_pretraining():

@@ -5,7 +5,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lib.verdicts.routes import colour_information, main_route, shared_route_excess, widest_route
+from lib.verdicts.routes import (
+    colour_information,
+    main_route,
+    pairs_on_one_route,
+    shared_route_excess,
+    widest_route,
+)
 
 
 def routed(first_layer, second_layer, names="abcd"):
@@ -34,6 +40,13 @@ def test_widest_route():
     assert widest_route(FOUR) == 50.0
     together = routed([[1, 0]] * 4, [[0, 1]] * 4)
     assert widest_route(together) == 100.0
+
+
+def test_pairs_on_one_route():
+    # of a-b, a-c, b-c one; of a-d, b-d, c-d none
+    assert pairs_on_one_route(FOUR, ["a", "b", "c"]) == (pytest.approx(100 / 3), 0.0)
+    # a-c does not; of a-b, a-d, c-b, c-d one does
+    assert pairs_on_one_route(FOUR, ["a", "c"]) == (0.0, 25.0)
 
 
 def test_excess_of_shared_routes():
