@@ -42,11 +42,20 @@ class Side(Mapping):
     """Holds one side of a page: parameters `p`, and the records of each name of runs, or None.
 
     name: "Reproduced" or "This build", as sentences and captions begin. fill: the command that
-    computes what is absent.
+    computes what is absent. planned: how many runs the page itself plans of each name; beyond them
+    are further seeds of claims, whose absence is no gap. None = all.
     """
 
-    def __init__(self, name: str, p: Profile, records: dict[str, list[Record | None]], fill: str):
+    def __init__(
+        self,
+        name: str,
+        p: Profile,
+        records: dict[str, list[Record | None]],
+        fill: str,
+        planned: Mapping[str, int] | None = None,
+    ):
         self.name, self.p, self.records, self.fill = name, p, records, fill
+        self.planned = planned or {}
 
     def __getitem__(self, key: str) -> list[Record | None]:
         try:
@@ -82,7 +91,8 @@ class Side(Mapping):
     def gaps(self, keys: Keys = None) -> str:
         """Says in a caption how many records are absent and what fills them; "" if none is."""
         shown = keys if callable(keys) else set(self if keys is None else keys).__contains__
-        return text.gaps({name: group for name, group in self.items() if shown(name)}, self.fill)
+        wanted = {name: group[: self.planned.get(name)] for name, group in self.items()}
+        return text.gaps({name: group for name, group in wanted.items() if shown(name)}, self.fill)
 
     def show(self, figure: Figure, caption: str, alt: str, keys: Keys = None) -> Shown:
         """Puts a figure on the page; its caption ends with the gaps of the runs that it shows."""
@@ -99,12 +109,15 @@ class Page:
     def __init__(self, grid: Callable[[Profile], Grid], p: Profile, reads: str | None = None):
         self.p, self.small = p, profile(p.notebook, PUBLISHED)
         planned = with_further_seeds(p.notebook, grid, self.small)
+        own = {name: len(runs) for name, runs in grid(self.small).items()}
         in_folder = any(run.data.in_folder for runs in planned.values() for run in runs)
         self.fill = "MOE_DATA=... " if in_folder else ""
         self.fill += f"python -m lib run {reads or p.notebook} --profile {PUBLISHED} --records"
         wanted = with_further_seeds(p.notebook, grid, p)
         self.build = Side("This build", p, collect(wanted), self.fill)
-        self.reproduced = Side("Reproduced", self.small, load(planned, any_device=True), self.fill)
+        self.reproduced = Side(
+            "Reproduced", self.small, load(planned, any_device=True), self.fill, own
+        )
 
     @property
     def sides(self) -> tuple[Side, Side]:
