@@ -1,1 +1,1 @@
-"""From notebooks to pages of the book: parameters, profiles, build, manifest, status and ledger."""
+"""From notebooks to pages of the book: parameters, profiles, build, manifest, status, verdicts."""

@@ -114,7 +114,7 @@ def tested(listed: Iterable[Row]) -> list[Row]:
 
 def page(keys: Sequence[str]) -> str:
     """Writes the generated part of the page, Markdown: the state, and a table for each study."""
-    listed = rows(keys)
+    listed, entries = rows(keys), ledger.claims()
     lines = [state_of(listed), ""]
     for study in in_order(ledger.studies(), keys):
         found, paper = [row for row in listed if row["study"] == study], load(study)["paper"]
@@ -125,7 +125,7 @@ def page(keys: Sequence[str]) -> str:
             "",
         ]
         lines += ["| | claim | published | in our records | verdict |", "| --- " * 5 + "|"]
-        lines += [_line(row) for row in found if row["reason"] is None]
+        lines += [_line(row, entries[row["id"]]) for row in found if row["reason"] is None]
         lines.append("")
         untestable = [row for row in found if row["reason"] is not None]
         if untestable:
@@ -194,7 +194,7 @@ def _chance(found: Sequence[Row]) -> str:
     )
 
 
-def _line(row: Row) -> str:
+def _line(row: Row, entry: ledger.Claim) -> str:
     from ..report.text import published  # pandas and matplotlib, which an idle build does not need
 
     pilot = ", pilot" if row["pilot"] else ""
@@ -207,7 +207,7 @@ def _line(row: Row) -> str:
     cells = (
         f"{indent}{row['id']}",
         cell(row["statement"]) + where,
-        cell(published(ledger.claims()[row["id"]])),
+        cell(published(entry)),
         cell(text),
         f"**{_word(row)}**{pilot}",
     )

@@ -10,7 +10,8 @@ from ..verdicts import ledger
 from . import all_verdicts, profiles
 
 if TYPE_CHECKING:  # the build imports this module, and does without torch
-    from ..runs.fill import Item, Outcome, Plan, Purpose
+    from ..runs.fill import Outcome
+    from ..runs.order import Item, Plan, Purpose
 
 
 def plan(profile: str, keys: Sequence[str], card: bool | None = None) -> Plan:
@@ -22,7 +23,7 @@ def plan(profile: str, keys: Sequence[str], card: bool | None = None) -> Plan:
     import torch
 
     from ..runs.estimate import Estimates, contents_of
-    from ..runs.fill import missing
+    from ..runs.order import missing
     from ..runs.store import store
 
     grids = {key: profiles.plan(key, profile) for key in keys if profiles.has_profile(key, profile)}

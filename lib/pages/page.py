@@ -150,13 +150,14 @@ class Page:
         judged = verdicts_on(evidence, listed)
         if side is self.reproduced:
             given = {piece.claim: piece for piece in evidence}
-            for claim in (part for whole in listed for part in whole.judged()):
+            plans = {key: plan(key, PUBLISHED) for key in {claim.runs_page for claim in listed}}
+            for claim in ledger.judged_on(self.p.notebook):
                 if claim.id not in given:
                     raise ValueError(
                         f"{self.p.notebook} yields no evidence of claim {claim.id}, which the "
                         "ledger (data/papers) gives to it: yield some, or change its `page`"
                     )
-                _check_arms(claim, given[claim.id])
+                _check_arms(claim, given[claim.id], plans[claim.runs_page])
         return judged
 
     def table(
@@ -220,11 +221,11 @@ class Page:
         return self.reproduced.show(figure, caption, alt, keys)
 
 
-def _check_arms(claim: ledger.Claim, piece: Evidence) -> None:
-    """Refuses evidence from runs that the ledger does not name: `fill` would not compute them."""
-    if not piece.records:
-        return
-    planned = plan(claim.runs_page, PUBLISHED)
+def _check_arms(claim: ledger.Claim, piece: Evidence, planned: Grid) -> None:
+    """Refuses evidence from runs that the ledger does not name: `fill` would not compute them.
+
+    planned: the runs of the page that plans those of the claim.
+    """
     runs = [run for arm in claim.arms for run in planned.get(arm, [])]
     named = {run.id for run in runs} | {run.on("cpu").id for run in runs}
     strange = [record.id for record in piece.records if record.id not in named]

@@ -1,264 +1,26 @@
-"""Fills what is missing, in the order in which it decides most an hour, inside a budget of time.
+"""Fills what is missing, in its order (`order`), inside a budget of time.
 
-    plan = missing({"vimoe/routing": grid}, where, estimates)  # what, in which order, for how long
-    plan.schedule(7200, workers=2)  # what would be started within two hours
-    fill(plan, 7200, executor, workers=2, where=where)
-
-A *purpose* is a claim of the ledger, or an arm (a name of a page's grid) on which no claim is
-judged. It is served once the runs of all its planned seeds are there, so purposes come in the order
-of how many are served an hour (`value`); an open claim is worth far more than one whose verdict
-stands or an arm. Runs that others
-start from come first, and count as what their children cost, where the cache lacks their weights.
+plan = missing({"vimoe/routing": grid}, where, estimates, card)
+fill(plan, 7200, executor, workers=2, where=where)
 """
 
 from __future__ import annotations
 
 import contextlib
-import heapq
 import queue
 import re
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..spec import RunSpec
 from . import collect, locks
-from .collect import Grid
-from .estimate import Estimate, Estimates
+from .order import Item, Plan, startable
 from .store import Store
 
 UNWIND_SECONDS = 5.0  # that interrupted runs are given to let go of their locks
-
-
-OPEN_CLAIM, OTHER = 1.0, 0.01  # worths; other: a claim whose verdict stands, an arm without claim
-
-
-@dataclass(frozen=True)
-class Purpose:
-    """Holds a claim or an arm of a page, and what it lacks: ids of runs, parents before children.
-
-    worth: OPEN_CLAIM for a claim that nothing has decided yet, else OTHER.
-    """
-
-    page: str
-    name: str
-    missing: tuple[str, ...]
-    worth: float = OPEN_CLAIM
-
-    def __str__(self) -> str:
-        return f"{self.page}: {self.name}"
-
-
-@dataclass(frozen=True)
-class Item:
-    """Holds a run that is missing, what it takes, the purposes that it serves, and the missing
-    runs that it starts from, by id."""
-
-    spec: RunSpec
-    estimate: Estimate
-    serves: tuple[Purpose, ...]
-    needs: frozenset[str]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Holds what is missing, in its order.
-
-    without_card: purposes that lack runs for a graphics card, on a machine that has none.
-    elsewhere: ids of runs that other processes compute now.
-    """
-
-    items: tuple[Item, ...]
-    purposes: tuple[Purpose, ...]
-    without_card: tuple[Purpose, ...] = ()
-    elsewhere: tuple[str, ...] = ()
-
-    def schedule(self, budget: float, workers: int = 1) -> list[Item]:
-        """Lists what is started within `budget` seconds, in its order, if estimates are right."""
-        waiting, done, started = list(self.items), set(), []
-        running: list[tuple[float, int]] = []  # (end, place in started)
-        now = 0.0
-        while True:
-            while len(running) < workers:
-                item = startable(waiting, budget - now, lambda item: item.needs <= done)
-                if item is None:
-                    break
-                waiting.remove(item)
-                heapq.heappush(running, (now + item.estimate.seconds, len(started)))
-                started.append(item)
-            if not running:
-                return started
-            now, place = heapq.heappop(running)
-            done.add(started[place].spec.id)
-
-    def served_after(self, done: Collection[str]) -> list[Purpose]:
-        """Lists the purposes that lack nothing once the runs of these ids are there."""
-        return [purpose for purpose in self.purposes if set(purpose.missing) <= set(done)]
-
-
-def startable(
-    waiting: Sequence[Item], seconds_left: float, ready: Callable[[Item], bool]
-) -> Item | None:
-    """Returns the first run that is expected to end in time and has what it starts from."""
-    for item in waiting:
-        if item.estimate.seconds <= seconds_left and ready(item):
-            return item
-    return None
-
-
-# ---- what is missing, and in which order
-
-
-def value(served: Sequence[Purpose]) -> float:
-    """Says what it is worth that these purposes are served: the sum of their worths."""
-    return sum(purpose.worth for purpose in served)
-
-
-def missing(
-    plans: Mapping[str, Grid],
-    where: Store,
-    estimates: Estimates,
-    card: bool,
-    claims: Mapping[str, tuple[str, Sequence[str]]] | None = None,
-    decided: Collection[str] = (),
-) -> Plan:
-    """Plans what the store lacks of the grids of some pages.
-
-    plans: {page: its grid}, in the order that decides between equals. card: whether this machine
-    has a graphics card. claims: {id: (page whose grid has its runs, names of its arms)}. decided:
-    ids of those whose verdict stands, so that further runs only narrow it. A failed run counts as
-    missing.
-
-    Without a card, the seeds that a claim lacks of runs for a card are planned on the CPU: both
-    sides of a seed must share a device, and not all seeds. Not so where an arm is one model for all
-    seeds, which is not on the CPU.
-    """
-    if not card:
-        plans = {
-            page: _on_this_machine(grid, page, claims or {}, where) for page, grid in plans.items()
-        }
-    wanted = collect.unique(s for grid in plans.values() for specs in grid.values() for s in specs)
-    state = {spec.id: collect.status_of(spec, where) for spec in wanted}
-    chains = {spec.id: _chain(spec, where) for spec in wanted if state[spec.id] != "done"}
-    # as planned first: a page's own spec says where a record is filed
-    planned = [spec for spec in wanted if spec.id in chains]
-    specs = {s.id: s for s in collect.unique([*planned, *(s for c in chains.values() for s in c)])}
-    elsewhere = [run for run in specs if locks.is_held(where.lock(run))]
-    purposes, without_card = [], []
-    for page, name, worth, runs in _purposes(plans, claims or {}, decided):
-        chained = [s.id for spec in runs if spec.id in chains for s in chains[spec.id]]
-        lacks = tuple(run for run in dict.fromkeys(chained) if run not in elsewhere)
-        needs_card = not card and any(specs[run].device == "cuda" for run in lacks)
-        if lacks:
-            listed = without_card if needs_card else purposes
-            listed.append(Purpose(page, name, lacks, worth))
-    cost = {
-        run: _remaining(specs[run], estimates, where)
-        for run in dict.fromkeys(run for purpose in purposes for run in purpose.missing)
-    }
-    order = in_order(purposes, {run: estimate.seconds for run, estimate in cost.items()})
-    items = []
-    for run in order:
-        serves = tuple(purpose for purpose in purposes if run in purpose.missing)
-        needs = frozenset(s.id for s in _chain(specs[run], where)) - {run}
-        items.append(Item(specs[run], cost[run], serves, needs))
-    return Plan(tuple(items), tuple(purposes), tuple(without_card), tuple(elsewhere))
-
-
-def _on_this_machine(
-    grid: Grid, page: str, claims: Mapping[str, tuple[str, Sequence[str]]], where: Store
-) -> Grid:
-    """Returns a grid with runs on the CPU in the place of those for a card that claims lack."""
-    seeded = {
-        arm
-        for its_page, arms in claims.values()
-        if its_page == page and all(len(grid.get(arm, [])) > 1 for arm in arms)
-        for arm in arms
-    }
-    return {
-        arm: [
-            run.on("cpu") if arm in seeded and collect.status_of(run, where) != "done" else run
-            for run in runs
-        ]
-        for arm, runs in grid.items()
-    }
-
-
-def _purposes(
-    plans: Mapping[str, Grid],
-    claims: Mapping[str, tuple[str, Sequence[str]]],
-    decided: Collection[str],
-) -> Iterator[tuple[str, str, float, list[RunSpec]]]:
-    """Yields page, name, worth and runs of each claim, then of each arm that no claim names."""
-    named = set()
-    for claim, (page, arms) in claims.items():
-        if page in plans:
-            named |= {(page, arm) for arm in arms}
-            runs = [spec for arm in arms for spec in plans[page].get(arm, [])]
-            yield page, f"claim {claim}", OTHER if claim in decided else OPEN_CLAIM, runs
-    for page, grid in plans.items():
-        for arm, runs in grid.items():
-            if (page, arm) not in named:
-                yield page, arm, OTHER, runs
-
-
-def in_order(purposes: Sequence[Purpose], seconds: Mapping[str, float]) -> list[str]:
-    """Orders runs so that the purposes that are served at most value an hour come first; of
-    equals, the first.
-
-    seconds: what each run takes. A run that several lack is paid for once, by the first.
-    """
-    purposes_of_run: dict[str, list[Purpose]] = defaultdict(list)
-    for purpose in purposes:
-        for run in purpose.missing:
-            purposes_of_run[run].append(purpose)
-
-    def an_hour(purpose: Purpose, placed: Mapping[str, None]) -> float:
-        new = [run for run in purpose.missing if run not in placed]
-        together = placed.keys() | set(new)
-        # only one that lacks one of the new runs can be served by them
-        touched = dict.fromkeys(other for run in new for other in purposes_of_run[run])
-        served = [other for other in touched if together.issuperset(other.missing)]
-        return value(served) / max(sum(seconds[run] for run in new), 1e-9)
-
-    placed: dict[str, None] = {}
-    remaining = list(purposes)
-    while remaining:
-        worth = [an_hour(purpose, placed) for purpose in remaining]
-        placed |= dict.fromkeys(remaining[worth.index(max(worth))].missing)
-        remaining = [p for p in remaining if not placed.keys() >= set(p.missing)]
-    return list(placed)
-
-
-def _chain(spec: RunSpec, where: Store) -> list[RunSpec]:
-    """Lists a run after those that it starts from and whose weights the cache lacks."""
-    chain = []
-    for needed in spec.needed_runs:
-        if not where.state(needed.id).is_file():
-            chain += _chain(needed.but(keep=True), where)
-    return [*collect.unique(chain), spec]
-
-
-def _remaining(spec: RunSpec, estimates: Estimates, where: Store) -> Estimate:
-    """Estimates what is left of a run: all, or what its checkpoint has not done."""
-    estimate = estimates.of(spec)
-    checkpoint = where.checkpoint(spec.id)
-    if spec.train is None or not checkpoint.is_file():
-        return estimate
-    from ..training.checkpoint import Checkpoint
-
-    state = Checkpoint(checkpoint).read() or {"step": 0}
-    images, _, _ = estimates.images(spec)
-    steps = spec.train.epochs * images / spec.train.batch
-    share = max(0.0, 1 - state["step"] / steps)
-    return Estimate(share * estimate.seconds, f"{estimate.basis}, from its checkpoint")
-
-
-# ---- filling
 
 
 @dataclass

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .evidence import Evidence, compare
-from .ledger import TOP1, of_page
+from .ledger import TOP1, judged_on
 
 
 def compare_arms(page: str, records_of_arm: Mapping[str, Sequence[Any]]) -> Iterator[Evidence]:
@@ -15,7 +15,7 @@ def compare_arms(page: str, records_of_arm: Mapping[str, Sequence[Any]]) -> Iter
     page: key of the notebook. records_of_arm: such as one side of the page; a claim of which an
     arm is not there is left out, since a small build plans few of them.
     """
-    for claim in (part for whole in of_page(page) for part in whole.judged()):
+    for claim in judged_on(page):
         arms = claim.arms
         if claim.statistic == TOP1 and len(arms) == 2 and set(arms) <= records_of_arm.keys():
             yield compare(claim.id, *(records_of_arm[arm] for arm in arms))

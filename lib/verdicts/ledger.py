@@ -36,6 +36,7 @@ __all__ = [
     "Cell",
     "Claim",
     "claims",
+    "judged_on",
     "of_page",
     "of_study",
     "on_runs_of",
@@ -178,6 +179,11 @@ def of_study(study: str) -> tuple[Claim, ...]:
 def of_page(key: str) -> list[Claim]:
     """Lists the claims that a page judges, joint ones without their parts."""
     return [claim for claim in _around(key) if claim.page == key]
+
+
+def judged_on(key: str) -> list[Claim]:
+    """Lists what a page judges on records of their own: claims, and the parts of joint ones."""
+    return [part for claim in of_page(key) for part in claim.judged()]
 
 
 def on_runs_of(key: str) -> list[Claim]:

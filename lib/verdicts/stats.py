@@ -58,7 +58,6 @@ __all__ = [
     "second_stage",
     "seed_differences",
     "seed_of",
-    "trend",
 ]
 
 MIN_SEEDS = 3  # below, a mean gets no interval and no rank
@@ -361,24 +360,6 @@ def _around(
     method = "hierarchical bootstrap 95%" + (", moderated" if prior is not None else "")
     law = law.in_percent(100 * mean)
     return Interval(100 * mean, float(low), float(high), len(y), method, law=law)
-
-
-def trend(
-    x: Sequence[float], rows: Sequence[Sequence[float]], prior: SeedPrior | None = None
-) -> Interval:
-    """Fits a least-squares slope of y over x for each seed, and computes their mean's interval.
-
-    x: (J,) positions, such as block numbers; rows: (S, J) values, one row per seed. Unit: that of y
-    per that of x. prior: of the variance between the slopes of the seeds, in the squared unit.
-    """
-    x, y = np.asarray(x, float), np.asarray(rows, float)
-    if y.ndim != 2 or y.shape[1] != x.size or np.ptp(x) == 0:
-        raise ValueError(
-            "need x (J,) with two different values and rows (S, J), "
-            f"got shapes {x.shape} and {y.shape}"
-        )
-    centred = x - x.mean()
-    return mean_interval(y @ centred / (centred @ centred), method="t", prior=prior)
 
 
 def second_stage(estimate: Interval | None, size: float) -> int | None:

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 Value = Callable[[Any], float | None]  # from a record to one of its numbers; None = it has none
 
 
+def first_epoch_top1(record: Any) -> float:
+    """Returns validation top-1 after the first epoch, in percent: how fast a model learns."""
+    return next(row["val_top1"] for row in record.history if row["epoch"] >= 1)
+
+
 def same_seed(*settings: Sequence[Any]) -> list[tuple[Any, ...]]:
     """Returns the finished records of the seeds that all settings share, one tuple a seed.
 

@@ -20,8 +20,9 @@ from lib import paths
 from lib.runs import collect as runs
 from lib.runs import fill as filling
 from lib.runs import locks
+from lib.runs import order as order_of_runs
 from lib.runs.estimate import Estimate
-from lib.runs.fill import OTHER, Purpose
+from lib.runs.order import OTHER, Purpose
 from lib.runs.store import Store
 from lib.spec import BackboneSpec, DataSpec, RunSpec, TrainSpec
 from lib.training.checkpoint import Checkpoint
@@ -48,7 +49,7 @@ class Given:
 
 def planned(grid, where, seconds=None, card=False):
     """The plan of one page."""
-    return filling.missing({"a/one": grid}, where, Given(seconds or {}), card)
+    return order_of_runs.missing({"a/one": grid}, where, Given(seconds or {}), card)
 
 
 def seeds(items):
@@ -101,32 +102,34 @@ def test_what_serves_most_an_hour_comes_first():
         Purpose("b", "one", ("y",)),
     ]
     # "two" completes itself and "one" in 25 s, "one" itself in 10: 0.08 and 0.1 a second
-    assert filling.in_order(arms, {"s": 100.0, "x": 15.0, "y": 10.0}) == ["y", "x", "s"]
+    assert order_of_runs.in_order(arms, {"s": 100.0, "x": 15.0, "y": 10.0}) == ["y", "x", "s"]
     # 2 in 18 s is more than 1 in 10
-    assert filling.in_order(arms, {"s": 100.0, "x": 8.0, "y": 10.0}) == ["x", "y", "s"]
+    assert order_of_runs.in_order(arms, {"s": 100.0, "x": 8.0, "y": 10.0}) == ["x", "y", "s"]
     # equals: the first page, the first arm
     equal = [Purpose("a", "1", ("p",)), Purpose("b", "2", ("q",)), Purpose("b", "3", ("r",))]
-    assert filling.in_order(equal, {"p": 7.0, "q": 7.0, "r": 6.0}) == ["r", "p", "q"]
+    assert order_of_runs.in_order(equal, {"p": 7.0, "q": 7.0, "r": 6.0}) == ["r", "p", "q"]
 
 
 def test_a_claim_is_worth_more_than_an_arm():
     purposes = [Purpose("a", "cheap", ("x",), OTHER), Purpose("a", "claim A1", ("y",))]
-    assert filling.in_order(purposes, {"x": 1.0, "y": 20.0}) == ["y", "x"]
+    assert order_of_runs.in_order(purposes, {"x": 1.0, "y": 20.0}) == ["y", "x"]
     # unless an hour of it is: 1 in 200 s is less than 0.01 in 1
-    assert filling.in_order(purposes, {"x": 1.0, "y": 200.0}) == ["x", "y"]
+    assert order_of_runs.in_order(purposes, {"x": 1.0, "y": 200.0}) == ["x", "y"]
 
 
 def test_a_claim_takes_the_place_of_its_arms(where, computed):
     grid = {name: [TINY.but(seed=s)] for name, s in (("few", 1), ("many", 2), ("other", 3))}
     claims = {"A1": ("a/one", ("few", "many")), "B1": ("b/one", ("few",))}
-    plan = filling.missing({"a/one": grid}, where, Given({1: 9.0, 2: 9.0, 3: 1.0}), False, claims)
+    plan = order_of_runs.missing(
+        {"a/one": grid}, where, Given({1: 9.0, 2: 9.0, 3: 1.0}), False, claims
+    )
     assert [str(p) for p in plan.purposes] == ["a/one: claim A1", "a/one: other"]
     assert seeds(plan.items) == [1, 2, 3]  # 1 in 18 s before 0.01 in 1
     assert [str(p) for p in plan.items[1].serves] == ["a/one: claim A1"]
     assert [p.name for p in plan.served_after([s.id for s in grid["other"]])] == ["other"]
     # a claim whose verdict stands waits as an arm does: 1 in 18 s after 1 in 1
     times = Given({1: 9.0, 2: 9.0, 3: 1.0})
-    plan = filling.missing({"a/one": grid}, where, times, False, claims, {"A1"})
+    plan = order_of_runs.missing({"a/one": grid}, where, times, False, claims, {"A1"})
     assert seeds(plan.items) == [3, 1, 2]
 
 
@@ -188,7 +191,7 @@ def test_seeds_of_a_claim_do_not_wait_for_a_card(where, computed):
     where.put(
         record | {"test": {"top1": 50.0}, "weights": {"final": "", "parent": None}}, {}, few[0]
     )
-    plan = filling.missing({"a/one": grid}, where, times, False, claims)
+    plan = order_of_runs.missing({"a/one": grid}, where, times, False, claims)
     wanted = [few[1].on("cpu"), *(run.on("cpu") for run in many)]
     assert [item.spec.id for item in plan.items] == [run.id for run in wanted]
     assert [p.name for p in plan.without_card] == ["claim A2", "no claim"]
@@ -196,7 +199,7 @@ def test_seeds_of_a_claim_do_not_wait_for_a_card(where, computed):
     there = runs.load({"few": few, "many": many}, where, any_device=True)
     assert [r.spec.device for r in there["few"]] == ["cuda", "cpu"]
     assert [r.spec.device for r in there["many"]] == ["cpu", "cpu"]
-    assert filling.missing({"a/one": grid}, where, times, False, claims).items == ()
+    assert order_of_runs.missing({"a/one": grid}, where, times, False, claims).items == ()
     strict = runs.load({"few": few, "many": many}, where)
     assert [r and r.spec.device for r in strict["few"]] == ["cuda", None]
 

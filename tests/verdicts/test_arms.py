@@ -3,7 +3,7 @@
 import pytest
 from paired_runs import right_of, runs
 
-from lib.verdicts import arms
+from lib.verdicts import arms, ledger
 from lib.verdicts.evidence import verdicts_on
 from lib.verdicts.ledger import Claim
 
@@ -30,7 +30,7 @@ SIDE = {
 
 @pytest.fixture
 def evidence(monkeypatch):
-    monkeypatch.setattr(arms, "of_page", {"a/one": LEDGER}.get)
+    monkeypatch.setattr(ledger, "of_page", {"a/one": LEDGER}.get)
     return list(arms.compare_arms("a/one", SIDE))
 
 
@@ -47,6 +47,6 @@ def test_arms_that_are_not_there_and_other_statistics_are_left_out(evidence):
 
 
 def test_arms_without_records_are_evidence_of_nothing_yet(monkeypatch):
-    monkeypatch.setattr(arms, "of_page", lambda page: [claim("X1", "other", "dense")])
+    monkeypatch.setattr(ledger, "of_page", lambda page: [claim("X1", "other", "dense")])
     [piece] = arms.compare_arms("a/one", SIDE)
     assert piece.estimate(None) is None

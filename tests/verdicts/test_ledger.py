@@ -81,6 +81,7 @@ def test_parts_have_what_they_share(papers):
     assert whole.size is None and (first.part_of, first.source) == ("A2", "Figure 2")
     assert (first.size, first.decimals, first.unit) == (0.05, 3, "nats")
     assert second.size == 2 and second.planned_seeds == 8 and first.planned_seeds == 5
+    assert ledger.judged_on("a/two") == [first, second] and ledger.judged_on("a/one") == []
     assert ledger.on_runs_of("a/one") == [first, second] and ledger.on_runs_of("a/two") == []
     assert list(ledger.claims()) == ["A2", "A2a", "A2b"]
 

@@ -160,8 +160,6 @@ def test_moderated_student_interval_by_hand():
     half = 2.570582 * np.sqrt(2.8 / 3)
     assert (result.low, result.high) == pytest.approx((2 - half, 2 + half), abs=1e-5)
     assert result.method == "moderated t 95%"
-    slope = stats.trend([0, 1], [[0, 1], [0, 2], [0, 3]], prior=prior)
-    assert (slope.low, slope.high) == pytest.approx((result.low, result.high))
     assert stats.mean_interval([1, 2], prior=prior).low is None
     same = stats.mean_interval([1, 2, 3], prior=NOTHING)
     assert (same.low, same.high) == pytest.approx(

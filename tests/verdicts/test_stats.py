@@ -153,13 +153,6 @@ def test_coverage_of_the_paired_difference():
     assert np.mean(plain_hits) < 0.88
 
 
-def test_trend():
-    assert stats.trend([1, 2, 3], [[0, 1, 2], [1, 3, 5], [0, 3, 6]]).mean == pytest.approx(2)
-    assert stats.trend([1, 2], [[0, 1]]).low is None
-    with pytest.raises(ValueError, match="two different"):
-        stats.trend([1, 1], [[0, 1]])
-
-
 def sized(top1, size, seed=0, status="ok", images=1000):
     """A record with a stored size, right on the first so many percent of its test images."""
     label = np.zeros(images, int)

@@ -7,7 +7,12 @@ import pytest
 
 from lib.verdicts.moderated import SeedPrior
 from lib.verdicts.stats import mean_interval
-from lib.verdicts.values import same_seed, value_difference, value_interval
+from lib.verdicts.values import (
+    first_epoch_top1,
+    same_seed,
+    value_difference,
+    value_interval,
+)
 
 
 def run(seed, loss, status="ok"):
@@ -60,3 +65,10 @@ def test_difference_with_a_prior():
     a, b = [run(s, 100.0 * s + 1 + s) for s in range(3)], [run(s, 100.0 * s) for s in range(3)]
     prior = SeedPrior(4.0, 3.0, 50.0)
     assert value_difference(a, b, loss, prior) == mean_interval([1, 2, 3], prior=prior)
+
+
+def test_the_first_epoch_may_end_between_two_rows():
+    rows = [(0.0, 1.0), (0.5, 20.0), (1.0, 30.0), (2.0, 40.0)]
+    history = [{"epoch": epoch, "val_top1": top1} for epoch, top1 in rows]
+    assert first_epoch_top1(SimpleNamespace(history=history)) == 30.0
+    assert first_epoch_top1(SimpleNamespace(history=[history[0], history[3]])) == 40.0
