@@ -67,8 +67,9 @@ class Step(ABC):
         Returns the model. The values are loaded afterwards by the caller.
         """
 
-    def remaining(self, size: int, part: str) -> int:
-        """Returns how many of `size` parts of one kind the step leaves in a layer.
+    def remaining(self, size: int, part: str) -> int | None:
+        """Returns how many of `size` parts of one kind the step leaves in a layer; None where only
+        the scores of the run decide.
 
         part: the kind: the neurons of an "mlp" or of one of "experts", the dimensions of a head
         ("attention"), or the experts of a MoE layer ("whole_experts").

@@ -18,8 +18,16 @@ from ..routers.manual import labelled
 from ..spec import DropSpec, PruneSpec, RunSpec, class_groups
 from .experts import dropping, merging, scores
 from .neurons.calibration import calibration
-from .neurons.groups import groups_of, parts_in, prunable, shapes_of
+from .neurons.groups import (
+    groups_of,
+    parts_in,
+    prunable,
+    shapes_of,
+    supported,
+    weights_of_groups,
+)
 from .neurons.masks import mask_weights
+from .neurons.order import keep_in_one_order
 from .neurons.removal import fit_shapes, remove
 from .neurons.scores import Batches, cut_size, expert_scores, keep_indices, neuron_scores
 
@@ -42,6 +50,11 @@ class PruneStep(Step):
         neurons."""
         shapes = shapes_of(prunable(model, self._parts(model)))
         if not self.rules.structured:
+            return
+        if self.rules.order == "model":
+            for pool in self._pools(model):
+                pool_shapes = shapes_of(prunable(model, pool))
+                self._staying(model, {name: torch.zeros(s) for name, s in pool_shapes.items()})
             return
         for name, shape in shapes.items():
             try:
@@ -71,26 +84,45 @@ class PruneStep(Step):
             return StepResult({"before": before, "after": after}, masks)
         before = self._prunable_weights(model)
         options = {"kind": rules.kind, "loss": _loss, "generator": generator}
-        if of_experts is not None:
-            self._remove(model, expert_scores(model, of_experts, **options))
-        others = [part for part in parts if part != "experts"]
-        if others:
-            self._remove(model, neuron_scores(model, balanced, parts=others, **options))
+        for pool in self._pools(model):
+            if pool == ("experts",):
+                scores_by_name = expert_scores(model, of_experts, **options)
+            else:
+                scores_by_name = neuron_scores(model, balanced, parts=pool, **options)
+            remove(model, self._staying(model, scores_by_name))
         return StepResult({"before": before, "after": self._prunable_weights(model)})
 
     def fit(self, model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         """Prunes an unpruned model to the shapes of `state`. Raises ValueError as `fit_shapes`."""
         return fit_shapes(model, state)
 
-    def remaining(self, size: int, part: str) -> int:
-        """Returns what the share leaves of `size` neurons or head dimensions."""
+    def remaining(self, size: int, part: str) -> int | None:
+        """Returns what the share leaves of `size` neurons or head dimensions; None where one order
+        over the model decides."""
         rules = self.rules
         pruned = part != "whole_experts" and (rules.parts is None or part in rules.parts)
-        return size - cut_size(size, rules.share) if rules.structured and pruned else size
+        if not (rules.structured and pruned):
+            return size
+        return None if rules.order == "model" else size - cut_size(size, rules.share)
 
     def _parts(self, model: nn.Module) -> tuple[str, ...]:
         """The parts that are pruned: those asked for, else all that the model has."""
         return parts_in(model) if self.rules.parts is None else self.rules.parts
+
+    def _pools(self, model: nn.Module) -> list[tuple[str, ...]]:
+        """The parts that are pruned together, in the order in which they are pruned."""
+        parts = self._parts(model)
+        pools = [("experts",) if "experts" in parts else ()]
+        pools.append(tuple(part for part in parts if part != "experts"))
+        return [pool for pool in pools if pool]
+
+    def _staying(self, model: nn.Module, scores_by_name: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The groups that the rules leave, by name of a set."""
+        share = self.rules.share
+        if self.rules.order == "model":
+            sizes = weights_of_groups(supported(model))
+            return keep_in_one_order(scores_by_name, sizes, share)
+        return {name: keep_indices(score, share) for name, score in scores_by_name.items()}
 
     def _prunable_weights(self, model: nn.Module) -> int:
         """How many single weights and biases belong to what may be removed."""
@@ -121,10 +153,6 @@ class PruneStep(Step):
 
     def _batches(self, inputs: StepInputs, index: Tensor) -> Batches:
         return [_batch(inputs, part) for part in index.chunk(self.rules.batches)]
-
-    def _remove(self, model: nn.Module, scores_by_name: Mapping[str, Tensor]) -> None:
-        share = self.rules.share
-        remove(model, {name: keep_indices(score, share) for name, score in scores_by_name.items()})
 
 
 class DropStep(Step):

@@ -103,16 +103,16 @@ def _part(name: str) -> str:
 
 
 def _remaining(spec: RunSpec, size: int, part: str) -> int | None:
-    """What the run and its ancestors leave of `size` neurons, dimensions or experts; None where
-    neurons were pruned before a layer became a mixture: then the state alone knows."""
+    """What the run and its ancestors leave of `size` neurons, dimensions or experts; None where the
+    state alone knows: neurons were pruned before a layer became a mixture, or in one order."""
     if spec.init is not None:
         became_mixture = spec.moe is not None and spec.init.moe is None
         if part in ("mlp", "experts") and became_mixture and spec.init.narrowed:
             return None
         size = _remaining(spec.init, size, part)
-    if size is None:
-        return None
     for step in steps_of(spec):
+        if size is None:
+            return None
         size = step.remaining(size, part)
     one_expert = spec.train is not None and spec.train.single_expert_at
     return 1 if part == "whole_experts" and one_expert else size

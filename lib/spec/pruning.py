@@ -15,8 +15,12 @@ class PruneSpec(Spec):
     Source: Leiden thesis, section 4.
     """
 
-    # of the neurons of each MLP and expert, and of the dimensions of each head, that are removed
+    # of the neurons of each MLP and expert, and of the dimensions of each head, that are removed;
+    # with one order over the model, of all weights and biases in them
     share: Share = 0.5
+    # layer: the same share in each layer, head and expert; model: the lowest scores for a weight go
+    # first, wherever they are ("lowest to highest until the required amount" in the thesis)
+    order: Literal["layer", "model"] = "layer"
     # the score; neurons with the lowest are removed
     kind: Literal["taylor", "molchanov", "magnitude", "random"] = "taylor"
     # None = all that the model has
@@ -36,6 +40,11 @@ class PruneSpec(Spec):
             raise ValueError(
                 "structured=False scores single weights by (gradient x weight)^2: "
                 f"set kind='taylor', got {self.kind!r}"
+            )
+        if not self.structured and self.order != "layer":
+            raise ValueError(
+                f"order={self.order!r} ranks neurons and head dimensions, which structured=False "
+                "does not remove: set order='layer' or structured=True"
             )
         return self
 

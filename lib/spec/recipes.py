@@ -47,11 +47,14 @@ def made_sparse(
     )
 
 
-def warmed_up(run: RunSpec, groups: Sequence[Sequence[int]], share: float) -> RunSpec:
+def warmed_up(
+    run: RunSpec, groups: Sequence[Sequence[int]], share: float, *, on_top: bool = False
+) -> RunSpec:
     """`run` after a warm-up, in which each expert trains on the classes of its group alone (Leiden
     thesis, section 4).
 
-    share: of the run's passes that the warm-up takes. What `run` prunes is cut before the warm-up.
+    share: of the run's passes that the warm-up takes. on_top: as many passes come before those of
+    the run, which keeps all of its own. What `run` prunes is cut before the warm-up.
     """
     epochs = run.train.epochs
     by_class = options_without("manual") | {
@@ -64,7 +67,8 @@ def warmed_up(run: RunSpec, groups: Sequence[Sequence[int]], share: float) -> Ru
         "variation_weight": 0.0,
     }
     first = run.but(moe=by_class, train={"epochs": epochs * share})
-    return run.but(init=first, prune=None, train={"epochs": epochs * (1 - share)})
+    rest = epochs if on_top else epochs * (1 - share)
+    return run.but(init=first, prune=None, train={"epochs": rest})
 
 
 def dense_of(base: RunSpec) -> RunSpec:

@@ -153,6 +153,25 @@ def test_a_pruned_state_with_the_spec_of_a_whole_model_is_refused(where):
         restored(twice.but(init=BASE.but(init=HEAD), prune=PRUNE), state, 10, 1)
 
 
+@pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "mixture"])
+def test_one_order_over_the_model_leaves_layers_unequal_and_is_restored(where, moe):
+    spec = BASE.but(init=HEAD, moe=moe, prune=PRUNE.but(order="model", share=0.8))
+    child = BASE.but(init=spec, moe=moe, train={"epochs": 0.5})
+    record = run(where, child)
+    pruned = where.get(spec).prune
+    # experts and the rest are cut to the share one after the other, each to half a unit
+    unit = max(2 * D + 1, HEADS * (3 * (D + 1) + D))
+    assert abs(pruned["after"] / pruned["before"] - 0.2) <= unit / pruned["before"]
+    state = load_file(where.state(child.id))
+    assert state["blocks.0.attn.qkv.weight"].shape != state["blocks.1.attn.qkv.weight"].shape
+    for whose in (spec, child):
+        model = restored(whose, state, 10, 1)
+        torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+    if moe is not None:
+        assert len({w for block in model.blocks for w in block.mlp.experts.widths}) > 1
+    assert record.cost["params_stored"] == where.get(spec).cost["params_stored"]
+
+
 def test_the_unstructured_arm_keeps_its_zeros_and_its_size(where):
     record = run(where, BASE.but(init=HEAD, prune=PRUNE.but(structured=False, share=0.75)))
     state, whole = load_file(where.state(record.id)), where.get(HEAD)
@@ -203,6 +222,7 @@ def test_what_trains(trainable, moves):
             r"blocks.0.attn.qk: share=0.95 of 8 leaves nothing",
         ),
         ({"parts": ("experts",)}, "has no experts to prune"),
+        ({"share": 0.99, "order": "model"}, "at most 0.9104 of the weights can go"),
     ],
 )
 def test_what_cannot_be_pruned_is_refused_before_any_work(where, prune, says):
@@ -219,6 +239,10 @@ def test_what_cannot_be_pruned_is_refused_before_any_work(where, prune, says):
         (
             lambda: PruneSpec(structured=False, kind="magnitude"),
             "set kind='taylor', got 'magnitude'",
+        ),
+        (
+            lambda: PruneSpec(structured=False, order="model"),
+            "structured=False does not remove: set order='layer'",
         ),
         (
             lambda: BASE.but(prune=PRUNE, train={"mask": MaskSpec(width=16, heads=2)}),

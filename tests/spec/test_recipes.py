@@ -82,6 +82,8 @@ def test_warm_up_routes_by_class_and_is_cut_once():
     assert warm.moe.copy_noise == 0.2, "copies differ from their first step on"
     assert warm.prune == PruneSpec() and after.prune is None and after.moe == moe
     assert (warm.train.epochs, after.train.epochs) == (1.0, 3.0)
+    after, before = line(recipes.warmed_up(run, groups, 0.25, on_top=True))
+    assert before == warm and after.train.epochs == 4.0, "the run keeps all of its passes"
     learns = {"noise": 1.0, "gate": "renormalised", "z_weight": 1e-3}
     after, again = line(recipes.warmed_up(run.but(moe=learns), groups, 0.25))
     assert again.moe == warm.moe and after.moe == moe.but(**learns)  # by hand nothing is learnt

@@ -170,6 +170,15 @@ def matrices_of(
         yield f"{name}.{layer}", [value(getattr(module, layer).weight)]
 
 
+def weights_of_groups(modules: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Maps the name of each set of groups to the number of weights and biases in one group."""
+    return {
+        set_name: sum(tensor.shape[-1] for tensor in tensors)
+        for name, module in modules.items()
+        for set_name, tensors in groups_of(name, module)
+    }
+
+
 def shapes_of(modules: Mapping[str, nn.Module]) -> dict[str, torch.Size]:
     """Maps the name of each set of groups to the shape of its scores: (H,) or (A, C)."""
     return {

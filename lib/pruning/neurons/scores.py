@@ -190,13 +190,21 @@ def keep_indices(scores: Tensor, share: float) -> Tensor:
     Of n groups `cut_size(n, share)` go, of equal scores the last ones. Raises ValueError as
     `cut_size`, and if a score is not finite.
     """
+    return highest(scores, scores.shape[-1] - cut_size(scores.shape[-1], share))
+
+
+def highest(scores: Tensor, count: int) -> Tensor:
+    """Picks `count` groups with the highest scores along the last axis: (..., n) -> rising
+    (..., count).
+
+    Of equal scores the first ones stay. Raises ValueError if a score is not finite.
+    """
     if not torch.isfinite(scores).all():
         raise ValueError(
             "a score is not finite, so there is no order: look at the loss and the weights it came "
             "from"
         )
-    staying = scores.shape[-1] - cut_size(scores.shape[-1], share)
-    return scores.argsort(dim=-1, descending=True, stable=True)[..., :staying].sort(dim=-1).values
+    return scores.argsort(dim=-1, descending=True, stable=True)[..., :count].sort(dim=-1).values
 
 
 def cut_size(count: int, share: float) -> int:
