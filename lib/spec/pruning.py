@@ -19,7 +19,7 @@ class PruneSpec(Spec):
     # with one order over the model, of all weights and biases in them
     share: Share = 0.5
     # layer: the same share in each layer, head and expert; model: the lowest scores for a weight go
-    # first, wherever they are ("lowest to highest until the required amount" in the thesis)
+    # first, wherever they are (so the text of the thesis)
     order: Literal["layer", "model"] = "layer"
     # the score; neurons with the lowest are removed
     kind: Literal["taylor", "molchanov", "magnitude", "random"] = "taylor"

@@ -22,6 +22,23 @@ def first_epoch_top1(record: Any) -> float:
     return next(row["val_top1"] for row in record.history if row["epoch"] >= 1)
 
 
+def late_gain(record: Any) -> float | None:
+    """Computes what the last quarter of the passes gained: mean validation top-1 over its epochs
+    less that over the quarter before, in points.
+
+    Near 0, training has stopped to gain. None where a quarter holds no epoch.
+    """
+    end = record.history[-1]["epoch"]
+    quarters = [(0.5 * end, 0.75 * end), (0.75 * end, end)]
+    means = []
+    for start, stop in quarters:
+        values = [row["val_top1"] for row in record.history if start < row["epoch"] <= stop]
+        if not values:
+            return None
+        means.append(sum(values) / len(values))
+    return means[1] - means[0]
+
+
 def same_seed(*settings: Sequence[Any]) -> list[tuple[Any, ...]]:
     """Returns the finished records of the seeds that all settings share, one tuple a seed.
 

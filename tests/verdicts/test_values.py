@@ -9,6 +9,7 @@ from lib.verdicts.moderated import SeedPrior
 from lib.verdicts.stats import mean_interval
 from lib.verdicts.values import (
     first_epoch_top1,
+    late_gain,
     same_seed,
     value_difference,
     value_interval,
@@ -72,3 +73,14 @@ def test_the_first_epoch_may_end_between_two_rows():
     history = [{"epoch": epoch, "val_top1": top1} for epoch, top1 in rows]
     assert first_epoch_top1(SimpleNamespace(history=history)) == 30.0
     assert first_epoch_top1(SimpleNamespace(history=[history[0], history[3]])) == 40.0
+
+
+def test_late_gain():
+    def record(*values):
+        rows = [{"epoch": float(i), "val_top1": value} for i, value in enumerate(values)]
+        return SimpleNamespace(history=rows)
+
+    # eight epochs: 5 and 6 have a mean of 51, 7 and 8 of 54
+    assert late_gain(record(0.0, 9.0, 9.0, 9.0, 9.0, 50.0, 52.0, 53.0, 55.0)) == 3.0
+    assert late_gain(record(0.0, 10.0, 30.0, 29.0)) == -1.0  # three: the second and the third
+    assert late_gain(record(0.0, 10.0)) is None

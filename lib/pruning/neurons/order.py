@@ -1,6 +1,6 @@
 """Which groups stay if all layers are ranked in one order, instead of the same share in each.
 
-Source: Leiden thesis, section 4: weights go "lowest to highest until the required amount".
+Source: Leiden thesis, section 4, where the lowest weights go first until enough are gone.
 
 What goes at once is a unit: a hidden neuron, or one dimension of every head of an attention, of its
 Q and K and of its V and output map, since timm's heads have one size. The j-th unit of an attention
