@@ -22,12 +22,14 @@ def small_mlp(seed=0):
 
 
 def calibration_of(mlp, n=600, seed=1, groups=3):
-    """Tokens in separate groups, and what the layer gives."""
+    """Tokens in separate groups, 20 of an image, and what the layer gives."""
     generator = torch.Generator().manual_seed(seed)
     centre = 3 * torch.randn(groups, D, generator=generator)
     x = centre[torch.arange(n) % groups] + 0.4 * torch.randn(n, D, generator=generator)
+    number = torch.arange(n)
     with torch.no_grad():
-        return LayerCalibration(RecordedTokens(x, mlp.act(mlp.fc1(x)), torch.arange(n)), mlp(x))
+        tokens = RecordedTokens(x, mlp.act(mlp.fc1(x)), number // 20, number % 20)
+        return LayerCalibration(tokens, mlp(x))
 
 
 def rules(**parts):

@@ -66,8 +66,15 @@ def extract(
 def check(model: nn.Module, rules: ExtractSpec) -> dict[str, Mlp]:
     """Returns {name: MLP} of the layers that `extract` would replace.
 
-    Raises ValueError as `mlps_of`, and for correction.sequential on anything but a ViT.
+    Raises ValueError as `mlps_of`, for correction.sequential on anything but a ViT, and for
+    clusters.class_token on a model without a class token.
     """
+    class_token = rules.clusters.class_token
+    if class_token != "with" and getattr(model, "cls_token", None) is None:
+        raise ValueError(
+            f"clusters.class_token={class_token!r} treats the class token apart from the patches, "
+            f"and {type(model).__name__} has none: leave it at 'with'"
+        )
     if rules.correction.sequential and not isinstance(model, VisionTransformer):
         raise ValueError(
             "correction.sequential=True compares residual streams before norm2 of each block, as a "

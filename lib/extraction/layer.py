@@ -35,7 +35,7 @@ def extract_layer(
 
     The report is that of `layer_report` or `dense_report`, and noise (share of the clustered tokens
     that is in no cluster), stability (of HDBSCAN's clusters, else None), tokens (n). A layer with
-    fewer than two clusters stays as it is.
+    fewer than two clusters stays as it is; a class token that is set apart is none of these two.
     """
     if rules.clusters.of == "nothing":
         return _narrowed(mlp, calibration, rules, active)

@@ -21,14 +21,21 @@ class RecordedTokens:
     """Holds tokens of one MLP, in float32, on the device of its model.
 
     inputs: (n, D). hidden: (n, H), after the activation function. image: (n,) number of the image
-    that a token is of. residual: (n, D) the residual stream that the MLP's output is added to; None
-    if it was not asked for.
+    that a token is of. place: (n,) of a token in its image; where a ViT has a class token, that is
+    place 0. residual: (n, D) the residual stream that the MLP's output is added to; None if it was
+    not asked for.
     """
 
     inputs: Tensor
     hidden: Tensor
     image: Tensor
+    place: Tensor
     residual: Tensor | None = None
+
+    @property
+    def is_class_token(self) -> Tensor:
+        """Says (n,) which tokens are class tokens, of a model that has one."""
+        return self.place == 0
 
 
 @dataclass(frozen=True)
@@ -114,8 +121,8 @@ class _Sample:
     def __init__(self, per_image: int, limit: int, seed: int):
         self.per_image, self.limit, self.seed = per_image, limit, seed
         self.images_seen = 0
-        # {name: [(keys, image numbers, activations ...) of some tokens]}: joined only where some
-        # must go, since each joining copies all
+        # {name: [(keys, image numbers, places, activations ...) of some tokens]}: joined only where
+        # some must go, since each joining copies all
         self.pieces: dict[str, list[tuple[Tensor, ...]]] = {}
 
     def add(self, name: str, *activations: Tensor) -> None:
@@ -140,7 +147,7 @@ class _Sample:
             )
         device = chosen[0].device
         pieces = self.pieces.setdefault(name, [])
-        pieces.append((key.to(device), image.to(device), *chosen))
+        pieces.append((key.to(device), image.to(device), drawn.flatten().to(device), *chosen))
         if sum(len(piece[0]) for piece in pieces) > self.limit:
             whole = _joined(pieces)
             stay = whole[0].argsort()[: self.limit].sort().values  # in the order they came in
@@ -151,8 +158,8 @@ class _Sample:
         tokens = {}
         for name in list(self.pieces):
             # let go of one after the other: no second copy of all layers
-            _, image, inputs, hidden, *residual = _joined(self.pieces.pop(name))
-            tokens[name] = RecordedTokens(inputs, hidden, image, *residual)
+            _, image, place, inputs, hidden, *residual = _joined(self.pieces.pop(name))
+            tokens[name] = RecordedTokens(inputs, hidden, image, place, *residual)
         return tokens
 
 

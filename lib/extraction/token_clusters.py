@@ -23,8 +23,8 @@ def cluster_tokens(
 ) -> tuple[Clusters, float | None]:
     """Clusters a random sample of a layer's tokens; returns how stable the clusters are, too.
 
-    Tokens outside the sample get the label -2. Controls label all tokens. Stability is HDBSCAN's
-    alone, None for other methods.
+    Tokens outside the sample get the label -2, class tokens too unless they are clustered with the
+    others. Controls label all tokens. Stability is HDBSCAN's alone, None for other methods.
     """
     n = len(tokens.inputs)
     if rules.method == "directions":
@@ -32,7 +32,9 @@ def cluster_tokens(
         nearest = CentroidRouter.of(centres, "nearest").scores(tokens.inputs).argmax(dim=1)
         return Clusters(nearest.cpu().numpy(), np.ones(n)), None
     generator = torch.Generator().manual_seed(seed)
-    sample = torch.randperm(n, generator=generator)[: rules.sample].sort().values
+    may_cluster = _may_cluster(tokens, rules).nonzero()[:, 0].cpu()
+    order = torch.randperm(len(may_cluster), generator=generator)
+    sample = may_cluster[order[: rules.sample]].sort().values
     x = _principal_components(_space(tokens, rules)[sample], rules.components, seed)
     stable = None
     if rules.method == "hdbscan":
@@ -56,23 +58,34 @@ def centres_and_members(
 ) -> tuple[Tensor, Tensor]:
     """Returns (K, D) centres and (n,) the cluster of each token, -1 for a token in none.
 
-    A centre is the mean input of the sampled tokens of its cluster; random directions are centres
-    themselves. Tokens outside the sample join the nearest cluster; not so with HDBSCAN, where they
-    might be noise.
+    A centre is the mean input of the sampled tokens of its cluster, noise that joined it included;
+    random directions are centres themselves. Tokens outside the sample join the nearest cluster;
+    with HDBSCAN they might be noise, and do as noise does. The class token's cluster, where it is
+    apart, is the last one. Raises ValueError where it is and no class token was recorded.
     """
     cluster_of_token = torch.from_numpy(clusters.labels).to(tokens.inputs.device)
     if rules.method == "directions":
         return random_directions(tokens, rules.count, seed), cluster_of_token
-    centres = torch.stack(
-        [tokens.inputs[cluster_of_token == k].mean(dim=0) for k in range(clusters.count)]
-    )
+    in_sample = cluster_of_token > -2
+    joins = cluster_of_token == -2
     if rules.method == "hdbscan":
-        return centres, cluster_of_token.clamp_min(-1)
-    outside = cluster_of_token == -2
-    if outside.any():
+        joins = cluster_of_token < 0 if rules.noise == "nearest" else torch.zeros_like(joins)
+    joins = joins & _may_cluster(tokens, rules)
+    if joins.any():
         nearest = clusters.nearest(_space(tokens, rules), _space(tokens, rules))
-        cluster_of_token = torch.where(outside, nearest, cluster_of_token)
-    return centres, cluster_of_token
+        cluster_of_token = torch.where(joins, nearest, cluster_of_token)
+    cluster_of_token = cluster_of_token.clamp_min(-1)
+    members = [in_sample & (cluster_of_token == k) for k in range(clusters.count)]
+    if rules.class_token == "apart":
+        is_class_token = tokens.is_class_token
+        if not is_class_token.any():
+            raise ValueError(
+                f"clusters.class_token='apart' and none of the {len(in_sample)} recorded tokens is "
+                "a class token: raise calibration.tokens_per_image or calibration.tokens"
+            )
+        cluster_of_token = torch.where(is_class_token, clusters.count, cluster_of_token)
+        members.append(is_class_token)
+    return torch.stack([tokens.inputs[of].mean(dim=0) for of in members]), cluster_of_token
 
 
 def random_directions(tokens: RecordedTokens, count: int, seed: int) -> Tensor:
@@ -99,6 +112,13 @@ def router_to(
         )
         return OracleRouter(mean_hidden, mlp.fc1.weight, mlp.fc1.bias, mlp.act)
     return CentroidRouter.of(centres, rules.router, tokens.inputs.mean(dim=0))
+
+
+def _may_cluster(tokens: RecordedTokens, rules: ClusterSpec) -> Tensor:
+    """(n,) which tokens may be clustered: all, or those of patches alone."""
+    if rules.class_token == "with":
+        return torch.ones_like(tokens.place, dtype=torch.bool)
+    return ~tokens.is_class_token
 
 
 def _space(tokens: RecordedTokens, rules: ClusterSpec) -> Tensor:

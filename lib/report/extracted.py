@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
 from ..spec import ExtractSpec
+from ..verdicts.layers import layer_mean
+from ..verdicts.stats import accuracy_interval, finished
 
 
 def rules_row(rules: ExtractSpec) -> dict[str, Any]:
@@ -21,6 +25,28 @@ def rules_row(rules: ExtractSpec) -> dict[str, Any]:
         "made up for": f"{correction.catch_up:g}",
         "images": rules.calibration.images,
     }
+
+
+def extraction_row(records: Sequence[Any]) -> dict[str, Any]:
+    """Returns what an extraction kept and found, by column name.
+
+    records: of one reading, one a seed. Test top-1 is over all of them, the rest of the first that
+    is finished; every cell is None without one.
+    """
+    row = dict.fromkeys(("validation top-1 (%)", "test top-1 (%)", "active (%)", "stored (M)"))
+    row |= dict.fromkeys(("noise (%)", "clusters a layer"))
+    for record in finished(records)[:1]:
+        hidden = record.spec.backbone.hidden  # None: timm's ViTs have four times the width
+        shares = (layer["active"] / (hidden or 4 * layer["width"]) for layer in record.extract)
+        row |= {
+            "validation top-1 (%)": record.val["top1"],
+            "test top-1 (%)": accuracy_interval(records),
+            "active (%)": 100 * float(np.mean(list(shares))),
+            "stored (M)": record.cost["params_stored"] / 1e6,
+            "noise (%)": 100 * layer_mean(record.extract, itemgetter("noise")),
+            "clusters a layer": layer_mean(record.extract, itemgetter("clusters")),
+        }
+    return row
 
 
 def active_by_block(record: Any) -> dict[str, float]:

@@ -32,8 +32,14 @@ class ClusterSpec(Spec):
     neighbours: Positive = 5  # HDBSCAN: min_samples
     components: Positive | None = None  # principal components that are clustered; None = all
     # tokens of a layer that are clustered, at most; the others join the nearest centre, with
-    # HDBSCAN none
+    # HDBSCAN only if its noise does
     sample: Positive = 4000
+    # HDBSCAN: what becomes of tokens in no cluster. left_out: they take no part. nearest: they join
+    # the cluster whose mean is nearest, and its centre
+    noise: Literal["left_out", "nearest"] = "left_out"
+    # with: it is clustered like any token. left_out: only patch tokens are clustered, and it is
+    # routed like any. apart: it is a cluster of its own, and the others are clustered
+    class_token: Literal["with", "left_out", "apart"] = "with"
 
     @model_validator(mode="after")
     def _no_idle_fields(self):
@@ -45,6 +51,17 @@ class ClusterSpec(Spec):
             raise ValueError(
                 f"of={self.of!r} clusters no tokens, so {', '.join(idle)} would say nothing: leave "
                 "them at their defaults"
+            )
+        if self.noise != "left_out" and self.method != "hdbscan":
+            raise ValueError(
+                f"noise={self.noise!r} is for tokens that HDBSCAN leaves in no cluster, and "
+                f"method={self.method!r} leaves none: set method='hdbscan', or noise='left_out'"
+            )
+        if self.class_token != "with" and self.method not in ("hdbscan", "kmeans"):
+            raise ValueError(
+                f"class_token={self.class_token!r} needs clusters that are found among the other "
+                f"tokens, and method={self.method!r} is a control that deals all tokens: set "
+                "method='hdbscan' or 'kmeans', or class_token='with'"
             )
         return self
 

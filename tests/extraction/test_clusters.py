@@ -123,6 +123,8 @@ def test_what_is_recorded_is_what_the_layer_saw():
     assert (
         tokens.image.tolist() == [i for i in range(4) for _ in range(N)] and tokens.residual is None
     )
+    assert tokens.place.tolist() == 4 * list(range(N))
+    assert tokens.is_class_token.nonzero()[:, 0].tolist() == [0, N, 2 * N, 3 * N]
     with torch.no_grad():
         x = model.blocks[0](model._pos_embed(model.patch_embed(images)))
         x = x + model.blocks[1].attn(model.blocks[1].norm1(x))
@@ -138,6 +140,9 @@ def test_a_reservoir_of_few_tokens_an_image():
     model, images = build(), torch.cat([batch(6, seed)[0] for seed in range(10)])
     some = record(model, images.split(6), per_image=3)["blocks.0.mlp"]
     assert np.bincount(some.image).tolist() == [3] * 60
+    # a token is where it says it is
+    whole = record(model, images.split(6), limit=60 * N)["blocks.0.mlp"]
+    assert torch.equal(some.inputs, whole.inputs[some.image * N + some.place])
     few = {
         seed: record(model, images.split(6), per_image=3, limit=50, seed=seed)["blocks.0.mlp"]
         for seed in range(8)

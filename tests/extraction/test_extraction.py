@@ -69,6 +69,7 @@ def extracted(**parts):
         ),
         ({"neurons": {"variance_percent": 90.0}}, MoELayer),
         ({"storage": "shared"}, MoELayer),
+        ({"clusters": {"class_token": "apart"}}, MoELayer),
         ({"storage": "inputs", "correction": {"method": "ridge"}}, MoELayer),
         ({"router": "oracle"}, MoELayer),
         ({"router": "random"}, MoELayer),
@@ -345,6 +346,11 @@ def test_too_few_images_to_calibrate_on(where):
             "convnext_atto",
             {"correction": {"sequential": True}},
             "compares residual streams before norm2 of each block",
+        ),
+        (
+            "convnext_atto",
+            {"clusters": {"class_token": "apart"}},
+            "class_token='apart' treats the class token apart from the patches, and ConvNeXt",
         ),
     ],
 )

@@ -334,7 +334,7 @@ def test_without_clusters_the_layer_stays_dense():
     x = torch.rand(200, D, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         calibration = LayerCalibration(
-            RecordedTokens(x, mlp.act(mlp.fc1(x)), torch.arange(200)), mlp(x)
+            RecordedTokens(x, mlp.act(mlp.fc1(x)), torch.arange(200), torch.ones(200)), mlp(x)
         )
     new_layer, report = extracted_layer(
         mlp,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,9 +17,12 @@ from small_mlps import (
 )
 
 from lib.extraction import token_clusters
+from lib.extraction.clusters import Clusters
+from lib.extraction.record import RecordedTokens
 from lib.routers.centroid import CentroidRouter
 from lib.routers.controls import OracleRouter, RandomRouter
 from lib.routers.hard import HardRouter
+from lib.spec import ClusterSpec
 
 
 def belongings(mlp, calibration, changed_rules):
@@ -49,6 +53,71 @@ def test_tokens_that_were_not_clustered_join_the_nearest_centre_or_none():
         rules(clusters={"method": "hdbscan", "smallest_share": 0.1, "sample": 150}),
     )
     assert report["tokens"] == 600 and not report["dense"]
+
+
+# seven tokens on a line, clustered by what they activate: 0 and 1 about 0.5, 10 and 11 about 10.5,
+# 2 and 8 noise, 9 not in the sample; the first of each image is its class token. Inputs are 100
+# times as large.
+LINE = torch.tensor([[0.0], [1.0], [2.0], [10.0], [11.0], [8.0], [9.0]])
+ON_A_LINE = RecordedTokens(
+    100 * LINE, LINE, torch.tensor([0, 0, 0, 1, 1, 1, 1]), torch.tensor([0, 1, 2, 0, 1, 2, 3])
+)
+LABELS = Clusters(np.array([0, 0, -1, 1, 1, -1, -2]), np.ones(6))
+
+
+def test_noise_takes_no_part_or_joins_the_nearest_mean_and_moves_the_centre():
+    def belonging(**fields):
+        centres, member = token_clusters.centres_and_members(
+            ON_A_LINE, LABELS, ClusterSpec(**fields), seed=0
+        )
+        return centres[:, 0].tolist(), member.tolist()
+
+    assert belonging() == ([50.0, 1050.0], [0, 0, -1, 1, 1, -1, -1])
+    centres, member = belonging(noise="nearest")
+    assert member == [0, 0, 0, 1, 1, 1, 1]  # the one outside the sample moves no centre
+    assert centres == pytest.approx([100.0, 100 * (10 + 11 + 8) / 3])
+
+
+def test_class_tokens_calibrate_no_cluster_or_their_own():
+    # of the patches alone: 1 and 2, 11 and 9 are clusters, 8 is noise
+    of_patches = Clusters(np.array([-2, 0, 0, -2, 1, -1, 1]), np.ones(5))
+
+    def belonging(**fields):
+        centres, member = token_clusters.centres_and_members(
+            ON_A_LINE, of_patches, ClusterSpec(**fields), seed=0
+        )
+        return centres[:, 0].tolist(), member.tolist()
+
+    assert belonging(class_token="left_out") == ([150.0, 1000.0], [-1, 0, 0, -1, 1, -1, 1])
+    centres, member = belonging(class_token="left_out", noise="nearest")
+    assert member == [-1, 0, 0, -1, 1, 1, 1] and centres == pytest.approx([150.0, 2800 / 3])
+    centres, member = belonging(class_token="apart")
+    assert centres == [150.0, 1000.0, 500.0] and member == [2, 0, 0, 2, 1, -1, 1]
+    none = RecordedTokens(*(part[1:3] for part in (100 * LINE, LINE, LINE, LINE)))
+    with pytest.raises(ValueError, match="none of the 2 recorded tokens is a class token"):
+        token_clusters.centres_and_members(
+            none, Clusters(np.array([0, 1]), np.ones(2)), ClusterSpec(class_token="apart"), seed=0
+        )
+
+
+@pytest.mark.parametrize("method", ["hdbscan", "kmeans"])
+def test_patches_are_clustered_among_themselves(method):
+    calibration = calibration_of(small_mlp(), groups=4)
+    group, is_class_token = torch.arange(600) % 4, calibration.tokens.is_class_token
+    assert is_class_token.sum() == 30 and (group[is_class_token] == 0).all()
+    for class_token, count in (("left_out", 4), ("apart", 5)):
+        fields = {"method": method, "count": 4, "smallest_share": 0.1, "sample": 570}
+        changed_rules = rules(clusters=fields | {"class_token": class_token})
+        labels, centres, member = belongings(small_mlp(), calibration, changed_rules)
+        assert (labels[is_class_token] == -2).all() and (labels[~is_class_token] > -2).all()
+        assert len(centres) == count
+        of_class_tokens = -1 if class_token == "left_out" else 4
+        assert (member[is_class_token] == of_class_tokens).all()
+        assert (member[~is_class_token] != 4).all()
+    mean_input = calibration.tokens.inputs[is_class_token].mean(dim=0)
+    torch.testing.assert_close(centres[-1], mean_input)
+    _, report = extracted_layer(small_mlp(), calibration, changed_rules)
+    assert report["clusters"] == 5 and len(report["widths"]) == 5
 
 
 def test_random_clusters_are_dealt_to_all_tokens_whatever_share_was_clustered():

@@ -2,7 +2,10 @@
 
 from types import SimpleNamespace
 
-from lib.report.extracted import active_by_block, rules_row
+import numpy as np
+import pytest
+
+from lib.report.extracted import active_by_block, extraction_row, rules_row
 from lib.spec import ClusterSpec, ExtractSpec
 
 
@@ -31,3 +34,31 @@ def test_active_neurons_by_block_have_the_mean_that_was_asked_for():
         extract=[{"active": neurons} for neurons in (10.0, 20.0, 60.0)],
     )
     assert active_by_block(record) == {"1": 17.0, "2": 33.0, "3": 100.0}
+
+
+def test_what_an_extraction_kept_and_found():
+    def run(seed, right, val):
+        layers = [
+            {"width": 5, "active": 5.0, "noise": 0.5, "clusters": 2},
+            {"width": 5, "active": 15.0, "noise": 0.1, "clusters": 5},
+        ]
+        return SimpleNamespace(
+            status="ok",
+            spec=SimpleNamespace(seed=seed, backbone=SimpleNamespace(hidden=None)),
+            extract=layers,
+            val={"top1": val},
+            cost={"params_stored": 3e6},
+            arrays={"test_label": np.ones(4), "test_pred": np.arange(4) < right},
+        )
+
+    row = extraction_row([run(0, 2, 70.0), run(1, 3, 90.0), None])
+    assert row.pop("test top-1 (%)").mean == pytest.approx(62.5)  # of 2 and 3 in 4
+    assert row == {
+        "validation top-1 (%)": 70.0,
+        "active (%)": pytest.approx(100 * (5 + 15) / 2 / 20),
+        "stored (M)": 3.0,
+        "noise (%)": pytest.approx(30.0),
+        "clusters a layer": 3.5,
+    }
+    assert list(extraction_row([None])) == list(extraction_row([run(0, 2, 70.0)]))
+    assert set(extraction_row([None]).values()) == {None}

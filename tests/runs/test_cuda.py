@@ -71,6 +71,7 @@ def test_an_extracted_layer_is_the_one_that_the_cpu_makes(how):
                     calibration.tokens.inputs,
                     calibration.tokens.hidden,
                     calibration.tokens.image,
+                    calibration.tokens.place,
                 )
             )
         ),

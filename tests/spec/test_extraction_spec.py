@@ -73,6 +73,18 @@ EXTRACTED = DENSE.but(init=DENSE, train=None, extract=rules())
             lambda: ClusterSpec(of="neurons", count=4, space="input"),
             "of='neurons' clusters no tokens, so space would say nothing",
         ),
+        (
+            lambda: ClusterSpec(of="nothing", class_token="apart"),
+            "of='nothing' clusters no tokens, so class_token would say nothing",
+        ),
+        (
+            lambda: ClusterSpec(method="kmeans", noise="nearest"),
+            "noise='nearest' is for tokens that HDBSCAN leaves in no cluster",
+        ),
+        (
+            lambda: ClusterSpec(method="random", class_token="left_out"),
+            "class_token='left_out' needs clusters that are found among the other tokens",
+        ),
         (lambda: rules(clusters=STATIC, router="nearest"), "without a router"),
         (lambda: rules(clusters=STATIC, neurons={"common": 0.25}), "without a router"),
         (lambda: rules(clusters=STATIC, correction={"pooled": 0.5}), "without a router"),
