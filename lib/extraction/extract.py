@@ -46,7 +46,8 @@ def extract(
         "seed": spec.seed,
     }
     calibrate = InSequence if rules.correction.sequential else AtOnce
-    source = calibrate(model, _calibration_batches(spec, split, classes), rules, sampling)
+    batches = calibration_batches(spec, rules.calibration.images, split, classes)
+    source = calibrate(model, batches, rules, sampling)
     reports = []
     for name in tqdm(mlps, unit="layer", desc=f"extract {spec.id[:6]}", leave=False, delay=5):
         filed = None if checkpoint is None else _FiledLayer(checkpoint, name)
@@ -83,9 +84,11 @@ def check(model: nn.Module, rules: ExtractSpec) -> dict[str, Mlp]:
     return mlps_of(model)
 
 
-def _calibration_batches(spec: RunSpec, split: Split, classes: int) -> Iterator[Tensor]:
-    """Images (B, C, height, width) on the device of the run."""
-    images = spec.extract.calibration.images
+def calibration_batches(spec: RunSpec, images: int, split: Split, classes: int) -> Iterator[Tensor]:
+    """Yields class-balanced training images (B, C, height, width) on the device of the run.
+
+    They are drawn by `spec.seed`. Raises ValueError for a split with fewer than `images`.
+    """
     generator = torch.Generator().manual_seed(spec.seed)
     [index] = calibration(split.labels, [range(classes)], images, generator)
     if len(index) < images:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..extraction.runtime_masks import ChannelMask
 from ..models.experts import Experts
 from ..models.moe import MoELayer
 from ..models.pruned import PrunedLayer
@@ -72,9 +73,10 @@ class Cost:
     Own rule for MACs: linear layers, convolutions, patch embedding, attention products and routers,
     one multiply-add each; a MoE layer counts the K experts (and the shared one) that a token
     passes, as if no capacity refused any; after experts were dropped without rerouting those that
-    it measurably passes. Among experts of unequal width each one passed, or touched by an image,
-    counts as their mean: which ones it is, only data decide. Where all are passed equally often
-    (all experts, expert choice, Soft MoE) that is exact.
+    it measurably passes. Behind a `ChannelMask` the second map counts the neurons that stay. Among
+    experts of unequal width each one passed, or touched by an image, counts as their mean: which
+    ones it is, only data decide. Where all are passed equally often (all experts, expert choice,
+    Soft MoE) that is exact.
     """
 
     rows: tuple[Row, ...]
@@ -172,7 +174,7 @@ def count(
         twin(torch.empty(images, channels, image_size, image_size, device="meta"))
     agree(ledger, torch_count)
 
-    rows = _dense_rows(twin, ledger)
+    rows = _behind_masks(twin, _dense_rows(twin, ledger))
     share = None
     if experts_per_image is not None:
         _check_share(experts_per_image, list(layers.values()))
@@ -262,6 +264,32 @@ def _dense_rows(twin: nn.Module, ledger: Ledger) -> list[Row]:
             f"{', '.join(sorted(ELEMENTWISE))} of timm"
         )
     return rows
+
+
+def _behind_masks(twin: nn.Module, rows: Sequence[Row]) -> list[Row]:
+    """Lowers the second maps whose inputs a `ChannelMask` cuts, and adds what choosing costs.
+
+    The first map is computed whole, since the choice looks at what it gives. A score takes one
+    multiply-add a token and neuron.
+    """
+    masks = {
+        name.rpartition(".")[0]: module
+        for name, module in twin.named_modules()
+        if isinstance(module, ChannelMask)
+    }
+    lowered, macs = [], {row.module: row.macs for row in rows}
+    for row in rows:
+        mlp_name, _, part = row.module.rpartition(".")
+        if part != "fc2" or mlp_name not in masks:
+            lowered.append(row)
+            continue
+        mlp, mask = twin.get_submodule(mlp_name), masks[mlp_name]
+        share = mask.kept / mlp.fc2.in_features
+        active = row.active - (1 - share) * mlp.fc2.weight.numel()
+        lowered.append(replace(row, active=active, macs=round(row.macs * share)))
+        choosing = macs[f"{mlp_name}.fc1"] // mlp.fc1.in_features
+        lowered.append(Row(f"{mlp_name}.norm", "router", 0, 0, choosing))
+    return lowered
 
 
 def _elementwise(module: nn.Module) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from ..extraction.step import ExtractStep
+from ..extraction.step import ChannelStep, ExtractStep
 from ..models.step import Step
 from ..pruning.steps import DropStep, PruneStep
 from ..spec import RunSpec
 
-STEPS: dict[str, type[Step]] = {step.name: step for step in (PruneStep, DropStep, ExtractStep)}
+STEPS: dict[str, type[Step]] = {
+    step.name: step for step in (PruneStep, DropStep, ExtractStep, ChannelStep)
+}
 
 
 def steps_of(spec: RunSpec) -> list[Step]:

@@ -15,6 +15,7 @@ width, **H** expert hidden width, **E** experts, **K** experts per token.
 
 from .backbone import BackboneSpec
 from .base import Positive, Share, Spec
+from .channels import ChannelSpec
 from .data import PACKAGED, DataSpec, class_groups
 from .extraction import CalibrationSpec, ClusterSpec, CorrectionSpec, ExtractSpec, NeuronSpec
 from .moe import ROUTERS, MoESpec, RouterWord
@@ -27,6 +28,7 @@ __all__ = [
     "ROUTERS",
     "BackboneSpec",
     "CalibrationSpec",
+    "ChannelSpec",
     "ClusterSpec",
     "CorrectionSpec",
     "DataSpec",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .channels import ChannelSpec
 from .extraction import ExtractSpec
 from .moe import options_without
 from .run import RunSpec
@@ -104,3 +105,20 @@ def extracted(
         return run
     finetuning = start.train.but(epochs=epochs, lr=start.train.lr / 5, distil_logits=0.5)
     return run.but(train=finetuning, data={"train": images})
+
+
+def with_channels(base: RunSpec, seed: int, **rules: object) -> RunSpec:
+    """Returns the run that evaluates `dense_of(base)` with a part of its neurons (2602.15720).
+
+    seed: orders the evaluated images, or draws training images. rules: fields of its ChannelSpec.
+    On a processor it takes one thread, since two such runs beat one of two threads.
+    """
+    start = dense_of(base)
+    return start.but(
+        study=base.study,
+        init=start,
+        channels=ChannelSpec(**rules),
+        train=None,
+        seed=seed,
+        threads=1 if start.device == "cpu" else start.threads,
+    )

@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from .backbone import BackboneSpec
 from .base import Positive, Spec
+from .channels import ChannelSpec
 from .data import DataSpec
 from .extraction import ExtractSpec
 from .moe import MoESpec
@@ -20,7 +21,7 @@ class RunSpec(Spec):
 
     unhashed: ClassVar[frozenset[str]] = frozenset({"study", "keep", "publish"})
     # fields that hold the rules of a step, in the order in which steps are carried out
-    step_fields: ClassVar[tuple[str, ...]] = ("prune", "drop", "extract")
+    step_fields: ClassVar[tuple[str, ...]] = ("prune", "drop", "extract", "channels")
 
     # folder of data/results that the record is filed under; not part of the id
     study: str = "foundations"
@@ -33,6 +34,8 @@ class RunSpec(Spec):
     extract: ExtractSpec | None = None
     # experts of the parent that are dropped; a child of this run starts without them
     drop: DropSpec | None = None
+    # the parent is evaluated with a part of its hidden neurons, chosen while it runs
+    channels: ChannelSpec | None = None
     train: TrainSpec | None = None  # None = evaluate only
     # a parent whose final weights this run starts from, steps of its own included
     init: RunSpec | None = None
@@ -196,6 +199,23 @@ class RunSpec(Spec):
                 "extract takes experts from the MLPs of a trained model without MoE layers, and "
                 "nothing else is removed in the same run: set init to that model's run, moe and "
                 "prune to None"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _channels_fit(self):
+        if self.init is not None and self.init.channels is not None:
+            raise ValueError(
+                "init was evaluated with a part of its neurons, which no run can start from: set "
+                "init to the run that it started from"
+            )
+        if self.channels is None:
+            return self
+        others = (self.moe, self.prune, self.train)
+        if self.init is None or self.init.extracted or any(part is not None for part in others):
+            raise ValueError(
+                "channels evaluates a trained model without MoE layers, and changes no weight: set "
+                "init to that model's run, and moe, prune and train to None"
             )
         return self
 

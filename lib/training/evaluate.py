@@ -61,7 +61,8 @@ def evaluate(
     """Evaluates a model on a split, without augmentation.
 
     on_routings: is called with the routings of each batch, of an ensemble with labels once a
-    member.
+    member. Where a batch chooses the neurons (spec.channels), it is one of `batches_that_choose`;
+    predictions are in the order of the split all the same.
     """
     model.eval()
     tape, blocks = RoutingTape(model), moe_blocks(model)
@@ -69,9 +70,12 @@ def evaluate(
     # Hidden patches of an evaluation are the same at every epoch, so that its losses can be
     # compared.
     masks = torch.Generator().manual_seed(0) if isinstance(model, MaskedAutoencoder) else None
+    batches = torch.arange(len(split)).split(batch)
+    if spec.channels is not None and spec.channels.pool == "batch":
+        batches = batches_that_choose(split.labels, spec)
     predictions, losses, seconds = [], [], 0.0
     with _progress_bar(len(split), spec) as bar:
-        for index in torch.arange(len(split)).split(batch):
+        for index in batches:
             images, labels = split.batch(index, spec.data).to(spec.device), split.labels[index]
             began = time.perf_counter()
             with (
@@ -95,9 +99,21 @@ def evaluate(
     loss, images_per_s = math.fsum(losses) / len(split), len(split) / seconds
     if masks is not None:
         return Evaluation(len(split), None, loss, None, images_per_s)
-    predicted = torch.cat(predictions)
+    predicted = torch.cat(predictions)[torch.cat(batches).argsort()]
     correct = (predicted == split.labels).double().mean().item()
     return Evaluation(len(split), 100 * correct, loss, predicted, images_per_s)
+
+
+def batches_that_choose(labels: Tensor, spec: RunSpec) -> tuple[Tensor, ...]:
+    """Splits the images of a split, by number, into the batches that `spec.channels` asks for.
+
+    labels: (B,). The seed of the run shuffles the images; in the order of classes those of a class.
+    The last batch is what is left.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(spec.seed))
+    if spec.channels.order == "class":
+        order = order[labels[order].argsort(stable=True)]
+    return order.split(spec.channels.batch)
 
 
 def _progress_bar(images: int, spec: RunSpec) -> tqdm:

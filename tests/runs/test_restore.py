@@ -11,6 +11,7 @@ from lib.runs.restore import fit, restored
 from lib.runs.steps import STEPS, steps_of
 from lib.spec import (
     BackboneSpec,
+    ChannelSpec,
     DataSpec,
     DropSpec,
     ExtractSpec,
@@ -89,7 +90,8 @@ def test_a_step_for_each_field_with_rules():
     assert list(STEPS) == list(RunSpec.step_fields)
     assert steps_of(MOE) == []
     extract = ExtractSpec(neurons={"active": 0.5}, clusters={"method": "kmeans"})
-    for field, rules in (("drop", DROP), ("extract", extract), ("prune", PruneSpec())):
+    steps = {"drop": DROP, "extract": extract, "prune": PruneSpec()}
+    for field, rules in (steps | {"channels": ChannelSpec(active=0.5)}).items():
         start = MOE if field == "drop" else DENSE
         [step] = steps_of(start.but(init=start, **{field: rules}))
         assert step.name == field and step.rules == rules

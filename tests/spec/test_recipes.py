@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lib.spec import (
+    ChannelSpec,
     DataSpec,
     ExtractSpec,
     MaskSpec,
@@ -102,3 +103,13 @@ def test_experts_come_out_of_the_dense_run_and_are_finetuned_with_its_logits():
     assert (tuned.extract, tuned.init, tuned.data.train, tuned.threads) == (rules, dense, 50, 1)
     assert tuned.train == dense.train.but(epochs=2.0, lr=2e-4, distil_logits=0.5)
     assert recipes.extracted(base, rules, 3, epochs=2.0).data.train is None
+
+
+def test_channels_are_evaluated_on_the_dense_model():
+    dense = RunSpec(study="foundations", train=TrainSpec(), threads=2)
+    base = dense.but(init=dense, study="moee")
+    run = recipes.with_channels(base, 3, active=0.5, batch=64)
+    assert run.init == dense and run.channels == ChannelSpec(active=0.5, batch=64)
+    assert (run.train, run.seed, run.threads, run.study) == (None, 3, 1, "moee")
+    on_card = recipes.with_channels(dense.on("cuda"), 0, active=0.5, pool="image")
+    assert (on_card.init, on_card.threads) == (dense.on("cuda"), 2)
