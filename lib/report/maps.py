@@ -28,6 +28,7 @@ __all__ = [
     "class_names",
     "class_order",
     "classes_by_expert",
+    "counts_of_routing",
     "expert_loads",
     "reconstructions",
     "spread",
@@ -113,16 +114,15 @@ def class_expert_counts(records: dict[str, Any], layer: int = -1) -> Figure:
     """Draws how many images (or tokens) of each class each expert gets, a panel a model.
 
     After Durham, Figures 13 and 14. Rows are classes and columns experts, in their order; the
-    number is the count, the colour its share of the class. An image counts for the expert that gets
-    most of its tokens; tokens are counted where they are routed on their own and the record does
-    not have them by image. layer: index into the MoE layers.
+    number is that of `counts_of_routing`, the colour its share of the class. layer: index into the
+    MoE layers.
     """
     with style():
         classes = max(len(record.arrays["class_expert"][0]) for record in records.values())
         fig, axes = figure(1, len(records), height=1.9 + 0.24 * classes, sharey=True)
         for ax, (label, record) in zip(axes[0], records.items(), strict=True):
             (index,) = _layers(record, [layer])
-            counts, unit = _counts_of_routing(record, index)
+            counts, unit = counts_of_routing(record, index)
             share = load_share(counts)
             image = ax.imshow(share, vmin=0, vmax=1, aspect="auto")
             for (row, column), count in np.ndenumerate(counts):
@@ -137,8 +137,12 @@ def class_expert_counts(records: dict[str, Any], layer: int = -1) -> Figure:
     return fig
 
 
-def _counts_of_routing(record: Any, layer: int) -> tuple[np.ndarray, str]:
-    """Returns the (C, E) table of one layer, of images where they can be counted, and its unit."""
+def counts_of_routing(record: Any, layer: int = -1) -> tuple[np.ndarray, str]:
+    """Counts what each expert gets of each class, (C, E); also says what is counted.
+
+    Images by the expert that gets most of their tokens; tokens where the record does not have them
+    by image and they are routed on their own.
+    """
     if "image_loads" in record.arrays:
         return images_by_expert(record, layer), "images"
     counts = record.arrays["class_expert"][layer]
