@@ -5,7 +5,8 @@ record is enough to redraw every number. Entropies are in nats.
 
 Axis letters: **B** images, **N** tokens of an image (the class token is position 0), **T** = B*N,
 **E** experts, **K** experts per token, **C** classes, **M** MoE layers from the shallowest to the
-deepest, **A** assignments, **R** decisions of a router: T, or B where one serves a whole image.
+deepest, **A** assignments, **R** decisions of a router: T, or B where one serves a whole image;
+**I** images of the whole evaluation.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ def _numpy(tensor: Any) -> np.ndarray:
 class _LayerCounts:
     """Running sums of one MoE layer."""
 
-    def __init__(self, block: int, experts: int, tokens: int, classes: int):
+    def __init__(self, block: int, experts: int, tokens: int, classes: int, image_loads: bool):
         self.block, self.experts, self.tokens = block, experts, tokens
+        self.image_loads = [] if image_loads else None  # (B, E) of each batch
         self.by_class = np.zeros((classes, experts), np.int64)
         self.by_position = np.zeros((tokens, experts), np.int64)
         self.assigned = np.zeros(experts, np.int64)
@@ -67,6 +69,10 @@ class _LayerCounts:
         else:
             position = np.tile(np.arange(n), b)  # (R,)
             self.by_position += _table(position, choice, chosen, (n, e))
+        if self.image_loads is not None:
+            # a decision on a whole image counts for each of its tokens
+            image, weight = (np.arange(b), n) if per_image else (np.repeat(np.arange(b), n), 1)
+            self.image_loads.append(weight * _table(image, choice, chosen, (b, e)))
         expert, token = _numpy(routing.expert), _numpy(routing.token)  # (A,)
         self.assigned += np.bincount(expert, minlength=e)
         per_image_and_expert = np.bincount(token // n * e + expert, minlength=b * e)
@@ -103,13 +109,15 @@ class RoutingProbe:
     """Accumulates the routing of an evaluation, layer by layer; sums only, so the cost does not
     grow with the test set.
 
+    image_loads: also counts the tokens of each image; their table does grow with the test set.
+
     probe = RoutingProbe(num_classes)
     probe.update(tape.routings(), blocks, labels)   # per batch
     probe.summary(), probe.arrays()
     """
 
-    def __init__(self, num_classes: int):
-        self.classes = num_classes
+    def __init__(self, num_classes: int, image_loads: bool = False):
+        self.classes, self.image_loads = num_classes, image_loads
         self._layers: list[_LayerCounts] = []
 
     def update(self, routings: Sequence[Routing], blocks: Sequence[int], labels: Any) -> None:
@@ -140,7 +148,7 @@ class RoutingProbe:
             )
         if not self._layers:
             self._layers = [
-                _LayerCounts(block, r.experts, r.shape[1], self.classes)
+                _LayerCounts(block, r.experts, r.shape[1], self.classes, self.image_loads)
                 for r, block in zip(routings, blocks, strict=True)
             ]
         shapes = [(block, r.experts, r.shape[1]) for r, block in zip(routings, blocks, strict=True)]
@@ -165,7 +173,9 @@ class RoutingProbe:
 
         Image-level layers count images (times K), token-level layers tokens (times K); at image
         level all positions of an image are alike. Layers with fewer experts or tokens are padded
-        with zeros to the largest.
+        with zeros to the largest. With image_loads also "image_loads", (I, M, E) uint16: the tokens
+        (times K) of each image that chose each expert, at image level too. Raises OverflowError
+        for counts beyond these types.
         """
         experts = max((layer.experts for layer in self._layers), default=0)
         tokens = max((layer.tokens for layer in self._layers), default=0)
@@ -178,4 +188,18 @@ class RoutingProbe:
                 )
             by_class[i, :, : layer.experts] = layer.by_class
             by_position[i, : layer.tokens, : layer.experts] = layer.by_position
-        return {"class_expert": by_class, "position_expert": by_position}
+        tables = {"class_expert": by_class, "position_expert": by_position}
+        return tables | ({"image_loads": self._image_loads(experts)} if self.image_loads else {})
+
+    def _image_loads(self, experts: int) -> np.ndarray:
+        """Puts the image loads of all layers together, padded to the largest number of experts."""
+        of_layers = [np.concatenate(layer.image_loads) for layer in self._layers]  # (I, E) each
+        loads = np.zeros((len(of_layers[0]), len(of_layers), experts), np.uint16)
+        for i, of_layer in enumerate(of_layers):
+            if of_layer.max() > np.iinfo(np.uint16).max:
+                raise OverflowError(
+                    f"an image sends {of_layer.max()} tokens to one expert of block "
+                    f"{self._layers[i].block}, more than 2^16-1: leave image_loads False"
+                )
+            loads[:, i, : of_layer.shape[1]] = of_layer
+        return loads

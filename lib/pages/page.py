@@ -131,7 +131,7 @@ class Page:
         return text.say(*sides, *more)
 
     def answer(self, claims: Claims) -> Markdown:
-        """Lists the claims by verdict, on the reproduced records: the head of a page."""
+        """Lists the first claims by verdict, on the reproduced records: the head of a page."""
         return text.answer(self.judged(claims, self.reproduced), self.reproduced.name)
 
     def verdicts(self, claims: Claims, caption: str = text.RULE) -> tables.Table:

@@ -156,18 +156,18 @@ def explorer(
     return Explorer(images, token_expert, blocks, experts, names, prefix, grid, static)
 
 
-def of_record(record: Any, shown: int = 4) -> Explorer:
+def of_record(record: Any, shown: int = 4, lead: str = "") -> Explorer:
     """Makes an explorer of a record's probe images.
 
-    Where the images are not at hand the maps stand alone. Raises ValueError if the record has no
-    MoE layer.
+    lead: begins the caption, such as the figure of a document. Where the images are not at hand the
+    maps stand alone. Raises ValueError if the record has no MoE layer.
     """
     if not record.moe:
         raise ValueError(f"record {record.id} has no MoE layer: give a record whose spec has moe")
     caption = (
-        "Probe images of the test split and the expert that each patch goes to first, "
-        f"for layers from shallow to deep; {record.spec.data.name}, run {record.id}."
-    )
+        f"{lead} Test images and the expert that each patch goes to first, in blocks from shallow "
+        f"to deep; {record.spec.data.name}, run {record.id}."
+    ).strip()
     caption += absent_images(record)
     images = probe_images(record)
     if images is not None:  # those of several sizes are cut to one

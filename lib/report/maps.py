@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from ..measure.routing import load_share
+from ..verdicts.routes import images_by_expert
 from ..verdicts.routing import information, max_vio
 from .overlays import as_picture, bare, row_name, spread
 from .probes import probe_images, probe_names
@@ -27,6 +28,7 @@ __all__ = [
     "class_names",
     "class_order",
     "classes_by_expert",
+    "counts_of_routing",
     "expert_loads",
     "reconstructions",
     "spread",
@@ -112,28 +114,39 @@ def class_expert_counts(records: dict[str, Any], layer: int = -1) -> Figure:
     """Draws how many images (or tokens) of each class each expert gets, a panel a model.
 
     After Durham, Figures 13 and 14. Rows are classes and columns experts, in their order; the
-    number is the count, the colour its share of the class. Where tokens are routed on their own, a
-    record counts tokens: how many images go mostly to an expert is not known from it. layer: index
-    into the MoE layers.
+    number is that of `counts_of_routing`, the colour its share of the class. layer: index into the
+    MoE layers.
     """
     with style():
         classes = max(len(record.arrays["class_expert"][0]) for record in records.values())
         fig, axes = figure(1, len(records), height=1.9 + 0.24 * classes, sharey=True)
         for ax, (label, record) in zip(axes[0], records.items(), strict=True):
             (index,) = _layers(record, [layer])
-            counts = record.arrays["class_expert"][index][:, : len(record.moe[index]["load"])]
+            counts, unit = counts_of_routing(record, index)
             share = load_share(counts)
             image = ax.imshow(share, vmin=0, vmax=1, aspect="auto")
             for (row, column), count in np.ndenumerate(counts):
                 background = image.cmap(share[row, column])[:3]
                 centred_text(ax, column, row, str(count), background, 8)
-            ax.set(title=f"{fill(label, 24)}\n({_unit_of_routing(record)})", xlabel="expert")
+            ax.set(title=f"{fill(label, 24)}\n({unit})", xlabel="expert")
             ax.set_xticks(range(counts.shape[1]))
             ax.set_yticks(range(len(counts)), class_names(record, len(counts)))
             ax.grid(False)
         axes[0, 0].set_ylabel("class")
         fig.colorbar(image, ax=list(axes[0]), label="share of the class", aspect=25)
     return fig
+
+
+def counts_of_routing(record: Any, layer: int = -1) -> tuple[np.ndarray, str]:
+    """Counts what each expert gets of each class, (C, E); also says what is counted.
+
+    Images by the expert that gets most of their tokens; tokens where the record does not have them
+    by image and they are routed on their own.
+    """
+    if "image_loads" in record.arrays:
+        return images_by_expert(record, layer), "images"
+    counts = record.arrays["class_expert"][layer]
+    return counts[:, : len(record.moe[layer]["load"])], _unit_of_routing(record)
 
 
 def _draw_shares(ax: Axes, table: np.ndarray, edges: np.ndarray) -> AxesImage:

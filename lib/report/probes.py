@@ -10,6 +10,7 @@ Axis letters: **P** probe images, **S** side of an image in pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from .. import paths
 from ..spec import DataSpec
 from ..verdicts.masks import probe_labels
 
-__all__ = ["absent_images", "probe_images", "probe_names", "write"]
+__all__ = ["absent_images", "probe_images", "probe_names", "test_images", "write"]
 
 # data set: licence and source of its images
 LICENSED = {
@@ -45,6 +46,23 @@ def probe_images(record: Any, count: int | None = None) -> list[np.ndarray] | No
     except FileNotFoundError:
         return _written(record, count)
     return [source.image(int(row)).numpy() for row in record.arrays["probe_index"][:count]]
+
+
+def test_images(record: Any, places: Sequence[int]) -> list[np.ndarray]:
+    """Reads images of the record's test split by their places in it, channels first.
+
+    Raises FileNotFoundError without the data set, ValueError where it has other labels than the
+    record.
+    """
+    from ..inputs.splits import load_splits
+
+    test = load_splits(record.spec.data).test
+    if not np.array_equal(test.labels.numpy(), record.arrays["test_label"]):
+        raise ValueError(
+            f"data set {record.spec.data.name} gives its test images other labels than record "
+            f"{record.id}: it is not the copy that the record was made with"
+        )
+    return [test.source.image(int(test.rows[place])).numpy() for place in places]
 
 
 def probe_names(record: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,9 @@ RULE = (
     "claimed side, and is not reproduced if the interval leaves out the published size."
 )
 
-__all__ = ["RULE", "answer", "gaps", "published", "say", "verdicts"]
+HEAD = 5  # claims that the head of a page lists
+
+__all__ = ["HEAD", "RULE", "answer", "gaps", "published", "say", "verdicts"]
 
 
 def gaps(records: dict[str, list], command: str) -> str:
@@ -66,32 +69,41 @@ def published(entry: Claim | None) -> str:
 
 
 def answer(judged: Iterable[Verdict], source: str = "Reproduced") -> Markdown:
-    """Lists the claims of a page by verdict, for its head.
+    """Lists at most HEAD claims of a page by verdict, for its head, and counts the others.
 
-    source: what the records are; taken off the beginning of the claims. What is decided comes one
-    claim a line with its interval, the rest in one line a verdict; parts of a joint claim stand
-    inside its line. The claims go with the list as data, which the page of all verdicts reads
-    (`lib.pages.all_verdicts`).
+    source: what the records are; taken off the beginning of the claims. The document's claims come
+    before ours, and of either what is decided before what is not. What is decided has a line with
+    its interval; parts of a joint claim stand inside its line. All claims go with the list as data,
+    which the page of all verdicts reads (`lib.pages.all_verdicts`).
     """
     judged = [replace(v, claim=v.claim.removeprefix(f"{source}: ")) for v in judged]
     data = {"source": source, "claims": [_plain(v) for v in judged]}
     whole = [v for v in judged if v.entry is None or v.entry.part_of is None]
-    by_verdict = {verdict: [v for v in whole if v.verdict == verdict] for verdict in WORDS}
-    untested = len(by_verdict["not tested"])
+    untested = sum(v.verdict == "not tested" for v in whole)
     if untested == len(whole):
         return Markdown(
             f"**{source}, in short.** None of this page's {untested} claims has its records yet.",
             metadata=data,
         )
+    tested = sorted((v for v in whole if v.verdict != "not tested"), key=_rank)
     lines = [f"**{source}, in short.** The table of verdicts below has all the numbers.", ""]
-    for verdict in DECIDED:
-        for v in by_verdict[verdict]:
+    for v in sorted(tested[:HEAD], key=lambda v: WORDS.index(v.verdict)):
+        if v.verdict in DECIDED:
             lines.append(f"- *{v.word.capitalize()}:* {_sentence(v)}: {numbers(v)}")
-    if by_verdict["undecided"]:
-        lines.append(f"- *Undecided:* {'; '.join(map(_sentence, by_verdict['undecided']))}.")
+    if undecided := [_sentence(v) for v in tested[:HEAD] if v.verdict == "undecided"]:
+        lines.append(f"- *Undecided:* {'; '.join(undecided)}.")
+    if others := Counter(v.verdict for v in tested[HEAD:]):
+        counted = "; ".join(f"{word}: {others[word]}" for word in WORDS if others[word])
+        lines.append(f"- *Further claims*, in that table alone: {others.total()} ({counted}).")
     if untested:
         lines.append(f"- *Not tested* for want of records: {untested} of {len(whole)} claims.")
     return Markdown("\n".join(lines), metadata=data)
+
+
+def _rank(verdict: Verdict) -> tuple[bool, bool]:
+    """Puts the claims of the document before ours, and of either what is decided first."""
+    ours = verdict.entry is not None and verdict.entry.kind == "ours"
+    return ours, verdict.verdict not in DECIDED
 
 
 def _sentence(verdict: Verdict) -> str:

@@ -107,7 +107,7 @@ class _Run:
         if self.spec.train is not None:
             teacher = self._teacher(splits, parent)
             model = self._train(trained, splits, teacher, masks)
-        routing = RoutingProbe(len(splits.class_names))
+        routing = RoutingProbe(len(splits.class_names), self.spec.image_loads)
         test = evaluate(model, splits.test, self.spec, routing.update)
         self.timing["eval_images_per_s"] = test.images_per_s
         resident = partial(self._resident_mib, trained, splits)

@@ -47,6 +47,7 @@ class RunSpec(Spec):
     fresh_routers: bool = False  # draw the routers anew after the parent's weights are loaded
     experts_off: bool = False  # also the test accuracy with all routed experts off
     colour_probe: bool = False  # also the routing of a two-colour checkerboard
+    image_loads: bool = False  # also how many tokens of each test image chose each expert
     depth_probe: bool = False  # also kNN and a linear probe on the features after each block
     cam_probe: bool = False  # also GradCAM of the fixed probe images
     # also the resident set of training steps, measured in a process of their own
@@ -137,6 +138,16 @@ class RunSpec(Spec):
             raise ValueError(
                 "init dropped experts of an ensemble; a further stage is not defined: "
                 "drop in the last one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _image_loads_fit(self):
+        routed = self.extracted or (self.moe is not None and self.moe.members == 1)
+        if self.image_loads and not routed:
+            raise ValueError(
+                "image_loads counts the tokens of each test image by expert, and this run has "
+                "no single model with experts: set moe with members=1, or leave image_loads False"
             )
         return self
 

@@ -1,9 +1,11 @@
 """Measures the ways of classes through a whole model, and what colour alone does to a router.
 
-After Durham, Figures 7 to 9 and 12. The main route of a class is the expert that gets most of its
-tokens in each MoE layer.
+After Durham, Figures 7 to 9, 12 and 13. The main route of a class is the expert that gets most of
+its tokens in each MoE layer, the main expert of an image the one that gets most of its tokens in a
+layer.
 
-Axis letters: **M** MoE layers from the shallowest to the deepest, **C** classes, **E** experts.
+Axis letters: **M** MoE layers from the shallowest to the deepest, **C** classes, **E** experts,
+**I** test images.
 """
 
 from __future__ import annotations
@@ -28,6 +30,35 @@ def main_route(record: Any, label: int) -> tuple[list[int], list[float]]:
     """
     share = load_share(record.arrays["class_expert"][:, label])
     return share.argmax(1).tolist(), share.max(1).tolist()
+
+
+def main_expert(record: Any, layer: int = -1) -> np.ndarray:
+    """Finds the expert that gets most of the tokens of each test image: (I,).
+
+    Of experts with equally many the first. Raises ValueError for a record without these counts.
+    """
+    if "image_loads" not in record.arrays:
+        raise ValueError(
+            f"record {record.id} holds no tokens of single images: give a record whose spec has "
+            "image_loads"
+        )
+    return record.arrays["image_loads"][:, layer].argmax(1)
+
+
+def images_by_expert(record: Any, layer: int = -1) -> np.ndarray:
+    """Counts the test images of each class by their main expert: (C, E)."""
+    experts = len(record.moe[layer]["load"])
+    table = np.zeros((record.arrays["class_expert"].shape[1], experts), int)
+    np.add.at(table, (record.arrays["test_label"], main_expert(record, layer)), 1)
+    return table
+
+
+def purity(table: np.ndarray) -> float:
+    """Computes the share, in percent, of images whose class is the most common of their expert.
+
+    table: (C, E) counts. 100 where each expert has images of one class.
+    """
+    return 100 * float(table.max(0).sum() / table.sum())
 
 
 def widest_route(record: Any) -> float:

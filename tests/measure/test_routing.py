@@ -146,6 +146,29 @@ def test_probe_token_level_with_dropping_and_padding():
     assert maps.tolist() == [[[0, 0], [0, 1]], [[3, -1], [3, -1]]]
 
 
+def test_image_loads_by_hand():
+    # two images of two tokens that choose (0, 0) and (0, 1); one visit is refused, and still chosen
+    choice = torch.tensor([[0], [0], [0], [1]])
+    probs = torch.tensor([[1.0, 0.0]]).repeat(4, 1)
+    by_token = assign(choice, torch.ones(4, 1), probs, probs, (2, 2), capacity_factor=1.0)
+    by_image = image_routing([[2], [0]], 3, 3)  # three tokens an image
+    probe = counts.RoutingProbe(2, image_loads=True)
+    probe.update([by_token, by_image], [0, 1], [1, 0])
+    probe.update([by_token, by_image], [0, 1], [1, 0])
+    loads = probe.arrays()["image_loads"]
+    assert loads.dtype == np.uint16
+    assert loads[:2].tolist() == [[[2, 0, 0], [0, 0, 3]], [[1, 1, 0], [3, 0, 0]]]  # padded to 3
+    assert np.array_equal(loads[2:], loads[:2])  # of the second batch, in the order of images
+    assert "image_loads" not in counts.RoutingProbe(2).arrays()
+
+
+def test_image_loads_refuse_what_their_type_cannot_hold():
+    probe = counts.RoutingProbe(1, image_loads=True)
+    probe.update([image_routing([[1]], 2**16, 2)], [3], [0])
+    with pytest.raises(OverflowError, match="65536 tokens to one expert of block 3"):
+        probe.arrays()
+
+
 def test_probe_agrees_with_real_routers_and_batch_split():
     generator = torch.Generator().manual_seed(0)
     x, labels = torch.randn(12, 5, 8, generator=generator), torch.arange(12) % 3

@@ -351,6 +351,14 @@ def test_counts_by_hand():
     assert panel.get_title() == "manual\n(images)"
 
 
+def test_counts_of_images_where_tokens_are_routed_on_their_own():
+    by_token = record(0, blocks=[0], experts=2, classes=2, images=3)
+    by_token.arrays["image_loads"] = np.array([[[9, 8]], [[0, 17]], [[8, 9]]])
+    panel = maps.class_expert_counts({"token choice": by_token}).axes[0]
+    assert [text.get_text() for text in panel.texts] == ["1", "1", "0", "1"]  # labels are 0, 1, 0
+    assert panel.get_title() == "token choice\n(images)"
+
+
 def test_depth_information_of_a_sharp_layer():
     blocks, values = figures.depth_information(record(0, images=1000, per_image=True))
     assert (

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -106,6 +107,21 @@ def test_plain_table():
 # ---------------------------------------------------------------- sentences
 
 
+def test_the_head_lists_the_claims_of_the_document_before_ours(monkeypatch):
+    def verdict(id, kind, word):
+        entry = SimpleNamespace(id=id, kind=kind, parts=(), part_of=None)
+        return Verdict(f"claim {id}", word, "+2", 3, entry=entry)
+
+    monkeypatch.setattr(text, "HEAD", 2)
+    ours = verdict("X.one", "ours", "holds")
+    judged = [ours, verdict("X1", "document", "undecided"), verdict("X2", "document", "opposite")]
+    assert text.answer(judged).data.split("\n")[2:] == [
+        "- *Opposite:* claim X2 (X2): +2",
+        "- *Undecided:* claim X1 (X1).",
+        "- *Further claims*, in that table alone: 1 (holds: 1).",
+    ]
+
+
 def test_gaps_name_the_command():
     assert (
         text.gaps({"a": [record(0), None]}, "make it").strip()
@@ -133,6 +149,15 @@ def test_answer_sorts_the_claims_by_verdict():
     assert (first["claim"], first["verdict"], first["n"], first["id"]) == ("b", "undecided", 1, "")
     assert first["estimate"] is None and json.dumps(first)
     assert text.answer(judged, "In this model").metadata["source"] == "In this model"
+    more = [*judged, *(Verdict(f"f{i}", "holds", "+2", 3) for i in range(3))]
+    assert text.answer(more).data.split("\n")[2:] == [
+        "- *Holds:* a: +1 [0, 2]",
+        *(f"- *Holds:* f{i}: +2" for i in range(3)),
+        "- *Not reproduced (pilot):* c: -1",
+        "- *Further claims*, in that table alone: 2 (undecided: 2).",
+        "- *Not tested* for want of records: 1 of 8 claims.",
+    ]
+    assert len(text.answer(more).metadata["claims"]) == 8
     untested = [Verdict("Reproduced: a", "not tested", "", 0)] * 2
     assert (
         text.answer(untested).data

@@ -59,6 +59,11 @@ from lib.spec import ROUTERS, BackboneSpec, DataSpec, MoESpec, RunSpec, Spec, Tr
         (lambda: TrainSpec(epochs=0), "epochs"),
         (lambda: TrainSpec(layer_decay=1.5), "layer_decay"),
         (lambda: RunSpec(dtype="float16"), "float32"),
+        (lambda: RunSpec(image_loads=True), "image_loads .* set moe with members=1"),
+        (
+            lambda: RunSpec(image_loads=True, moe=MoESpec(router="token", experts=4, members=2)),
+            "image_loads .* set moe with members=1",
+        ),
         (
             lambda: RunSpec(init=RunSpec(backbone=BackboneSpec(depth=3))),
             "init must have the same backbone",

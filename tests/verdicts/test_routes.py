@@ -7,8 +7,11 @@ import pytest
 
 from lib.verdicts.routes import (
     colour_information,
+    images_by_expert,
+    main_expert,
     main_route,
     pairs_on_one_route,
+    purity,
     shared_route_excess,
     widest_route,
 )
@@ -100,3 +103,24 @@ def test_patches_without_one_colour_or_expert_do_not_count():
 def test_patches_of_both_colours_alone_say_nothing():
     # two patches in a row over four squares
     assert colour_information(board([[[0, 1], [1, 0]]], pixels=8)) is None
+
+
+def test_images_by_their_main_expert():
+    # five images of two classes, two layers, two experts; the last image is a tie
+    loads = [[3, 1], [0, 4], [4, 0], [1, 3], [2, 2]]
+    run = SimpleNamespace(
+        id="one",
+        moe=[{"load": [0.5, 0.5]}] * 2,
+        arrays={
+            "image_loads": np.array([[[0, 4], load] for load in loads], np.uint16),
+            "test_label": np.array([0, 0, 1, 1, 1]),
+            "class_expert": np.zeros((2, 2, 2)),
+        },
+    )
+    assert main_expert(run).tolist() == [0, 1, 0, 1, 0]
+    assert images_by_expert(run).tolist() == [[1, 1], [2, 1]]
+    assert images_by_expert(run, 0).tolist() == [[0, 2], [0, 3]]
+    assert purity(images_by_expert(run)) == 60.0  # two of three, and one of two
+    del run.arrays["image_loads"]
+    with pytest.raises(ValueError, match="record one .* whose spec has image_loads"):
+        main_expert(run)
