@@ -45,7 +45,8 @@ class RunSpec(Spec):
     experts_off: bool = False  # also the test accuracy with all routed experts off
     colour_probe: bool = False  # also the routing of a two-colour checkerboard
     depth_probe: bool = False  # also kNN and a linear probe on the features after each block
-    cam_probe: bool = False  # also GradCAM of the fixed probe images
+    cam_probe: bool = False  # also GradCAM of the fixed probe images, taken in the last block
+    cam_first: bool = False  # and that which is taken in the first block
     # also the resident set of training steps, measured in a process of their own
     resident: bool = False
     keep: bool = False  # keep the final weights in the cache; not part of the id
@@ -134,6 +135,15 @@ class RunSpec(Spec):
             raise ValueError(
                 "init dropped experts of an ensemble; a further stage is not defined: "
                 "drop in the last one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _probes_fit(self):
+        if self.cam_first and not self.cam_probe:
+            raise ValueError(
+                "cam_first=True adds the GradCAM of the first block to that of the last: "
+                "set cam_probe=True, too"
             )
         return self
 
