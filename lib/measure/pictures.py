@@ -66,12 +66,15 @@ def first_choices(routings: Sequence[Routing], images: int) -> Tensor:
     return torch.stack([F.pad(layer, (0, most - layer.shape[1]), value=-1) for layer in maps])
 
 
-def gradcam(model: nn.Module, split: Split, spec: RunSpec, index: Tensor) -> np.ndarray:
+def gradcam(
+    model: nn.Module, split: Split, spec: RunSpec, index: Tensor, block: int = -1
+) -> np.ndarray:
     """Computes (P, S, S) float16 GradCAM (1610.02391) of the predicted classes of the P images
     `index`, each scaled to 0..1, in float32.
 
-    Taken where the last block's attention reads, the last place at which patches still lead to the
-    class token. Raises ValueError if the model is no timm ViT.
+    block: where it is taken, namely where the attention of that block reads; in the last block this
+    is the last place at which patches still lead to the class token. Raises ValueError if the model
+    is no timm ViT.
     """
     from pytorch_grad_cam import GradCAM
 
@@ -93,7 +96,7 @@ def gradcam(model: nn.Module, split: Split, spec: RunSpec, index: Tensor) -> np.
     # stage froze.
     with (
         labelled(model, labels),
-        GradCAM(model, [model.blocks[-1].norm1], reshape_transform=as_grid) as cam,
+        GradCAM(model, [model.blocks[block].norm1], reshape_transform=as_grid) as cam,
     ):
         return cam(images.requires_grad_(True), targets=None).astype(np.float16)
 

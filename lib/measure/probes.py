@@ -155,8 +155,14 @@ def _checkerboard(inputs: ProbeInputs) -> ProbeResult:
 
 
 def _gradcam(inputs: ProbeInputs) -> ProbeResult:
-    cam = pictures.gradcam(inputs.model, inputs.splits.test, inputs.spec, inputs.index)
-    return ProbeResult(arrays={"cam": cam})
+    blocks = {"cam": -1} | ({"cam_first": 0} if inputs.spec.cam_first else {})
+    split = inputs.splits.test
+    return ProbeResult(
+        arrays={
+            name: pictures.gradcam(inputs.model, split, inputs.spec, inputs.index, block)
+            for name, block in blocks.items()
+        }
+    )
 
 
 def _probe_index(inputs: ProbeInputs) -> ProbeResult:

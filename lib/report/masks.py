@@ -109,15 +109,15 @@ def _frame(ax: Axes, rows: int, columns: int) -> None:
 
 
 def cam_shares(
-    record: Any, layer: int, prefix: int = 1, shift: int = 0
+    record: Any, layer: int, prefix: int = 1, shift: int = 0, cam: str = "cam"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Computes (E,) the share of the GradCAM on each expert's patches, and (E,) of the patches.
 
     Over all probe images. shift: the patches of an image meet the GradCAM of the one that comes so
-    many later, around the end; then places alone can bring the two together. Raises ValueError if
-    the record holds no GradCAM.
+    many later, around the end; then places alone can bring the two together. cam: as of
+    `cam_masks`. Raises ValueError if the record does not hold it.
     """
-    heat = np.roll(_heat_of_patches(record, prefix), -shift, axis=0)
+    heat = np.roll(_heat_of_patches(record, prefix, cam), -shift, axis=0)
     experts = range(len(record.moe[layer]["load"]))
     expert_of_patch = first_choices(record, layer, prefix)  # (P, h, w)
     heat_of_expert = np.array([heat[expert_of_patch == e].sum() for e in experts])
@@ -125,13 +125,16 @@ def cam_shares(
     return heat_of_expert / max(heat_of_expert.sum(), 1e-12), share_of_patches
 
 
-def cam_masks(record: Any, layer: int = -1, shown: int = 4, prefix: int = 1) -> Figure:
+def cam_masks(
+    record: Any, layer: int = -1, shown: int = 4, prefix: int = 1, cam: str = "cam"
+) -> Figure:
     """Draws probe images, their GradCAM, and the GradCAM on the patches of each expert alone.
 
     After Leiden, Figure 4; a row an image, which lies dimmed below the heat where it is at hand.
-    Raises ValueError if the record holds no GradCAM.
+    cam: the GradCAM of the record, "cam" of the last block or "cam_first" of the first. Raises
+    ValueError if the record does not hold it.
     """
-    heat = _heat_of_patches(record, prefix)[:shown]
+    heat = _heat_of_patches(record, prefix, cam)[:shown]
     expert_of_patch = first_choices(record, layer, prefix)[:shown]
     experts = range(len(record.moe[layer]["load"]))
     images, names = probe_images(record, shown), probe_names(record)
@@ -184,14 +187,15 @@ def _draw_heat(ax: Axes, image: np.ndarray | None, heat: np.ndarray):
     return shades
 
 
-def _heat_of_patches(record: Any, prefix: int) -> np.ndarray:
-    """Averages the GradCAM over the pixels of each patch: (P, h, w)."""
-    if "cam" not in record.arrays:
+def _heat_of_patches(record: Any, prefix: int, cam: str = "cam") -> np.ndarray:
+    """Averages a GradCAM over the pixels of each patch: (P, h, w)."""
+    if cam not in record.arrays:
         raise ValueError(
-            f"record {record.id} holds no GradCAM: give a record whose spec has cam_probe"
+            f"record {record.id} holds no GradCAM {cam!r}: give a record whose spec has "
+            f"{'cam_probe' if cam == 'cam' else cam}"
         )
-    cam = record.arrays["cam"].astype(float)
+    heat = record.arrays[cam].astype(float)
     rows, columns = token_grid(record.arrays["token_expert"].shape[-1], prefix, None)
     # (P, H, W) pixels -> (P, h, pixels, w, pixels): one cell a patch
-    cells = cam.reshape(len(cam), rows, cam.shape[1] // rows, columns, cam.shape[2] // columns)
+    cells = heat.reshape(len(heat), rows, heat.shape[1] // rows, columns, heat.shape[2] // columns)
     return cells.mean(axis=(2, 4))

@@ -49,7 +49,8 @@ class RunSpec(Spec):
     colour_probe: bool = False  # also the routing of a two-colour checkerboard
     image_loads: bool = False  # also how many tokens of each test image chose each expert
     depth_probe: bool = False  # also kNN and a linear probe on the features after each block
-    cam_probe: bool = False  # also GradCAM of the fixed probe images
+    cam_probe: bool = False  # also GradCAM of the fixed probe images, taken in the last block
+    cam_first: bool = False  # and that which is taken in the first block
     # also the resident set of training steps, measured in a process of their own
     resident: bool = False
     keep: bool = False  # keep the final weights in the cache; not part of the id
@@ -142,12 +143,17 @@ class RunSpec(Spec):
         return self
 
     @model_validator(mode="after")
-    def _image_loads_fit(self):
+    def _probes_fit(self):
         routed = self.extracted or (self.moe is not None and self.moe.members == 1)
         if self.image_loads and not routed:
             raise ValueError(
                 "image_loads counts the tokens of each test image by expert, and this run has "
                 "no single model with experts: set moe with members=1, or leave image_loads False"
+            )
+        if self.cam_first and not self.cam_probe:
+            raise ValueError(
+                "cam_first=True adds the GradCAM of the first block to that of the last: "
+                "set cam_probe=True, too"
             )
         return self
 

@@ -186,6 +186,19 @@ def test_experts_dropped_in_training_until_one_is_left(where, tmp_path, monkeypa
     assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
 
 
+@pytest.mark.parametrize("side", [28, 56])
+def test_gradcam_is_taken_in_the_first_and_in_the_last_block(where, side):
+    """4x4 patches of 7 pixels, and 8x8."""
+    spec = FIRST.but(data={"image_size": side}, cam_probe=True, cam_first=True)
+    record = run(where, spec)
+    last, first = record.arrays["cam"], record.arrays["cam_first"]
+    assert last.shape == first.shape == (12, side, side)
+    assert first.max() == 1 and not np.allclose(first, last, atol=0.1)
+    assert record.arrays["token_expert"].shape[-1] == 1 + (side // 7) ** 2
+    with pytest.raises(ValidationError, match="set cam_probe=True, too"):
+        spec.but(cam_probe=False)
+
+
 def test_gradcam_of_the_probe_images(where):
     record = run(where, TUNED.but(cam_probe=True))
     cam = record.arrays["cam"]

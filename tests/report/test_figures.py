@@ -245,8 +245,21 @@ def test_gradcam_shares_by_hand():
     assert masks.cam_shares(r, 1)[0].tolist() == [1, 0, 0, 0]
     assert masks.cam_shares(r, 1, shift=2)[0].tolist() == [0.9, 0, 0, 0.1]
     del r.arrays["cam"]
-    with pytest.raises(ValueError, match="holds no GradCAM"):
+    with pytest.raises(ValueError, match="holds no GradCAM 'cam': .* has cam_probe"):
         masks.cam_masks(r)
+
+
+def test_the_gradcam_of_the_first_block_is_drawn_where_it_is_asked_for():
+    r = record(0)
+    with pytest.raises(ValueError, match="holds no GradCAM 'cam_first': .* has cam_first"):
+        masks.cam_masks(r, 0, cam="cam_first")
+    r.arrays["cam_first"] = np.zeros((12, 16, 16), np.float16)
+    r.arrays["cam_first"][:, -4:, -4:] = 1.0  # all of it on the last patch
+    heat = masks.cam_masks(r, 0, 1, cam="cam_first").axes[-6].images[-1].get_array()
+    assert heat[3, 3] == 1.0 and heat.sum() == 1.0
+    r.arrays["token_expert"] = np.zeros((4, 12, 17), np.int16)
+    r.arrays["token_expert"][0, :, -1] = 2  # the expert of the last patch
+    assert masks.cam_shares(r, 0, cam="cam_first")[0].tolist() == [0, 0, 1, 0]
 
 
 def test_front_by_hand():

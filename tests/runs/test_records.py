@@ -50,6 +50,11 @@ PICTURES = {"test_label", "picture", "hidden", "probe_index"}
         (DENSE.but(train=None), set(), PREDICTIONS),
         (DENSE.but(depth_probe=True), {"memory", "depth"}, PREDICTIONS),
         (DENSE.but(cam_probe=True), {"memory"}, PREDICTIONS | {"cam", "probe_index"}),
+        (
+            DENSE.but(cam_probe=True, cam_first=True),
+            {"memory"},
+            PREDICTIONS | {"cam", "cam_first", "probe_index"},
+        ),
         (DENSE.but(colour_probe=True), {"memory"}, PREDICTIONS),
         (MOE, {"memory"}, PREDICTIONS | ROUTING),
         (MOE.but(experts_off=True), {"memory", "experts_off"}, PREDICTIONS | ROUTING),
