@@ -5,7 +5,7 @@ Axis letters: **C** classes, **E** experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -50,23 +50,3 @@ def class_distance(counts: np.ndarray, classes: Sequence[int]) -> float:
     pairs = [jensenshannon(a, b, base=2) for i, a in enumerate(shares) for b in shares[i + 1 :]]
     # Rounding may put the divergence of equal shares below 0, where it has no root.
     return float(np.nanmean(pairs))
-
-
-def class_rows(record: Any, layer: int, classes: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Yields a row for each class: its main expert, how many tokens of it and of all go there, and
-    its Jensen-Shannon distance to all tokens.
-
-    layer: index into the record's MoE layers.
-    """
-    counts = record.arrays["class_expert"][layer]
-    share_of_all = load_share(counts.sum(0))
-    for label in classes:
-        share = load_share(counts[label])
-        expert = int(share.argmax())
-        yield {
-            "class": str(record.class_names[label]).replace("_", " "),
-            "its main expert": expert,
-            "share (%)": 100 * share[expert],
-            "of all tokens (%)": 100 * share_of_all[expert],
-            "distance to all": float(jensenshannon(share, share_of_all, base=2)),
-        }

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from .routing import load_profile
 from .stats import Interval, mean_interval
 
 Layer = Mapping[str, Any]
@@ -77,6 +78,17 @@ def layer_intervals(
         values = [number for number in map(value, layer_of_seeds) if number is not None]
         intervals.append(mean_interval(values) if values else None)
     return intervals
+
+
+def sorted_loads(records: Sequence[Any], block: int, points: int) -> list[Interval]:
+    """Computes the sorted loads of a block's experts, as `load_profile` reads them, over seeds.
+
+    records: one a seed, whose `moe` has a row a layer; n counts those in which the block is a MoE
+    layer. block: from 0. Empty where it is one in none.
+    """
+    layers = [layer for record in records for layer in record.moe if layer["block"] == block]
+    profiles = [load_profile(layer["load"], points) for layer in layers]
+    return [mean_interval([float(load) for load in at]) for at in zip(*profiles, strict=True)]
 
 
 def pair_mean(table: Sequence[Sequence[float]]) -> float | None:

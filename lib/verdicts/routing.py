@@ -28,6 +28,17 @@ def cv(load: np.ndarray) -> float:
     return float(load.std() / load.mean())
 
 
+def load_profile(load: np.ndarray, points: int) -> np.ndarray:
+    """Reads the loads (E,), in falling order and in units of an even one, at evenly spaced experts.
+
+    Returns (points,): the first for the most loaded ones, all 1 where loads are even. Layers of
+    different E have the same points, so that they can be compared and averaged.
+    """
+    relative = np.sort(np.asarray(load, float))[::-1] / np.mean(load)
+    expert = (np.arange(points) + 0.5) / points * len(relative)
+    return relative[expert.astype(int)]
+
+
 def max_vio(load: np.ndarray) -> float:
     """Computes the largest excess, (max - mean) / mean, of the load (E,).
 

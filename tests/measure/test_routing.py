@@ -29,6 +29,9 @@ def test_load_numbers():
     assert tables.cv([4, 0, 0, 0]) == pytest.approx(math.sqrt(3))  # sqrt(E - 1)
     assert tables.max_vio([4, 0, 0, 0]) == 3  # E - 1
     assert tables.max_vio([3, 1]) == 0.5
+    assert tables.load_profile([1, 1, 1], 4).tolist() == [1] * 4
+    assert tables.load_profile([1, 3], 4).tolist() == [1.5, 1.5, 0.5, 0.5]
+    assert tables.load_profile([0, 1, 4, 3], 2).tolist() == [1.5, 0]
 
 
 def test_entropy_bounds():

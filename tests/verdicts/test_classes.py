@@ -7,7 +7,6 @@ import pytest
 
 from lib.verdicts.classes import (
     class_distance,
-    class_rows,
     confusion,
     look_alike_classes,
     spaced_classes,
@@ -50,15 +49,3 @@ def test_distance_is_one_for_classes_without_a_common_expert():
     assert class_distance(counts, [0, 3]) == pytest.approx(np.sqrt(divergence))
     pairs = [class_distance(counts, pair) for pair in ((0, 1), (0, 3), (1, 3))]
     assert class_distance(counts, [0, 1, 3]) == pytest.approx(np.mean(pairs))
-
-
-def test_rows_name_the_main_expert_and_compare_with_all_tokens():
-    counts = np.zeros((2, 2, 3), np.int32)
-    counts[1] = [[6, 2, 0], [0, 2, 6]]
-    record = SimpleNamespace(class_names=["sweet_pepper", "tank"], arrays={"class_expert": counts})
-    pepper, tank = class_rows(record, 1, [0, 1])
-    assert pepper["class"] == "sweet pepper"
-    assert (pepper["its main expert"], tank["its main expert"]) == (0, 2)
-    assert (pepper["share (%)"], pepper["of all tokens (%)"]) == (75.0, 37.5)
-    assert pepper["distance to all"] == pytest.approx(tank["distance to all"])
-    assert 0 < pepper["distance to all"] < 1

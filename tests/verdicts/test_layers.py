@@ -1,6 +1,7 @@
 """Numbers of layers: which ones are averaged, and over what."""
 
 from operator import itemgetter
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,7 @@ from lib.verdicts.layers import (
     layer_mean,
     mean_above,
     pair_mean,
+    sorted_loads,
 )
 from lib.verdicts.stats import mean_interval
 
@@ -68,3 +70,18 @@ def test_the_last_layer_against_the_early_half():
     assert last_less_early([5.0, 2.0]) == late_less_early([5.0, 2.0]) == -3.0
     assert last_less_early([]) is None and last_less_early([None, 2.0]) is None
     assert last_less_early([2.0, 5.0, None]) is None
+
+
+def test_sorted_loads_are_means_over_the_seeds_whose_block_routes():
+    def run(**load_of_block):
+        layers = [{"block": int(name[1:]), "load": load} for name, load in load_of_block.items()]
+        return SimpleNamespace(moe=layers)
+
+    # 1.5 and 0.5 of an even load; then 2, 0.8 and 0.2 of it, of which four points read 1, 2, 2, 3
+    runs = [run(b0=[0.25, 0.75]), run(b0=[0.2 / 3, 2 / 3, 0.8 / 3], b3=[1.0, 0.0]), run()]
+    assert [value.mean for value in sorted_loads(runs, 0, 4)] == pytest.approx(
+        [(1.5 + 2) / 2, (1.5 + 0.8) / 2, (0.5 + 0.8) / 2, (0.5 + 0.2) / 2]
+    )
+    assert [value.n for value in sorted_loads(runs, 0, 4)] == [2] * 4
+    assert [value.mean for value in sorted_loads(runs, 3, 2)] == [2.0, 0.0]
+    assert sorted_loads(runs, 7, 4) == []
