@@ -195,7 +195,7 @@ def _chance(found: Sequence[Row]) -> str:
 
 
 def _line(row: Row, entry: ledger.Claim) -> str:
-    from ..report.text import published  # pandas and matplotlib, which an idle build does not need
+    from ..report.text import plain, published  # pandas and matplotlib: an idle build needs none
 
     pilot = ", pilot" if row["pilot"] else ""
     indent = "&nbsp;&nbsp;" if row["part_of"] else ""
@@ -206,7 +206,7 @@ def _line(row: Row, entry: ledger.Claim) -> str:
     text = (row["text"] or "").partition(";")[0] if row["effect"] is not None else row["text"] or ""
     cells = (
         f"{indent}{row['id']}",
-        cell(row["statement"]) + where,
+        plain(row["statement"]) + where,
         cell(published(entry)),
         cell(text),
         f"**{_word(row)}**{pilot}",

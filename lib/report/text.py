@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -100,6 +102,11 @@ def answer(judged: Iterable[Verdict], source: str = "Reproduced") -> Markdown:
     return Markdown("\n".join(lines), metadata=data)
 
 
+def plain(text: str) -> str:
+    """Escapes a text, so that a page shows it as it is written: neither HTML nor Markdown."""
+    return re.sub(r"([\\`*_\[\]|$])", r"\\\1", html.escape(text, quote=False))
+
+
 def _rank(verdict: Verdict) -> tuple[bool, bool]:
     """Puts the claims of the document before ours, and of either what is decided first."""
     ours = verdict.entry is not None and verdict.entry.kind == "ours"
@@ -108,7 +115,7 @@ def _rank(verdict: Verdict) -> tuple[bool, bool]:
 
 def _sentence(verdict: Verdict) -> str:
     """Writes a claim inside a line, with its id."""
-    claim = verdict.claim.removesuffix(".")
+    claim = plain(verdict.claim.removesuffix("."))
     return f"{claim} ({verdict.id})" if verdict.id else claim
 
 

@@ -124,6 +124,14 @@ def test_p_values_by_hand():
     assert claims.judge("c", at_end, "greater", 3.0).p == pytest.approx(0.025, rel=1e-4)
 
 
+def test_a_claim_is_shown_as_it_is_written():
+    hostile = "<img src=x onerror=alert(1)> [here](javascript:x) `a` $x$ | *b* & N=8 < N=4"
+    verdict = claims.judge(hostile, estimate(2.5, 3.0), "greater", 2.0)
+    shown = text.answer([verdict]).data
+    assert "<img" not in shown and " < " not in shown
+    assert "\\[here\\](javascript:x)" in shown and "N=8 &lt; N=4" in shown and "\\$x\\$" in shown
+
+
 def test_an_answer_lists_every_word():
     assert set(get_args(claims.VerdictWord)) == set(WORDS)
     judged = [
