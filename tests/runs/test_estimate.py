@@ -7,6 +7,7 @@ import pytest
 from lib.runs.environment import environment
 from lib.runs.estimate import (
     DEFAULT_RATE,
+    LEAST_LEFT,
     START_SECONDS,
     Estimates,
     contents_of,
@@ -111,6 +112,19 @@ def test_other_processors_and_failed_runs_say_nothing():
     known = Estimates({"1": other, "2": rounded, "3": failed, "4": old | {"spec": {"shape": 1}}})
     assert known.of(RUN).basis == "a default rate"
     assert len(known.seconds) == 2
+
+
+def test_by_default_a_pruned_model_takes_what_its_shares_leave():
+    def work(spec):
+        return Estimates({}).of(spec).seconds - START_SECONDS
+
+    whole = work(RUN)
+    assert work(RUN.but(prune=PruneSpec(share=0.25))) == pytest.approx(0.75 * whole)
+    half = RUN.but(prune=PruneSpec(share=0.5))
+    assert work(RUN.but(init=half)) == pytest.approx(0.5 * whole)  # what its parent lost is gone
+    assert work(RUN.but(prune=PruneSpec(share=0.95))) == pytest.approx(LEAST_LEFT * whole)
+    masked = PruneSpec(share=0.5, structured=False)  # single weights: nothing gets smaller
+    assert work(RUN.but(prune=masked)) == pytest.approx(whole)
 
 
 def test_a_model_that_cannot_be_built_stops_no_plan():
