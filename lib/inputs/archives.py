@@ -14,12 +14,12 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
+
+from .pixels import rgb
 
 LabelsAndDecoder = tuple[np.ndarray, Callable[[int], Tensor]]
 Read = tuple[dict[str, LabelsAndDecoder], list[str]]  # by split, and the names of the classes
@@ -36,13 +36,6 @@ def reader(folder: Path) -> Callable[[Path], Read] | None:
     if (folder / "default_partition.json").is_file() or any(folder.glob("*.hdf5")):
         return geobench
     return mit_indoor if any((folder / name).is_file() for name in LISTS.values()) else None
-
-
-def rgb(file: Path | BinaryIO) -> Tensor:
-    """Decodes an image file, whatever its name says, to (3, h, w) uint8; raises what PIL raises."""
-    with Image.open(file) as picture:
-        # (h, w, 3) in memory
-        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
 # ---------------------------------------------------------------- GEO-Bench
@@ -193,7 +186,7 @@ def mit_indoor(folder: Path) -> Read:
     for split, images in images_of_split.items():
         files = [folder / "Images" / image for image in images]
         labels = np.array([names.index(name) for name in classes_of_split[split]])
-        splits[split] = (labels, lambda row, files=files: _picture(files[row]))
+        splits[split] = (labels, lambda row, files=files: picture(files[row]))
     return splits, names
 
 
@@ -215,7 +208,8 @@ def _listed(folder: Path, name: str) -> list[str]:
     return images
 
 
-def _picture(file: Path) -> Tensor:
+def picture(file: Path) -> Tensor:
+    """Decodes a picture to (3, h, w) uint8; raises ValueError with its path for a damaged one."""
     try:  # by content: some files are GIF or PNG and named .jpg
         return rgb(file)
     except Exception as error:  # PIL raises many kinds on damaged files
