@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +22,16 @@ from torch import Tensor
 
 from .pixels import rgb
 
-LabelsAndDecoder = tuple[np.ndarray, Callable[[int], Tensor]]
-Read = tuple[dict[str, LabelsAndDecoder], list[str]]  # by split, and the names of the classes
+
+class Rows(NamedTuple):
+    """Holds a split as it is stored: labels (n,), and by row the image and its stored bytes."""
+
+    labels: np.ndarray
+    decode: Callable[[int], Tensor]  # (C, h, w) uint8
+    stored: Callable[[int], bytes] | None  # None where only decoded images are there
+
+
+Read = tuple[dict[str, Rows], list[str]]  # by split, and the names of the classes
 COLOURS = ("red", "green", "blue")
 LISTS = {"train": "TrainImages.txt", "test": "TestImages.txt"}
 
@@ -80,7 +89,7 @@ def geobench(folder: Path) -> Read:
                 )
         files = [folder / f"{sample}.hdf5" for sample in samples]
         labels = np.array([label_of_sample[sample] for sample in samples])
-        splits[split] = (labels, lambda row, files=files: _colours_of_sample(files[row]))
+        splits[split] = rows_in_files(labels, files, _colours_of_sample)
     return splits, names
 
 
@@ -186,7 +195,7 @@ def mit_indoor(folder: Path) -> Read:
     for split, images in images_of_split.items():
         files = [folder / "Images" / image for image in images]
         labels = np.array([names.index(name) for name in classes_of_split[split]])
-        splits[split] = (labels, lambda row, files=files: picture(files[row]))
+        splits[split] = rows_in_files(labels, files, picture)
     return splits, names
 
 
@@ -206,6 +215,13 @@ def _listed(folder: Path, name: str) -> list[str]:
             f"{len(absent)} such in all. Unpack the images again, or take the lines out"
         )
     return images
+
+
+def rows_in_files(
+    labels: np.ndarray, files: Sequence[Path], decode: Callable[[Path], Tensor]
+) -> Rows:
+    """Gives the rows of a split that has a file an image. labels: (n,)."""
+    return Rows(labels, lambda row: decode(files[row]), lambda row: files[row].read_bytes())
 
 
 def picture(file: Path) -> Tensor:

@@ -8,16 +8,15 @@ not looked at. A file that is no picture is left alone; every picture is read, o
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
-from .archives import LabelsAndDecoder, Read, picture
+from .archives import Read, Rows, picture, rows_in_files
 
 SPLIT_OF_NAME = {
     "train": "train",
@@ -72,7 +71,7 @@ def class_folders(folder: Path) -> Read:
             "at least two are needed, as in CLASS/picture.jpg or train/CLASS/picture.jpg"
         )
     _refuse_shared_files(files_of_split)
-    read: dict[str, LabelsAndDecoder] = {}
+    read: dict[str, Rows] = {}
     for split, files_of_class in files_of_split.items():
         if untrained := sorted(set(files_of_class) - set(names)):
             raise ValueError(
@@ -81,12 +80,8 @@ def class_folders(folder: Path) -> Read:
             )
         files = [each.file for name in names for each in files_of_class.get(name, ())]
         sizes = [len(files_of_class.get(name, ())) for name in names]
-        read[split] = (np.repeat(np.arange(len(names)), sizes), _decoder(files))
+        read[split] = rows_in_files(np.repeat(np.arange(len(names)), sizes), files, picture)
     return read, names
-
-
-def _decoder(files: list[Path]) -> Callable[[int], Tensor]:
-    return lambda row: picture(files[row])
 
 
 def _folder_of_split(folder: Path, top: list[Path]) -> dict[str, Path]:

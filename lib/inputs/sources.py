@@ -13,13 +13,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..spec import PACKAGED
-from . import archives, folders, packed, tables
+from . import archives, fingerprint, folders, packed, tables
 
 # a split keeps its decoded images in memory up to this size; beyond it they are decoded anew
 CACHED_BYTES = 4 * 2**30
@@ -28,11 +29,19 @@ CACHED_BYTES = 4 * 2**30
 class Source:
     """Holds all rows of one split as it is stored: labels at once, images on demand.
 
-    labels: (n,) class of each row; decode: gives the (C, h, w) uint8 image of a row; channels: C.
+    labels: (n,) class of each row; decode: gives the (C, h, w) uint8 image of a row; channels: C;
+    stored: gives the bytes of a row's image as they are stored, None where they are not there.
     """
 
-    def __init__(self, labels: np.ndarray, decode: Callable[[int], Tensor], channels: int):
+    def __init__(
+        self,
+        labels: np.ndarray,
+        decode: Callable[[int], Tensor],
+        channels: int,
+        stored: Callable[[int], bytes] | None = None,
+    ):
         self.labels, self.channels = labels.astype(np.int64), channels
+        self.stored = stored
         self._decode = decode
         self._images: dict[int, Tensor] = {}
         self._bytes_of_images = 0
@@ -61,16 +70,32 @@ def sources_of(name: str, label: str, home: Path | None) -> Opened:
     """
     if home is not None and (file := packed.file_of(home, name)).is_file():
         splits, class_names, channels = packed.read(file, label)
-        sources = {split: Source(*both, channels) for split, both in splits.items()}
-        return sources, class_names
+        return _sources(splits, channels), class_names
     if name == PACKAGED:
         return _mnist5k()
     if name.startswith("hub:"):
         splits, class_names = tables.hub_copy(name, label)
     else:
         splits, class_names = _read_folder(_folder_of(name, home), label)
-    sources = {split: Source(labels, decode, 3) for split, (labels, decode) in splits.items()}
-    return sources, class_names
+    return _sources(splits, 3), class_names
+
+
+def _sources(splits: dict[str, archives.Rows], channels: int) -> dict[str, Source]:
+    return {
+        split: Source(rows.labels, rows.decode, channels, rows.stored)
+        for split, rows in splits.items()
+    }
+
+
+@functools.lru_cache(maxsize=8)
+def fingerprint_of(name: str, label: str, home: Path | None) -> dict[str, Any] | None:
+    """Computes or reads the fingerprint of a data set; None for the images that a package brings.
+
+    Arguments and errors as of `sources_of`.
+    """
+    if home is not None and (file := packed.file_of(home, name)).is_file():
+        return packed.fingerprint_in(file, label)
+    return None if name == PACKAGED else fingerprint.of(*sources_of(name, label, home))
 
 
 def _folder_of(name: str, home: Path | None) -> Path:

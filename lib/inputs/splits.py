@@ -93,7 +93,9 @@ def load_splits(spec: DataSpec) -> Splits:
         rows = rows[(source.labels[rows] >= first) & (source.labels[rows] < end)]
         count = count_of_split[split]
         if not len(rows):
-            raise ValueError(f"data set {spec.name}, split {split}: no image of the classes asked for")
+            raise ValueError(
+                f"data set {spec.name}, split {split}: no image of the classes asked for"
+            )
         request = f"{spec.name}, {split}={count}"
         rows = _balanced(source.labels, rows, count, spec.subset_seed, request)
         # classes are numbered anew from 0
@@ -101,9 +103,7 @@ def load_splits(spec: DataSpec) -> Splits:
     return Splits(**splits, class_names=names[first:end], channels=sources["train"].channels)
 
 
-def _rows_of_splits(
-    name: str, sources: dict[str, Source]
-) -> dict[str, tuple[Source, np.ndarray]]:
+def _rows_of_splits(name: str, sources: dict[str, Source]) -> dict[str, tuple[Source, np.ndarray]]:
     """Lists the rows that each split may draw from; absent splits are lent by training.
 
     Raises ValueError for a split without images, and for training images too few to lend a tenth.

@@ -10,9 +10,11 @@ Axis letters: **n** rows of a split.
 from __future__ import annotations
 
 import glob
+import hashlib
 import io
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +23,7 @@ import numpy as np
 from torch import Tensor
 
 from .. import paths
-from .archives import Read
+from .archives import Read, Rows
 from .pixels import rgb
 
 if TYPE_CHECKING:
@@ -89,7 +91,7 @@ def parquet_files(folder: Path, label: str) -> Read:
     image = _image_column(Path(files_of_split["train"][0]))
     read = {}
     for split, table in _tables(files_of_split, image).items():
-        read[split] = (labels_of_split[split], _decoder(table, image, f"{folder}, split {split}"))
+        read[split] = _rows(labels_of_split[split], table, image, f"{folder}, split {split}")
     return read, names
 
 
@@ -148,11 +150,12 @@ def hub_copy(name: str, label: str) -> Read:
     """
     import datasets
 
+    cache = paths.cache() / "datasets"
     try:
-        tables = datasets.load_dataset(name.removeprefix("hub:"), cache_dir=_cache())
+        tables = datasets.load_dataset(name.removeprefix("hub:"), cache_dir=str(cache))
     except Exception as error:  # the hub client raises many kinds, from DNS to HTTP to JSON
         raise FileNotFoundError(
-            f"{name} is not in the cache ({_cache()}) and the hub did not deliver it "
+            f"{name} is not in the cache ({cache}) and the hub did not deliver it "
             f"({type(error).__name__}: {error}). Either run once with network, or put its parquet "
             f"files into MOE_DATA/{name.rpartition('/')[2]}"
         ) from error
@@ -173,7 +176,7 @@ def hub_copy(name: str, label: str) -> Read:
         images = [c for c, of in table.features.items() if isinstance(of, datasets.Image)]
         if not images:
             raise ValueError(f"{where}: no image column among {', '.join(table.features)}")
-        read[split] = (labels_of_split[split], _decoder(table, images[0], where))
+        read[split] = _rows(labels_of_split[split], table, images[0], where)
     return read, names
 
 
@@ -294,10 +297,6 @@ def _column(where: str, values: pyarrow.ChunkedArray, names: list[str] | None) -
 # ---------------------------------------------------------------- images
 
 
-def _cache() -> str:
-    return str(paths.cache() / "datasets")
-
-
 def _image_column(file: Path) -> str:
     """Names the first column of a parquet file that holds encoded images."""
     import datasets
@@ -315,6 +314,21 @@ def _image_column(file: Path) -> str:
     raise ValueError(f"{file}: no image column among {', '.join(schema.names)}")
 
 
+def _identity(files_of_split: dict[str, list[str]]) -> str:
+    """Names the files as they are now, for the cache of what was made of them.
+
+    The library goes by name and time of change, and a copy may keep the time of what it replaces;
+    a file's number and the time of change of its entry it cannot keep.
+    """
+    content = []
+    for split, files in sorted(files_of_split.items()):
+        for file in files:
+            status = os.stat(file)
+            numbers = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+            content.append(f"{split} {file} {numbers}")
+    return hashlib.sha256("\n".join(content).encode(errors="surrogatepass")).hexdigest()[:16]
+
+
 def _tables(files_of_split: dict[str, list[str]], image: str) -> datasets.DatasetDict:
     """Opens the image column of the files, as tables on disk."""
     import datasets
@@ -328,7 +342,7 @@ def _tables(files_of_split: dict[str, list[str]], image: str) -> datasets.Datase
             },
             columns=[image],
             features=datasets.Features({image: datasets.Image()}),
-            cache_dir=_cache(),
+            cache_dir=str(paths.cache() / "datasets" / _identity(files_of_split)),
         )
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
         first = next(iter(files_of_split["train"]))
@@ -337,22 +351,25 @@ def _tables(files_of_split: dict[str, list[str]], image: str) -> datasets.Datase
         ) from error
 
 
-def _decoder(table: datasets.Dataset, column: str, where: str) -> Callable[[int], Tensor]:
-    """Makes the function that decodes a row of a table; its errors begin with `where`."""
+def _rows(labels: np.ndarray, table: datasets.Dataset, column: str, where: str) -> Rows:
+    """Gives the rows of a table. where: begins the messages of the ValueErrors for a bad image."""
     import datasets
 
     encoded = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
 
-    def decode(row: int) -> Tensor:
+    def stored(row: int) -> bytes:
         item = encoded[row][column]
         if item is None:
             raise ValueError(f"{where}, row {row} has no image: remove it")
+        return item["bytes"] or Path(item["path"]).read_bytes()
+
+    def decode(row: int) -> Tensor:
         try:
-            return rgb(io.BytesIO(item["bytes"]) if item["bytes"] else Path(item["path"]))
+            return rgb(io.BytesIO(stored(row)))
         except Exception as error:  # PIL raises many kinds on damaged files
             raise ValueError(
-                f"{where}, row {row} ({item['path'] or 'embedded image'}) does not decode: "
-                f"{error}. Repair or remove the row; images are never skipped in silence"
+                f"{where}, row {row} does not decode: {error}. Repair or remove the row; images "
+                "are never skipped in silence"
             ) from error
 
-    return decode
+    return Rows(labels, decode, stored)

@@ -91,7 +91,7 @@ def test_truncated_image_names_split_and_row(home):
     assert source.image(6).shape == (3, 8, 8)
     with pytest.raises(
         ValueError,
-        match="torn, split train, row 7 .embedded image. does not decode: .*never skipped",
+        match="torn, split train, row 7 does not decode: .*never skipped",
     ):
         source.image(7)
 
