@@ -13,14 +13,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from itertools import chain
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .pixels import rgb
+
+if TYPE_CHECKING:
+    import h5py
 
 
 class Rows(NamedTuple):
@@ -108,6 +113,11 @@ def _lists_by_name(file: Path) -> dict[str, list]:
         raise ValueError(
             f'{file} must map names to lists of samples, as in {{"train": ["sample_1", ...]}}'
         )
+    for sample in chain.from_iterable(content.values()):
+        # no path: a sample lies in the folder itself
+        is_name = isinstance(sample, str) and PurePath(sample).name == sample not in ("", "..")
+        if not is_name or "\\" in sample:
+            raise ValueError(f"{file}: {sample!r} is no name of a sample, but a path or no text")
     return content
 
 
@@ -141,13 +151,13 @@ def _colours_of_sample(file: Path) -> Tensor:
                     f"{file} has {counts} among {', '.join(sample)}: "
                     "exactly one of each is needed, of one date"
                 )
-            bands = [np.asarray(sample[names[colour][0]]) for colour in COLOURS]
+            bands = [_band(sample, names[colour][0], file) for colour in COLOURS]
     except (OSError, KeyError, RuntimeError) as error:  # what h5py raises on damaged files
         raise ValueError(
             f"{file} does not read as HDF5 ({error}): repair or replace it; "
             "images are never skipped in silence"
         ) from error
-    if len({band.shape for band in bands}) > 1 or bands[0].ndim != 2:
+    if len({band.shape for band in bands}) > 1:
         raise ValueError(
             f"{file} has bands of shape {', '.join(str(band.shape) for band in bands)}: "
             "all must have one height and width"
@@ -160,6 +170,33 @@ def _colours_of_sample(file: Path) -> Tensor:
             "bands of whole numbers from 0 to 255 are read; other sensors need a scale of their own"
         )
     return torch.from_numpy(pixels.astype(np.uint8))
+
+
+def _band(sample: h5py.File, name: str, file: Path) -> np.ndarray:
+    """Reads one band (h, w) whose values lie in the file itself.
+
+    HDF5 can take values from any other file: by links, by external storage, and by virtual data
+    sets. A data set that was downloaded must not read what else is on the machine, nor ask for more
+    memory than an image needs.
+    """
+    import h5py
+
+    link, band = sample.get(name, getlink=True), sample.get(name)
+    if not isinstance(link, h5py.HardLink) or not isinstance(band, h5py.Dataset):
+        raise ValueError(f"{file}: band {name} is no array of this file but a link or a group")
+    if band.external or band.is_virtual:
+        raise ValueError(f"{file}: band {name} takes its values from other files: refused")
+    if band.ndim != 2 or band.dtype.kind not in "uif":
+        raise ValueError(
+            f"{file}: band {name} holds {band.dtype} of shape {band.shape}, and numbers of a "
+            "height and a width are read"
+        )
+    if band.size > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(
+            f"{file}: band {name} has {band.shape[0]} x {band.shape[1]} pixels, more than the "
+            f"{Image.MAX_IMAGE_PIXELS:,} that an image may have"
+        )
+    return np.asarray(band)
 
 
 def _colour_of_band(name: str) -> str:
@@ -209,6 +246,10 @@ def _listed(folder: Path, name: str) -> list[str]:
     images = [line for line in lines if line]
     if not images:
         raise ValueError(f"{folder / name} lists no image")
+    for image in images:
+        parts = image.split("/")
+        if len(parts) != 2 or "\\" in image or any(part in ("", ".", "..") for part in parts):
+            raise ValueError(f"{folder / name} lists {image}: images are listed as CLASS/FILE")
     if absent := [image for image in images if not (folder / "Images" / image).is_file()]:
         raise ValueError(
             f"{folder / name} lists {absent[0]}, which is not in {folder / 'Images'}; "

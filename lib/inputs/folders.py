@@ -14,9 +14,9 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from .archives import Read, Rows, picture, rows_in_files
+from .pixels import opened
 
 SPLIT_OF_NAME = {
     "train": "train",
@@ -223,7 +223,7 @@ def _picture_at(file: Path) -> Picture | None:
 
 def _looks_like_picture(file: Path) -> bool:
     try:
-        with Image.open(file):
+        with opened(file):
             return True
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+    except (OSError, SyntaxError, ValueError):  # what Pillow raises; UnidentifiedImageError is one
         return False

@@ -15,7 +15,16 @@ from torch import Tensor
 
 # Pillow's modes of 16 bits a pixel; a PNG of 16 bits was mode I in older versions
 SIXTEEN_BITS = {"I;16", "I;16B", "I;16L", "I;16N"}
+# Formats that are read, by Pillow's names: pictures alone. Others run programs (EPS) or read the
+# formats of measuring instruments.
+FORMATS = tuple("AVIF BMP DIB GIF JPEG JPEG2000 PNG PPM PSD QOI TGA TIFF WEBP ICO MPO".split())
 OF_NO_SCALE = {"I": "32-bit whole numbers", "F": "floating-point numbers"}
+
+
+def opened(file: Path | BinaryIO) -> Image.Image:
+    """Opens a picture of one of `FORMATS`, without decoding it; raises what Pillow raises."""
+    Image.init()
+    return Image.open(file, formats=[kind for kind in FORMATS if kind in Image.OPEN])
 
 
 def rgb(file: Path | BinaryIO) -> Tensor:
@@ -25,7 +34,7 @@ def rgb(file: Path | BinaryIO) -> Tensor:
     several frames the first is read. Raises ValueError for pixels whose scale the file does not
     say, and what Pillow raises for a file that does not decode.
     """
-    with Image.open(file) as picture:
+    with opened(file) as picture:
         pixels = _eight_bits(ImageOps.exif_transpose(picture), picture.format)
     # (h, w, 3) in memory
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
