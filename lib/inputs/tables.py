@@ -24,13 +24,13 @@ from torch import Tensor
 
 from .. import paths
 from .archives import Read, Rows
+from .folders import SPLIT_OF_NAME
 from .pixels import rgb
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow
 
-OUR_NAME = {"train": "train", "validation": "val", "valid": "val", "val": "val", "test": "test"}
 # SPLIT.parquet, or a part of it as the hub names them: SPLIT-00000-of-00002.parquet
 FILE_NAME = re.compile(r"(?P<split>[^-]+?)(-(?P<part>\d{5})-of-(?P<parts>\d{5})(-\w+)?)?\.parquet")
 
@@ -101,7 +101,7 @@ def _files_of_split(folder: Path) -> dict[str, list[Path]]:
     other = []
     for file in _parquet(folder):
         match = FILE_NAME.fullmatch(file.name)
-        split = OUR_NAME.get(match["split"].lower()) if match else None
+        split = SPLIT_OF_NAME.get(match["split"].lower()) if match else None
         if split is None:
             other.append(file)
             continue
@@ -110,7 +110,7 @@ def _files_of_split(folder: Path) -> dict[str, list[Path]]:
             parts_of_split.setdefault(split, set()).add((int(match["part"]), int(match["parts"])))
     for file in other:
         # anything else that begins like a split may be a part of it: not left out in silence
-        if any(file.name.lower().startswith(name) for name in OUR_NAME):
+        if any(file.name.lower().startswith(name) for name in SPLIT_OF_NAME):
             raise ValueError(
                 f"{file} is not read: files are named SPLIT.parquet or "
                 "SPLIT-00000-of-00002.parquet, with SPLIT one of train, validation, test. "
@@ -161,7 +161,9 @@ def hub_copy(name: str, label: str) -> Read:
         ) from error
     if "train" not in tables:
         raise ValueError(f"data set {name!r} has no split named train, only {', '.join(tables)}")
-    tables = {OUR_NAME[split]: table for split, table in tables.items() if split in OUR_NAME}
+    tables = {
+        SPLIT_OF_NAME[split]: table for split, table in tables.items() if split in SPLIT_OF_NAME
+    }
     columns = {}
     for split, table in tables.items():
         where = f"{name}, split {split}"

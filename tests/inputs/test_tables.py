@@ -242,6 +242,14 @@ def test_a_split_that_nobody_asked_for_is_not_looked_at(home):
     assert len(load_splits(DataSpec(name="set", image_size=8)).train) == 16
 
 
+@pytest.mark.parametrize("word", ["dev", "valid", "Validation", "val"])
+def test_names_of_a_validation_table(home, word):
+    named(home / "set/training.parquet", ["cat", "dog"], ["cat", "dog"])
+    named(home / f"set/{word}.parquet", ["cat", "dog"], ["cat", "dog"], count=6)
+    splits = load_splits(DataSpec(name="set", image_size=8))
+    assert (len(splits.train), len(splits.val), len(splits.test)) == (18, 6, 2)
+
+
 def test_the_layout_of_the_hub(home):
     named(home / "set [1]/data/train-00000-of-00001.parquet", ["cat", "dog"], ["cat", "dog"])
     named(
@@ -264,7 +272,7 @@ def test_the_layout_of_the_hub(home):
         (["train", "train-00000-of-00001"], r"no whole set .*they overlap"),
         (["train-00000-of-00001", "train-00000-of-00002", "train-00001-of-00002"], "they overlap"),
         (["train", "train_extra"], r"train_extra\.parquet is not read: files are named SPLIT"),
-        (["train", "testing"], r"testing\.parquet is not read"),
+        (["train", "test2"], r"test2\.parquet is not read"),
         (["unlabeled"], r"no split named train, only unlabeled\.parquet"),
         (["train", "data/train"], r"parquet files of its own and in data"),
         (["default/train"], r"default/train\.parquet is not looked at"),
