@@ -12,17 +12,31 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from pathlib import Path
-from typing import BinaryIO
+from collections.abc import Callable, Sequence
+from itertools import chain
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-LabelsAndDecoder = tuple[np.ndarray, Callable[[int], Tensor]]
-Read = tuple[dict[str, LabelsAndDecoder], list[str]]  # by split, and the names of the classes
+from .pixels import rgb
+
+if TYPE_CHECKING:
+    import h5py
+
+
+class Rows(NamedTuple):
+    """Holds a split as it is stored: labels (n,), and by row the image and its stored bytes."""
+
+    labels: np.ndarray
+    decode: Callable[[int], Tensor]  # (C, h, w) uint8
+    stored: Callable[[int], bytes] | None  # None where only decoded images are there
+
+
+Read = tuple[dict[str, Rows], list[str]]  # by split, and the names of the classes
 COLOURS = ("red", "green", "blue")
 LISTS = {"train": "TrainImages.txt", "test": "TestImages.txt"}
 
@@ -36,13 +50,6 @@ def reader(folder: Path) -> Callable[[Path], Read] | None:
     if (folder / "default_partition.json").is_file() or any(folder.glob("*.hdf5")):
         return geobench
     return mit_indoor if any((folder / name).is_file() for name in LISTS.values()) else None
-
-
-def rgb(file: Path | BinaryIO) -> Tensor:
-    """Decodes an image file, whatever its name says, to (3, h, w) uint8; raises what PIL raises."""
-    with Image.open(file) as picture:
-        # (h, w, 3) in memory
-        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
 # ---------------------------------------------------------------- GEO-Bench
@@ -87,7 +94,7 @@ def geobench(folder: Path) -> Read:
                 )
         files = [folder / f"{sample}.hdf5" for sample in samples]
         labels = np.array([label_of_sample[sample] for sample in samples])
-        splits[split] = (labels, lambda row, files=files: _colours_of_sample(files[row]))
+        splits[split] = rows_in_files(labels, files, _colours_of_sample)
     return splits, names
 
 
@@ -106,6 +113,11 @@ def _lists_by_name(file: Path) -> dict[str, list]:
         raise ValueError(
             f'{file} must map names to lists of samples, as in {{"train": ["sample_1", ...]}}'
         )
+    for sample in chain.from_iterable(content.values()):
+        # no path: a sample lies in the folder itself
+        is_name = isinstance(sample, str) and PurePath(sample).name == sample not in ("", "..")
+        if not is_name or "\\" in sample:
+            raise ValueError(f"{file}: {sample!r} is no name of a sample, but a path or no text")
     return content
 
 
@@ -139,13 +151,13 @@ def _colours_of_sample(file: Path) -> Tensor:
                     f"{file} has {counts} among {', '.join(sample)}: "
                     "exactly one of each is needed, of one date"
                 )
-            bands = [np.asarray(sample[names[colour][0]]) for colour in COLOURS]
+            bands = [_band(sample, names[colour][0], file) for colour in COLOURS]
     except (OSError, KeyError, RuntimeError) as error:  # what h5py raises on damaged files
         raise ValueError(
             f"{file} does not read as HDF5 ({error}): repair or replace it; "
             "images are never skipped in silence"
         ) from error
-    if len({band.shape for band in bands}) > 1 or bands[0].ndim != 2:
+    if len({band.shape for band in bands}) > 1:
         raise ValueError(
             f"{file} has bands of shape {', '.join(str(band.shape) for band in bands)}: "
             "all must have one height and width"
@@ -158,6 +170,33 @@ def _colours_of_sample(file: Path) -> Tensor:
             "bands of whole numbers from 0 to 255 are read; other sensors need a scale of their own"
         )
     return torch.from_numpy(pixels.astype(np.uint8))
+
+
+def _band(sample: h5py.File, name: str, file: Path) -> np.ndarray:
+    """Reads one band (h, w) whose values lie in the file itself.
+
+    HDF5 can take values from any other file: by links, by external storage, and by virtual data
+    sets. A data set that was downloaded must not read what else is on the machine, nor ask for more
+    memory than an image needs.
+    """
+    import h5py
+
+    link, band = sample.get(name, getlink=True), sample.get(name)
+    if not isinstance(link, h5py.HardLink) or not isinstance(band, h5py.Dataset):
+        raise ValueError(f"{file}: band {name} is no array of this file but a link or a group")
+    if band.external or band.is_virtual:
+        raise ValueError(f"{file}: band {name} takes its values from other files: refused")
+    if band.ndim != 2 or band.dtype.kind not in "uif":
+        raise ValueError(
+            f"{file}: band {name} holds {band.dtype} of shape {band.shape}, and numbers of a "
+            "height and a width are read"
+        )
+    if band.size > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(
+            f"{file}: band {name} has {band.shape[0]} x {band.shape[1]} pixels, more than the "
+            f"{Image.MAX_IMAGE_PIXELS:,} that an image may have"
+        )
+    return np.asarray(band)
 
 
 def _colour_of_band(name: str) -> str:
@@ -193,7 +232,7 @@ def mit_indoor(folder: Path) -> Read:
     for split, images in images_of_split.items():
         files = [folder / "Images" / image for image in images]
         labels = np.array([names.index(name) for name in classes_of_split[split]])
-        splits[split] = (labels, lambda row, files=files: _picture(files[row]))
+        splits[split] = rows_in_files(labels, files, picture)
     return splits, names
 
 
@@ -207,6 +246,10 @@ def _listed(folder: Path, name: str) -> list[str]:
     images = [line for line in lines if line]
     if not images:
         raise ValueError(f"{folder / name} lists no image")
+    for image in images:
+        parts = image.split("/")
+        if len(parts) != 2 or "\\" in image or any(part in ("", ".", "..") for part in parts):
+            raise ValueError(f"{folder / name} lists {image}: images are listed as CLASS/FILE")
     if absent := [image for image in images if not (folder / "Images" / image).is_file()]:
         raise ValueError(
             f"{folder / name} lists {absent[0]}, which is not in {folder / 'Images'}; "
@@ -215,7 +258,15 @@ def _listed(folder: Path, name: str) -> list[str]:
     return images
 
 
-def _picture(file: Path) -> Tensor:
+def rows_in_files(
+    labels: np.ndarray, files: Sequence[Path], decode: Callable[[Path], Tensor]
+) -> Rows:
+    """Gives the rows of a split that has a file an image. labels: (n,)."""
+    return Rows(labels, lambda row: decode(files[row]), lambda row: files[row].read_bytes())
+
+
+def picture(file: Path) -> Tensor:
+    """Decodes a picture to (3, h, w) uint8; raises ValueError with its path for a damaged one."""
     try:  # by content: some files are GIF or PNG and named .jpg
         return rgb(file)
     except Exception as error:  # PIL raises many kinds on damaged files

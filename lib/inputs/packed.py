@@ -3,7 +3,7 @@
 Such a file travels to machines that have neither the data set nor what decodes it. It lies under
 MOE_DATA, is safetensors, and holds for each stored split `labels.COLUMN.SPLIT` (all rows, because
 splits are drawn by label) and for each row that is used `SPLIT.ROW` (its (C, h, w) uint8 image).
-Its header names the classes of each column, and C.
+Its header names the classes of each column, C, and the data set's fingerprint by column.
 
 Axis letters: **C** channels, **n** images of a split, **h**, **w** height and width.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import torch
@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import paths
-from .archives import LabelsAndDecoder
+from . import fingerprint
+from .archives import Rows
 
 if TYPE_CHECKING:
     from .sources import Opened
@@ -49,12 +50,14 @@ def write(file: Path, opened: Mapping[str, Opened], rows: Mapping[str, Collectio
             tensors[f"{split}.{row}"] = sources[split].image(row).clone()
     classes = {label: class_names for label, (_, class_names) in opened.items()}
     header = {"classes": json.dumps(classes), "channels": str(sources["train"].channels)}
+    prints = {label: fingerprint.of(*of_column) for label, of_column in opened.items()}
+    header["fingerprints"] = json.dumps(prints)
     with paths.written_whole(file) as part:
         save_file(tensors, part, metadata=header)
 
 
-def read(file: Path, label: str) -> tuple[dict[str, LabelsAndDecoder], list[str], int]:
-    """Reads a packed file: by split the (n,) labels and the decoder, then the classes, then C.
+def read(file: Path, label: str) -> tuple[dict[str, Rows], list[str], int]:
+    """Reads a packed file: its rows by split, then the classes, then C.
 
     Raises ValueError for a label column that was not packed; the decoder does for such a row.
     """
@@ -80,5 +83,11 @@ def read(file: Path, label: str) -> tuple[dict[str, LabelsAndDecoder], list[str]
     splits = {}
     for split in ("train", "val", "test"):
         if (of_labels := f"labels.{label}.{split}") in names:
-            splits[split] = (handle.get_tensor(of_labels).numpy(), decoder(split))
+            splits[split] = Rows(handle.get_tensor(of_labels).numpy(), decoder(split), None)
     return splits, classes[label], int(header["channels"])
+
+
+def fingerprint_in(file: Path, label: str) -> dict[str, Any] | None:
+    """Reads the fingerprint that the data set had when it was packed; None if it has none."""
+    with safe_open(file, "pt") as handle:
+        return json.loads(handle.metadata().get("fingerprints", "{}")).get(label)

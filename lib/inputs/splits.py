@@ -1,8 +1,9 @@
 """Cuts a data set into fixed splits, takes subsets of them, and makes batches.
 
-Splits are fixed: a data set without a validation split lends a class-balanced tenth of its training
-images (CIFAR-100: 5,000), drawn once with a constant seed; one without a test split (MNIST-5k)
-lends two tenths, one for each. Subsets are class-balanced and depend on `subset_seed` alone.
+Splits are fixed: a data set without a validation split lends a tenth of its training images
+(CIFAR-100: 5,000), in proportion to the classes and drawn once with a constant seed; one without a
+test split (MNIST-5k) lends two tenths, one for each. Every class keeps training images. Subsets are
+class-balanced and depend on `subset_seed` alone.
 
 Axis letters: **B** images, **C** channels, **S** side in pixels that the model sees, **n** images
 of a split.
@@ -88,9 +89,13 @@ def load_splits(spec: DataSpec) -> Splits:
         )
     count_of_split = {"train": spec.train, "val": spec.val, "test": spec.test}
     splits = {}
-    for split, (source, rows) in _rows_of_splits(sources).items():
+    for split, (source, rows) in _rows_of_splits(spec.name, sources).items():
         rows = rows[(source.labels[rows] >= first) & (source.labels[rows] < end)]
         count = count_of_split[split]
+        if not len(rows):
+            raise ValueError(
+                f"data set {spec.name}, split {split}: no image of the classes asked for"
+            )
         request = f"{spec.name}, {split}={count}"
         rows = _balanced(source.labels, rows, count, spec.subset_seed, request)
         # classes are numbered anew from 0
@@ -98,8 +103,14 @@ def load_splits(spec: DataSpec) -> Splits:
     return Splits(**splits, class_names=names[first:end], channels=sources["train"].channels)
 
 
-def _rows_of_splits(sources: dict[str, Source]) -> dict[str, tuple[Source, np.ndarray]]:
-    """Lists the rows that each split may draw from; absent splits are cut from training."""
+def _rows_of_splits(name: str, sources: dict[str, Source]) -> dict[str, tuple[Source, np.ndarray]]:
+    """Lists the rows that each split may draw from; absent splits are lent by training.
+
+    Raises ValueError for a split without images, and for training images too few to lend a tenth.
+    """
+    for split, source in sources.items():
+        if not len(source.labels):
+            raise ValueError(f"data set {name}, split {split}: there is no image in it")
     train = sources["train"]
     remaining_rows, rows_of_splits = np.arange(len(train.labels)), {}
     for split in ("test", "val"):
@@ -107,7 +118,12 @@ def _rows_of_splits(sources: dict[str, Source]) -> dict[str, tuple[Source, np.nd
             rows_of_splits[split] = (sources[split], np.arange(len(sources[split].labels)))
             continue
         count = len(train.labels) // 10
-        lent_rows = _balanced(train.labels, remaining_rows, count, SPLIT_SEED, split)
+        if not count:
+            raise ValueError(
+                f"data set {name} has no {split} split, and a tenth of its {len(train.labels)} "
+                f"training images would be none: give it a {split} split, or 10 images and more"
+            )
+        lent_rows = _proportional(train.labels, remaining_rows, count, SPLIT_SEED)
         rows_of_splits[split] = (train, lent_rows)
         remaining_rows = np.setdiff1d(remaining_rows, lent_rows)
     rows_of_splits["train"] = (train, remaining_rows)
@@ -126,13 +142,29 @@ def _balanced(
         return rows
     if count > len(rows):
         raise ValueError(f"{request}: {count} images asked for, only {len(rows)} are there")
-    rng = np.random.default_rng(seed)
-    shuffled = rng.permutation(rows)
-    # Rank of each row inside its class, in shuffled order: taking the lowest ranks first balances
-    # the classes.
+    shuffled, rank = _shuffled(labels, rows, seed)
+    return np.sort(shuffled[np.argsort(rank, kind="stable")[:count]])
+
+
+def _proportional(labels: np.ndarray, rows: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Draws `count` of `rows`, of each class its share up to one image, and sorts them.
+
+    labels: of all rows of the source; count: at most half of the rows. Every class keeps a row that
+    is not drawn. Of classes of one size the same rows are drawn as by `_balanced`.
+    """
+    shuffled, rank = _shuffled(labels, rows, seed)
+    # Image r of the n of a class stands at (r + 1/2) / n of it: the lowest places of all classes
+    # are its share of each, and the last image of a class stands at one half or above.
+    place = (rank + 0.5) / np.bincount(labels[rows])[labels[shuffled]]
+    return np.sort(shuffled[np.argsort(place, kind="stable")[:count]])
+
+
+def _shuffled(labels: np.ndarray, rows: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Shuffles rows; returns them with the rank of each inside its class, in shuffled order."""
+    shuffled = np.random.default_rng(seed).permutation(rows)
     order = np.argsort(labels[shuffled], kind="stable")
     sorted_labels = labels[shuffled][order]
     first_of_class = np.searchsorted(sorted_labels, sorted_labels)
     rank = np.empty(len(rows), dtype=np.int64)
     rank[order] = np.arange(len(rows)) - first_of_class
-    return np.sort(shuffled[np.argsort(rank, kind="stable")[:count]])
+    return shuffled, rank

@@ -24,6 +24,7 @@ from ..spec import MoESpec
 from .compete import CompeteLayer
 from .experts import Experts
 from .moe import MoELayer
+from .tokens import check_batch_of_images, check_class_token
 
 REFUSED = {
     "GluMlp": "a gated (GLU) MLP",
@@ -44,12 +45,24 @@ def before_blocks(vit: VisionTransformer, images: Tensor) -> Tensor:
 
 
 def block_mlps(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Lists (name, module) of the MLP of each block, in order; MLPs of pooling heads stay out."""
+    """Lists (name, module) of the MLP of each block, in order.
+
+    A block is what has an MLP beside a norm. MLPs of pooling heads, and those inside an attention
+    that make its position bias, stay out.
+    """
     return [
         (name, module)
         for name, module in model.named_modules()
-        if name.endswith(".mlp") and not any(part in name for part in ("attn_pool", "head"))
+        if name.endswith(".mlp") and _is_block(model, name.removesuffix(".mlp"))
     ]
+
+
+def _is_block(model: nn.Module, name: str) -> bool:
+    parts = name.split(".")
+    if "attn" in parts or any(part.startswith(("attn_pool", "head")) for part in parts):
+        return False
+    children = dict(model.get_submodule(name).named_children())
+    return any(child.startswith("norm") for child in children)
 
 
 def upcycle(model: nn.Module, spec: MoESpec, generator: torch.Generator | None = None) -> nn.Module:
@@ -59,17 +72,18 @@ def upcycle(model: nn.Module, spec: MoESpec, generator: torch.Generator | None =
     Works on models of timm whose block MLP is `timm.layers.Mlp` with Linear fc1 and fc2 and no
     inner norm (ViT, DeiT, BEiT, Swin, ConvNeXt). Routers draw from `generator`, from the global one
     if None. Raises ValueError if L or a block is beyond the depth, if a block's MLP is of another
-    kind, or if image-level routing finds no class token and `spec.pool` is not "mean". Nothing is
+    kind, if image-level routing finds no class token at the head of a block's tokens and
+    `spec.pool` is not "mean", or if a block sees several rows of tokens an image. Nothing is
     changed when it raises.
     """
     mlps = _chosen_mlps(model, spec)
     for name, mlp in mlps:
         _check(name, mlp)
-    if spec.reads_class_token and not getattr(model, "num_prefix_tokens", 0):
-        raise ValueError(
-            f"image-level routing reads the class token, and {type(model).__name__} has none: "
-            "ask for the mean token with pool='mean', or for router='token'"
-        )
+    names = [name for name, _ in mlps]
+    if spec.reads_class_token:
+        check_class_token(model, names)
+    elif spec.per_image:
+        check_batch_of_images(model, names)
     for name, mlp in mlps:
         parent = model.get_submodule(name.rpartition(".")[0])
         parent.mlp = moe_layer(mlp, spec, generator)

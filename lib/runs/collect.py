@@ -20,11 +20,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
 from functools import lru_cache
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
+from .. import paths
 from ..spec import BackboneSpec, MaskSpec, MoESpec, RunSpec
 from . import locks
 from .execute import execute, state_of
@@ -61,10 +63,12 @@ def collect(
     """Returns the records of a grid, in its order, and computes those that the store lacks.
 
     A failed record counts as absent and is tried again. Raises RuntimeError naming the runs that
-    failed and why, after all others have been computed and filed.
+    failed and why, after all others have been computed and filed; ValueError, before anything is
+    computed, for a record that was made with other data than those of that name are now.
     """
     where = where or store()
     specs = unique(spec for group in grid.values() for spec in group)
+    _refuse_records_of_other_data(specs, where)
     missing = [spec for spec in specs if not _done(where, spec)]
     for spec in missing:
         check(spec)
@@ -85,6 +89,38 @@ def collect(
         if spec.publish:
             where.publish(spec)
     return {name: [where.get(spec) for spec in group] for name, group in grid.items()}
+
+
+def _refuse_records_of_other_data(specs: Iterable[RunSpec], where: Store) -> None:
+    """Raises ValueError for the record of a run, or of one that it starts from, whose data set has
+    another fingerprint now.
+
+    What cannot be compared passes: a record without fingerprint, a data set that is not here.
+    """
+    from ..inputs import fingerprint
+    from ..inputs.sources import fingerprint_of
+
+    for spec in unique(chain.from_iterable(map(_lineage, specs))):
+        record = where.peek(spec.id)
+        before = record.content.get("data") if record is not None else None
+        if before is None:
+            continue
+        try:
+            now = fingerprint_of(spec.data.name, spec.data.label, paths.data_home())
+        except FileNotFoundError:
+            continue
+        if now and (how := fingerprint.difference(before, now)):
+            raise ValueError(
+                f"data set {spec.data.name} is not the one that run {spec.id} has seen: {how}. "
+                f"Give the new data a name of their own, or move the record away ({record.file})"
+            )
+
+
+def _lineage(spec: RunSpec) -> Iterator[RunSpec]:
+    """Yields a run and all that it starts from."""
+    yield spec
+    if spec.init is not None:
+        yield from _lineage(spec.init)
 
 
 def with_parents(specs: list[RunSpec], executor: Any, where: Store) -> Iterator[Record]:

@@ -85,6 +85,7 @@ class _Run:
 
     def carried_out(self) -> tuple[dict[str, Any], Arrays]:
         """Returns the entries of the record and its arrays."""
+        from ..inputs.sources import fingerprint_of
         from ..inputs.splits import load_splits
         from ..inputs.weights import sha256_state
         from ..measure.probes import ProbeInputs, probed
@@ -96,6 +97,9 @@ class _Run:
         _set_up(self.spec)
         splits = load_splits(self.spec.data)
         self.entries = {"classes": splits.class_names, "history": [], "curve": {}, "val": {}}
+        data = self.spec.data
+        if seen := fingerprint_of(data.name, data.label, paths.data_home()):
+            self.entries["data"] = seen
         parent = None if self.spec.init is None else state_of(self.spec.init, self.states)
         model = self._model(splits, parent)
         masks = self._take_steps(model, splits)

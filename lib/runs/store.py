@@ -36,7 +36,8 @@ class Record:
     val and test (n, top1 in percent, loss in nats), moe (a row a MoE layer, shallow to deep), cost,
     memory (MiB of a training step, by kind), prune (prunable weights before and after, pruned runs
     only), drop (scores of experts by layer, where some were dropped), timing, weights (SHA-256 at
-    start and end), environment, code, created, error (failed runs only).
+    start and end), data (the fingerprint of the data set, see `lib.inputs.fingerprint`),
+    environment, code, created, error (failed runs only).
     """
 
     spec: RunSpec

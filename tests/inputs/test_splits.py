@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
+import hashlib
 import os
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from data_folders import encoded, parquet
 
 from lib import paths
 from lib.inputs import augment, sources, splits
@@ -18,35 +17,6 @@ from lib.inputs.splits import load_splits
 from lib.spec import DataSpec
 
 GIVEN = os.environ.get("MOE_DATA")  # before a test sets its own
-datasets.disable_progress_bars()
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    """An empty MOE_DATA, with nothing remembered from another one."""
-    folder = tmp_path / "home"
-    folder.mkdir()
-    monkeypatch.setenv("MOE_DATA", str(folder))
-    monkeypatch.setenv("MOE_CACHE", str(tmp_path / "cache"))
-    sources.sources_of.cache_clear()
-    yield folder
-    sources.sources_of.cache_clear()
-
-
-def encoded(value: int, size=(8, 8), kind: str = "PNG") -> bytes:
-    """A grey image as a file's bytes; size is (width, height)."""
-    out = io.BytesIO()
-    Image.new("RGB", size, (value, value, value)).save(out, kind)
-    return out.getvalue()
-
-
-def parquet(file: Path, images: list[bytes], labels: list, names: list[str] | None = None) -> None:
-    """A parquet file in the layout of the hub: `img` and `label`."""
-    label = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
-    features = datasets.Features({"img": datasets.Image(), "label": label})
-    rows = {"img": [{"bytes": image, "path": None} for image in images], "label": labels}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(file))
 
 
 def counts(split: splits.Split) -> list[int]:
@@ -95,6 +65,39 @@ def test_subset_depends_on_its_own_seed_and_size_alone():
     assert sorted(counts(load_splits(DataSpec(train=205)).train)) == [20] * 5 + [21] * 5
 
 
+def test_lent_rows_are_in_proportion_and_leave_every_class_some():
+    labels = np.repeat(np.arange(6), [1, 2, 3, 10, 40, 144])  # 200 images, long-tailed
+    lent = splits._proportional(labels, np.arange(200), 20, seed=0)
+    # 20 of 200: a tenth of each class, to the nearest image
+    assert np.bincount(labels[lent], minlength=6).tolist() == [0, 0, 0, 1, 4, 15]
+    half = splits._proportional(labels, np.arange(200), 100, seed=1)
+    assert (np.bincount(labels[half], minlength=6) < [1, 2, 3, 10, 40, 144]).all()
+    equal = np.repeat(np.arange(7), 30)
+    rows = np.arange(210)[3:]  # classes of one size but for one
+    assert np.array_equal(
+        splits._proportional(equal, np.arange(210), 70, seed=4),
+        splits._balanced(equal, np.arange(210), 70, seed=4, request=""),
+    )
+    assert len(splits._proportional(equal, rows, 20, seed=4)) == 20
+
+
+def test_splits_without_images_are_refused_by_name(home):
+    few = [encoded(value) for value in range(8)]
+    parquet(home / "few" / "train.parquet", few, [0, 1] * 4, ["a", "b"])
+    with pytest.raises(ValueError, match="few has no test split, and a tenth of its 8 training"):
+        load_splits(DataSpec(name="few"))
+    parquet(home / "few" / "test.parquet", [], [], ["a", "b"])
+    sources.sources_of.cache_clear()
+    with pytest.raises(ValueError, match="few, split test: there is no image in it"):
+        load_splits(DataSpec(name="few"))
+    images = [encoded(value) for value in range(30)]
+    parquet(home / "rare" / "train.parquet", images, [0] * 29 + [1], ["a", "b"])
+    rare = load_splits(DataSpec(name="rare", image_size=8))
+    assert [counts(split) for split in (rare.train, rare.val, rare.test)] == [[23, 1], [3], [3]]
+    with pytest.raises(ValueError, match="rare, split test: no image of the classes asked for"):
+        load_splits(DataSpec(name="rare", classes=(1, 2)))
+
+
 def test_balanced_rule_by_hand():
     labels = np.array([0, 0, 0, 0, 1, 1, 2])
     picked = splits._balanced(labels, np.arange(7), 5, seed=0, request="")
@@ -111,85 +114,6 @@ def test_more_images_than_there_are(split, there):
 
 
 # ---------------------------------------------------------------- the ways to a data set
-
-
-def test_parquet_folder(home):
-    values = list(range(40))
-    kinds = ["PNG", "JPEG"]
-    parquet(
-        home / "toy" / "train-00000-of-00002.parquet",
-        [encoded(v, kind=kinds[v % 2]) for v in values[:20]],
-        [v % 2 for v in values[:20]],
-        ["day", "night"],
-    )
-    parquet(
-        home / "toy" / "train-00001-of-00002.parquet",
-        [encoded(v, kind=kinds[v % 2]) for v in values[20:]],
-        [v % 2 for v in values[20:]],
-        ["day", "night"],
-    )
-    parquet(
-        home / "toy" / "validation-00000-of-00001.parquet",
-        [encoded(200), encoded(201)],
-        [0, 1],
-        ["day", "night"],
-    )
-    splits = load_splits(DataSpec(name="toy", image_size=8))
-    # The test split is cut from training.
-    assert (len(splits.train), len(splits.val), len(splits.test)) == (36, 2, 4)
-    assert splits.class_names == ["day", "night"] and splits.channels == 3
-    # Row r of this data set is the grey r, so an image's own pixel says where it came from.
-    assert [
-        int(splits.train.source.image(int(row))[0, 0, 0]) for row in splits.train.rows
-    ] == splits.train.rows.tolist()
-    assert splits.train.labels.tolist() == [row % 2 for row in splits.train.rows.tolist()]
-    assert [int(splits.val.source.image(row)[1, 3, 3]) for row in (0, 1)] == [200, 201]
-    with pytest.raises(
-        ValueError, match="no label column 'fine_label'; its columns are img, label"
-    ):
-        load_splits(DataSpec(name="toy", label="fine_label"))
-
-
-def test_plain_label_column_becomes_classes_from_zero(home):
-    parquet(
-        home / "plain" / "train.parquet",
-        [encoded(v) for v in range(20)],
-        [4 if v % 2 else 7 for v in range(20)],
-    )
-    splits = load_splits(DataSpec(name="plain", image_size=8))
-    assert splits.class_names == ["4", "7"]
-    assert splits.train.labels.tolist() == [
-        0 if row % 2 else 1 for row in splits.train.rows.tolist()
-    ]
-    # A class that training does not know cannot be scored: refused, not counted as wrong.
-    parquet(
-        home / "plain2" / "train.parquet",
-        [encoded(v) for v in range(20)],
-        [v % 2 for v in range(20)],
-    )
-    parquet(home / "plain2" / "test.parquet", [encoded(9)], [2])
-    with pytest.raises(ValueError, match=r"plain2, split test: column label holds \['2'\]"):
-        load_splits(DataSpec(name="plain2"))
-
-
-def test_image_folders(home):
-    for split, count in (("train", 10), ("test", 1)):
-        for klass, value in (("cat", 10), ("dog", 100)):
-            folder = home / "pets" / split / klass
-            folder.mkdir(parents=True)
-            for number in range(count):
-                (folder / f"{number:02}.png").write_bytes(encoded(value + number))
-    splits = load_splits(DataSpec(name="pets", image_size=8))
-    assert splits.class_names == ["cat", "dog"] and (
-        len(splits.train),
-        len(splits.val),
-        len(splits.test),
-    ) == (18, 2, 2)
-    seen = sorted(
-        int(splits.train.source.image(int(row))[0, 0, 0]) // 100 == klass
-        for row, klass in zip(splits.train.rows, splits.train.labels.tolist(), strict=True)
-    )
-    assert seen == [True] * 18
 
 
 def test_moe_data_that_is_no_folder(home, monkeypatch):
@@ -220,66 +144,17 @@ def test_missing_data_set_teaches(home, monkeypatch):
         load_splits(DataSpec(name="cifar100"))
 
 
-def test_hub_without_network_teaches(home, monkeypatch):
-    # Read at import, so the variable would come too late.
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError) as caught:
-        load_splits(DataSpec(name="hub:someone/birds"))
-    text = str(caught.value)
-    assert (
-        str(home.parent / "cache" / "datasets") in text
-        and "run once with network" in text
-        and "MOE_DATA/birds" in text
-    )
-
-
 # ---------------------------------------------------------------- damage
-
-
-def test_truncated_image_names_split_and_row(home):
-    images = [encoded(v) for v in range(20)]
-    noisy = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save(
-        noisy, "PNG"
-    )
-    images[7] = noisy.getvalue()[:600]  # the header reads, the pixels do not
-    parquet(home / "torn" / "train.parquet", images, [v % 2 for v in range(20)])
-    splits = load_splits(DataSpec(name="torn", image_size=8))
-    source = splits.train.source
-    assert source.image(6).shape == (3, 8, 8)
-    with pytest.raises(
-        ValueError,
-        match="torn, split train, row 7 .embedded image. does not decode: .*never skipped",
-    ):
-        source.image(7)
-
-
-def test_truncated_image_file_is_named(home):
-    for klass in ("a", "b"):
-        folder = home / "files" / "train" / klass
-        folder.mkdir(parents=True)
-        for number in range(10):
-            (folder / f"{number}.png").write_bytes(encoded(number))
-    (home / "files" / "train" / "a" / "3.png").write_bytes(encoded(3)[:20])
-    source = load_splits(DataSpec(name="files", image_size=8)).train.source
-    with pytest.raises(
-        ValueError, match=r"files, split train, row 3 \(.*train/a/3\.png\) does not decode"
-    ):
-        source.image(3)
-
-
-def test_truncated_parquet_file_is_named(home):
-    parquet(
-        home / "cut" / "train.parquet", [encoded(v) for v in range(20)], [v % 2 for v in range(20)]
-    )
-    whole = (home / "cut" / "train.parquet").read_bytes()
-    (home / "cut" / "test-00000-of-00001.parquet").write_bytes(whole[:-40])
-    with pytest.raises(ValueError, match=r"cut/test-00000-of-00001\.parquet cannot be read"):
-        load_splits(DataSpec(name="cut"))
 
 
 # ---------------------------------------------------------------- the real sets, where they are
 
+PINNED = {  # SHA-256 of rows and labels of the whole splits: records of them are committed
+    "mnist5k": ("label", ["e1730889db07", "cc519322a47a", "7863d6862516"]),
+    "cifar100": ("fine_label", ["cf70b0c51acb", "13c35e634360", "a3114086e01f"]),
+    "eurosat": ("label", ["1dd1e7fac061", "52940e334c12", "47719427a844"]),
+    "solar_pv": ("label", ["2193f6eba948", "774973354d01", "9a068221a078"]),
+}
 REAL = {  # name: (label column, (train, val, test), some class names in place)
     "cifar100": (
         "fine_label",
@@ -291,21 +166,39 @@ REAL = {  # name: (label column, (train, val, test), some class names in place)
 }
 
 
-@pytest.mark.parametrize("name", REAL)
-def test_real_sets(name, monkeypatch):
-    if not GIVEN or not (Path(GIVEN) / name).is_dir():
+def given(name: str) -> None:
+    if name != "mnist5k" and not (GIVEN and (Path(GIVEN) / name).is_dir()):
         pytest.skip(f"MOE_DATA has no {name}")
     sources.sources_of.cache_clear()
+
+
+def digest(split: splits.Split) -> str:
+    content = split.rows.astype("int64").tobytes() + split.labels.numpy().astype("int64").tobytes()
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
+@pytest.mark.parametrize("name", PINNED)
+def test_rows_of_committed_records_are_pinned(name):
+    given(name)
+    label, digests = PINNED[name]
+    loaded = load_splits(DataSpec(name=name, label=label))
+    assert list(map(digest, (loaded.train, loaded.val, loaded.test))) == digests
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_sets(name):
+    given(name)
     label, sizes, names = REAL[name]
-    splits = load_splits(DataSpec(name=name, label=label, image_size=32, train=100))
-    pools = splits._rows_of_splits(sources.sources_of(name, label, paths.data_home())[0])
+    loaded = load_splits(DataSpec(name=name, label=label, image_size=32, train=100))
+    opened, _ = sources.sources_of(name, label, paths.data_home())
+    pools = splits._rows_of_splits(name, opened)
     assert tuple(len(pools[split][1]) for split in ("train", "val", "test")) == sizes
-    assert {number: splits.class_names[number] for number in names} == names
+    assert {number: loaded.class_names[number] for number in names} == names
     if name == "cifar100":
-        assert splits.class_names == sorted(splits.class_names) and len(splits.class_names) == 100
-        assert counts(splits.val) == [50] * 100 and counts(splits.train) == [1] * 100
+        assert loaded.class_names == sorted(loaded.class_names) and len(loaded.class_names) == 100
+        assert counts(loaded.val) == [50] * 100 and counts(loaded.train) == [1] * 100
         assert not set(pools["train"][1]) & set(pools["val"][1])
-    images = splits.train.batch(torch.arange(4), DataSpec(image_size=32))
+    images = loaded.train.batch(torch.arange(4), DataSpec(image_size=32))
     assert images.shape == (4, 3, 32, 32) and images.std() > 0.1
 
 
