@@ -19,6 +19,8 @@ from tqdm.auto import tqdm
 
 from .. import paths
 from ..inputs.splits import Split
+from ..models.tokens import begins_with_class_token
+from ..models.upcycle import block_mlps
 from ..pruning.neurons.calibration import calibration
 from ..spec import ExtractSpec, RunSpec
 from .calibrate import AtOnce, InSequence
@@ -71,10 +73,12 @@ def check(model: nn.Module, rules: ExtractSpec) -> dict[str, Mlp]:
     clusters.class_token on a model without a class token.
     """
     class_token = rules.clusters.class_token
-    if class_token != "with" and getattr(model, "cls_token", None) is None:
+    begins = (begins_with_class_token(model, name) for name, _ in block_mlps(model))
+    if class_token != "with" and not all(begins):
         raise ValueError(
             f"clusters.class_token={class_token!r} treats the class token apart from the patches, "
-            f"and {type(model).__name__} has none: leave it at 'with'"
+            f"and {type(model).__name__} has none at the head of its blocks' tokens: leave it at "
+            "'with'"
         )
     if rules.correction.sequential and not isinstance(model, VisionTransformer):
         raise ValueError(
