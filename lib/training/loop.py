@@ -257,7 +257,8 @@ class Trainer:
             self._load(state)
         except Exception as error:  # each owner has its own kinds
             self._load(untouched)
-            self.checkpoint.set_aside(f"does not fit the run ({type(error).__name__}: {error})")
+            reason = " ".join(f"{type(error).__name__}: {error}".split())  # torch's has lines
+            self.checkpoint.set_aside(f"does not fit the run ({reason})")
             return 0
         return state["step"]
 
