@@ -303,9 +303,10 @@ def _start(key: str, profile: str, threads: int) -> subprocess.Popen:
 
 
 def _stop(processes: list[subprocess.Popen]) -> None:
-    """Interrupts runners after Ctrl-C or an error, so that each keeps its part, ends its kernel."""
+    """Tells runners to end after Ctrl-C or an error, so that each keeps its part, ends its
+    kernel."""
     for process in processes:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # a shell that starts a build in the background has it ignore SIGINT
     for process in processes:
         try:
             process.wait(10)
