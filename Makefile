@@ -5,13 +5,17 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: book test bench clean
+.PHONY: book test faults bench clean
 
 book: $(READY)
 	$(BIN)/jupyter-book build book
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# 50 kills each of grids, pools and builds, flipped bytes, full disks, rival builds: an hour or so
+faults: $(READY)
+	$(BIN)/python tests/faults/stress.py
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks

@@ -6,7 +6,6 @@ import argparse
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -81,6 +80,12 @@ def _add_run(commands: Any, profile: dict[str, Any]) -> None:
     )
     run.add_argument(
         "-o", "--out", type=Path, help="executed copy (default: _build/runs/PROFILE/NOTEBOOK.ipynb)"
+    )
+    run.add_argument(
+        "--limit",
+        metavar="TIME",
+        help="most time for a cell of the notebook, such as 90m (default: MOE_LIMIT in the "
+        "environment, else a generous one of the profile)",
     )
     run.add_argument(
         "--dry",
@@ -159,13 +164,17 @@ def _run(args: argparse.Namespace) -> int:
     if args.records:
         return _records(key, args.profile, given, args.workers)
     from .pages import build
+    from .runs import processes
 
+    if parent := os.environ.pop(build.PARENT, None):  # for this process, not for its kernel
+        # as when it is told to end: its kernel ends, too
+        processes.end_with(int(parent), lambda: os.kill(os.getpid(), signal.SIGTERM))
     # papermill writes lists, not tuples, into the injected cell
     injected = {
         name: list(value) if isinstance(value, tuple) else value for name, value in given.items()
     }
     out = (args.out or ROOT / "_build" / "runs" / args.profile / f"{key}.ipynb").absolute()
-    seconds = build.execute(key, args.profile, injected, out)
+    seconds = build.execute(key, args.profile, injected, out, args.limit)
     print(f"{key} ran in {seconds:.0f} s: {build.shown(out)}")
     return 0
 
@@ -215,13 +224,9 @@ def _fill(args: argparse.Namespace) -> int:
     if args.dry:
         print(missing.listing(plan, budget, args.workers or 1))
         return 0
-    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does
-    try:
-        with fill.workers_of(args.scheduler, args.workers) as (executor, workers):
-            rest = budget - (time.monotonic() - began)
-            outcome = fill.fill(plan, rest, executor, workers, store())
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    with fill.workers_of(args.scheduler, args.workers) as (executor, workers):
+        rest = budget - (time.monotonic() - began)
+        outcome = fill.fill(plan, rest, executor, workers, store())
     print(missing.summary(plan, outcome))
     if outcome.failures:
         raise RuntimeError("\n".join(outcome.failures))
@@ -291,10 +296,12 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _book(args: argparse.Namespace) -> int:
-    """Builds the book, under a profile."""
+    """Becomes the process that builds the book, under a profile."""
     code = "from jupyter_book.cli.main import main; main()"  # jupyter-book 1 has no `python -m`
     env = {**os.environ, "PROFILE": profiles.check_profile(args.profile)}
-    return subprocess.call([sys.executable, "-c", code, "build", "book"], cwd=ROOT, env=env)
+    sys.stdout.flush()
+    os.chdir(ROOT)
+    os.execve(sys.executable, [sys.executable, "-c", code, "build", "book"], env)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -302,15 +309,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: done; 1: a notebook or a run failed; 2: bad input; 130: interrupted.
     """
+    from .runs.processes import interruptible
+
     args = _parser().parse_args(argv)
     try:
-        return args.do(args)
+        with interruptible():
+            return args.do(args)
     except RuntimeError as error:  # of a notebook; of `collect`: "run <id>: <kind>: <message>"
         return _failed(str(error), 1)
     except KeyboardInterrupt:
         return _failed("interrupted; records and checkpoints written so far are kept", 130)
-    except (ValueError, FileNotFoundError) as error:
-        # NotebookError, what specs say about bad values, and data or weights that are not there
+    except (ValueError, OSError) as error:
+        # NotebookError, what specs say about bad values, data or weights that are not there, and
+        # files that cannot be written
         return _failed(" ".join(str(error).split()), 2)
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Iterator
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,3 +65,35 @@ def written_whole(target: Path) -> Iterator[Path]:
             os.close(folder)
     finally:
         part.unlink(missing_ok=True)
+
+
+def set_aside(files: Sequence[Path], folder: Path, why: str, then: str) -> None:
+    """Moves files that cannot be trusted to a new folder inside `folder`, with a warning.
+
+    Nothing is deleted. files: those of one thing, of which some may be absent; why: which thing it
+    is and what is wrong with it; then: what happens without it. Where they cannot be moved, the
+    warning says so, and they stay.
+    """
+    aside = folder / f"{time.time_ns()}"
+    try:
+        aside.mkdir(parents=True, exist_ok=True)
+        for file in filter(os.path.lexists, files):
+            _move(file, aside / file.name)
+        place = f"it was moved to {aside}"
+    except FileNotFoundError:
+        place = "another process has moved it aside"
+    except OSError as error:
+        place = f"it could not be moved to {folder} ({error})"
+    if aside.is_dir() and not any(aside.iterdir()):
+        aside.rmdir()
+    warnings.warn(f"{why}; {place} and {then}", stacklevel=3)
+
+
+def _move(file: Path, target: Path) -> None:
+    """Renames a file or folder; copies it only where the target lies on another disk."""
+    try:
+        os.replace(file, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.move(file, target)

@@ -5,6 +5,7 @@ Axis letters: **B** images.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 
 from .. import paths
 from ..inputs.splits import Split
+from ..inputs.weights import sha256_state
 from ..models.tokens import begins_with_class_token
 from ..models.upcycle import block_mlps
 from ..pruning.neurons.calibration import calibration
@@ -53,8 +55,9 @@ def extract(
     reports = []
     for name in tqdm(mlps, unit="layer", desc=f"extract {spec.id[:6]}", leave=False, delay=5):
         filed = None if checkpoint is None else _FiledLayer(checkpoint, name)
-        if filed is not None and filed.is_there():
-            layer, report = filed.read(mlps[name], rules)
+        done = None if filed is None else filed.read(mlps[name], rules)
+        if done is not None:
+            layer, report = done
         else:
             layer, report = extract_layer(
                 mlps[name], source.of_layer(name), rules, source.active_neurons[name], spec.seed
@@ -111,14 +114,27 @@ class _FiledLayer:
         self.weights = checkpoint.with_name(f"{checkpoint.name}.{name}.safetensors")
         self.report = self.weights.with_suffix(".json")
 
-    def is_there(self) -> bool:
-        return self.weights.is_file() and self.report.is_file()
-
-    def read(self, mlp: Mlp, rules: ExtractSpec) -> tuple[nn.Module, dict[str, Any]]:
-        state = load_file(self.weights)
-        layer = layer_like(mlp, state, rules)
-        layer.load_state_dict(state)
-        return layer, json.loads(self.report.read_text())
+    def read(self, mlp: Mlp, rules: ExtractSpec) -> tuple[nn.Module, dict[str, Any]] | None:
+        """Returns the layer and its report; None if they are not there, or set aside with a
+        warning."""
+        if not (self.weights.exists() and self.report.exists()):
+            return None
+        try:
+            state, content = load_file(self.weights), json.loads(self.report.read_text())
+            report = content.get("report", content)  # files of an older version have no checksum
+            if content.get("sha256", _sha256(state, report)) != _sha256(state, report):
+                raise ValueError("they do not match their SHA-256")
+            layer = layer_like(mlp, state, rules)
+            layer.load_state_dict(state)
+        except Exception as error:  # the readers raise many kinds on damaged files
+            paths.set_aside(
+                [self.weights, self.report],
+                self.weights.parent.parent / "damaged",
+                f"the extracted layer {self.weights.name} cannot be used ({error})",
+                "the layer is extracted again",
+            )
+            return None
+        return layer, report
 
     def write(self, layer: nn.Module, report: dict[str, Any]) -> None:
         state = {
@@ -127,4 +143,10 @@ class _FiledLayer:
         with paths.written_whole(self.weights) as part:
             save_file(state, part)
         with paths.written_whole(self.report) as part:
-            part.write_text(json.dumps(report))
+            part.write_text(json.dumps({"report": report, "sha256": _sha256(state, report)}))
+
+
+def _sha256(state: dict[str, Tensor], report: dict[str, Any]) -> str:
+    """Computes the SHA-256 over the weights and the report of a layer."""
+    text = sha256_state(state) + json.dumps(report)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -7,11 +7,14 @@ executes nothing. A failing notebook ends the build with an error; its partial c
 `<name>.failed.ipynb`, and what the kernel said to its terminal is in `<name>.log`.
 
 `execute` runs one notebook in this process (the kernel is its child); the pool calls it through
-`python -m lib run`.
+`python -m lib run`. Builds of one checkout take turns. Whatever ends the build ends its runners: a
+signal by way of `finally`, and where it is killed each runner notices that its parent is gone, and
+each kernel that its runner is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -27,7 +30,9 @@ from typing import Any
 import yaml
 
 from ..paths import ROOT, written_whole
-from . import all_verdicts, coverage, manifest, parameters, profiles, status
+from ..runs import locks, processes
+from ..runs.fill import seconds_of
+from . import all_verdicts, coverage, executed, manifest, parameters, profiles, status
 
 # included by status.md, verdicts.md, coverage.md and intro.md; the last one lies beside the pages
 GENERATED = {
@@ -38,6 +43,9 @@ GENERATED = {
     "claims.json": all_verdicts.as_json,
 }
 HEARTBEAT = 30.0  # seconds between lines about notebooks that take long
+# a cell that takes longer than this hangs; MOE_LIMIT or `run --limit` says otherwise
+LIMITS = {"smoke": "2h", "quick": "2h", "small": "240h", "paper": "2400h"}
+PARENT = "MOE_BUILD"  # in the environment of a runner: the process without which it ends
 
 
 class BuildError(RuntimeError):
@@ -58,42 +66,50 @@ def shown(path: Path) -> str:
 # -- one notebook --------------------------------------------------------------
 
 
-def execute(key: str, profile: str, given: dict[str, Any], out: Path) -> float:
+def execute(
+    key: str, profile: str, given: dict[str, Any], out: Path, limit: str | None = None
+) -> float:
     """Runs one notebook and writes its executed copy, with manifest, to `out`; returns seconds.
 
+    limit: most time for a cell, such as 90m; None = MOE_LIMIT, or what LIMITS says of the profile.
     Raises BuildError if it fails; its partial copy is then beside `out`, as `<name>.failed.ipynb`.
     """
     import nbformat  # this and papermill take a second, which an idle build should not pay
 
     profiles.profile(key, profile, **given)  # refuses bad input before anything runs
+    limit = limit or os.environ.get("MOE_LIMIT") or LIMITS[profile]
+    seconds = seconds_of(limit, "limit")
     # hashes from before the run: an edit during a long one counts as a change
     before: dict[str, Any] = {
         "files": manifest.code_and_papers(),
         "source": manifest.source_digest(key),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    part, failed = _part(out), out.with_suffix(".failed.ipynb")
+    part, failed = _part(out, os.getpid()), out.with_suffix(".failed.ipynb")
     try:
-        before["seconds"] = _papermill(key, {"profile": profile, **given}, part)
+        before["seconds"] = _papermill(key, {"profile": profile, **given}, part, seconds)
     except BaseException as error:
         if part.exists():
-            write(failed, _cleaned(part, None))
+            write(failed, executed.cleaned(part, None))
             part.unlink()
         if isinstance(error, Exception):
             raise BuildError(
-                f"{key}: {_short(error)}; the partial notebook is {shown(failed)}"
+                f"{key}: {_short(error, limit)}; the partial notebook is {shown(failed)}"
             ) from error
         raise
     before["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    used = _footprint(nbformat.read(part, as_version=4))
-    write(out, _cleaned(part, manifest.make(key, profile, given, before, used)))
+    used = executed.footprint(nbformat.read(part, as_version=4))
+    write(out, executed.cleaned(part, manifest.make(key, profile, given, before, used)))
     part.unlink()
     failed.unlink(missing_ok=True)
     return before["seconds"]
 
 
-def _papermill(key: str, values: dict[str, Any], part: Path) -> float:
-    """Runs a notebook between the two hidden cells, writes it to `part`; returns seconds."""
+def _papermill(key: str, values: dict[str, Any], part: Path, limit: float) -> float:
+    """Runs a notebook between the two hidden cells, writes it to `part`; returns seconds.
+
+    limit: most seconds for a cell.
+    """
     import nbformat
     import papermill
 
@@ -112,15 +128,19 @@ def _papermill(key: str, values: dict[str, Any], part: Path) -> float:
             parameters=values,
             kernel_name="python3",
             start_timeout=300,
+            execution_timeout=max(1, round(limit)),
             cwd=str(parameters.source(key).parent),
             log_output=False,
         )
     return round(time.monotonic() - start, 1)
 
 
-def _part(out: Path) -> Path:
-    """Returns where papermill writes during a run; the dot and the ending keep Sphinx away."""
-    return out.with_name(f".{out.stem}.part.ipynb")
+def _part(out: Path, runner: int) -> Path:
+    """Returns where papermill writes during a run; the dot and the ending keep Sphinx away.
+
+    runner: number of the process: two that run one notebook do not share the file.
+    """
+    return out.with_name(f".{out.stem}.{runner}.part.ipynb")
 
 
 def _kernel_of_this_python(folder: Path) -> None:
@@ -147,63 +167,13 @@ def _kernel_of_this_python(folder: Path) -> None:
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
 
 
-def _footprint(notebook: Any) -> dict[str, Any]:
-    """Reads what the last hidden cell printed."""
-    for output in notebook.cells[-1].get("outputs", ()):
-        for line in output.get("text", "").splitlines():
-            if line.startswith(manifest.MARK):
-                return json.loads(line.removeprefix(manifest.MARK))
-    raise BuildError(
-        "the notebook's last cell printed no footprint; does the notebook close or replace stdout?"
-    )
-
-
-def _cleaned(part: Path, moe: dict[str, Any] | None) -> str:
-    """Returns the executed notebook without hidden cells and absolute paths, with its manifest.
-
-    moe: the manifest; None for a partial notebook, which keeps its chatter: it is the log of its
-    failure.
-    """
-    import nbformat
-
-    notebook = nbformat.read(part, as_version=4)
-    notebook.cells = [
-        cell for cell in notebook.cells if manifest.HIDDEN not in cell.metadata.get("tags", ())
-    ]
-    notebook.metadata.pop("papermill", None)  # holds the paths
-    for cell in notebook.cells:
-        cell.metadata.pop("papermill", None)
-        if "injected-parameters" in cell.metadata.get("tags", ()):
-            cell.metadata["tags"].append("hide-input")  # what was asked for stays at hand, folded
-        if cell.get("execution_count"):  # the first hidden cell took number 1
-            cell.execution_count -= 1
-        for output in cell.get("outputs", ()):
-            if output.get("execution_count"):
-                output.execution_count -= 1
-        if moe is not None and cell.cell_type == "code":
-            for output in filter(_is_stderr, cell.outputs):
-                print(output.text, file=sys.stderr)  # part of the log
-            cell.outputs = [
-                output
-                for output in cell.outputs
-                if not _is_stderr(output) and not _is_progress_bar(output)
-            ]
-    if moe is not None:
-        notebook.metadata["moe"] = moe
-    return nbformat.writes(notebook)
-
-
-def _is_stderr(output: Any) -> bool:
-    return output.output_type == "stream" and output.name == "stderr"
-
-
-def _is_progress_bar(output: Any) -> bool:
-    kinds = output.get("data", {})  # the widget of a figure carries HTML, too
-    return "application/vnd.jupyter.widget-view+json" in kinds and "text/html" not in kinds
-
-
-def _short(error: Exception) -> str:
-    """Returns one line of an error that papermill wraps in a page."""
+def _short(error: Exception, limit: str) -> str:
+    """Returns one line of an error that papermill wraps in a page. limit: of time for a cell."""
+    if type(error).__name__ == "CellTimeoutError":
+        return (
+            f"a cell was not done after {limit}, the limit (give more with MOE_LIMIT or "
+            "`python -m lib run --limit`)"
+        )
     name = getattr(error, "ename", type(error).__name__)
     value = getattr(error, "evalue", str(error))
     return f"{name}: {value}".splitlines()[0][:300]
@@ -276,6 +246,8 @@ def _run_all(
     waiting, total = list(queue), len(queue)
     running: dict[str, tuple[subprocess.Popen, float]] = {}  # key -> process, when it started
     done, errors, last_said = 0, [], time.monotonic()
+    stack = contextlib.ExitStack()
+    stack.enter_context(processes.interruptible())
     try:
         while waiting or running:
             while waiting and len(running) < workers:
@@ -292,7 +264,7 @@ def _run_all(
                 if process.returncode == 0:
                     say(f"  done   {key} in {took} [{done}/{total}]")
                 else:
-                    errors.append(_last_words(key, process.returncode))
+                    errors.append(_last_words(key, process))
                     say(f"  FAILED {key} after {took} [{done}/{total}]: {errors[-1]}")
             if running and time.monotonic() - last_said > HEARTBEAT:
                 last_said = time.monotonic()
@@ -300,6 +272,7 @@ def _run_all(
                     say(f"  still  {key}, {last_said - began:.0f} s: {_last_line(key)}")
     finally:
         _stop([process for process, _ in running.values()])
+        stack.close()
     return errors
 
 
@@ -319,14 +292,21 @@ def _start(key: str, profile: str, threads: int) -> subprocess.Popen:
             stdin=subprocess.DEVNULL,  # a notebook that asks a question fails instead of waiting
             stdout=file,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **dict.fromkeys(names, str(threads))},
+            start_new_session=True,  # Ctrl-C comes from this process alone, and once
+            env={
+                **os.environ,
+                "PYTHONUNBUFFERED": "1",
+                PARENT: str(os.getpid()),
+                **dict.fromkeys(names, str(threads)),
+            },
         )
 
 
 def _stop(processes: list[subprocess.Popen]) -> None:
-    """Interrupts runners after Ctrl-C or an error, so that each keeps its part, ends its kernel."""
+    """Tells runners to end after Ctrl-C or an error, so that each keeps its part, ends its
+    kernel."""
     for process in processes:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # a shell that starts a build in the background has it ignore SIGINT
     for process in processes:
         try:
             process.wait(10)
@@ -340,11 +320,11 @@ def _last_line(key: str) -> str:
     return next((line.strip()[:120] for line in reversed(lines) if line.strip()), "starting")
 
 
-def _last_words(key: str, code: int) -> str:
+def _last_words(key: str, process: subprocess.Popen) -> str:
     """Says why a notebook failed, by the exit status of its process and its log."""
-    log = shown(_log(key))
+    log, code = shown(_log(key)), process.returncode
     if code < 0:  # a kill leaves no message of its own
-        part = _part(manifest.executed(key))
+        part = _part(manifest.executed(key), process.pid)
         if part.exists():
             os.replace(part, manifest.failed(key))
         return f"{key}: ended by signal {-code} ({signal.Signals(-code).name}); log: {log}"
@@ -359,16 +339,34 @@ def _last_words(key: str, code: int) -> str:
 # -- the Sphinx extension ------------------------------------------------------
 
 
+@contextlib.contextmanager
+def _only_build() -> Iterator[None]:
+    """Waits until no other build is at work in this checkout, and keeps others out."""
+    lock, builder = ROOT / "_build" / ".lock", ROOT / "_build" / ".builder"
+
+    def say() -> None:
+        who = builder.read_text() if builder.is_file() else "unknown"
+        print(f"another build (process {who}) is at work here: waiting for it", flush=True)
+
+    with locks.held(lock, say):
+        write(builder, str(os.getpid()))
+        yield
+
+
 def _before_reading(app: Any) -> None:
     """Runs what is stale and writes the generated pages, before Sphinx reads any."""
     from sphinx.errors import ExtensionError
 
+    turn = contextlib.ExitStack()
+    turn.enter_context(_only_build())
+    app.connect("build-finished", lambda *_: turn.close())
     try:
         keys = in_book(Path(app.srcdir) / "_toc.yml")
         run_stale(
             keys, os.environ.get("PROFILE") or "quick", say=lambda line: print(line, flush=True)
         )
     except (BuildError, parameters.NotebookError) as error:
+        turn.close()
         raise ExtensionError(str(error)) from error
     for name, page in GENERATED.items():
         target, text = Path(app.srcdir) / name, page(keys)

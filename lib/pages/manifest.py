@@ -68,10 +68,10 @@ def footprint() -> None:
 
 
 def digest(path: Path) -> str | None:
-    """Returns the SHA-256 of a file, or None where there is none."""
+    """Returns the SHA-256 of a file, or None where there is none that can be read."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+    except OSError:
         return None
 
 

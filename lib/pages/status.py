@@ -8,7 +8,6 @@ runs, so only it imports `lib.runs.collect`.
 from __future__ import annotations
 
 import datetime
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -19,13 +18,13 @@ from . import manifest, missing, profiles
 
 
 def content_of(record: str) -> dict[str, Any]:
-    """Reads the JSON of a record by its id; empty if it cannot be read."""
-    from ..runs.store import store
+    """Reads the JSON of a record by its id; empty if it is absent or damaged."""
+    from ..runs.store import DAMAGE, store, verified
 
     path = store().find(record)
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path else {}
-    except (OSError, ValueError):
+        return verified(path) if path else {}
+    except DAMAGE:
         return {}
 
 
@@ -33,7 +32,7 @@ def written(content: Mapping[str, Any]) -> datetime.datetime | None:
     """Returns when a record was made, as it says itself: a file's date is that of the checkout."""
     try:
         return datetime.datetime.fromisoformat(content["created"])
-    except (ValueError, KeyError):
+    except (ValueError, TypeError, KeyError):
         return None
 
 

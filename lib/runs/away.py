@@ -20,7 +20,7 @@ from pathlib import Path
 
 from .. import paths
 from ..spec import RunSpec
-from . import record_files
+from . import processes, record_files
 from .collect import collect
 from .store import Record, store
 
@@ -95,6 +95,7 @@ class Queue:
         logs = paths.cache() / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "lib.runs.away", "--run", spec.id]
+        command += ["--parent", str(os.getpid())]
         with open(logs / f"{spec.id}.log", "a") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log)
         self.had_company.discard(spec.id)
@@ -194,12 +195,15 @@ def main() -> int:
     """Carries out all runs, or with --run one of them; the exit status is 1 if any failed."""
     parser = argparse.ArgumentParser(prog="run.py")
     parser.add_argument("--run", help=argparse.SUPPRESS)
+    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, help="most runs at a time")
     parser.add_argument("--settle", type=float, default=15, help="seconds between two starts")
     args = parser.parse_args()
     dumped = json.loads((paths.cache() / "specs.json").read_text())
     specs = [RunSpec.model_validate_json(json.dumps(fields)) for fields in dumped]
     if args.run:
+        if args.parent:
+            processes.end_with(args.parent)
         collect({"run": [spec for spec in specs if spec.id == args.run]})
         return 0
     _check_packages(specs)
@@ -214,7 +218,8 @@ def main() -> int:
     bundles = paths.cache().parent / "records"
     queue = Queue(specs, bundles, args.workers or max(1, cores // threads), args.settle)
     try:
-        queue.carry_out()
+        with processes.interruptible():
+            queue.carry_out()
     except KeyboardInterrupt:
         print("stopped: the same command goes on from here")
         return 130

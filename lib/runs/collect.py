@@ -11,15 +11,10 @@ computed first.
 from __future__ import annotations
 
 import contextlib
-import copy
-import multiprocessing
-import os
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
-from functools import lru_cache
+from concurrent.futures import BrokenExecutor, Future, as_completed
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +22,11 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .. import paths
-from ..spec import BackboneSpec, MaskSpec, MoESpec, RunSpec
-from . import locks
-from .execute import execute, state_of
+from ..spec import RunSpec
+from . import locks, states
+from .checks import check, check_device
+from .execute import execute
+from .processes import pool as pool
 from .store import Record, Store, store
 
 if TYPE_CHECKING:
@@ -72,11 +69,12 @@ def collect(
     missing = [spec for spec in specs if not _done(where, spec)]
     for spec in missing:
         check(spec)
-        _check_device(spec)
+        check_device(spec)
     failures: list[str] = []
     bar = tqdm(total=len(missing), unit="run", desc="runs", delay=5, leave=False)
-    with bar:
-        for record in with_parents(missing, executor, where):
+    # closed at once, not when it is forgotten: an interrupt files what is finished
+    with bar, contextlib.closing(with_parents(missing, executor, where)) as records:
+        for record in records:
             if record.status == "failed":
                 failures.append(failure(record))
             bar.update(any(record.id == spec.id for spec in missing))
@@ -127,9 +125,13 @@ def with_parents(specs: list[RunSpec], executor: Any, where: Store) -> Iterator[
     """Computes runs that are missing, those first that they start from; yields records as they are
     filed.
 
-    A run with `keep` whose record is there is computed again if its weights are not.
+    A run with `keep` whose record is there is computed again if its weights are not. A run that
+    finds the weights it starts from damaged is tried once more, after those.
     """
+    without_parent: list[RunSpec] = []
     for wave in _waves(specs, where):
+        yield from _compute(wave, executor, where, without_parent)
+    for wave in _waves(without_parent, where):
         yield from _compute(wave, executor, where)
 
 
@@ -165,74 +167,15 @@ def model_of(spec: RunSpec, where: Store | None = None) -> nn.Module:
     where = where or store()
     spec = spec.but(keep=True)
     collect({"model": [spec]}, where=where)
+    try:
+        state, _ = states.read(spec, where.states)
     # The record may be there without the weights, which stay in the cache of who made them.
-    if not where.state(spec.id).is_file():
-        _check_device(spec)
+    except (FileNotFoundError, states.DamagedWeights):
+        check_device(spec)
         list(with_parents([spec], None, where))
+        state, _ = states.read(spec, where.states)
     splits = load_splits(spec.data.but(test=None))
-    state = state_of(spec, where.states)
     return restored(spec, state, len(splits.class_names), splits.channels).eval()
-
-
-def check(spec: RunSpec) -> None:
-    """Builds the model on no device, so that what does not fit is refused before any work.
-
-    Raises ValueError naming the field, for L beyond the depth, a patch that does not divide the
-    image, an unknown backbone, a step that cannot be carried out; or naming the module, for an
-    architecture whose cost cannot be counted.
-    """
-    from .steps import steps_of
-
-    architecture = (spec.backbone, spec.data.image_size, spec.moe)
-    model = _skeleton(*architecture)
-    for step in steps_of(spec):
-        step.check(model, spec)
-    _check_whole(*architecture, None if spec.train is None else spec.train.mask)
-    if spec.init is not None:
-        check(spec.init)
-
-
-# The runs of a page are hundreds, their architectures a few.
-@lru_cache(maxsize=64)
-def _skeleton(backbone: BackboneSpec, image_size: int, moe: MoESpec | None) -> nn.Module:
-    """The backbone with its MoE layers, to look at, not to change."""
-    from ..models.backbone import skeleton
-
-    return skeleton(backbone, image_size, classes=2, moe=moe)
-
-
-@lru_cache(maxsize=1024)
-def _check_whole(
-    backbone: BackboneSpec, image_size: int, moe: MoESpec | None, mask: MaskSpec | None
-) -> None:
-    """Raises ValueError if an ensemble or a masked autoencoder cannot be made of the backbone, or
-    if the cost of the whole cannot be counted."""
-    import torch
-
-    from ..measure import cost
-    from ..models.ensemble import ensemble
-    from ..models.mae import MaskedAutoencoder
-
-    model = copy.deepcopy(_skeleton(backbone, image_size, moe))
-    if mask is not None:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            MaskedAutoencoder(model, mask)
-    if moe is not None and moe.members > 1:
-        model = ensemble(model, moe.members)
-    cost.count(model, image_size)  # of a masked autoencoder the encoder's, as in its record
-
-
-def _check_device(spec: RunSpec) -> None:
-    """ValueError if a run has to be computed on a device that is not there; its record, where there
-    is one, needs none."""
-    import torch
-
-    if spec.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"run {spec.id} is planned for device='cuda' and this machine has none: give "
-            "device='cpu', which makes runs of their own (on a command line -p device cpu), or "
-            "take a profile made for the CPU"
-        )
 
 
 def unique(specs: Iterable[RunSpec]) -> list[RunSpec]:
@@ -273,33 +216,84 @@ def _waves(missing: list[RunSpec], where: Store) -> list[list[RunSpec]]:
     return [[spec for n, spec in wave_of.values() if n == number] for number in numbers]
 
 
-def _compute(wave: list[RunSpec], executor: Any, where: Store) -> Iterable[Record]:
-    """The records of one wave, as they are filed. A lost worker's runs are computed by the calling
-    process."""
-    if executor is None:
-        for spec in wave:
-            yield _locked(spec, where)
-        return
-    with contextlib.ExitStack() as stack:
-        # one order for all processes, so that no two wait for each other
-        for spec in sorted(wave, key=lambda spec: spec.id):
-            stack.enter_context(locks.held(where.lock(spec.id), _say_waiting(spec)))
-        jobs, lost = _submitted([spec for spec in wave if not _filed(spec, where)], executor, where)
+def _compute(
+    wave: list[RunSpec],
+    executor: Any,
+    where: Store,
+    without_parent: list[RunSpec] | None = None,
+) -> Iterator[Record]:
+    """Yields the records of one wave, as they are filed. A lost worker's runs are computed by the
+    calling process.
+
+    without_parent: takes the runs that found the weights they start from damaged; None files them
+    as failed.
+    """
+    lost = wave if executor is None else []
+    if executor is not None:
+        with contextlib.ExitStack() as stack:
+            # one order for all processes, so that no two wait for each other
+            for spec in sorted(wave, key=lambda spec: spec.id):
+                stack.enter_context(locks.held(where.lock(spec.id), _say_waiting(spec)))
+            unfiled = [spec for spec in wave if not _filed(spec, where)]
+            jobs, lost = _submitted(unfiled, executor, where)
+            results = stack.enter_context(contextlib.closing(_results(jobs, lost, where)))
+            for spec, result in results:
+                if without_parent is not None and _has_damaged_parent(result[0]):
+                    without_parent.append(spec)
+                else:
+                    yield file_record(*result, spec, where)
+        for spec in lost:
+            warnings.warn(
+                f"the worker of run {spec.id} was lost; the run goes on in the calling process",
+                stacklevel=2,
+            )
+    for spec in lost:
+        with locks.held(where.lock(spec.id), _say_waiting(spec)):
+            if _filed(spec, where):  # by another process, which held the lock
+                yield where.get(spec)
+                continue
+            result = execute(spec, *_folders(spec, where))
+            if without_parent is not None and _has_damaged_parent(result[0]):
+                without_parent.append(spec)
+            else:
+                yield file_record(*result, spec, where)
+
+
+def _has_damaged_parent(content: dict[str, Any]) -> bool:
+    """Tells whether a run failed since the weights that it starts from were damaged."""
+    error = content.get("error", {})
+    return content["status"] == "failed" and error["kind"] == states.DamagedWeights.__name__
+
+
+def _results(
+    jobs: dict[Any, RunSpec], lost: list[RunSpec], where: Store
+) -> Iterator[tuple[RunSpec, tuple[dict[str, Any], dict[str, np.ndarray]]]]:
+    """Yields what `execute` returned of each run, as it comes; adds those to `lost` whose worker
+    was lost.
+
+    Broken off, by Ctrl-C for one, it files what is finished and takes back what has not begun.
+    """
+    waiting = dict(jobs)
+    try:
         for job in _completed(jobs):
+            spec = jobs[job]
             try:
-                content, arrays = job.result()
+                result = job.result()
             # execute returns its failures, so this one is the worker's: each executor has its own
             # kinds
             except Exception:
-                lost.append(jobs[job])
-                continue
-            yield file_record(content, arrays, jobs[job], where)
-    for spec in lost:
-        warnings.warn(
-            f"the worker of run {spec.id} was lost; the run goes on in the calling process",
-            stacklevel=2,
-        )
-        yield _locked(spec, where)
+                lost.append(spec)
+            else:
+                yield spec, result
+            del waiting[job]  # an interrupt before here, while it is filed, files it below
+    except BaseException:
+        for job in (job for job in waiting if isinstance(job, Future)):
+            job.cancel()
+        for job, spec in waiting.items():
+            if isinstance(job, Future) and job.done() and not job.cancelled():
+                if job.exception() is None and not _has_damaged_parent(job.result()[0]):
+                    file_record(*job.result(), spec, where)
+        raise
 
 
 def _submitted(
@@ -342,15 +336,6 @@ def _filed(spec: RunSpec, where: Store) -> bool:
     return _done(where, spec) and not (spec.keep and not where.state(spec.id).is_file())
 
 
-def _locked(spec: RunSpec, where: Store) -> Record:
-    """Computes under the run's lock; if another process held it, its record is read instead."""
-    with locks.held(where.lock(spec.id), _say_waiting(spec)):
-        if _filed(spec, where):
-            return where.get(spec)
-        content, arrays = execute(spec, *_folders(spec, where))
-        return file_record(content, arrays, spec, where)
-
-
 def file_record(
     content: dict[str, Any], arrays: dict[str, np.ndarray], spec: RunSpec, where: Store
 ) -> Record:
@@ -364,6 +349,8 @@ def file_record(
     if content["status"] == "ok" and parent is not None and parent.status == "ok":
         weights = content["weights"]
         weights["parent_differs"] = weights.get("parent") != parent.weights["final"]
+        if weights["parent_differs"]:
+            _warn_of_unverified(spec, where)
     record = where.put(content, arrays, spec)
     if record.status == "ok":
         for file in where.checkpoint(spec.id).parent.glob(f"*{spec.id}.pt*"):
@@ -371,22 +358,14 @@ def file_record(
     return record
 
 
-def pool(workers: int | None = None) -> ProcessPoolExecutor:
-    """Opens a bounded local process pool for `collect`; each worker starts clean (spawn), so torch
-    threads do not collide, and ends with the process that opened the pool, however that ends."""
-    return ProcessPoolExecutor(
-        workers or os.cpu_count(),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_end_with_parent,
-    )
-
-
-def _end_with_parent() -> None:
-    """Ends this worker when its parent process dies: nobody would file what it computes, and the
-    next start goes on from its checkpoint."""
-
-    def watch() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def _warn_of_unverified(child: RunSpec, where: Store) -> None:
+    """Warns where weights that differ from those of their record have no checksum of their own:
+    nobody can tell whether they were rebuilt or damaged."""
+    file = where.state(child.init.id)
+    if states.lacks_sha256(file):
+        warnings.warn(
+            f"run {child.id} starts from weights ({file}) that differ from those of their record "
+            "and have no SHA-256 of their own: rebuilt on another machine, or damaged. Remove the "
+            "file to have them computed again",
+            stacklevel=3,
+        )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import json
 import math
 import statistics
 from collections import defaultdict
@@ -18,12 +17,10 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
-
 from ..spec import BackboneSpec, MoESpec, RunSpec
 from ..spec.base import Spec
 from .environment import environment
-from .store import Store
+from .store import DAMAGE, Store, spec_of, verified
 
 BACKWARD = 2  # passes that a backward pass counts for: gradients of inputs and of weights
 # Where no record of this processor helps: multiply-adds a second, of a thread (a ViT-S at 56 px
@@ -39,6 +36,8 @@ DEFAULT_SIZES = (45_000, 5_000, 10_000)
 # A record without `run_seconds` is followed by the next one of its machine. A gap longer than this,
 # in seconds and in multiples of what the record measured, is a pause.
 LONGEST_GAP = (60.0, 8.0)
+# entries of a record without which it says nothing here
+NEEDED = {"created", "environment", "timing", "cost", "test", "val", "history"}
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,12 @@ class Estimates:
     """
 
     def __init__(self, contents: Mapping[str, Mapping[str, Any]]):
-        finished = {run: c for run, c in contents.items() if c.get("status") == "ok"}
-        self._specs = {run: spec for run, c in finished.items() if (spec := _spec(c)) is not None}
+        finished = {
+            run: content
+            for run, content in contents.items()
+            if content.get("status") == "ok" and content.keys() >= NEEDED
+        }
+        self._specs = {run: spec for run, c in finished.items() if (spec := spec_of(c)) is not None}
         self._contents = {run: finished[run] for run in self._specs}
         self._sizes = _sizes(self._specs, self._contents)
         self.seconds = whole_seconds(self._contents)
@@ -218,13 +221,13 @@ def _counted(backbone: BackboneSpec, image_size: int, moe: MoESpec | None) -> fl
 
 
 def contents_of(where: Store) -> dict[str, dict[str, Any]]:
-    """Reads the JSON of every record of a store, by id; what cannot be read is left out."""
+    """Reads the JSON of every record of a store, by id; damaged ones are left out."""
     contents = {}
     for root in (where.private / "records", where.published):
         for file in root.glob("*/*.json"):
             try:
-                contents[file.stem] = json.loads(file.read_text(encoding="utf-8"))
-            except (OSError, ValueError):  # damaged, or just being replaced
+                contents[file.stem] = verified(file)
+            except DAMAGE:  # or it is just being replaced
                 continue
     return contents
 
@@ -267,14 +270,6 @@ def _measured_seconds(content: Mapping[str, Any]) -> float:
     timing = content["timing"]
     images = content["test"]["n"] + len(content["history"]) * content["val"].get("n", 0)
     return timing.get("train_seconds", 0.0) + images / timing["eval_images_per_s"]
-
-
-def _spec(content: Mapping[str, Any]) -> RunSpec | None:
-    """Reads the spec of a record; None if another version of the specs made it."""
-    try:
-        return RunSpec.model_validate_json(json.dumps(content["spec"]))
-    except ValidationError:
-        return None
 
 
 def _split(spec: RunSpec) -> Hashable:

@@ -21,6 +21,7 @@ import numpy as np
 
 from .. import paths
 from ..spec import RunSpec
+from . import states
 from .environment import code_hash, environment
 
 if TYPE_CHECKING:  # torch is not needed before a run is computed
@@ -52,7 +53,8 @@ def execute(
         from ..training.bfloat16 import products
 
         with products(spec):
-            run = _Run(spec, Path(state_folder), Path(checkpoint) if checkpoint else None)
+            origin = {"id": spec.id, "code": head["code"], **head["environment"]}
+            run = _Run(spec, Path(state_folder), Path(checkpoint) if checkpoint else None, origin)
             entries, arrays = run.carried_out()
         return head | {"status": "ok"} | entries, arrays
     except Exception as error:
@@ -79,6 +81,7 @@ class _Run:
     spec: RunSpec
     states: Path  # folder of final weights
     checkpoint: Path | None
+    origin: dict[str, Any]  # of its checkpoint
     entries: dict[str, Any] = field(default_factory=dict)
     timing: dict[str, float] = field(default_factory=dict)
     seconds_before: float = 0.0  # that processes which were interrupted have trained
@@ -100,13 +103,12 @@ class _Run:
         data = self.spec.data
         if seen := fingerprint_of(data.name, data.label, paths.data_home()):
             self.entries["data"] = seen
-        parent = None if self.spec.init is None else state_of(self.spec.init, self.states)
+        parent, parent_sha256 = None, None
+        if self.spec.init is not None:
+            parent, parent_sha256 = states.read(self.spec.init, self.states)
         model = self._model(splits, parent)
         masks = self._take_steps(model, splits)
-        weights = {
-            "start": sha256_state(model.state_dict()),
-            "parent": sha256_state(parent) if parent else None,
-        }
+        weights = {"start": sha256_state(model.state_dict()), "parent": parent_sha256}
         trained, teacher = model, None
         if self.spec.train is not None:
             teacher = self._teacher(splits, parent)
@@ -120,7 +122,7 @@ class _Run:
         self.entries |= {"moe": []} | result.entries
         weights["final"] = sha256_state(model.state_dict())
         if self.spec.keep:
-            _save(model, self.states / f"{self.spec.id}.safetensors")
+            states.save(model, self.spec, self.states, weights["final"])
         self.timing["peak_rss_mib"] = peak_rss_mib()
         self.entries |= {"cost": _cost(model, self.spec, self.entries["moe"])}
         self.timing["run_seconds"] = time.perf_counter() - began + self.seconds_before
@@ -148,7 +150,10 @@ class _Run:
         from .steps import steps_of
 
         spec, masks = self.spec, {}
-        read = partial(state_of, states=self.states)
+
+        def read(needed: RunSpec) -> dict[str, Tensor]:
+            return states.read(needed, self.states)[0]
+
         inputs = StepInputs(spec, splits.train, len(splits.class_names), read, self.checkpoint)
         for step in steps_of(spec):
             result = step.apply(model, inputs)
@@ -177,16 +182,20 @@ class _Run:
         masks: dict[str, Tensor],
     ) -> nn.Module:
         """Trains in place, with the entries that this makes; returns the model to evaluate."""
+        from ..training.checkpoint import Checkpoint
         from ..training.loop import fit
 
+        checkpoint = Checkpoint(self.checkpoint, self.origin | {"data": self.entries.get("data")})
         spec, began = self.spec, time.perf_counter()
         with _tensorboard(self.states.parent / "tensorboard" / spec.id) as report:
             model, progress = fit(
-                model, splits.train, splits.val, spec, self.checkpoint, report, teacher, masks
+                model, splits.train, splits.val, spec, checkpoint, report, teacher, masks
             )
         # progress.seconds counts the steps of all processes, without validation: where it is longer
         # than this process was here, the rest was spent before the checkpoint
         self.seconds_before = max(0.0, progress.seconds - (time.perf_counter() - began))
+        if checkpoint.resumed:
+            self.entries["resumed"] = checkpoint.resumed
         last = progress.history[-1]
         names = [name for name in ("top1", "loss") if f"val_{name}" in last]
         val = {"n": len(splits.val)} | {name: last[f"val_{name}"] for name in names}
@@ -209,14 +218,6 @@ def _set_up(spec: RunSpec) -> None:
     peak_rss_mib(reset=True)
 
 
-def _save(model: nn.Module, file: Path) -> None:
-    from safetensors.torch import save_file
-
-    state = model.state_dict()
-    with paths.written_whole(file) as part:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in state.items()}, part)
-
-
 def _cost(model: nn.Module, spec: RunSpec, layers: list[dict[str, Any]]) -> dict[str, float]:
     """The `cost` entry. layers: the `moe` entry, for what only data decide."""
     from ..measure.cost import count, needs_measured_experts
@@ -237,18 +238,6 @@ def _cost(model: nn.Module, spec: RunSpec, layers: list[dict[str, Any]]) -> dict
         "params_active": counted.params_active,
         "macs": counted.macs,
     }
-
-
-def state_of(spec: RunSpec, states: Path) -> dict[str, Tensor]:
-    """Reads the final weights that a run left. Raises FileNotFoundError if it left none."""
-    from safetensors.torch import load_file
-
-    file = states / f"{spec.id}.safetensors"
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"the run it starts from, {spec.id}, left no weights: see its own record"
-        )
-    return load_file(file)
 
 
 @contextlib.contextmanager

@@ -184,11 +184,8 @@ def workers_of(scheduler: str | None, count: int | None) -> Iterator[tuple[Any, 
     try:
         yield executor, count or 1
     finally:
-        # Idle workers end by themselves; busy ones are what ProcessPoolExecutor.terminate_workers
-        # ends from Python 3.14 on.
-        if executor._pending_work_items:
-            for process in list(executor._processes.values()):
-                process.terminate()
+        if executor._pending_work_items:  # idle workers end by themselves
+            executor.stop()
         executor.shutdown(cancel_futures=True)
 
 
@@ -203,12 +200,13 @@ def _dask_client(address: str) -> Any:
     return Client(address)
 
 
-def seconds_of(text: str) -> float:
-    """Reads a budget such as 2h, 90m, 1h30m, 45s or 0. Raises ValueError for anything else."""
+def seconds_of(text: str, what: str = "budget") -> float:
+    """Reads a time such as 2h, 90m, 1h30m, 45s or 0. Raises ValueError for anything else, which
+    says `what` it is for."""
     units = {"h": 3600.0, "m": 60.0, "s": 1.0}
     parts = re.findall(r"(\d+(?:\.\d+)?)([hms])", text)
     if text != "0" and (not parts or "".join(n + u for n, u in parts) != text):
         raise ValueError(
-            f"budget {text!r} is no time: give hours, minutes or seconds, such as 2h, 90m or 1h30m"
+            f"{what} {text!r} is no time: give hours, minutes or seconds, such as 2h, 90m or 1h30m"
         )
     return sum(float(number) * units[unit] for number, unit in parts)

@@ -237,8 +237,7 @@ def _remaining(spec: RunSpec, estimates: Estimates, where: Store) -> Estimate:
         return estimate
     from ..training.checkpoint import Checkpoint
 
-    state = Checkpoint(checkpoint).read() or {"step": 0}
     images, _, _ = estimates.images(spec)
     steps = spec.train.epochs * images / spec.train.batch
-    share = max(0.0, 1 - state["step"] / steps)
+    share = min(1.0, max(0.0, 1 - Checkpoint(checkpoint).step() / steps))
     return Estimate(share * estimate.seconds, f"{estimate.basis}, from its checkpoint")

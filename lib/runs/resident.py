@@ -6,6 +6,7 @@ That process does nothing but train, so that neither earlier runs nor scoring co
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from ..spec import RunSpec
 from ..training.bfloat16 import products
 from ..training.loop import freeze, optimiser
 from ..training.losses import losses
+from .processes import end_with
 from .restore import restored
 
 # after the second one nothing new is allocated: weights, gradients, moments and activations are all
@@ -87,4 +89,5 @@ def _train_and_measure(folder: Path, classes: int, channels: int) -> dict[str, f
 
 
 if __name__ == "__main__":
+    end_with(os.getppid())
     json.dump(_train_and_measure(Path(sys.argv[1]), *map(int, sys.argv[2:])), sys.stdout)

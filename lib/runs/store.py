@@ -1,8 +1,10 @@
 """Files records: one JSON file and one npz file a run, written whole and checked on every read.
 
 Published records lie in data/results/<study>/ and are committed; all others in the cache. A record
-is looked up by the id of its spec alone, so two studies share a run. Nothing is ever overwritten in
-place or deleted: a damaged record is moved aside.
+is looked up by the id of its spec alone, so two studies share a run. What cannot be trusted (a
+damaged record, or where a new one is filed one of another version of the specs) is moved to the
+folder `damaged` of the cache, named in a warning, and counts as absent; it is never deleted and
+never overwritten. Only the record of a failed try gives way to the next try's.
 """
 
 from __future__ import annotations
@@ -10,20 +12,21 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import time
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 
 from .. import paths
 from ..spec import RunSpec
 
 # entries that may differ where a result is the same
-TIMING = ("timing", "created", "environment", "code", "checksum", "spec", "arrays")
+TIMING = ("timing", "created", "environment", "code", "checksum", "spec", "arrays", "resumed")
+# what reading and verifying a record raises where it is damaged
+DAMAGE = (OSError, ValueError, RecursionError)
+LONGEST_INTEGER = 19  # digits, of 2**63
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +39,9 @@ class Record:
     val and test (n, top1 in percent, loss in nats), moe (a row a MoE layer, shallow to deep), cost,
     memory (MiB of a training step, by kind), prune (prunable weights before and after, pruned runs
     only), drop (scores of experts by layer, where some were dropped), timing, weights (SHA-256 at
-    start and end), data (the fingerprint of the data set, see `lib.inputs.fingerprint`),
-    environment, code, created, error (failed runs only).
+    start and end), data (the fingerprint of the data set, see `lib.inputs.fingerprint`), resumed
+    (a row each time that training went on with other code or on another machine, see
+    `lib.training.checkpoint`), environment, code, created, error (failed runs only).
     """
 
     spec: RunSpec
@@ -87,6 +91,7 @@ class Store:
     def __init__(self, published: Path, private: Path):
         self.published, self.private = published, private
         self.states = private / "states"
+        self.damaged = private / "damaged"
         # {id: whether it was there} of all that was read; a notebook's manifest lists it
         self.reads: dict[str, bool] = {}
 
@@ -124,37 +129,33 @@ class Store:
         if file is None:
             return None
         try:
-            content = json.loads(file.read_text())
-            damage = _damage(content, file, run)
+            content = verified(file)
+            _check_arrays(content, file)
         except FileNotFoundError:  # another process has just replaced a failed record
             return None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            damage = str(error)
-        if damage is not None:
-            self._move_aside(file, damage)
+        except DAMAGE as error:
+            self._set_aside(file, f"is damaged ({error})")
             return None
-        try:
-            spec = RunSpec.model_validate_json(json.dumps(content["spec"]))
-        except ValidationError as error:
-            warnings.warn(
-                f"record {file.name} of {file.parent.name} was made by another version of the "
-                f"specs and is left alone: {error}",
-                stacklevel=2,
-            )
+        spec = spec_of(content)
+        if spec is not None and spec.id == run:
+            return Record(spec, content, file)
+        if spec is not None and "semantics" not in content:
+            self._set_aside(file, f"is damaged (its spec is that of run {spec.id})")
             return None
-        return Record(spec, content, file)
-
-    def _move_aside(self, file: Path, damage: str) -> None:
-        """Moves a damaged record and its arrays to a folder of their own, with a warning."""
-        aside = self.private / "damaged" / f"{time.time_ns()}"
-        aside.mkdir(parents=True)
-        for part in (file, file.with_suffix(".npz")):
-            if part.exists():
-                part.replace(aside / part.name)
         warnings.warn(
-            f"record {file.name} of {file.parent.name} is damaged ({damage}); "
-            f"it was moved to {aside} and its run will be computed again",
-            stacklevel=3,
+            f"record {file.name} of {file.parent.name} was made by another version of the specs "
+            "and is left alone",
+            stacklevel=2,
+        )
+        return None
+
+    def _set_aside(self, file: Path, why: str) -> None:
+        """Moves a record and its arrays to a folder of their own, with a warning."""
+        paths.set_aside(
+            [file, file.with_suffix(".npz")],
+            self.damaged,
+            f"record {file.name} of {file.parent.name} {why}",
+            "its run will be computed again",
         )
 
     def publish(self, spec: RunSpec) -> None:
@@ -172,20 +173,23 @@ class Store:
         """Files a record and returns it.
 
         A finished record of the run stands, whatever is given: the run was a parent that was
-        rebuilt for its weights. Arrays are written first, then the JSON that names their hash, so a
-        JSON never points at nothing.
+        rebuilt for its weights. A failed one is replaced. Arrays are written first, then the JSON
+        that names their hash, so a JSON never points at nothing.
         """
         is_published = spec.publish and content["status"] == "ok"
         root = self.published if is_published else self.private / "records"
         file = root / spec.study / f"{spec.id}.json"
-        old_file, old = self.find(spec.id), self.peek(spec.id)
+        old = self.peek(spec.id)
         if old is not None and old.status == "ok":
             if content["status"] != "ok":  # it could not be rebuilt: reported
                 return Record(spec, content, old.file)
             self._compare(old, content)
             return old
-        if old_file is not None and old_file != file:
-            old_file.unlink(missing_ok=True)  # a failed record of an earlier try
+        if old is not None and old.file != file:
+            old.file.unlink(missing_ok=True)  # a failed record of an earlier try
+        left_alone = self.find(spec.id) if old is None else None
+        if left_alone is not None and (left_alone == file or content["status"] == "ok"):
+            self._set_aside(left_alone, "was made by another version of the specs")
         if arrays:
             arrays_file = file.with_suffix(".npz")
             with paths.written_whole(arrays_file) as part, open(part, "wb") as out:
@@ -219,7 +223,27 @@ def store() -> Store:
     return _store(paths.RESULTS, paths.cache())
 
 
-def _damage(content: Any, file: Path, run: str) -> str | None:
+def verified(file: Path) -> dict[str, Any]:
+    """Reads the JSON of a record and verifies it; its arrays are not looked at.
+
+    Raises one of DAMAGE, whose message says what is wrong.
+    """
+    text = file.read_text(encoding="utf-8")
+    content = json.loads(text, parse_int=_integer, parse_constant=_refuse_number)
+    if fault := _fault(content, file.stem):
+        raise ValueError(fault)
+    return content
+
+
+def spec_of(content: dict[str, Any]) -> RunSpec | None:
+    """Reads the spec of a verified record; None if another version of the specs made it."""
+    try:
+        return RunSpec.model_validate_json(json.dumps(content["spec"]))
+    except (ValueError, TypeError, ArithmeticError, LookupError, RecursionError):
+        return None
+
+
+def _fault(content: Any, run: str) -> str | None:
     """Says what is wrong with the content of a record's file, None if nothing is."""
     if not isinstance(content, dict) or "checksum" not in content:
         return "no checksum"
@@ -228,17 +252,42 @@ def _damage(content: Any, file: Path, run: str) -> str | None:
         return "its checksum does not match its content"
     if content.get("id") != run:
         return f"it holds run {content.get('id')}"
-    if "arrays" in content:
-        arrays_file = file.with_suffix(".npz")
-        if not arrays_file.is_file():
-            return f"{arrays_file.name} is absent"
-        if _sha(arrays_file.read_bytes()) != content["arrays"]["file"]:
-            return f"{arrays_file.name} does not match its checksum"
+    if not isinstance(content.get("spec"), dict):
+        return "it has no spec"
+    if "semantics" in content and _checksum(content["semantics"])[: len(run)] != run:
+        return "what its spec meant when it was made hashes to another id"
+    status, error = content.get("status"), content.get("error")
+    if status not in ("ok", "failed"):
+        return f"its status is {status!r}"
+    if status == "failed" and not (isinstance(error, dict) and {"kind", "message"} <= set(error)):
+        return "it failed and does not say why"
     return None
 
 
-def _checksum(content: dict[str, Any]) -> str:
-    """Computes the SHA-256 over a record's content, whatever white space its file has."""
+def _check_arrays(content: dict[str, Any], file: Path) -> None:
+    """Raises ValueError if the arrays of a record are absent, or not those that its JSON names."""
+    if "arrays" not in content:
+        return
+    arrays_file, hashes = file.with_suffix(".npz"), content["arrays"]
+    if not arrays_file.is_file():
+        raise ValueError(f"{arrays_file.name} is absent")
+    if not isinstance(hashes, dict) or _sha(arrays_file.read_bytes()) != hashes.get("file"):
+        raise ValueError(f"{arrays_file.name} does not match its checksum")
+
+
+def _integer(digits: str) -> int:
+    """Reads an integer of a record. Raises ValueError where a float could not hold it."""
+    if len(digits) > LONGEST_INTEGER + digits.startswith("-"):
+        raise ValueError(f"it holds an integer of {len(digits)} digits")
+    return int(digits)
+
+
+def _refuse_number(name: str) -> None:
+    raise ValueError(f"it holds {name}, which is no number of JSON")
+
+
+def _checksum(content: Any) -> str:
+    """Computes the SHA-256 over a content of JSON, whatever white space its file has."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return _sha(text.encode())
 

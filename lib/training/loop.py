@@ -7,11 +7,11 @@ on seed and step alone. Axis letters: **B** images.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ def fit(
     data: Split,
     val: Split | None,
     spec: RunSpec,
-    checkpoint: Path | None = None,
+    checkpoint: Checkpoint | None = None,
     report: Callable[[dict], None] | None = None,
     teacher: nn.Module | None = None,
     masks: Mapping[str, Tensor] | None = None,
@@ -76,13 +76,14 @@ def fit(
     """Trains `model` in place; returns the model to evaluate (the weight average if `ema` is set)
     and its Progress.
 
-    checkpoint: a file to resume from and to write to, deleted by the caller. report: called with
-    each epoch's history row. teacher: the dense model whose gates are distilled. masks: of pruned
-    weights, which stay zero. Randomness (order, augmentation, drop path, router noise) depends on
-    `spec.seed` and the step, so that a resumed run ends with the same weights. Raises Diverged if
-    the loss is not finite.
+    checkpoint: a file to resume from and to write to, deleted by the caller; None = none. report:
+    called with each epoch's history row. teacher: the dense model whose gates are distilled. masks:
+    of pruned weights, which stay zero. Randomness (order, augmentation, drop path, router noise)
+    depends on `spec.seed` and the step, so that a resumed run ends with the same weights. Raises
+    Diverged if the loss is not finite.
     """
-    trainer = Trainer(model, data, val, spec, Checkpoint(checkpoint), report, teacher, masks)
+    checkpoint = checkpoint or Checkpoint(None)
+    trainer = Trainer(model, data, val, spec, checkpoint, report, teacher, masks)
     trainer.run()
     return trainer.to_evaluate, trainer.progress
 
@@ -245,18 +246,45 @@ class Trainer:
         }
 
     def _resume(self) -> int:
-        """Loads the checkpoint into its owners; returns the step to go on from, 0 without one."""
+        """Loads the checkpoint into its owners; returns the step to go on from, 0 without one or
+        where it does not fit."""
         state = self.checkpoint.read()
         if state is None:
             return 0
+        untouched = copy.deepcopy(self._state())  # a load that fails half-way has changed weights
+        try:
+            self._check_step(state["step"])
+            self._load(state)
+        except Exception as error:  # each owner has its own kinds
+            self._load(untouched)
+            reason = " ".join(f"{type(error).__name__}: {error}".split())  # torch's has lines
+            self.checkpoint.set_aside(f"does not fit the run ({reason})")
+            return 0
+        return state["step"]
+
+    def _check_step(self, step: Any) -> None:
+        """Raises ValueError for a step after which nothing is left to do, or that never was."""
+        if not isinstance(step, int) or not 0 < step < self.steps:
+            raise ValueError(f"it was written at step {step!r}, of {self.steps}")
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        """Loads a state, as `_state` gives it, into its owners."""
+        if state["progress"].keys() != vars(self.progress).keys():
+            raise ValueError(f"progress has the entries {', '.join(state['progress'])}")
         self.model.load_state_dict(state["model"])
         self.optim.load_state_dict(state["optim"])
+        for parameter, moments in self.optim.state.items():
+            for name, moment in moments.items():  # torch does not compare them
+                if moment.dim() and moment.shape != parameter.shape:
+                    raise ValueError(
+                        f"{name} is of shape {tuple(moment.shape)}, its parameter of "
+                        f"{tuple(parameter.shape)}"
+                    )
         if self.average is not None:
             self.average.module.load_state_dict(state["average"])
         if self.drop is not None:
             self.drop.load_state_dict(state["drop"])
         vars(self.progress).update(state["progress"])
-        return state["step"]
 
 
 # ---- what a stage is made of

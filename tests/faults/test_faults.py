@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import pytest
 
 from lib import paths
 from lib.runs import collect as runs
-from lib.runs import locks
+from lib.runs import locks, processes
 from lib.runs.store import Store
 from lib.spec import BackboneSpec, DataSpec, MoESpec, RunSpec, TrainSpec
 from lib.training import loop
@@ -368,3 +369,123 @@ def test_lost_worker(where, quick):
     assert [record.spec.seed for record in records] == [1, 2]  # nothing lost
     assert len(list((where.private / "records" / "foundations").glob("*.json"))) == 2
     assert json.loads(records[0].file.read_text())["status"] == "ok"
+
+
+# ---- Ctrl-C to the process that opened a pool
+
+
+class Finished:
+    """An executor whose jobs are finished at once, but for the last, which never begins."""
+
+    def __init__(self, count):
+        self.jobs, self.count = [], count
+
+    def submit(self, call, *args):
+        self.jobs.append(job := Future())
+        if len(self.jobs) < self.count:
+            job.set_result(runs.execute(*args))
+        return job
+
+
+def interrupt_after_the_first(jobs):
+    """Stands for `as_completed`."""
+    yield next(iter(jobs))
+    raise KeyboardInterrupt
+
+
+def interrupt_once(monkeypatch, owner, name):
+    """The next call of a method is interrupted before it does anything."""
+    real, calls = getattr(owner, name), []
+
+    def interrupted(*args, **more):
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return real(*args, **more)
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+@pytest.mark.parametrize("moment", ["waiting", "filing", "between"])
+def test_an_interrupt_files_what_is_finished(where, quick, monkeypatch, moment):
+    specs, executor = [SPEC.but(seed=seed) for seed in range(4)], Finished(4)
+    if moment == "waiting":
+        monkeypatch.setattr(runs, "as_completed", interrupt_after_the_first)
+    elif moment == "filing":
+        interrupt_once(monkeypatch, Store, "put")
+    else:
+        interrupt_once(monkeypatch, runs.tqdm, "update")
+    with pytest.raises(KeyboardInterrupt):
+        runs.collect({"a": specs}, executor, where)
+    assert [record is not None for record in runs.load({"a": specs}, where)["a"]] == [
+        True,
+        True,
+        True,
+        False,
+    ]
+    assert executor.jobs[3].cancelled() and len(quick) == 3
+    assert not any(locks.is_held(where.lock(spec.id)) for spec in specs)
+
+
+def test_a_pool_that_is_left_by_an_exception_ends_its_workers():
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), runs.pool(1) as pool:
+        job = pool.submit(time.sleep, 600)
+        while not job.running():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+    assert time.monotonic() - began < 300
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_that_end_a_process_are_interrupts_inside_a_block(number):
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt), processes.interruptible():
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with processes.interruptible():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+ORPHAN = """
+import os, subprocess, sys, time
+child = (
+    "import sys, time; from lib.runs import processes; "
+    "processes.end_with(int(sys.argv[1]), ENDING); print('watching', flush=True); time.sleep(600)"
+)
+child = child.replace("ENDING", sys.argv[1])
+started = subprocess.Popen(
+    [sys.executable, "-c", child, str(os.getpid())], stdout=subprocess.PIPE, text=True
+)
+started.stdout.readline()
+print(started.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("ending", ["None", "lambda: __import__('os')._exit(3)"])
+def test_a_process_ends_with_the_one_that_started_it(ending):
+    parent = python(ORPHAN, ending)
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.communicate(timeout=60)
+    deadline = time.monotonic() + 60
+    while _is_at_work(child):
+        assert time.monotonic() < deadline, "it outlived its parent"
+        time.sleep(0.1)
+
+
+def _is_at_work(process: int) -> bool:
+    """Tells whether a process is there, and no zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -195,3 +195,26 @@ def test_threads_and_files_of_this_machine():
     assert 1 <= manifest.cores() <= (os.cpu_count() or 1)
     assert manifest.machine()["processor"]
     assert manifest.machine()["versions"]["papermill"] != "not installed"
+
+
+# ---- what ends a build
+
+
+def test_a_notebook_that_hangs_is_a_failure_that_names_the_limit(book):
+    book.notebook("a/one", "import time\nprint('so far', flush=True)\ntime.sleep(600)")
+    ran = book.call("-m", "lib", "run", "a/one", "--profile", "smoke", "--limit", "3s")
+    assert ran.returncode == 1
+    assert "a/one: a cell was not done after 3s, the limit (give more with MOE_LIMIT" in ran.stderr
+    [part] = (book.root / "_build" / "runs" / "smoke" / "a").glob("*")
+    assert part.name == "one.failed.ipynb" and "so far" in part.read_text()
+
+
+def test_a_limit_that_is_no_time_is_refused(book):
+    ran = book.call("-m", "lib", "run", "a/one", "--profile", "smoke", MOE_LIMIT="soon")
+    assert ran.returncode == 2 and "limit 'soon' is no time: give hours" in ran.stderr
+
+
+def test_two_runners_of_one_notebook_do_not_share_a_file(book):
+    out = book.root / "one.ipynb"
+    assert build._part(out, 1) != build._part(out, 2)
+    assert build._part(out, 1).name.startswith(".")

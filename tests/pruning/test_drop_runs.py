@@ -181,8 +181,10 @@ def test_experts_dropped_in_training_until_one_is_left(where, tmp_path, monkeypa
     broken = build(spec, 5, 1, parent)
     monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0)
     with pytest.raises(Stop):
-        loop.fit(broken, splits.train, None, spec, file, report=stop)
-    again, _ = loop.fit(build(spec, 5, 1, parent), splits.train, None, spec, file)
+        loop.fit(broken, splits.train, None, spec, checkpoint.Checkpoint(file), report=stop)
+    again, _ = loop.fit(
+        build(spec, 5, 1, parent), splits.train, None, spec, checkpoint.Checkpoint(file)
+    )
     assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
 
 

@@ -1,0 +1,73 @@
+"""Refuses a run that cannot be carried out, before any work."""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from ..spec import BackboneSpec, MaskSpec, MoESpec, RunSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def check(spec: RunSpec) -> None:
+    """Builds the model on no device, so that what does not fit is refused before any work.
+
+    Raises ValueError naming the field, for L beyond the depth, a patch that does not divide the
+    image, an unknown backbone, a step that cannot be carried out; or naming the module, for an
+    architecture whose cost cannot be counted.
+    """
+    from .steps import steps_of
+
+    architecture = (spec.backbone, spec.data.image_size, spec.moe)
+    model = _skeleton(*architecture)
+    for step in steps_of(spec):
+        step.check(model, spec)
+    _check_whole(*architecture, None if spec.train is None else spec.train.mask)
+    if spec.init is not None:
+        check(spec.init)
+
+
+# The runs of a page are hundreds, their architectures a few.
+@lru_cache(maxsize=64)
+def _skeleton(backbone: BackboneSpec, image_size: int, moe: MoESpec | None) -> nn.Module:
+    """The backbone with its MoE layers, to look at, not to change."""
+    from ..models.backbone import skeleton
+
+    return skeleton(backbone, image_size, classes=2, moe=moe)
+
+
+@lru_cache(maxsize=1024)
+def _check_whole(
+    backbone: BackboneSpec, image_size: int, moe: MoESpec | None, mask: MaskSpec | None
+) -> None:
+    """Raises ValueError if an ensemble or a masked autoencoder cannot be made of the backbone, or
+    if the cost of the whole cannot be counted."""
+    import torch
+
+    from ..measure import cost
+    from ..models.ensemble import ensemble
+    from ..models.mae import MaskedAutoencoder
+
+    model = copy.deepcopy(_skeleton(backbone, image_size, moe))
+    if mask is not None:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            MaskedAutoencoder(model, mask)
+    if moe is not None and moe.members > 1:
+        model = ensemble(model, moe.members)
+    cost.count(model, image_size)  # of a masked autoencoder the encoder's, as in its record
+
+
+def check_device(spec: RunSpec) -> None:
+    """ValueError if a run has to be computed on a device that is not there; its record, where there
+    is one, needs none."""
+    import torch
+
+    if spec.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"run {spec.id} is planned for device='cuda' and this machine has none: give "
+            "device='cpu', which makes runs of their own (on a command line -p device cpu), or "
+            "take a profile made for the CPU"
+        )
