@@ -58,7 +58,7 @@ def extract(
             )
             if filed is not None:
                 filed.write(layer, report)
-        model.set_submodule(name, layer.to(spec.device).train(model.training))
+        model.set_submodule(name, layer.to(mlps[name].fc1.weight).train(mlps[name].training))
         reports.append({"layer": name} | report)
     return reports
 

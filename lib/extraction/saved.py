@@ -42,7 +42,8 @@ def fit_extracted(model: nn.Module, state: Mapping[str, Tensor], rules: ExtractS
                 f"{name}: the state has nothing there: build the model as the saved one was before "
                 "extraction"
             )
-        model.set_submodule(name, layer_like(mlp, of_layer, rules))
+        layer = layer_like(mlp, of_layer, rules)
+        model.set_submodule(name, layer.to(mlp.fc1.weight).train(mlp.training))
     return model
 
 

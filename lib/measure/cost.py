@@ -220,9 +220,6 @@ def _twin(model: nn.Module) -> nn.Module:
         id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()
     }
     memo |= {id(b): b.detach().to("meta") for b in model.buffers()}
-    memo |= {
-        id(m.tape): None for m in model.modules() if isinstance(m, MoELayer) and m.tape is not None
-    }
     return copy.deepcopy(model, memo).eval()
 
 

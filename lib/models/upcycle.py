@@ -92,7 +92,10 @@ def upcycle(model: nn.Module, spec: MoESpec, generator: torch.Generator | None =
 
 def moe_layer(mlp: nn.Module, spec: MoESpec, generator: torch.Generator | None = None) -> MoELayer:
     """Makes a MoE layer from an MLP: E copies or fresh experts, a fresh router, and a copy as
-    shared expert if asked for."""
+    shared expert if asked for.
+
+    It takes the place of the MLP: in its mode (training or evaluation), on its device, in its type.
+    """
     experts = Experts.copies(mlp, spec.experts)
     if spec.fresh_experts:
         experts.reset(generator)
@@ -100,10 +103,12 @@ def moe_layer(mlp: nn.Module, spec: MoESpec, generator: torch.Generator | None =
         experts.perturb(spec.copy_noise, generator)
     router = ROUTER_CLASSES[spec.router].from_spec(spec, experts.width, generator)
     shared = copy.deepcopy(mlp) if spec.shared else None
-    parts = (router.to(mlp.fc1.weight.device), experts, shared, spec.expert_dropout)
-    if spec.compete_rate is not None:
-        return CompeteLayer(*parts, rate=spec.compete_rate)
-    return MoELayer(*parts)
+    parts = (router.to(mlp.fc1.weight), experts, shared, spec.expert_dropout)
+    if spec.compete_rate is None:
+        layer = MoELayer(*parts)
+    else:
+        layer = CompeteLayer(*parts, rate=spec.compete_rate)
+    return layer.train(mlp.training)
 
 
 def _chosen_mlps(model: nn.Module, spec: MoESpec) -> list[tuple[str, nn.Module]]:
