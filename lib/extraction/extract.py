@@ -86,7 +86,7 @@ def _calibration_batches(spec: RunSpec, split: Split, classes: int) -> Iterator[
             f"images={images} were asked for to calibrate on, the training split has {len(index)}: "
             "lower it"
         )
-    return (split.batch(part, spec.data).to(spec.device) for part in index.split(64))
+    return (split.batch(part, spec).to(spec.device) for part in index.split(64))
 
 
 class _FiledLayer:

@@ -7,12 +7,11 @@ import copy
 
 import pytest
 import torch
+from vits import batch, build, moe
 
 from lib.pruning.experts.merging import dern, merge_similar
 from lib.pruning.neurons.masks import mask_weights
 from lib.pruning.neurons.scores import expert_scores, neuron_scores, removal_effects
-
-from vits import batch, build, moe
 
 BATCHES = [batch(6, seed) for seed in (1, 2)]
 

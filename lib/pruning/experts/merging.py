@@ -9,7 +9,7 @@ Axis letters: **B** images, **T** tokens, **D** width, **H** hidden width, **E**
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import torch
