@@ -69,7 +69,7 @@ def layer_like(mlp: Mlp, state: Mapping[str, Tensor], rules: ExtractSpec) -> nn.
 
 def _weights_in(state: Mapping[str, Tensor], prefix: str) -> MlpWeights:
     names = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
-    return MlpWeights(*(state[prefix + name] for name in names))
+    return MlpWeights(*(state.get(prefix + name) for name in names))
 
 
 def _shared_experts(mlp: Mlp, state: Mapping[str, Tensor], rules: ExtractSpec) -> SharedExperts:
