@@ -96,7 +96,7 @@ def _bare(model: nn.Module, data: _DecodedImages, spec: RunSpec, steps: int) -> 
     model.train()
     for step, index in enumerate(torch.randperm(len(data)).split(train.batch)):
         schedule.step_update(step)
-        logits = model(data.batch(index, spec.data))
+        logits = model(data.batch(index, spec))
         loss = F.cross_entropy(logits, data.labels[index], label_smoothing=train.label_smoothing)
         optimizer.zero_grad()
         loss.backward()

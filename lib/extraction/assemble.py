@@ -16,7 +16,7 @@ from ..models.experts import Experts
 from ..models.moe import MoELayer
 from ..models.shared_experts import SharedExperts
 from ..routers.hard import HardRouter
-from .correction import MlpWeights
+from .correction import MlpWeights, weights_of
 
 
 def narrow_mlp(mlp: Mlp, weights: MlpWeights) -> Mlp:
@@ -27,7 +27,8 @@ def narrow_mlp(mlp: Mlp, weights: MlpWeights) -> Mlp:
         (narrow.fc2, weights.w2, weights.b2),
     ):
         linear.weight, linear.bias = (
-            nn.Parameter(tensor.detach().clone().contiguous()) for tensor in (weight, bias)
+            None if tensor is None else nn.Parameter(tensor.detach().clone().contiguous())
+            for tensor in (weight, bias)
         )
         linear.out_features, linear.in_features = weight.shape
     return narrow
@@ -50,11 +51,12 @@ def mixture(
         experts = Experts.of(weights, mlp.act)
     else:
         store = torch.cat(list(kept_neurons)).unique()  # (U,) neurons of any expert
-        output_weights = mlp.fc2.weight[:, store]
+        whole = weights_of(mlp)
+        output_weights = whole.w2[:, store]
         if storage == "inputs":
             output_weights = [expert.w2 for expert in weights]
         experts = SharedExperts(
-            (mlp.fc1.weight[store], mlp.fc1.bias[store], output_weights),
+            (whole.w1[store], whole.b1[store], output_weights),
             [torch.searchsorted(store, neurons) for neurons in kept_neurons],
             torch.stack([expert.b2 for expert in weights]),
             mlp.act,

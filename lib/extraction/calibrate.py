@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..models.upcycle import before_blocks
 from ..spec import ExtractSpec
 from .closed_form import Moments, moments_of
+from .correction import weights_of
 from .neurons import layer_scale_of, neurons_by_added_error, neurons_by_layer, variance_scores
 from .record import LayerCalibration, RecordedTokens, mlps_of, record_tokens
 
@@ -138,4 +139,5 @@ def streams_of(vit: VisionTransformer, batches: Iterable[Tensor]) -> tuple[Strea
 
 def _output(mlp: Mlp, tokens: RecordedTokens) -> Tensor:
     """(n, D) what an MLP gives on its tokens."""
-    return F.linear(tokens.hidden, mlp.fc2.weight.detach(), mlp.fc2.bias.detach())
+    weights = weights_of(mlp)
+    return F.linear(tokens.hidden, weights.w2, weights.b2)

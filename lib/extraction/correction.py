@@ -21,18 +21,28 @@ from .neurons import ExpertTokens, choose_neurons
 
 
 class MlpWeights(NamedTuple):
-    """Weights of one expert: w1 (S, D), b1 (S,), w2 (D, S), b2 (D,)."""
+    """Weights of one expert: w1 (S, D), b1 (S,), w2 (D, S), b2 (D,).
+
+    A bias is None in the state of a layer that has none and stayed as it was.
+    """
 
     w1: Tensor
-    b1: Tensor
+    b1: Tensor | None
     w2: Tensor
-    b2: Tensor
+    b2: Tensor | None
 
 
 def weights_of(mlp: Mlp) -> MlpWeights:
-    """Returns the weights of a whole MLP, S = H, without gradients."""
-    parameters = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
-    return MlpWeights(*(parameter.detach() for parameter in parameters))
+    """Returns the weights of a whole MLP, S = H, without gradients, in float32.
+
+    A bias that it lacks is zero: what is made of it may need one.
+    """
+    parts = []
+    for linear in (mlp.fc1, mlp.fc2):
+        weight = linear.weight.detach().float()
+        bias = linear.bias
+        parts += [weight, weight.new_zeros(len(weight)) if bias is None else bias.detach().float()]
+    return MlpWeights(*parts)
 
 
 def corrected_weights(

@@ -64,7 +64,7 @@ def extract(
             )
             if filed is not None:
                 filed.write(layer, report)
-        model.set_submodule(name, layer.to(spec.device).train(model.training))
+        model.set_submodule(name, layer.to(mlps[name].fc1.weight).train(mlps[name].training))
         reports.append({"layer": name} | report)
     return reports
 
@@ -103,7 +103,7 @@ def calibration_batches(spec: RunSpec, images: int, split: Split, classes: int) 
             f"images={images} were asked for to calibrate on, the training split has {len(index)}: "
             "lower it"
         )
-    return (split.batch(part, spec.data).to(spec.device) for part in index.split(64))
+    return (split.batch(part, spec).to(spec.device) for part in index.split(64))
 
 
 class _FiledLayer:

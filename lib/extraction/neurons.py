@@ -91,7 +91,7 @@ def variance_scores(
     variance = hidden.var(dim=0, unbiased=False)
     if rules.neurons.score == "variance":
         return variance
-    output_weights = mlp.fc2.weight.detach()
+    output_weights = mlp.fc2.weight.detach().float()
     if layer_scale is not None:
         output_weights = output_weights * layer_scale.unsqueeze(-1)
     return variance * output_weights.square().sum(dim=0)
@@ -147,7 +147,7 @@ def layer_scale_of(model: nn.Module, name: str) -> Tensor:
     """Returns (D,) or (1,), the factor of an MLP's output on its way into the residual stream."""
     block = model.get_submodule(name.rpartition(".")[0])
     one = model.get_submodule(name).fc2.weight.new_ones(1)
-    return getattr(getattr(block, "ls2", None), "gamma", one).detach()
+    return getattr(getattr(block, "ls2", None), "gamma", one).detach().float()
 
 
 def neurons_by_layer(

@@ -13,7 +13,7 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from ..models.upcycle import block_mlps
+from ..models.upcycle import block_mlps, check_dropout, why_not_plain
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,9 @@ def mlps_of(model: nn.Module) -> dict[str, Mlp]:
             "ConvNeXt has"
         )
     for name, mlp in mlps.items():
-        plain = (
-            type(mlp) is Mlp and isinstance(mlp.fc1, nn.Linear) and isinstance(mlp.fc2, nn.Linear)
-        )
-        if not plain or not isinstance(mlp.norm, nn.Identity):
-            raise ValueError(
-                f"{name} is a {type(mlp).__name__}: experts are extracted from timm.layers.Mlp "
-                "with Linear fc1 and fc2 and no norm between them"
-            )
+        if reason := why_not_plain(mlp):
+            raise ValueError(f"{name} {reason}: experts are extracted from plain MLPs")
+        check_dropout(name, mlp)
     return mlps
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..models.backbone import write_out_attention
 from .assemble import narrow_mlp
-from .correction import MlpWeights
+from .correction import MlpWeights, weights_of
 from .record import mlps_of
 
 CLASS_WEIGHT = 2.0  # of the class token in the score, where all patches together weigh below 1
@@ -104,7 +104,6 @@ def narrow_to_channels(model: VisionTransformer, active: float, images: Tensor) 
     twin(images)
     for name, mask in masks.items():
         mlp, kept = model.get_submodule(name), mask.chosen[0].sort().values
-        weights = MlpWeights(
-            mlp.fc1.weight[kept], mlp.fc1.bias[kept], mlp.fc2.weight[:, kept], mlp.fc2.bias
-        )
+        whole = weights_of(mlp)
+        weights = MlpWeights(whole.w1[kept], whole.b1[kept], whole.w2[:, kept], whole.b2)
         model.set_submodule(name, narrow_mlp(mlp, weights))

@@ -42,7 +42,8 @@ def fit_extracted(model: nn.Module, state: Mapping[str, Tensor], rules: ExtractS
                 f"{name}: the state has nothing there: build the model as the saved one was before "
                 "extraction"
             )
-        model.set_submodule(name, layer_like(mlp, of_layer, rules))
+        layer = layer_like(mlp, of_layer, rules)
+        model.set_submodule(name, layer.to(mlp.fc1.weight).train(mlp.training))
     return model
 
 
@@ -68,7 +69,7 @@ def layer_like(mlp: Mlp, state: Mapping[str, Tensor], rules: ExtractSpec) -> nn.
 
 def _weights_in(state: Mapping[str, Tensor], prefix: str) -> MlpWeights:
     names = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
-    return MlpWeights(*(state[prefix + name] for name in names))
+    return MlpWeights(*(state.get(prefix + name) for name in names))
 
 
 def _shared_experts(mlp: Mlp, state: Mapping[str, Tensor], rules: ExtractSpec) -> SharedExperts:

@@ -15,6 +15,7 @@ from ..routers.controls import OracleRouter, RandomRouter
 from ..routers.hard import HardRouter
 from ..spec import ClusterSpec, ExtractSpec
 from .clusters import Clusters, density_clusters, kmeans_clusters, random_clusters, stability
+from .correction import weights_of
 from .record import RecordedTokens
 
 
@@ -110,7 +111,8 @@ def router_to(
         mean_hidden = torch.stack(
             [tokens.hidden[cluster_of_token == k].mean(dim=0) for k in range(len(centres))]
         )
-        return OracleRouter(mean_hidden, mlp.fc1.weight, mlp.fc1.bias, mlp.act)
+        whole = weights_of(mlp)
+        return OracleRouter(mean_hidden, whole.w1, whole.b1, mlp.act)
     return CentroidRouter.of(centres, rules.router, tokens.inputs.mean(dim=0))
 
 

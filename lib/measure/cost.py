@@ -54,15 +54,15 @@ class Row:
     """Holds what one module costs.
 
     active: parameters that one image touches; None if that depends on data and was not given. macs:
-    multiply-adds for the counted images. elements: of the input, for norms only, for the same
-    images.
+    multiply-adds for the counted images; None likewise. elements: of the input, for norms only, for
+    the same images.
     """
 
     module: str
     kind: str  # linear, conv, patch, attention, norm, router, other
     stored: int
     active: float | None
-    macs: int = 0
+    macs: int | None = 0
     elements: int = 0
 
 
@@ -100,14 +100,27 @@ class Cost:
 
     @property
     def macs(self) -> int:
-        """Counts the multiply-adds of all counted images under the own rule."""
-        return sum(row.macs for row in self.rows)
+        """Counts the multiply-adds of all counted images under the own rule.
+
+        ValueError after experts were dropped with zero updates, if what they served was not given.
+        """
+        return sum(self._counted_macs(row) for row in self.rows)
+
+    @staticmethod
+    def _counted_macs(row: Row) -> int:
+        if row.macs is None:
+            raise ValueError(
+                f"{row.module} has lost experts that its router still chooses, and only data "
+                "decide how many choices are left to compute: measure the share that is dropped (a "
+                "RoutingProbe's `dropped`) and pass count(..., unserved=...)"
+            )
+        return row.macs
 
     def by_kind(self) -> dict[str, int]:
         """Sums the MACs of each kind."""
         out: dict[str, int] = {}
         for row in self.rows:
-            out[row.kind] = out.get(row.kind, 0) + row.macs
+            out[row.kind] = out.get(row.kind, 0) + self._counted_macs(row)
         return out
 
     def table(self) -> pd.DataFrame:
@@ -129,7 +142,8 @@ def printed_gflops(cost: Cost, convention: str = "small") -> float:
             f"convention={convention!r} is unknown: 'small' (without attention products) or 'base' "
             "(with them)"
         )
-    macs = sum(row.macs for row in cost.rows if convention == "base" or row.kind != "attention")
+    attention = 0 if convention == "base" else cost.by_kind().get("attention", 0)
+    macs = cost.macs - attention
     return (macs + NORM_OPERATIONS * sum(row.elements for row in cost.rows)) / cost.images / 1e9
 
 
@@ -150,7 +164,8 @@ def count(
     evenly over the layers. MACs do not depend on it. loads: of each MoE layer, shallow to deep, the
     share of the assignments by expert: experts of unequal width then count by it. unserved: of each
     MoE layer the share of a token's choices that no expert computes. It lowers the MACs of a
-    `PrunedLayer` alone, whose router still chooses experts that are gone. Raises ValueError for
+    `PrunedLayer` alone, whose router still chooses experts that are gone, and without it these MACs
+    are not known. Raises ValueError for
     modules that hold parameters in a way unknown here and for products that it cannot book, by
     name.
     """
@@ -181,9 +196,11 @@ def count(
         share = experts_per_image / len(layers)
     for i, (name, layer) in enumerate(layers.items()):
         tokens = math.prod(stands[name].shape[:-1])  # (B, ..., D)
-        lost = unserved[i] if unserved is not None and isinstance(layer, PrunedLayer) else 0
+        served = 1
+        if isinstance(layer, PrunedLayer):
+            served = None if unserved is None else 1 - unserved[i]
         load = None if loads is None else loads[i]
-        rows += _moe_rows(name, layer, _Seen(images, tokens, share, load, 1 - lost))
+        rows += _moe_rows(name, layer, _Seen(images, tokens, share, load, served))
     order = {name: at for at, (name, _) in enumerate(model.named_modules())}
     return Cost(tuple(sorted(rows, key=lambda row: order[row.module])), images)
 
@@ -205,7 +222,7 @@ class _Seen:
     tokens: int  # of all images
     experts_per_image: float | None  # with the shared expert; None: not measured
     load: Sequence[float] | None  # share of the assignments by expert, (E,); None: not measured
-    served: float  # share of the choices that an expert computes
+    served: float | None  # share of the choices that an expert computes; None: not measured
 
 
 class _Stand(nn.Module):
@@ -222,9 +239,6 @@ def _twin(model: nn.Module) -> nn.Module:
         id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()
     }
     memo |= {id(b): b.detach().to("meta") for b in model.buffers()}
-    memo |= {
-        id(m.tape): None for m in model.modules() if isinstance(m, MoELayer) and m.tape is not None
-    }
     return copy.deepcopy(model, memo).eval()
 
 
@@ -330,7 +344,9 @@ def _router_rows(name: str, router: Router, seen: _Seen) -> list[Row]:
 def _expert_rows(name: str, layer: MoELayer, seen: _Seen) -> list[Row]:
     """Makes a row each for the first and the second maps of all routed experts."""
     experts, router, rows = layer.experts, layer.router, []
-    passed = router.expert_rows(seen.tokens, seen.images) * seen.served
+    passed = None
+    if seen.served is not None:
+        passed = router.expert_rows(seen.tokens, seen.images) * seen.served
     touched = router.experts_per_image()
     if touched is None and seen.experts_per_image is not None:
         touched = seen.experts_per_image - (layer.shared is not None)
@@ -339,7 +355,8 @@ def _expert_rows(name: str, layer: MoELayer, seen: _Seen) -> list[Row]:
         stack = getattr(experts, part)
         stored = stack.weight.numel() + stack.bias.numel()
         active = None if touched is None else min(stored, touched * numbers_of_one)
-        rows.append(Row(f"{name}.{part}", "linear", stored, active, round(passed * hidden * width)))
+        macs = None if passed is None else round(passed * hidden * width)
+        rows.append(Row(f"{name}.{part}", "linear", stored, active, macs))
     return rows
 
 

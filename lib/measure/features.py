@@ -72,7 +72,7 @@ def features(model: nn.Module, split: Split, spec: RunSpec, batch: int = 250) ->
     batches_of_block: list[list[Tensor]] = []
     prefix = getattr(model, "num_prefix_tokens", 0)
     for index in torch.arange(len(split)).split(batch):
-        images = split.batch(index, spec.data).to(spec.device)
+        images = split.batch(index, spec).to(spec.device)
         with autocast(spec):
             # norm=True applies the last norm at every depth; NLC keeps tokens in one axis
             layers = model.forward_intermediates(

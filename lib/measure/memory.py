@@ -68,5 +68,5 @@ def first_step_mib(
 def first_batch(split: Split, spec: RunSpec) -> tuple[Tensor, Tensor]:
     """(B, C, S, S) images without augmentation and (B,) labels, where the run computes."""
     index = torch.arange(min(spec.train.batch, len(split)))
-    images = split.batch(index, spec.data).to(spec.device)
+    images = split.batch(index, spec).to(spec.device)
     return images, split.labels[index].to(spec.device)

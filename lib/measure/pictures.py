@@ -19,6 +19,7 @@ from ..models.moe import RoutingTape
 from ..routers.base import Routing
 from ..routers.manual import labelled
 from ..spec import RunSpec
+from ..training.evaluate import whole_type
 from ..training.losses import autocast
 
 
@@ -31,10 +32,10 @@ def reconstructions(
     Returns "picture" (P, C, S, S) uint8 and "hidden" (P, patches) bool.
     """
     model.eval()
-    images = split.batch(index, spec.data).to(spec.device)
+    images = split.batch(index, spec).to(spec.device)
     with autocast(spec):
         out = model(images, torch.Generator().manual_seed(0))
-    mean, std = scale_of(images.shape[1])
+    mean, std = scale_of(images.shape[1], spec.backbone)
     pixels = model.picture(images, out).float().cpu() * std + mean
     return {
         "picture": (255 * pixels.clamp(0, 1)).round().to(torch.uint8).numpy(),
@@ -44,7 +45,7 @@ def reconstructions(
 
 @torch.inference_mode()
 def token_maps(model: nn.Module, split: Split, spec: RunSpec, index: Tensor) -> Tensor:
-    """Returns the (M, P, N) int8 first-choice expert of each token of the P images `index`.
+    """Returns the (M, P, N) first-choice expert of each token of the P images `index`.
 
     Of an ensemble the first member's. Layers of fewer tokens are filled up with -1.
     """
@@ -54,14 +55,18 @@ def token_maps(model: nn.Module, split: Split, spec: RunSpec, index: Tensor) -> 
         autocast(spec),
         labelled(model, split.labels[index].to(spec.device)),
     ):
-        model(split.batch(index, spec.data).to(spec.device))
+        model(split.batch(index, spec).to(spec.device))
     return first_choices(tape.routings(), len(index))
 
 
 def first_choices(routings: Sequence[Routing], images: int) -> Tensor:
-    """Returns the (M, images, N) int8 first choice of each token of the first `images`, before
-    dropping; -1 fills up layers with fewer tokens (Swin, ConvNeXt)."""
-    maps = [r.token_choice()[:images, :, 0].to("cpu", torch.int8) for r in routings]
+    """Returns the (M, images, N) first choice of each token of the first `images`, before dropping.
+
+    The type is the smallest that holds the experts. -1 fills up layers with fewer tokens (Swin,
+    ConvNeXt).
+    """
+    dtype = whole_type(max(routing.experts for routing in routings))
+    maps = [r.token_choice()[:images, :, 0].to("cpu", dtype) for r in routings]
     most = max(layer.shape[1] for layer in maps)
     return torch.stack([F.pad(layer, (0, most - layer.shape[1]), value=-1) for layer in maps])
 
@@ -90,7 +95,7 @@ def gradcam(
         return patches.unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
 
     model.eval()
-    images = split.batch(index, spec.data).to(spec.device)
+    images = split.batch(index, spec).to(spec.device)
     labels = split.labels[index].to(spec.device)
     # The library takes gradients of activations, so something below them must want one, whatever a
     # stage froze.
@@ -103,7 +108,7 @@ def gradcam(
 
 @torch.inference_mode()
 def checkerboard(model: nn.Module, spec: RunSpec, channels: int, cells: int = 4) -> Tensor:
-    """Returns the (M, N) int8 first-choice expert of each token of a checkerboard of `cells` x
+    """Returns the (M, N) first-choice expert of each token of a checkerboard of `cells` x
     `cells` squares in two colours.
 
     An image without objects: what still differs between its tokens is colour and place. Under
@@ -116,12 +121,10 @@ def checkerboard(model: nn.Module, spec: RunSpec, channels: int, cells: int = 4)
     if channels == 3:
         colours = torch.tensor([[0.85, 0.25, 0.15], [0.15, 0.35, 0.85]])
     pixels = torch.where(second_colour, colours[1].view(-1, 1, 1), colours[0].view(-1, 1, 1))
-    mean, std = scale_of(channels)
+    mean, std = scale_of(channels, spec.backbone)
     model.eval()
     tape = RoutingTape(model)
     label = torch.zeros(1, dtype=torch.long, device=spec.device)
     with tape, autocast(spec), labelled(model, label):
         model(((pixels.unsqueeze(0) - mean) / std).to(spec.device))
-    return torch.stack(
-        [routing.token_choice()[0, :, 0].to("cpu", torch.int8) for routing in tape.routings()]
-    )
+    return first_choices(tape.routings(), 1)[:, 0]

@@ -19,7 +19,7 @@ from ..inputs.splits import Splits
 from ..models.mae import MaskedAutoencoder
 from ..models.moe import RoutingTape, without_experts
 from ..spec import RunSpec
-from ..training.evaluate import Evaluation, evaluate
+from ..training.evaluate import Evaluation, evaluate, whole_type
 from . import memory, pictures
 from .routing import RoutingProbe
 
@@ -115,7 +115,8 @@ def _memory(inputs: ProbeInputs) -> ProbeResult:
 
 
 def _predictions(inputs: ProbeInputs) -> ProbeResult:
-    arrays = {"test_label": inputs.splits.test.labels.numpy().astype(np.int16)}
+    dtype = whole_type(len(inputs.splits.class_names), torch.int16)
+    arrays = {"test_label": inputs.splits.test.labels.to(dtype).numpy()}
     if inputs.test.predictions is not None:
         arrays["test_pred"] = inputs.test.predictions.numpy()
     return ProbeResult({"test": inputs.test.entry}, arrays)

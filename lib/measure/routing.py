@@ -181,8 +181,9 @@ class RoutingProbe:
         tokens = max((layer.tokens for layer in self._layers), default=0)
         by_class = np.zeros((len(self._layers), self.classes, experts), np.int32)
         by_position = np.zeros((len(self._layers), tokens, experts), np.int32)
+        most = np.iinfo(np.int32).max
         for i, layer in enumerate(self._layers):
-            if layer.by_class.max(initial=0) > np.iinfo(np.int32).max:
+            if max(layer.by_class.max(initial=0), layer.by_position.max(initial=0)) > most:
                 raise OverflowError(
                     f"a count of block {layer.block} exceeds 2^31-1: evaluate on fewer images"
                 )

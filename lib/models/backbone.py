@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -42,21 +44,23 @@ def build(
         generator = torch.Generator().manual_seed(spec.seed)
         model = create(spec.backbone, spec.data.image_size, classes, channels)
         if parent is not None:
-            parent = _weights_for_child(parent, spec, model.pretrained_cfg["classifier"])
+            parent = _weights_for_child(parent, spec, heads_of(model))
+            parent_grid = square_grid(model, spec.init.data.image_size)
         parent_has_moe = spec.init is not None and spec.init.moe is not None
         if spec.init is None and spec.backbone.weights:
             pretrained = weights.fetch(spec.backbone.weights, spec.backbone.name)
-            load_weights(model, pretrained, spec.backbone.weights)
+            load_weights(model, pretrained, spec.backbone.weights, spec.backbone.grid)
         # a dense parent: before upcycling, since the experts are made of its MLPs
         if parent is not None and not parent_has_moe:
             model = model if fit is None else fit(model, parent)
-            load_weights(model, parent, f"run {spec.init.id}")
+            load_weights(model, parent, f"run {spec.init.id}", parent_grid)
         if spec.moe is not None:
             upcycle(model, spec.moe, generator)
         # a parent with experts: after upcycling, since a dense model has no place for them
         if parent is not None and parent_has_moe:
             model = model if fit is None else fit(model, parent)
-            load_weights(model, _with_routers_of(model, parent), f"run {spec.init.id}")
+            parent = _with_routers_of(model, parent)
+            load_weights(model, parent, f"run {spec.init.id}", parent_grid)
         if spec.fresh_routers:
             for module in model.modules():
                 if isinstance(module, Router):
@@ -82,7 +86,20 @@ def write_out_attention(model: nn.Module) -> None:
             module.fused_attn = False
 
 
-def _weights_for_child(state: dict[str, Tensor], spec: RunSpec, head: str) -> dict[str, Tensor]:
+def heads_of(model: nn.Module) -> tuple[str, ...]:
+    """Lists how the names of a timm model's classifier begin: one head, or two in a distilled DeiT.
+
+    model: also what wraps one as `vit`, as an ensemble does.
+    """
+    wrapped = getattr(model, "vit", model)
+    prefix = "" if wrapped is model else "vit."
+    names = wrapped.pretrained_cfg["classifier"]
+    return tuple(f"{prefix}{name}." for name in ([names] if isinstance(names, str) else names))
+
+
+def _weights_for_child(
+    state: dict[str, Tensor], spec: RunSpec, heads: tuple[str, ...]
+) -> dict[str, Tensor]:
     """Selects from a parent's state what its child starts from.
 
     That is the encoder of a masked autoencoder, the model inside an ensemble, and everything of
@@ -98,7 +115,7 @@ def _weights_for_child(state: dict[str, Tensor], spec: RunSpec, head: str) -> di
         state = inner or state
     fields = ("name", "label", "classes")
     if any(getattr(spec.data, field) != getattr(spec.init.data, field) for field in fields):
-        return {name: tensor for name, tensor in state.items() if not name.startswith(f"{head}.")}
+        return {name: tensor for name, tensor in state.items() if not name.startswith(heads)}
     return state
 
 
@@ -172,27 +189,33 @@ def skeleton(
         return upcycle(model, moe) if moe is not None else model
 
 
-def load_weights(model: nn.Module, state: dict[str, Tensor], origin: str) -> None:
-    """Copies `state` into `model`; timm resamples position embeddings of another resolution.
+def load_weights(
+    model: nn.Module, state: dict[str, Tensor], origin: str, grid: tuple[int, int] | None = None
+) -> None:
+    """Copies `state` into `model`; position embeddings of another grid are resampled.
 
-    The classifier head may differ or be absent: then the head of `model` stays. Raises ValueError
-    at any other difference. origin: where the weights come from, for the error.
+    The classifier heads may differ or be absent: then those of `model` stay. Raises ValueError at
+    any other difference, and where nothing says which grid the positions are of. origin: where the
+    weights come from, for the error. grid: rows and columns of positions in `state`, see
+    `_grid_of_positions`.
     """
     state = dict(state)
     if isinstance(model, VisionTransformer):
+        positions = _resampled_positions(model, state, origin, grid)
         state = checkpoint_filter_fn(state, model)
+        state |= {} if positions is None else {"pos_embed": positions}
     model_state = model.state_dict()
-    head = f"{model.pretrained_cfg['classifier']}."
+    heads = heads_of(model)
     unfit = [
         name
         for name, tensor in state.items()
         if name not in model_state or model_state[name].shape != tensor.shape
     ]
     for name in unfit:
-        if name.startswith(head):
+        if name.startswith(heads):
             del state[name]
-    wrong = [name for name in unfit if not name.startswith(head)]
-    absent = [name for name in model_state if name not in state and not name.startswith(head)]
+    wrong = [name for name in unfit if not name.startswith(heads)]
+    absent = [name for name in model_state if name not in state and not name.startswith(heads)]
     if wrong or absent:
         raise ValueError(
             f"weights of {origin} do not fit {type(model).__name__}: "
@@ -200,6 +223,60 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], origin: str) -> Non
             f"{len(absent)} are absent (first {absent[:3]})"
         )
     model.load_state_dict(state, strict=False)
+
+
+def _resampled_positions(
+    model: VisionTransformer, state: dict[str, Tensor], origin: str, grid: tuple[int, int] | None
+) -> Tensor | None:
+    """Takes the positions out of `state` and resamples them to the grid of `model`, as timm does.
+
+    Returns None where there are none, or none that fit the model's width: then they stay.
+    """
+    positions, ours = state.get("pos_embed"), model.pos_embed
+    if positions is None or ours is None or positions.shape[-1] != ours.shape[-1]:
+        return None
+    new_grid = tuple(model.patch_embed.grid_size)
+    prefix = ours.shape[1] - math.prod(new_grid)  # rows of class token and registers
+    count = positions.shape[1] - prefix
+    old_grid = grid or _grid_of_positions(model, state, count)
+    if old_grid is None:
+        side = math.isqrt(max(count, 0))
+        choices = [f"({r}, {count // r})" for r in range(2, side + 1) if count % r == 0]
+        raise ValueError(
+            f"weights of {origin} have {count} positions, and nothing says how many rows and "
+            f"columns they are of: set backbone.grid, {' or '.join(choices) or 'if it is one'}, or "
+            "with rows and columns exchanged"
+        )
+    if math.prod(old_grid) != count:
+        raise ValueError(
+            f"weights of {origin} have {count} positions, which are not a grid of "
+            f"{old_grid[0]} x {old_grid[1]}: set backbone.grid to rows and columns that are"
+        )
+    del state["pos_embed"]
+    return resample_abs_pos_embed(
+        positions, new_size=new_grid, old_size=old_grid, num_prefix_tokens=prefix
+    )
+
+
+def _grid_of_positions(
+    model: VisionTransformer, state: dict[str, Tensor], count: int
+) -> tuple[int, int] | None:
+    """Tells rows and columns of `count` positions: those that the architecture was trained with if
+    they make up this number, or a square if there is no other grid; else None."""
+    kernel = state.get("patch_embed.proj.weight", model.patch_embed.proj.weight).shape[-2:]
+    size = model.pretrained_cfg.get("input_size", (3, 224, 224))[1:]
+    trained = tuple(pixels // patch for pixels, patch in zip(size, kernel, strict=True))
+    if math.prod(trained) == count:
+        return trained
+    side = math.isqrt(max(count, 0))
+    no_other = side**2 == count and all(count % rows for rows in range(2, side))
+    return (side, side) if no_other else None
+
+
+def square_grid(model: nn.Module, image_size: int) -> tuple[int, int] | None:
+    """Computes the grid of a model on square images; None for one without patches."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    return None if patch is None else (image_size // patch[0], image_size // patch[1])
 
 
 def _has_fixed_input_size(name: str) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..routers.base import Routing, assign
+from ..routers.base import Routing, Scores, assign
 from ..routers.top_k import TopKRouter
 from .experts import Experts
 from .moe import MoELayer
@@ -62,8 +62,8 @@ class CompeteLayer(MoELayer):
         b, n, d = tokens.shape
         # (T, E, D) -> (T, E)
         norms = responses(self.experts, tokens.reshape(b * n, d)).float().norm(dim=-1)
-        affinity = norms.softmax(dim=-1)
-        return self.router.route(affinity, routing.logits, (b, n))
+        affinity = Scores(norms.softmax(dim=-1), routing.logits, norms)
+        return self.router.route(affinity, (b, n))
 
 
 def responses(experts: Experts, rows: Tensor) -> Tensor:

@@ -87,4 +87,6 @@ def ensemble(model: nn.Module, members: int) -> Ensemble:
         check_members(name, layer.router, members)
     for layer in layers.values():
         layer.router = GroupRouter.of(layer.router, members)
-    return Ensemble(model, members)
+    whole = Ensemble(model, members)
+    whole.training = model.training
+    return whole

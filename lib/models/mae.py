@@ -63,6 +63,7 @@ class MaskedAutoencoder(nn.Module):
         )
         self.norm = nn.LayerNorm(mask.width)
         self.predict = nn.Linear(mask.width, self.side**2 * self.channels)
+        self.train(encoder.training)
 
     def no_weight_decay(self) -> set[str]:
         """Names the parameters that weight decay leaves alone, as timm asks for them."""

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +30,13 @@ class RoutingTape:
     tape (gradient checkpointing runs the forward again in backward) is ignored if the tape is
     closed by then, else it replaces the entry. Without an open tape a layer keeps nothing. A tape
     can be opened again: it starts empty.
+
+    A tape hears the very modules of its model. Where a layer did not run, because a copy of the
+    model did, reading the tape is an error: a loss over no routing would be the number 0.
     """
 
     def __init__(self, model: nn.Module):
+        self._of = type(model).__name__
         # Order of definition in the model, so entries come out from the shallowest layer to the
         # deepest.
         self.layers = {
@@ -59,16 +64,33 @@ class RoutingTape:
             layer.tape = None
 
     def write(self, layer: MoELayer, routing: Routing) -> None:
-        """Takes in the Routing of one layer; called by the layer."""
+        """Takes in the Routing of one layer; called by the layer.
+
+        Raises RuntimeError for a copy of a layer, as replicas are that run on other devices.
+        """
+        if layer not in self.layers:
+            raise RuntimeError(
+                f"a copy of a MoE layer writes to the RoutingTape of a {self._of}, which cannot "
+                "tell its place: replicas of nn.DataParallel are such copies. Run the model itself "
+                "on one device, or a process a device with DistributedDataParallel"
+            )
         self._entries[layer] = routing
 
-    def __iter__(self):
-        """Yields (name, Routing) of each MoE layer that ran, from the input of the model on."""
-        return (
-            (name, self._entries[layer])
-            for layer, name in self.layers.items()
-            if layer in self._entries
-        )
+    def __iter__(self) -> Iterator[tuple[str, Routing]]:
+        """Yields (name, Routing) of each MoE layer, from the input of the model on.
+
+        Raises RuntimeError where one did not run while the tape was open.
+        """
+        silent = [name for layer, name in self.layers.items() if layer not in self._entries]
+        if silent:
+            ran = [name for layer, name in self.layers.items() if layer in self._entries]
+            raise RuntimeError(
+                f"the RoutingTape of a {self._of} has nothing of {', '.join(silent)}; while it was "
+                f"open there ran {', '.join(ran) or 'none of its MoE layers'}. Run this very model "
+                "inside `with`, not a copy of it (copy.deepcopy, an average of weights) and not "
+                "one whose layers were replaced since"
+            )
+        return ((name, self._entries[layer]) for layer, name in self.layers.items())
 
     def routings(self) -> list[Routing]:
         """Lists the routings alone, from the input of the model on."""
@@ -95,6 +117,10 @@ class MoELayer(nn.Module):
         self.router, self.experts, self.shared, self.dropout = router, experts, shared, dropout
         self.tape: RoutingTape | None = None
         self.off = False  # see `without_experts`
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what a copy takes along: an open tape goes on with the original alone."""
+        return self.__dict__ | {"tape": None}
 
     def forward(self, x: Tensor) -> Tensor:
         """Runs x, (B, ..., D), to the same shape; hands the Routing to the open tape, if any."""

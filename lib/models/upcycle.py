@@ -92,7 +92,10 @@ def upcycle(model: nn.Module, spec: MoESpec, generator: torch.Generator | None =
 
 def moe_layer(mlp: nn.Module, spec: MoESpec, generator: torch.Generator | None = None) -> MoELayer:
     """Makes a MoE layer from an MLP: E copies or fresh experts, a fresh router, and a copy as
-    shared expert if asked for."""
+    shared expert if asked for.
+
+    It takes the place of the MLP: in its mode (training or evaluation), on its device, in its type.
+    """
     experts = Experts.copies(mlp, spec.experts)
     if spec.fresh_experts:
         experts.reset(generator)
@@ -100,10 +103,12 @@ def moe_layer(mlp: nn.Module, spec: MoESpec, generator: torch.Generator | None =
         experts.perturb(spec.copy_noise, generator)
     router = ROUTER_CLASSES[spec.router].from_spec(spec, experts.width, generator)
     shared = copy.deepcopy(mlp) if spec.shared else None
-    parts = (router.to(mlp.fc1.weight.device), experts, shared, spec.expert_dropout)
-    if spec.compete_rate is not None:
-        return CompeteLayer(*parts, rate=spec.compete_rate)
-    return MoELayer(*parts)
+    parts = (router.to(mlp.fc1.weight), experts, shared, spec.expert_dropout)
+    if spec.compete_rate is None:
+        layer = MoELayer(*parts)
+    else:
+        layer = CompeteLayer(*parts, rate=spec.compete_rate)
+    return layer.train(mlp.training)
 
 
 def _chosen_mlps(model: nn.Module, spec: MoESpec) -> list[tuple[str, nn.Module]]:
@@ -130,27 +135,38 @@ def _chosen_mlps(model: nn.Module, spec: MoESpec) -> list[tuple[str, nn.Module]]
 
 def _check(name: str, mlp: nn.Module) -> None:
     """Raises ValueError if the MLP of a block cannot be upcycled."""
-    kind = type(mlp).__name__
     if isinstance(mlp, MoELayer):
         raise ValueError(f"{name} is a MoE layer already: upcycle a model with plain MLPs")
+    if reason := why_not_plain(mlp):
+        raise ValueError(f"{name} {reason}: cannot be upcycled")
+    check_dropout(name, mlp)
+
+
+def why_not_plain(mlp: nn.Module) -> str | None:
+    """Says why an MLP is not two linear maps with a function between; None if it is.
+
+    Upcycling, pruning and extraction take the same ones, with biases or without.
+    """
+    kind = type(mlp).__name__
     if kind in REFUSED:
-        raise ValueError(
-            f"{name} is {REFUSED[kind]} ({kind}); "
-            "upcycling takes timm.layers.Mlp with Linear fc1 and fc2"
+        return (
+            f"is {REFUSED[kind]} ({kind}); what is taken is timm.layers.Mlp with Linear fc1 and fc2"
         )
     plain = (
-        isinstance(mlp, Mlp) and isinstance(mlp.fc1, nn.Linear) and isinstance(mlp.fc2, nn.Linear)
+        isinstance(mlp, Mlp)
+        and type(mlp).forward is Mlp.forward
+        and isinstance(mlp.fc1, nn.Linear)
+        and isinstance(mlp.fc2, nn.Linear)
     )
     if not plain:
-        raise ValueError(
-            f"{name} ({kind}) is not a timm.layers.Mlp with Linear fc1 and fc2 (channels last): "
-            "cannot be upcycled"
-        )
+        return f"({kind}) is not a timm.layers.Mlp with Linear fc1 and fc2 (channels last)"
     if not isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity):
-        raise ValueError(
-            f"{name} has a norm inside the MLP, which copies of fc1 and fc2 would lose: "
-            "cannot be upcycled"
-        )
+        return "has a norm inside the MLP, which depends on all hidden neurons at once"
+    return None
+
+
+def check_dropout(name: str, mlp: Mlp) -> None:
+    """Raises ValueError for an MLP with dropout inside, which no expert made of it would carry."""
     if getattr(mlp, "drop1", None) is not None and (mlp.drop1.p or mlp.drop2.p):
         raise ValueError(
             f"{name} has dropout inside the MLP (p={mlp.drop1.p}, {mlp.drop2.p}), "

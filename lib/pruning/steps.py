@@ -255,7 +255,7 @@ def _as_many(router: nn.Module, experts: int, member_of_expert: Tensor | None) -
 def _batch(inputs: StepInputs, index: Tensor) -> tuple[Tensor, Tensor]:
     """Training images without augmentation, with their labels, where the run computes."""
     device = inputs.spec.device
-    images = inputs.images.batch(index, inputs.spec.data)
+    images = inputs.images.batch(index, inputs.spec)
     return images.to(device), inputs.images.labels[index].to(device)
 
 

@@ -10,13 +10,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..spec import MoESpec
+
+# A gate is divided by a sum of gates down to here. Its quotient is exact in float32 still further
+# down, but the gradient is divided by the sum, too, and must not overflow on its way.
+LEAST_SUM = 2.0**-100
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,15 @@ class Routing:
         if self.per_image:
             return self.choice.view(b, 1, k).expand(b, n, k)
         return self.choice.view(b, n, k)
+
+
+class Scores(NamedTuple):
+    """Holds what a linear router thinks of the experts, (R, E) each: probabilities, their softmax
+    of `deciding`, and logits, which are these without noise."""
+
+    probs: Tensor
+    logits: Tensor
+    deciding: Tensor
 
 
 class Router(nn.Module, ABC):
@@ -160,11 +173,11 @@ class LinearRouter(Router):
         else:
             self.weight.zero_()
 
-    def scores(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores the experts for rows, (R, D): probabilities and logits, both (R, E).
+    def scores(self, rows: Tensor) -> Scores:
+        """Scores the experts for rows, (R, D).
 
-        Noise, which is for training, is in the probabilities alone. Experts that a row cannot reach
-        get probability 0.
+        Noise, which is for training, is not in the logits. Experts that a row cannot reach get
+        probability 0.
         """
         # Router arithmetic stays in float32 under autocast: bf16 logits flip close decisions
         # (Switch, section 2.4).
@@ -175,10 +188,10 @@ class LinearRouter(Router):
         if self.training and self.noise:
             count = self.experts if reachable is None else reachable.sum(dim=-1, keepdim=True)
             noisy_logits = logits + torch.randn_like(logits) * (self.noise / count)
-        if reachable is None:
-            return noisy_logits.softmax(dim=-1), logits
-        noisy_logits = noisy_logits.masked_fill(~reachable, -torch.inf)
-        return noisy_logits.softmax(dim=-1), logits.masked_fill(~reachable, -torch.inf)
+        if reachable is not None:
+            noisy_logits = noisy_logits.masked_fill(~reachable, -torch.inf)
+            logits = logits.masked_fill(~reachable, -torch.inf)
+        return Scores(noisy_logits.softmax(dim=-1), logits, noisy_logits)
 
     def reachable(self, rows: int) -> Tensor | None:
         """Says which experts each of R rows may reach: bool, (R, E) or (E,); None is all."""
@@ -187,6 +200,35 @@ class LinearRouter(Router):
     def decision_macs(self, tokens: int, images: int) -> int:
         """Counts one product with the weight a token."""
         return tokens * self.weight.numel()
+
+
+def renormalised(gates: Tensor, total: Tensor, log_quotient: Callable[[], Tensor]) -> Tensor:
+    """Divides gates by `total`, the sum over the experts that were chosen.
+
+    What was chosen need not be likely (a bias, an expert that was full): where `total` is below
+    `LEAST_SUM` or rounded to 0, the exponential of log_quotient() stands for the quotient. All
+    other rows are divided as they are, to the bit. gates and what log_quotient gives: of one shape,
+    to which total broadcasts.
+    """
+    tiny = total.detach() < LEAST_SUM
+    if not tiny.any():
+        return gates / total
+    # 1 in the place of what must not divide, since a gradient of 0 times infinity is no number
+    divisor = torch.where(tiny, torch.ones_like(total), total)
+    return torch.where(tiny, log_quotient().exp(), gates / divisor)
+
+
+def one_in_value(gates: Tensor, deciding: Tensor, choice: Tensor) -> Tensor:
+    """Renormalises the gates of one expert a row: 1 in value, with the gradient of log g.
+
+    gates: (R, 1); deciding: (R, E) logits of the gates; choice: (R, 1).
+    """
+
+    def log_quotient() -> Tensor:
+        log_gates = deciding.log_softmax(dim=-1).gather(1, choice)
+        return log_gates - log_gates.detach()
+
+    return renormalised(gates, gates.detach(), log_quotient)
 
 
 def capacity(factor: float, top_k: int, tokens: int, experts: int) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..spec import MoESpec
-from .base import LinearRouter, Routing, capacity, check_pool
+from .base import LinearRouter, Routing, capacity, check_pool, renormalised
 
 
 class ExpertChoiceRouter(LinearRouter):
@@ -59,7 +59,7 @@ class ExpertChoiceRouter(LinearRouter):
     def forward(self, x: Tensor) -> Routing:
         """Lets every expert take equally many tokens of each pool of x, (B, N, D)."""
         b, n, d = x.shape
-        probs, logits = self.scores(x.reshape(b * n, d))
+        probs, logits, deciding = self.scores(x.reshape(b * n, d))
         pools = b if self.group == "image" else 1
         scores = probs.view(pools, b * n // pools, self.experts)  # (P, T / P, E)
         slots = self._slots(scores.shape[1])
@@ -69,7 +69,10 @@ class ExpertChoiceRouter(LinearRouter):
         token, expert = chosen.nonzero(as_tuple=True)
         weight = probs[token, expert]
         if self.gate == "renormalised":
-            weight = weight / (probs * chosen).sum(dim=-1)[token]
+            total = (probs * chosen).sum(dim=-1)[token]
+            weight = renormalised(
+                weight, total, lambda: _log_share(deciding, chosen, token, expert)
+            )
         # Experts that did not take a token come last in its list, as -1.
         ranked = probs.detach().masked_fill(~chosen, -1.0).sort(dim=-1, descending=True)
         choice = ranked.indices.masked_fill(ranked.values < 0, -1)
@@ -88,3 +91,12 @@ class ExpertChoiceRouter(LinearRouter):
     def experts_per_image(self) -> float | None:
         """Counts all experts where each image is a pool; in a pool of a batch data decide."""
         return float(self.experts) if self.group == "image" else None
+
+
+def _log_share(deciding: Tensor, chosen: Tensor, token: Tensor, expert: Tensor) -> Tensor:
+    """(A,) logarithm of an expert's gate in the sum of those that took the token.
+
+    deciding: (T, E) logits; chosen: (T, E) bool; token, expert: (A,).
+    """
+    of_takers = deciding.masked_fill(~chosen, -torch.inf)[token]  # (A, E), no row without a taker
+    return deciding[token, expert] - of_takers.logsumexp(dim=-1)

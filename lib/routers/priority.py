@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..spec import MoESpec
-from .base import LinearRouter, Routing, assign, capacity, check_pool
+from .base import LinearRouter, Routing, assign, capacity, check_pool, one_in_value
 
 
 class PriorityRouter(LinearRouter):
@@ -57,13 +57,13 @@ class PriorityRouter(LinearRouter):
     def forward(self, x: Tensor) -> Routing:
         """Gives every token of x, (B, N, D), one expert."""
         b, n, d = x.shape
-        probs, logits = self.scores(x.reshape(b * n, d))
+        probs, logits, deciding = self.scores(x.reshape(b * n, d))
         pools = b if self.group == "image" else 1
         pooled = probs.detach().view(pools, b * n // pools, self.experts)  # (P, S, E)
         choice = balanced_match(pooled).view(b * n, 1)
         weight = probs.gather(1, choice)
         if self.gate == "renormalised":  # one in value, with a gradient
-            weight = weight / weight.detach()
+            weight = one_in_value(weight, deciding, choice)
         return assign(choice, weight, probs, logits, (b, n))
 
     def expert_rows(self, tokens: int, images: int) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..spec import MoESpec
-from .base import LinearRouter, Routing, assign
+from .base import LinearRouter, Routing, Scores, assign, one_in_value, renormalised
 
 
 class TopKRouter(LinearRouter):
@@ -76,15 +76,13 @@ class TopKRouter(LinearRouter):
             rows = x[:, 0] if self.pool == "class" else x.mean(dim=1)
         else:
             rows = x.reshape(b * n, d)
-        return self.route(*self.scores(rows), (b, n))
+        return self.route(self.scores(rows), (b, n))
 
-    def route(self, probs: Tensor, logits: Tensor, shape: tuple[int, int]) -> Routing:
-        """Chooses and weighs experts by probs, (R, E), as this router's options say.
-
-        logits: (R, E) that the Routing keeps for losses; shape: (B, N).
-        """
+    def route(self, scores: Scores, shape: tuple[int, int]) -> Routing:
+        """Chooses and weighs experts by scores as this router's options say; shape: (B, N)."""
+        probs, logits, deciding = scores
         choice = self.choose(probs)
-        weight = self.weigh(probs.gather(1, choice))
+        weight = self.weigh(probs.gather(1, choice), deciding, choice)
         first = probs.detach().amax(dim=-1) if self.batch_priority else None
         return assign(choice, weight, probs, logits, shape, self.capacity_factor, first)
 
@@ -121,14 +119,22 @@ class TopKRouter(LinearRouter):
             biased = biased.masked_fill(~reachable, -torch.inf)
         return biased.topk(self.top_k, dim=-1).indices
 
-    def weigh(self, gates: Tensor) -> Tensor:
+    def weigh(self, gates: Tensor, deciding: Tensor, choice: Tensor) -> Tensor:
         """Turns the probabilities of the chosen experts, (R, K), into factors on their outputs,
-        (R, K), as `gate` says."""
+        (R, K), as `gate` says.
+
+        deciding: (R, E) logits of the probabilities; choice: (R, K).
+        """
         if self.gate == "printed":
             return gates
         if self.top_k == 1:
-            return gates / gates.detach()
-        return gates / gates.sum(dim=-1, keepdim=True)
+            return one_in_value(gates, deciding, choice)
+        # the softmax over the chosen alone
+        return renormalised(
+            gates,
+            gates.sum(dim=-1, keepdim=True),
+            lambda: deciding.gather(1, choice).log_softmax(dim=-1),
+        )
 
     def expert_rows(self, tokens: int, images: int) -> int:
         """Counts every token once for each of its K experts."""

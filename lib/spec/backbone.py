@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import model_validator
+from typing import Annotated
+
+from pydantic import Field, model_validator
 
 from .base import Positive, Share, Spec
 
@@ -13,6 +15,8 @@ class BackboneSpec(Spec):
     name: str = "vit_tiny_patch16_224"  # timm architecture
     # None = random | dinov2-s14-saliency | timm | file:NAME or pth:NAME@SHA256 in MOE_WEIGHTS
     weights: str | None = None
+    # rows and columns of the position embeddings in a file, where its weights do not say
+    grid: Annotated[tuple[Positive, Positive], Field(strict=False)] | None = None
     patch: Positive | None = None  # pixels; None = the architecture's own (as are the next three)
     width: Positive | None = None  # D
     depth: Positive | None = None  # blocks
@@ -22,9 +26,14 @@ class BackboneSpec(Spec):
     drop_path: Share = 0.0
 
     @model_validator(mode="after")
-    def _heads_divide_width(self):
+    def _consistent(self):
         if self.width and self.heads and self.width % self.heads:
             raise ValueError(f"heads={self.heads} must divide width={self.width}")
         if self.hidden and not self.width:
             raise ValueError(f"hidden={self.hidden} is set as a ratio to the width: set width, too")
+        if self.grid is not None and not (self.weights or "").startswith(("file:", "pth:")):
+            raise ValueError(
+                f"grid={self.grid} is of the positions in a weight file; weights={self.weights!r} "
+                "is none: leave it at None, or name a file (file:NAME, pth:NAME@SHA256)"
+            )
         return self

@@ -165,6 +165,11 @@ class RunSpec(Spec):
             raise ValueError(
                 "pretraining with a mask starts from random or named weights, not from init"
             )
+        if self.train.trainable == "head":
+            raise ValueError(
+                "pretraining with a mask has no head, so trainable='head' leaves nothing to "
+                "train: set 'all', 'routers' or 'no_attention'"
+            )
         if self.train.layer_decay != 1.0:
             raise ValueError(
                 f"layer_decay={self.train.layer_decay} counts layers from a head; "
@@ -246,5 +251,33 @@ class RunSpec(Spec):
             raise ValueError(
                 f"distil={self.train.distil!r} needs a parent with gates: "
                 "set init to a run with moe"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gates_can_be_distilled(self):
+        if self.train is None or self.train.distil == "none" or self.moe is None:
+            return self
+        asked = f"distil={self.train.distil!r}"
+        if not self.moe.takes("router_std"):
+            raise ValueError(
+                f"{asked} teaches the logits of a router, and router={self.moe.router!r} has none "
+                "that learn: set distil='none', or another router"
+            )
+        if self.train.single_expert_at:
+            raise ValueError(
+                f"{asked} asks for experts that single_expert_at drops: their probability is 0, "
+                "and the divergence from a parent that uses them infinite. Set one of the two"
+            )
+        if self.train.distil == "probabilities" and self.moe.members > 1:
+            raise ValueError(
+                "distil='probabilities' compares all experts of a layer, and of members="
+                f"{self.moe.members} each reaches its own group alone: the divergence is no "
+                "number. Set distil='choice', or members=1"
+            )
+        if self.drop is not None and self.drop.missing == "reroute":
+            raise ValueError(
+                f"{asked} compares expert by expert, and drop.missing='reroute' takes rows out of "
+                "the router: set drop.missing='zero_update', or distil in a run of its own"
             )
         return self

@@ -32,7 +32,7 @@ OnRoutings = Callable[[Sequence[Routing], Sequence[int], Tensor], None]
 
 @dataclass
 class Evaluation:
-    """Mean top-1 (percent) and cross-entropy (nats) over n images, with predictions (n,) as int16.
+    """Mean top-1 (percent) and cross-entropy (nats) over n images, with (n,) predicted classes.
 
     Of a masked autoencoder: the reconstruction loss alone, the other two are None.
     """
@@ -76,7 +76,7 @@ def evaluate(
     predictions, losses, seconds = [], [], 0.0
     with _progress_bar(len(split), spec) as bar:
         for index in batches:
-            images, labels = split.batch(index, spec.data).to(spec.device), split.labels[index]
+            images, labels = split.batch(index, spec).to(spec.device), split.labels[index]
             began = time.perf_counter()
             with (
                 tape if watched else contextlib.nullcontext(),
@@ -95,7 +95,7 @@ def evaluate(
                 continue
             logits = out.float().cpu()
             losses.append(F.cross_entropy(logits, labels, reduction="sum").item())
-            predictions.append(logits.argmax(dim=-1).to(torch.int16))
+            predictions.append(logits.argmax(dim=-1).to(whole_type(logits.shape[-1], torch.int16)))
     loss, images_per_s = math.fsum(losses) / len(split), len(split) / seconds
     if masks is not None:
         return Evaluation(len(split), None, loss, None, images_per_s)
@@ -114,6 +114,12 @@ def batches_that_choose(labels: Tensor, spec: RunSpec) -> tuple[Tensor, ...]:
     if spec.channels.order == "class":
         order = order[labels[order].argsort(stable=True)]
     return order.split(spec.channels.batch)
+
+
+def whole_type(count: int, smallest: torch.dtype = torch.int8) -> torch.dtype:
+    """Chooses the smallest signed type, from `smallest` on, that holds -1 and 0..count - 1."""
+    types = (torch.int8, torch.int16, torch.int32, torch.int64)
+    return next(t for t in types[types.index(smallest) :] if count - 1 <= torch.iinfo(t).max)
 
 
 def _progress_bar(images: int, spec: RunSpec) -> tqdm:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..inputs.splits import Split
+from ..models.backbone import heads_of
 from ..models.balance import update_choice_bias
 from ..models.ensemble import Ensemble
 from ..models.moe import RoutingTape
@@ -151,7 +152,7 @@ class Trainer:
         spec, began = self.spec, time.perf_counter()
         index = self._index(step)
         augmentation = _generator(spec.seed, AUGMENTATION, step)
-        images = self.data.batch(index, spec.data, augmentation).to(spec.device)
+        images = self.data.batch(index, spec, augmentation).to(spec.device)
         labels = self.data.labels[index].to(spec.device)
         torch.manual_seed(_mix(spec.seed, NOISE, step))
         self.schedule.step_update(step + 1)
@@ -329,13 +330,11 @@ def schedule(optim: torch.optim.Optimizer, train: TrainSpec, steps: int) -> Cosi
 
 def freeze(model: nn.Module, trainable: str) -> None:
     """Leaves a gradient to the routers or the head alone, or to all but the attention layers."""
-    head = set()
-    if trainable == "head":
-        head = {id(parameter) for parameter in model.get_classifier().parameters()}
+    heads = heads_of(model) if trainable == "head" else ()
     for name, parameter in model.named_parameters():
         wanted = {
             "routers": ".router." in name,
-            "head": id(parameter) in head,
+            "head": name.startswith(heads),
             "no_attention": ".attn." not in name,
         }
         parameter.requires_grad_(wanted[trainable])

@@ -340,7 +340,7 @@ def test_too_few_images_to_calibrate_on(where):
         (
             "convnextv2_atto",
             {},
-            "is a GlobalResponseNormMlp: experts are extracted from timm.layers.Mlp",
+            r"GlobalResponseNormMlp\); what is taken is timm.layers.Mlp.*experts are extracted",
         ),
         (
             "convnext_atto",

@@ -98,7 +98,7 @@ def test_published_checkpoint_gives_its_encoder(shelf):
         torch.equal(found[key], encoder[key]) for key in encoder
     )
     model = create(TINY, 28, 10, 3)
-    load_weights(model, found, name)
+    load_weights(model, found, name, (4, 4))
     assert torch.equal(model.blocks[1].mlp.fc1.weight, encoder["blocks.1.mlp.fc1.weight"])
     bare = weights.fetch(published(folder, encoder, "bare.pth"), "")
     assert set(bare) == set(encoder)
@@ -212,13 +212,13 @@ def test_saliency_weights_fit_the_backbone(saliency):
 def test_weights_with_another_head_keep_the_fresh_one():
     ten, two = create(TINY, 28, 10, 1), create(TINY, 28, 2, 1)
     head = two.head.weight.detach().clone()
-    load_weights(two, ten.state_dict(), "test")
+    load_weights(two, ten.state_dict(), "test", (4, 4))
     assert torch.equal(two.head.weight, head) and torch.equal(two.norm.weight, ten.norm.weight)
     assert torch.equal(two.blocks[1].attn.qkv.weight, ten.blocks[1].attn.qkv.weight)
     headless = {
         name: tensor for name, tensor in ten.state_dict().items() if not name.startswith("head.")
     }
-    load_weights(two, headless, "test")
+    load_weights(two, headless, "test", (4, 4))
     assert torch.equal(two.head.weight, head)
 
 
@@ -233,7 +233,7 @@ def test_weights_that_do_not_fit_are_named():
     with pytest.raises(
         ValueError, match=r"0 do not match .*12 are absent \(first \['blocks.1.norm1.weight'"
     ):
-        load_weights(small, shallow, "test")
+        load_weights(small, shallow, "test", (4, 4))
     assert weights.sha256_state(small.state_dict()) == before  # refused before a tensor was copied
 
 

@@ -13,6 +13,7 @@ from lib.measure import cost, timing
 from lib.models.experts import Experts
 from lib.models.moe import MoELayer, RoutingTape
 from lib.models.upcycle import upcycle
+from lib.pruning.experts.dropping import drop_experts
 from lib.pruning.neurons.scores import forced
 from lib.spec import MoESpec
 from lib.verdicts import papers
@@ -276,7 +277,9 @@ def test_model_is_left_alone():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with RoutingTape(model) as tape:
         cost.count(model, 224)
-    assert model.training and isinstance(model.blocks[1].mlp, MoELayer) and not tape.routings()
+    assert model.training and isinstance(model.blocks[1].mlp, MoELayer)
+    with pytest.raises(RuntimeError, match="there ran none of its MoE layers"):
+        tape.routings()
     assert not any(m._forward_pre_hooks for m in model.modules())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
@@ -347,3 +350,33 @@ def test_peak_memory_sees_an_allocation():
     # where the OS permits a reset
     if timing.peak_rss_mib(reset=True) >= after and timing.peak_rss_mib() < 1.5 * before + 300:
         assert 200 < after - before < 400
+
+
+@pytest.mark.parametrize("left", [[0, 3], [2]])
+def test_what_dropped_experts_would_compute_is_measured_and_not_guessed(left):
+    """With zero updates the router goes on choosing them; what a token then computes, data decide.
+    By hand: T K assignments less the dropped ones, of 2 D H multiply-adds each."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2).eval()
+    upcycle(model, MoESpec(layers=1, experts=4, router="token", top_k=2))
+    whole = cost.count(model, 32, images=3).macs
+    drop_experts(model, {"blocks.1.mlp": left}, "zero_update")
+    bare = cost.count(model, 32, images=3)
+    for ask in (lambda: bare.macs, bare.by_kind, lambda: cost.printed_gflops(bare)):
+        with pytest.raises(ValueError, match="blocks.1.mlp.experts.fc1 has lost experts.*unserved"):
+            ask()
+    assert bare.params_stored == sum(p.numel() for p in model.parameters())
+    assert bare.table().set_index("module").macs["blocks.0.mlp.fc1"] == 3 * 5 * 192 * 768
+    with torch.no_grad(), RoutingTape(model) as tape:
+        model(torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
+    [routing] = tape.routings()
+    dropped = int(routing.dropped.sum())
+    assert 0 < dropped < 3 * 5 * 2
+    counted = cost.count(model, 32, images=3, unserved=[dropped / (3 * 5 * 2)])
+    assert whole - counted.macs == dropped * 2 * 192 * 768
+
+
+def test_a_whole_layer_needs_no_share_and_ignores_one():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
+    upcycle(model, MoESpec(layers=1, experts=4, router="token", top_k=2))
+    assert cost.count(model, 32).macs == cost.count(model, 32, unserved=[0.5]).macs

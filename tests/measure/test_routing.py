@@ -11,6 +11,7 @@ from lib.measure import routing as counts
 from lib.routers.all import AllExperts
 from lib.routers.base import assign
 from lib.routers.top_k import TopKRouter
+from lib.training.evaluate import whole_type
 from lib.verdicts import routing as tables
 
 
@@ -227,3 +228,42 @@ def test_probe_without_layers_is_empty():
     probe = counts.RoutingProbe(2)
     probe.update([], [], [0, 1])
     assert probe.summary() == [] and probe.arrays()["class_expert"].shape == (0, 2, 0)
+
+
+@pytest.mark.parametrize(
+    "experts, dtype",
+    [(2, "int8"), (128, "int8"), (129, "int16"), (256, "int16"), (40_000, "int32")],
+)
+def test_maps_hold_the_number_of_every_expert(experts, dtype):
+    """A type of 8 bits ends at 127: expert 255 was -1, which means that there is no token."""
+    choice = torch.tensor([0, 1, experts // 2, experts - 1])
+    routing = assign(
+        choice.unsqueeze(1),
+        torch.ones(4, 1),
+        torch.zeros(4, experts),
+        torch.zeros(4, experts),
+        (1, 4),
+    )
+    maps = pictures.first_choices([routing, small_routing()], 1)
+    assert maps.numpy().dtype == dtype
+    assert maps.tolist() == [[choice.tolist()], [[1, 0, -1, -1]]]
+
+
+def small_routing():
+    return assign(
+        torch.tensor([[1], [0]]), torch.ones(2, 1), torch.zeros(2, 2), torch.zeros(2, 2), (1, 2)
+    )
+
+
+@pytest.mark.parametrize("classes, dtype", [(10, "int16"), (32_768, "int16"), (32_769, "int32")])
+def test_predictions_hold_the_number_of_every_class(classes, dtype):
+    assert str(whole_type(classes, torch.int16)) == f"torch.{dtype}"
+    assert torch.tensor(classes - 1).to(whole_type(classes, torch.int16)) == classes - 1
+
+
+def test_counts_beyond_their_type_are_refused_at_every_position():
+    probe = counts.RoutingProbe(2)
+    probe.update([small_routing()], [0], torch.tensor([1]))
+    probe._layers[0].by_position[0, 0] = 2**31
+    with pytest.raises(OverflowError, match="block 0 exceeds"):
+        probe.arrays()

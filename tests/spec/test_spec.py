@@ -183,3 +183,56 @@ def test_but():
     with pytest.raises(ValidationError, match="top_k=3 needs at least 3"):
         spec.but(moe={"experts": 2, "top_k": 3})
     assert isinstance(spec, Spec)
+
+
+MIXTURE = RunSpec(moe=MoESpec(experts=4, router="token"), train=TrainSpec())
+
+
+def distilled(target, parent=MIXTURE, train=None, **changes):
+    return parent.but(init=parent, train={"distil": target} | (train or {}), **changes)
+
+
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (
+            lambda: distilled("probabilities", MIXTURE.but(moe={"members": 2})),
+            "distil='probabilities' compares all experts.*members=2.*distil='choice'",
+        ),
+        (
+            lambda: distilled("probabilities", train={"single_expert_at": 0.5}),
+            "distil='probabilities' asks for experts that single_expert_at drops",
+        ),
+        (
+            lambda: distilled("choice", train={"single_expert_at": 1.0}),
+            "distil='choice' asks for experts that single_expert_at drops",
+        ),
+        (
+            lambda: distilled("choice", drop={"share": 0.5, "score": "load", "missing": "reroute"}),
+            "drop.missing='reroute' takes rows out of the router",
+        ),
+        (
+            lambda: distilled("probabilities", MIXTURE.but(moe=MoESpec(router="soft"))),
+            "teaches the logits of a router, and router='soft' has none",
+        ),
+        (
+            lambda: distilled(
+                "choice",
+                MIXTURE.but(moe=MoESpec(router="all", experts=2, top_k=2, balance="none")),
+            ),
+            "router='all' has none",
+        ),
+        (
+            lambda: RunSpec(train={"mask": {}, "trainable": "head"}),
+            "a mask has no head, so trainable='head' leaves nothing to train",
+        ),
+    ],
+)
+def test_what_cannot_be_learned_is_refused_before_any_work(make, says):
+    with pytest.raises(ValidationError, match=says):
+        make()
+
+
+def test_a_choice_is_distilled_inside_the_group_of_each_member():
+    assert distilled("choice", MIXTURE.but(moe={"members": 2})).train.distil == "choice"
+    assert distilled("probabilities", drop={"share": 0.5, "score": "load"}).drop is not None

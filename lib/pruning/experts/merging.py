@@ -9,7 +9,7 @@ Axis letters: **B** images, **T** tokens, **D** width, **H** hidden width, **E**
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ LEAST_COSINE = 0.4
 
 
 @torch.no_grad()
-def merge_similar(model: nn.Module, batches: Sequence[Tensor], share: float) -> nn.Module:
+def merge_similar(model: nn.Module, batches: Iterable[Tensor], share: float) -> nn.Module:
     """Merges experts with similar outputs until a share of them is gone, in place (2407.09590).
 
     Experts are clustered by average linkage on `output_similarity`. The weights and the router rows
@@ -43,10 +43,11 @@ def merge_similar(model: nn.Module, batches: Sequence[Tensor], share: float) -> 
     and no learnt coefficients. Neurons are not aligned before the mean, which is harmless for
     experts that started as copies and harmful for others.
 
-    batches: images (B, channels, height, width), read twice, so a sequence. Returns the model.
+    batches: images (B, channels, height, width). Returns the model.
     Raises ValueError for a share that is no whole number of experts, a router whose groups must not
     mix, too few experts for the router's K, and as `calibrate`.
     """
+    batches = list(batches)  # read twice
     calibration_of_layer = calibrate(model, batches)
     similarity_of_layer = output_similarity(model, batches)
     merged = {}

@@ -109,5 +109,6 @@ class ProgressiveDrop:
         """Drops the masked experts, and puts the first kind of router back; returns the model."""
         keep = {name: router.alive.nonzero()[:, 0] for name, router in self.routers.items()}
         for name, router in self._routers_before.items():
-            self.model.get_submodule(name).router = router
+            layer = self.model.get_submodule(name)
+            layer.router = router.train(layer.training)  # modes that changed passed it by
         return drop_experts(self.model, keep, "reroute")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ...models.experts import Experts
 from ...models.moe import MoELayer
-from ...models.upcycle import REFUSED, block_mlps
+from ...models.upcycle import block_mlps, why_not_plain
 
 PARTS = ("mlp", "attention", "experts")
 # Name of a set, and the tensors (..., groups, members) that its groups hold.
@@ -90,21 +90,11 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
 def _refusal(part: str, module: nn.Module) -> str | None:
     """Says why a layer cannot be pruned; None if it can."""
     if part == "mlp":
-        return _refusal_of_mlp(module)
+        reason = why_not_plain(module)
+        return reason and f"it {reason}"
     if part == "attention":
         return _refusal_of_attention(module)
     return None if type(module) is Experts else "only lib's own Experts are known"
-
-
-def _refusal_of_mlp(module: nn.Module) -> str | None:
-    kind = type(module)
-    linear = kind is Mlp and isinstance(module.fc1, nn.Linear) and isinstance(module.fc2, nn.Linear)
-    if not linear:
-        reason = REFUSED.get(kind.__name__, "another kind")
-        return f"it is {reason}; known is timm.layers.Mlp with Linear fc1 and fc2"
-    if not isinstance(module.norm, nn.Identity):
-        return "a norm inside it depends on all hidden neurons at once"
-    return None
 
 
 def _refusal_of_attention(module: nn.Module) -> str | None:

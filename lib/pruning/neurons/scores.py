@@ -13,7 +13,7 @@ head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from functools import partial
@@ -28,7 +28,7 @@ from ...models.moe import MoELayer
 from ...routers.forced import ForcedRouter
 from .groups import NamedSets, groups_of, prunable, shapes_of, supported
 
-Batches = Sequence[tuple[Tensor, Tensor]]  # images (B, channels, height, width) and labels (B,)
+Batches = Iterable[tuple[Tensor, Tensor]]  # images (B, channels, height, width) and labels (B,)
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 Reduce = Callable[[list[Tensor]], Tensor]  # tensors (..., groups, members) -> (..., groups)
 
@@ -116,7 +116,7 @@ def removal_effects(
     This is what scores stand for, at the price of a pass for each neuron. name: of the MLP. Returns
     (len(neurons),) float64 differences of the loss averaged over the batches, negative where it
     falls. Runs in evaluation mode; weights and modes are left as they were. Raises ValueError if
-    `name` is no dense MLP that can be pruned, or if a neuron is out of range.
+    `name` is no dense MLP that can be pruned, if a neuron is out of range, and without a batch.
     """
     mlp = supported(model).get(name)
     if not isinstance(mlp, Mlp):
@@ -129,6 +129,12 @@ def removal_effects(
     if wrong := [neuron for neuron in neurons if not 0 <= neuron < weight.shape[1]]:
         raise ValueError(
             f"neurons={wrong} of {name} are out of range: it has 0..{weight.shape[1] - 1}"
+        )
+    batches = list(batches)  # read once for each neuron
+    if not batches:
+        raise ValueError(
+            "effects are measured on images: batches is an iterable of (images, labels), and it "
+            "was empty"
         )
     model.eval()
 
@@ -276,12 +282,14 @@ def scores_from_gradients_by_expert(
 
     Raises ValueError for another number of lists of batches than E, and for one without images.
     """
+    batches_of_expert = list(batches_of_expert)
     for name, module in modules.items():
         if len(batches_of_expert) != module.experts:
             raise ValueError(
                 f"{len(batches_of_expert)} calibration groups for the {module.experts} experts of "
                 f"{name}: one an expert"
             )
+    batches_of_expert = [list(batches) for batches in batches_of_expert]  # read more than once
     for e, batches in enumerate(batches_of_expert):
         if not sum(len(labels) for _, labels in batches):
             raise ValueError(
@@ -314,6 +322,7 @@ def scores_from_gradients(
         for name, module in modules.items()
         for local_name, parameter in module.named_parameters()
     }
+    batches = list(batches)  # counted before they are used: a generator gives them once
     if not batches or not all(len(labels) for _, labels in batches):
         raise ValueError(
             f"{len(batches)} calibration batches of {[len(labels) for _, labels in batches]} "
