@@ -65,7 +65,7 @@ def execute(key: str, profile: str, given: dict[str, Any], out: Path) -> float:
     """
     import nbformat  # this and papermill take a second, which an idle build should not pay
 
-    profiles.profile(key, profile, **given)  # refuses bad input before anything runs
+    profiles.plan(key, profile, **given)  # refuses bad input before anything runs
     # hashes from before the run: an edit during a long one counts as a change
     before: dict[str, Any] = {
         "files": manifest.code_and_papers(),

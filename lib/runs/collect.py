@@ -181,6 +181,7 @@ def check(spec: RunSpec) -> None:
     image, an unknown backbone, a step that cannot be carried out; or naming the module, for an
     architecture whose cost cannot be counted.
     """
+    from ..measure.cost import check_capacity
     from .steps import steps_of
 
     architecture = (spec.backbone, spec.data.image_size, spec.moe)
@@ -188,6 +189,8 @@ def check(spec: RunSpec) -> None:
     for step in steps_of(spec):
         step.check(model, spec)
     _check_whole(*architecture, None if spec.train is None else spec.train.mask)
+    if spec.moe is not None and spec.moe.capacity_factor is not None and spec.train is not None:
+        check_capacity(model, spec.data.image_size, spec.train.batch)
     if spec.init is not None:
         check(spec.init)
 

@@ -14,7 +14,7 @@ width, **H** expert hidden width, **E** experts, **K** experts per token.
 """
 
 from .backbone import BackboneSpec
-from .base import Positive, Share, Spec
+from .base import Positive, Share, Spec, sentence
 from .data import PACKAGED, DataSpec, class_groups
 from .extraction import CalibrationSpec, ClusterSpec, CorrectionSpec, ExtractSpec, NeuronSpec
 from .moe import ROUTERS, MoESpec, RouterWord
@@ -43,4 +43,5 @@ __all__ = [
     "Spec",
     "TrainSpec",
     "class_groups",
+    "sentence",
 ]
