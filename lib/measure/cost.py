@@ -184,7 +184,7 @@ def count(
 def check_capacity(model: nn.Module, image_size: int, images: int) -> None:
     """Raises ValueError for a capacity factor by which an expert serves less than one token.
 
-    Every such factor does the same, as an expert serves at least one. images: of a batch.
+    Every such factor does the same, as an expert serves at least one. images: of the largest batch.
     """
     twin = _twin(model)
     layers = _replaced_by_stands(twin)

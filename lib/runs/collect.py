@@ -182,6 +182,7 @@ def check(spec: RunSpec) -> None:
     architecture whose cost cannot be counted.
     """
     from ..measure.cost import check_capacity
+    from ..training import evaluate
     from .steps import steps_of
 
     architecture = (spec.backbone, spec.data.image_size, spec.moe)
@@ -189,8 +190,9 @@ def check(spec: RunSpec) -> None:
     for step in steps_of(spec):
         step.check(model, spec)
     _check_whole(*architecture, None if spec.train is None else spec.train.mask)
-    if spec.moe is not None and spec.moe.capacity_factor is not None and spec.train is not None:
-        check_capacity(model, spec.data.image_size, spec.train.batch)
+    if spec.moe is not None and spec.moe.capacity_factor is not None:
+        trained = spec.train.batch if spec.train is not None else 0
+        check_capacity(model, spec.data.image_size, max(trained, evaluate.BATCH))
     if spec.init is not None:
         check(spec.init)
 
