@@ -77,6 +77,14 @@ FORMS = {
     "PNG L ": "jpeg",  # another ending than its format
     "BMP L": "scan",  # an ending that says nothing
 }
+
+
+def float_picture() -> bytes:
+    out = io.BytesIO()
+    Image.new("F", (4, 4), 0.5).save(out, "TIFF")
+    return out.getvalue()
+
+
 HARMLESS = {
     "notes.txt": b"nothing",
     "metadata.csv": b"file_name,label",
@@ -84,20 +92,16 @@ HARMLESS = {
     "__MACOSX/x.png": encoded(7),
     "Thumbs.db": b"thumbs",
     "no ending": b"text",
+    "a pipe": None,
 }
 HARMFUL = {
     "empty.jpg": b"",
     "cut.png": encoded(7)[:30],
     "phone.heic": b"ftypheic",
     "no_picture.png": b"text",
-    "float.tif": None,  # see `float_picture`
+    "float.tif": float_picture(),
+    "pipe.png": None,
 }
-
-
-def float_picture() -> bytes:
-    out = io.BytesIO()
-    Image.new("F", (4, 4), 0.5).save(out, "TIFF")
-    return out.getvalue()
 
 
 def put_pictures(draw, disk: Disk, split: str, of_split: str, names: list[str], most: int) -> None:
@@ -120,11 +124,10 @@ def put_odd_things(draw, disk: Disk) -> None:
     names = st.sampled_from([*HARMLESS, *HARMLESS, *HARMFUL])
     for name in draw(st.lists(names, max_size=2, unique=True)):
         where = draw(st.sampled_from([disk.folder, *folders]))
-        content = files[name]
-        disk.write(
-            str((where / name).relative_to(disk.folder)),
-            float_picture() if content is None else content,
-        )
+        if files[name] is None:
+            os.mkfifo(where / name)
+        else:
+            disk.write(str((where / name).relative_to(disk.folder)), files[name])
         disk.odd += [name] * (name in HARMFUL)
     kinds = ["none", "moved"] * 4 + ["twice", "nowhere", "circle", "empty", "stray"]
     kind = draw(st.sampled_from(kinds))
