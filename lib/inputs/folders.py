@@ -8,6 +8,7 @@ not looked at. A file that is no picture is left alone; every picture is read, o
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -214,6 +215,10 @@ def _picture_at(file: Path) -> Picture | None:
         raise ValueError(
             f"{file} cannot be looked at ({error.strerror}): a link to a file that is not there?"
         ) from error
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for a writer for ever
+        if suffix in READABLE:
+            raise ValueError(f"{file} is a pipe, a socket or a device and no picture: remove it")
+        return None
     if suffix not in READABLE and not _looks_like_picture(file):
         return None
     if not status.st_size:

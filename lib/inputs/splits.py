@@ -98,6 +98,11 @@ def load_splits(spec: DataSpec) -> Splits:
             f"classes={spec.classes} of data set {spec.name}: give the first class and one past "
             f"the last, with 0 <= first < end <= {len(names)}"
         )
+    if spec.classes == (0, len(names)):
+        raise ValueError(
+            f"classes={spec.classes} of data set {spec.name} are all that it has: leave it at "
+            "None, so that equal runs have equal ids"
+        )
     count_of_split = {"train": spec.train, "val": spec.val, "test": spec.test}
     splits = {}
     for split, (source, rows) in _rows_of_splits(spec.name, sources).items():

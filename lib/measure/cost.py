@@ -170,14 +170,9 @@ def count(
     name.
     """
     twin = _twin(model)
-    stands = {
-        name: _Stand() for name, module in twin.named_modules() if isinstance(module, MoELayer)
-    }
-    layers = {name: twin.get_submodule(name) for name in stands}
-    for name, stand in stands.items():
-        twin.set_submodule(name, stand)
+    layers = _replaced_by_stands(twin)
+    stands = {name: twin.get_submodule(name) for name in layers}
     ledger = Ledger(twin)
-    channels = next((m.in_channels for m in twin.modules() if isinstance(m, nn.Conv2d)), 3)
     # The math path writes attention as two plain products, the only form that torch's counter sees
     # on every device.
     with (
@@ -186,7 +181,7 @@ def count(
         FlopCounterMode(display=False) as torch_count,
         ledger,
     ):
-        twin(torch.empty(images, channels, image_size, image_size, device="meta"))
+        _run(twin, images, image_size)
     agree(ledger, torch_count)
 
     rows = _behind_masks(twin, _dense_rows(twin, ledger))
@@ -203,6 +198,28 @@ def count(
         rows += _moe_rows(name, layer, _Seen(images, tokens, share, load, served))
     order = {name: at for at, (name, _) in enumerate(model.named_modules())}
     return Cost(tuple(sorted(rows, key=lambda row: order[row.module])), images)
+
+
+def check_capacity(model: nn.Module, image_size: int, images: int) -> None:
+    """Raises ValueError for a capacity factor by which an expert serves less than one token.
+
+    Every such factor does the same, as an expert serves at least one. images: of the largest batch.
+    """
+    twin = _twin(model)
+    layers = _replaced_by_stands(twin)
+    if all(getattr(layer.router, "capacity_factor", None) is None for layer in layers.values()):
+        return
+    with torch.no_grad():
+        _run(twin, 1, image_size)
+    for name, layer in layers.items():
+        router, tokens = layer.router, math.prod(twin.get_submodule(name).shape[:-1]) * images
+        smallest = router.experts / (router.top_k * tokens)
+        if router.capacity_factor < smallest:
+            raise ValueError(
+                f"capacity_factor={router.capacity_factor} lets each of {router.experts} experts "
+                f"serve less than one of the {tokens} tokens of a batch at {name}: give at least "
+                f"{smallest:.2g}"
+            )
 
 
 def needs_measured_experts(model: nn.Module) -> bool:
@@ -231,6 +248,27 @@ class _Stand(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.shape = tuple(x.shape)
         return x
+
+
+def _replaced_by_stands(twin: nn.Module) -> dict[str, MoELayer]:
+    """Puts stands in the places of MoE layers, which it returns by name."""
+    layers = {n: module for n, module in twin.named_modules() if isinstance(module, MoELayer)}
+    for name in layers:
+        twin.set_submodule(name, _Stand())
+    return layers
+
+
+def _run(twin: nn.Module, images: int, image_size: int) -> None:
+    """Runs a model on the meta device. Raises ValueError for images that it cannot take, or that
+    are so large that their bytes cannot be counted."""
+    channels = next((m.in_channels for m in twin.modules() if isinstance(m, nn.Conv2d)), 3)
+    try:
+        twin(torch.empty(images, channels, image_size, image_size, device="meta"))
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"{type(twin).__name__} does not run on image_size={image_size}: "
+            f"{str(error).splitlines()[0] if str(error) else 'it takes other sizes'}"
+        ) from error
 
 
 def _twin(model: nn.Module) -> nn.Module:
@@ -381,15 +419,19 @@ def _shared_rows(name: str, shared: nn.Module | None, seen: _Seen) -> list[Row]:
     return rows
 
 
+def _fewest(layer: MoELayer) -> int:
+    """Returns the fewest routed experts that an image touches.
+
+    Expert choice over a batch may leave an image without any, and so may experts that were dropped
+    or are full.
+    """
+    full = getattr(layer.router, "capacity_factor", None) is not None
+    return 0 if full or isinstance(layer, PrunedLayer) else getattr(layer.router, "top_k", 0)
+
+
 def _check_share(experts_per_image: float, layers: Sequence[MoELayer]) -> None:
     """Raises ValueError if the model cannot touch so many experts an image."""
-    # Expert choice over a batch may leave an image without any expert, and so may experts that were
-    # dropped.
-    least = sum(
-        (0 if isinstance(layer, PrunedLayer) else getattr(layer.router, "top_k", 0))
-        + (layer.shared is not None)
-        for layer in layers
-    )
+    least = sum(_fewest(layer) + (layer.shared is not None) for layer in layers)
     most = sum(layer.experts.experts + (layer.shared is not None) for layer in layers)
     if not least <= experts_per_image <= most:
         raise ValueError(

@@ -164,10 +164,9 @@ def create(spec: BackboneSpec, image_size: int, classes: int, channels: int) -> 
             drop_path_rate=spec.drop_path,
             **given,
         )
-    except TypeError as error:
-        raise ValueError(
-            f"backbone {spec.name} does not take {', '.join(given)}: {error}"
-        ) from error
+    except (TypeError, AssertionError, RuntimeError) as error:
+        sizes = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise ValueError(f"backbone {spec.name} does not take {sizes}: {error}") from error
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if patch and image_size % patch[0]:
         raise ValueError(

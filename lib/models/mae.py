@@ -49,6 +49,12 @@ class MaskedAutoencoder(nn.Module):
             )
         self.encoder, self.ratio = encoder, mask.ratio
         grid = encoder.patch_embed.grid_size
+        patches = grid[0] * grid[1]
+        if self.visible_patches(patches) == patches:
+            raise ValueError(
+                f"mask ratio={mask.ratio} hides none of {patches} patches: give more, or smaller "
+                "patches"
+            )
         self.side = encoder.patch_embed.patch_size[0]
         self.channels = encoder.patch_embed.proj.in_channels
         self.embed = nn.Linear(encoder.embed_dim, mask.width)
@@ -65,6 +71,10 @@ class MaskedAutoencoder(nn.Module):
         self.predict = nn.Linear(mask.width, self.side**2 * self.channels)
         self.train(encoder.training)
 
+    def visible_patches(self, patches: int) -> int:
+        """Computes V: of so many patches those that are not hidden, at least one."""
+        return max(1, round(patches * (1 - self.ratio)))
+
     def no_weight_decay(self) -> set[str]:
         """Names the parameters that weight decay leaves alone, as timm asks for them."""
         return {f"encoder.{name}" for name in self.encoder.no_weight_decay()} | {"token"}
@@ -79,7 +89,7 @@ class MaskedAutoencoder(nn.Module):
         b, patches, _ = target.shape
         # The first patches of a random order stay visible, (B, V), in the order of the image.
         order = torch.rand(b, patches, generator=generator).argsort(dim=1).to(images.device)
-        visible = order[:, : max(1, round(patches * (1 - self.ratio)))].sort(dim=1).values
+        visible = order[:, : self.visible_patches(patches)].sort(dim=1).values
         hidden = torch.ones(b, patches, dtype=torch.bool, device=images.device)
         hidden.scatter_(1, visible, False)
         prediction = self.decode(self.encode(images, visible), visible, patches)

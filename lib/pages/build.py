@@ -76,7 +76,7 @@ def execute(
     """
     import nbformat  # this and papermill take a second, which an idle build should not pay
 
-    profiles.profile(key, profile, **given)  # refuses bad input before anything runs
+    profiles.plan(key, profile, **given)  # refuses bad input before anything runs
     limit = limit or os.environ.get("MOE_LIMIT") or LIMITS[profile]
     seconds = seconds_of(limit, "limit")
     # hashes from before the run: an edit during a long one counts as a change

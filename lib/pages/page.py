@@ -26,6 +26,7 @@ from ..verdicts.claims import Verdict
 from ..verdicts.costs import cost_rows
 from ..verdicts.evidence import Evidence, verdicts_on
 from ..verdicts.stats import Interval, accuracy_interval, finished
+from .parameters import UnknownRuns
 from .profiles import PUBLISHED, Profile, plan, profile, with_further_seeds
 
 if TYPE_CHECKING:
@@ -61,10 +62,7 @@ class Side(Mapping):
         try:
             return self.records[key]
         except KeyError:
-            raise KeyError(
-                f"{self.p.notebook} plans no runs called {key!r} in its {self.p.profile} profile; "
-                f"it plans {', '.join(map(repr, self.records)) or 'none'}"
-            ) from None
+            raise UnknownRuns(self.p.notebook, self.p.profile, key, self.records) from None
 
     def __contains__(self, key: object) -> bool:
         return key in self.records

@@ -16,8 +16,9 @@ as text, `-p experts 8` or `-p experts 2,4,8`; it arrives as a tuple.
 from __future__ import annotations
 
 import ast
+import difflib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -48,6 +49,21 @@ READERS: dict[str, Callable[[str], Any]] = {
 
 class NotebookError(ValueError):
     """Bad input to a notebook: the message names the field, the value and what is valid."""
+
+
+class UnknownRuns(NotebookError, KeyError):
+    """Asks a page for runs by a name that it does not plan."""
+
+    __str__ = Exception.__str__  # KeyError's own puts the message in quotation marks
+
+    def __init__(self, notebook: str, profile: str, name: object, planned: Iterable[str]):
+        planned = list(planned)
+        near = difflib.get_close_matches(str(name), planned, n=4, cutoff=0.5)
+        listed = ", ".join(map(repr, near or planned[:8])) or "none"
+        super().__init__(
+            f"{notebook} plans no runs called {name!r} in its {profile} profile; "
+            f"{'near it are' if near else 'it plans'} {listed}"
+        )
 
 
 @dataclass(frozen=True)

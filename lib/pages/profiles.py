@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..paths import ROOT
-from .parameters import NotebookError, Parameter, known_parameter, parameters, tagged, typed
+from .parameters import (
+    NotebookError,
+    Parameter,
+    UnknownRuns,
+    known_parameter,
+    parameters,
+    tagged,
+    typed,
+)
 
 if TYPE_CHECKING:
     from ..spec import RunSpec
@@ -254,10 +262,23 @@ def _changed(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     return changed
 
 
-def plan(key: str, name: str, **given: Any) -> dict[str, list[RunSpec]]:
+class Runs(dict):
+    """Holds the runs that a notebook plans under a profile, by name; names those that are near one
+    that it does not plan."""
+
+    def __init__(self, runs: Mapping[str, list[RunSpec]], notebook: str, profile: str):
+        super().__init__(runs)
+        self.notebook, self.profile = notebook, profile
+
+    def __missing__(self, name: object) -> list[RunSpec]:
+        raise UnknownRuns(self.notebook, self.profile, name, self)
+
+
+def plan(key: str, name: str, **given: Any) -> Runs:
     """Returns the runs that a notebook wants under a profile, from its tagged cells alone.
 
-    Raises NotebookError where the cells do not define such a `grid`, or serve another notebook.
+    Raises NotebookError where the cells do not define such a `grid`, or serve another notebook, and
+    for given values with which the notebook has no runs.
     """
     space: dict[str, Any] = {"__name__": f"plan:{key}"}
     exec(compile(tagged(key, "parameters"), f"notebooks/{key}.ipynb[parameters]", "exec"), space)
@@ -270,12 +291,36 @@ def plan(key: str, name: str, **given: Any) -> dict[str, list[RunSpec]]:
     served = getattr(space.get("p"), "notebook", key)
     if served != key:
         raise NotebookError(f"notebooks/{key}.ipynb asks lib.profile for {served!r}; write {key!r}")
-    runs = with_further_seeds(key, space["grid"], profile(key, name, **given))
+    p = profile(key, name, **given)
+    try:
+        runs = with_further_seeds(key, space["grid"], p)
+    except (ValueError, LookupError, TypeError, ArithmeticError) as error:
+        by_hand = [field for field, value in given.items() if value is not None]
+        if not by_hand:
+            raise
+        raise NotebookError(_no_runs(p, profile(key, name), by_hand, error)) from error
     if not isinstance(runs, dict) or not all(isinstance(v, list) for v in runs.values()):
         raise NotebookError(
             f"notebooks/{key}.ipynb: grid(p) must return dict[str, list[RunSpec]], got {runs!r:.80}"
         )
-    return runs
+    return Runs(runs, key, name)
+
+
+def _no_runs(p: Profile, usual: Profile, by_hand: list[str], error: Exception) -> str:
+    """Says for which values given by hand a notebook has no runs, why, and what its profile has."""
+    from pydantic import ValidationError
+
+    from ..spec import sentence
+
+    reason = sentence(error) if isinstance(error, ValidationError) else str(error)
+    asked = ", ".join(f"{field}={getattr(p, field)!r:.60}" for field in by_hand)
+    known = parameters(p.notebook)
+    profile_has = ", ".join(
+        f"{field}={getattr(usual, field)!r:.60} ({known[field].help})" for field in by_hand
+    )
+    return (
+        f"{p.notebook} has no runs for {asked}: {reason}. Its {p.profile} profile has {profile_has}"
+    )
 
 
 def with_further_seeds(

@@ -19,6 +19,8 @@ def check(spec: RunSpec) -> None:
     image, an unknown backbone, a step that cannot be carried out; or naming the module, for an
     architecture whose cost cannot be counted.
     """
+    from ..measure.cost import check_capacity
+    from ..training import evaluate
     from .steps import steps_of
 
     architecture = (spec.backbone, spec.data.image_size, spec.moe)
@@ -26,6 +28,9 @@ def check(spec: RunSpec) -> None:
     for step in steps_of(spec):
         step.check(model, spec)
     _check_whole(*architecture, None if spec.train is None else spec.train.mask)
+    if spec.moe is not None and spec.moe.capacity_factor is not None:
+        trained = spec.train.batch if spec.train is not None else 0
+        check_capacity(model, spec.data.image_size, max(trained, evaluate.BATCH))
     if spec.init is not None:
         check(spec.init)
 

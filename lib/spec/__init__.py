@@ -14,7 +14,7 @@ width, **H** expert hidden width, **E** experts, **K** experts per token.
 """
 
 from .backbone import BackboneSpec
-from .base import Positive, Share, Spec
+from .base import Positive, Share, Spec, sentence
 from .channels import ChannelSpec
 from .data import PACKAGED, DataSpec, class_groups
 from .extraction import CalibrationSpec, ClusterSpec, CorrectionSpec, ExtractSpec, NeuronSpec
@@ -45,4 +45,5 @@ __all__ = [
     "Spec",
     "TrainSpec",
     "class_groups",
+    "sentence",
 ]

@@ -6,22 +6,22 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from .base import Positive, Share, Spec
+from .base import Depth, FileName, FolderName, Share, Size, Spec
 
 
 class BackboneSpec(Spec):
     """Describes a timm model and its starting weights."""
 
-    name: str = "vit_tiny_patch16_224"  # timm architecture
+    name: FolderName = "vit_tiny_patch16_224"  # timm architecture
     # None = random | dinov2-s14-saliency | timm | file:NAME or pth:NAME@SHA256 in MOE_WEIGHTS
-    weights: str | None = None
+    weights: FileName | None = None
     # rows and columns of the position embeddings in a file, where its weights do not say
-    grid: Annotated[tuple[Positive, Positive], Field(strict=False)] | None = None
-    patch: Positive | None = None  # pixels; None = the architecture's own (as are the next three)
-    width: Positive | None = None  # D
-    depth: Positive | None = None  # blocks
-    heads: Positive | None = None  # attention heads; must divide the width
-    hidden: Positive | None = None  # H of the MLPs
+    grid: Annotated[tuple[Size, Size], Field(strict=False)] | None = None
+    patch: Size | None = None  # pixels; None = the architecture's own (as are the next three)
+    width: Size | None = None  # D
+    depth: Depth | None = None  # blocks
+    heads: Size | None = None  # attention heads; must divide the width
+    hidden: Size | None = None  # H of the MLPs
     # largest stochastic-depth rate; timm lets it grow linearly over the blocks
     drop_path: Share = 0.0
 

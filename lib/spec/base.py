@@ -7,12 +7,59 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Annotated, Any, ClassVar
+from urllib.parse import quote
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+MOST_EXPERTS = 4096
+
+# Values with which a run can work in principle; whether a machine is large enough shows there.
 Share = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, lt=2**31)]  # a number of images, tokens or neighbours
+Size = Annotated[int, Field(ge=1, le=2**16)]  # of one axis: products of four fit 64 bits
+Depth = Annotated[int, Field(ge=1, le=1024)]  # a number of blocks, or that of one
+Experts = Annotated[int, Field(ge=1, le=MOST_EXPERTS)]
+ClassNumber = Annotated[int, Field(ge=0, lt=2**20)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy and scikit-learn take, not torch alone
+# Those below are used in float32, together with their squares: from 1e-38 to 3e38.
+Rate = Annotated[float, Field(ge=1e-12, le=100)]  # of learning; below it no weight moves
+Weight = Annotated[float, Field(ge=0, le=1e6)]  # of a loss, or a standard deviation
+Guard = Annotated[float, Field(ge=1e-12, le=1e6)]  # a divisor, or what is added to one
+
+
+def _printable(name: str) -> str:
+    """Refuses text that a page or a file name cannot show as it is."""
+    if not name.isprintable() or any(mark in name for mark in "<>`"):
+        raise ValueError("a name has no control character, no <, no > and no backtick")
+    return name
+
+
+def _file_name(name: str) -> str:
+    """Refuses a name that leads out of a folder, or that no file can have."""
+    parts = name.split("/")
+    if {"", ".", ".."} & set(parts):
+        raise ValueError(
+            "a name is a path below a folder: no / at its start or end, no part that is empty, . "
+            "or .."
+        )
+    _printable(name)
+    if len(quote(name, safe="")) > 200:  # the name of a packed data set is written like this
+        raise ValueError("a name has at most 200 letters; others than A to Z count 3 and more")
+    return name
+
+
+def _folder_name(name: str) -> str:
+    """Refuses a name that has other than letters, digits, _, - and . between its slashes."""
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*", name):
+        raise ValueError("a folder's name has letters, digits, _, - and ., and / inside")
+    return _file_name(name)
+
+
+ColumnName = Annotated[str, Field(min_length=1), AfterValidator(_printable)]
+FileName = Annotated[str, AfterValidator(_file_name)]
+FolderName = Annotated[str, AfterValidator(_folder_name)]
 
 
 class Spec(BaseModel):
@@ -54,3 +101,26 @@ class Spec(BaseModel):
                 value = old.but(**value)
             fields[name] = value
         return type(self)(**fields)
+
+
+def sentence(error: ValidationError) -> str:
+    """Says in one line what specs refuse: field, value, what is valid."""
+    return "; ".join(dict.fromkeys(map(_said, error.errors(include_url=False))))
+
+
+def _said(one: Any) -> str:
+    """Says one error of pydantic's list. Rules over several fields name these themselves."""
+    # a choice of types, such as a number or None, ends in the type that was tried
+    field = ".".join(part for part in map(str, one["loc"]) if not part.startswith("constrained-"))
+    reason = one["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    if isinstance(one["input"], dict | Spec) and one["type"] == "value_error":
+        return f"{field}: {reason}" if field else reason
+    return f"{field}={_short(one['input'])}: {reason}"
+
+
+def _short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of more digits than Python writes
+        text = f"a {type(value).__name__} too long to write"
+    return text if len(text) <= 60 else f"{text[:57]}..."

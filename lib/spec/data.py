@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from .base import Positive, Spec
+from .base import ClassNumber, ColumnName, FileName, Positive, Seed, Size, Spec
 
 PACKAGED = "mnist5k"  # 5,000 real MNIST images that come with a package
 
@@ -18,18 +18,36 @@ class DataSpec(Spec):
     """
 
     # mnist5k | a folder under MOE_DATA: parquet, classes, GEO-Bench, MIT Indoor | hub:owner/name
-    name: str = PACKAGED
-    image_size: Positive = 28  # side in pixels that the model sees
+    name: FileName = PACKAGED
+    image_size: Size = 28  # side in pixels that the model sees
     # training images; None = all that are left after the validation split
     train: Positive | None = None
     val: Positive | None = None  # validation images; None = the whole validation split
     test: Positive | None = None  # test images; None = all
-    label: str = "label"  # label column; CIFAR-100 has fine_label and coarse_label
+    label: ColumnName = "label"  # label column; CIFAR-100 has fine_label and coarse_label
     # training images only; auto: flip_crop and the CIFAR-10 policy of AutoAugment (1805.09501)
     augment: Literal["none", "flip", "shift", "flip_crop", "resized_crop", "auto"] = "none"
-    subset_seed: int = 0  # chooses the subset; not the training seed
+    subset_seed: Seed = 0  # chooses the subset; not the training seed
     # first class and one past the last of those that stay, numbered anew from 0; None = all
-    classes: tuple[Annotated[int, Field(ge=0)], Positive] | None = None
+    classes: tuple[ClassNumber, Annotated[ClassNumber, Field(ge=1)]] | None = None
+
+    @model_validator(mode="after")
+    def _no_idle_fields(self):
+        if self.name == PACKAGED and self.label != "label":
+            raise ValueError(
+                f"label={self.label!r} names a column, and {PACKAGED} has none: leave it at 'label'"
+            )
+        if self.subset_seed and self.train is self.val is self.test is None:
+            raise ValueError(
+                f"subset_seed={self.subset_seed} would choose nothing, as all images are taken: "
+                "give train, val or test, or leave it at 0"
+            )
+        if self.classes is not None and self.classes[0] >= self.classes[1]:
+            raise ValueError(
+                f"classes={self.classes}: give the first class and one past the last, with "
+                "0 <= first < end"
+            )
+        return self
 
     @property
     def in_folder(self) -> bool:

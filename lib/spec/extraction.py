@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from .base import Positive, Share, Spec
+from .base import MOST_EXPERTS, Guard, Positive, Share, Size, Spec
 
 
 class ClusterSpec(Spec):
@@ -26,11 +26,11 @@ class ClusterSpec(Spec):
     method: Literal["hdbscan", "kmeans", "random", "directions"] = "hdbscan"
     # of tokens: their hidden activations, or the MLP's input, which is what a router can see
     space: Literal["hidden", "input"] = "hidden"
-    count: Annotated[int, Field(ge=2)] = 8  # K; HDBSCAN finds its own
+    count: Annotated[int, Field(ge=2, le=MOST_EXPERTS)] = 8  # K; HDBSCAN finds its own
     # HDBSCAN: share of the tokens that makes a cluster
     smallest_share: Annotated[float, Field(gt=0, lt=1)] = 0.01
     neighbours: Positive = 5  # HDBSCAN: min_samples
-    components: Positive | None = None  # principal components that are clustered; None = all
+    components: Size | None = None  # principal components that are clustered; None = all
     # tokens of a layer that are clustered, at most; the others join the nearest centre, with
     # HDBSCAN only if its noise does
     sample: Positive = 4000
@@ -117,7 +117,7 @@ class CorrectionSpec(Spec):
     # that stay, in closed form (CORP)
     method: Literal["none", "mean", "ridge"] = "none"
     # of ridge regression, in units of the mean variance of the neurons that stay
-    penalty: Annotated[float, Field(gt=0)] = 1e-3
+    penalty: Guard = 1e-3
     pooled: Share = 0.0  # weight of all tokens' covariance in that of a cluster
     # layer after layer, each on what the changed layers before it give, towards the dense model's
     # residual stream

@@ -7,7 +7,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from .base import Positive, Share, Spec
+from .base import (
+    MOST_EXPERTS,
+    ClassNumber,
+    Depth,
+    Experts,
+    Guard,
+    Rate,
+    Share,
+    Size,
+    Spec,
+    Weight,
+)
 
 
 @dataclass(frozen=True)
@@ -48,11 +59,11 @@ class MoESpec(Spec):
     ViMoE, section 3; `semantics` guards its meaning.
     """
 
-    layers: Positive = 1  # L: blocks counted from the last one
+    layers: Depth = 1  # L: blocks counted from the last one
     # numbers of the L blocks, 1 at the input, rising; None = the last ones
-    blocks: tuple[Positive, ...] | None = None
-    experts: Positive = 8  # E, the shared expert not counted
-    top_k: Positive = 1  # K
+    blocks: tuple[Depth, ...] | None = None
+    experts: Experts = 8  # E, the shared expert not counted
+    top_k: Experts = 1  # K
     # image: one decision from the class token; all: no choice; token with top_k = experts: the
     # dense softmax mixture
     router: Literal[tuple(ROUTERS)] = "image"
@@ -62,47 +73,47 @@ class MoESpec(Spec):
     # printed: softmax weight as is; renormalised: sums to 1
     gate: Literal["printed", "renormalised"] = "printed"
     # slots per expert over K*T/E; None = no dropping
-    capacity_factor: Annotated[float, Field(gt=0)] | None = None
+    capacity_factor: Annotated[float, Field(gt=0, le=MOST_EXPERTS)] | None = None
     # std of logit noise in training, in units of 1/E (V-MoE: 1)
-    noise: Annotated[float, Field(ge=0)] = 0.0
+    noise: Weight = 0.0
     # auxiliary loss, or bias updates without a loss
     balance: Literal["none", "switch", "loss_free"] = "switch"
-    balance_weight: Annotated[float, Field(ge=0)] = 0.01  # of the switch loss (ViMoE: 0.01)
-    bias_rate: Annotated[float, Field(gt=0)] = 1e-3  # step of the loss-free bias
-    z_weight: Annotated[float, Field(ge=0)] = 0.0  # of the router z-loss (ST-MoE: 1e-3)
-    router_std: Annotated[float, Field(ge=0)] = 0.02  # normal initialisation of the router
+    balance_weight: Weight = 0.01  # of the switch loss (ViMoE: 0.01)
+    bias_rate: Rate = 1e-3  # step of the loss-free bias
+    z_weight: Weight = 0.0  # of the router z-loss (ST-MoE: 1e-3)
+    router_std: Weight = 0.02  # normal initialisation of the router
     # with capacity_factor: the surest tokens first (V-MoE), not the first ones
     batch_priority: bool = False
     # tokens that compete under expert_choice and priority
     group: Literal["image", "batch"] = "image"
     # expert_choice: experts that a token gets on average
-    choices: Annotated[float, Field(gt=0)] = 1.0
-    slots: Positive = 1  # soft: slots an expert
+    choices: Annotated[float, Field(gt=0, le=MOST_EXPERTS)] = 1.0
+    slots: Size = 1  # soft: slots an expert
     # manual: the classes of each expert, in the order of the experts
-    groups: tuple[tuple[int, ...], ...] | None = None
+    groups: tuple[tuple[ClassNumber, ...], ...] | None = None
     # experts drawn anew instead of copied; copies stay alike where nothing tells them apart
     fresh_experts: bool = False
     # normal noise on copied experts, in standard deviations of each weight
-    copy_noise: Annotated[float, Field(ge=0)] = 0.0
+    copy_noise: Weight = 0.0
     # switch: one a MoE layer, from the input on; in place of balance_weight
-    balance_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
+    balance_weights: tuple[Weight, ...] | None = None
     # Durham: of the loss that sharpens the gate of a token
-    sharpness_weight: Annotated[float, Field(ge=0)] = 0.0
+    sharpness_weight: Weight = 0.0
     # Durham: of the loss that varies an expert's use over images
-    variation_weight: Annotated[float, Field(ge=0)] = 0.0
+    variation_weight: Weight = 0.0
     # added to the variances of these two; a tiny one lets them explode
-    guard: Annotated[float, Field(gt=0)] = 1e-2
+    guard: Guard = 1e-2
     # standard deviation instead of variance in the second one (our control)
     deviation: bool = False
     # chance that an image passes a layer without its routed experts, in training
     expert_dropout: Share = 0.0
     # M of an efficient ensemble (E3): the experts split into M groups, predictions averaged
-    members: Positive = 1
+    members: Experts = 1
     # share of training steps in which the experts with the largest response win (CompeteSMoE); None
     # = never
     compete_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     # with compete_rate: of the loss that pulls the router after them
-    compete_weight: Annotated[float, Field(ge=0)] = 1.0
+    compete_weight: Weight = 1.0
 
     @property
     def learns(self) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from .backbone import BackboneSpec
-from .base import Positive, Spec
+from .base import FolderName, Seed, Spec
 from .channels import ChannelSpec
 from .data import DataSpec
 from .extraction import ExtractSpec
@@ -24,7 +24,7 @@ class RunSpec(Spec):
     step_fields: ClassVar[tuple[str, ...]] = ("prune", "drop", "extract", "channels")
 
     # folder of data/results that the record is filed under; not part of the id
-    study: str = "foundations"
+    study: FolderName = "foundations"
     data: DataSpec = DataSpec()
     backbone: BackboneSpec = BackboneSpec()
     moe: MoESpec | None = None  # MoE layers that are made of MLPs; None = the model as it is
@@ -39,11 +39,12 @@ class RunSpec(Spec):
     train: TrainSpec | None = None  # None = evaluate only
     # a parent whose final weights this run starts from, steps of its own included
     init: RunSpec | None = None
-    seed: int = 0  # head, router, data order, augmentation, drop path
+    seed: Seed = 0  # head, router, data order, augmentation, drop path
     # of activations (autocast); weights stay float32
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["cpu", "cuda"] = "cpu"  # where it runs; set by the profile, never detected
-    threads: Positive = 2  # of torch; part of the spec because it changes rounding
+    # of torch; part of the spec because it changes rounding
+    threads: Annotated[int, Field(ge=1, le=1024)] = 2
     fresh_routers: bool = False  # draw the routers anew after the parent's weights are loaded
     experts_off: bool = False  # also the test accuracy with all routed experts off
     colour_probe: bool = False  # also the routing of a two-colour checkerboard

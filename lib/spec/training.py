@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from .base import Positive, Share, Spec
+from .base import Depth, Guard, Positive, Rate, Share, Size, Spec, Weight
 
 
 class MaskSpec(Spec):
@@ -16,9 +16,9 @@ class MaskSpec(Spec):
     """
 
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75  # share of the patches that is hidden
-    width: Positive = 192  # D of the decoder
-    depth: Positive = 4  # decoder blocks
-    heads: Positive = 6  # decoder attention heads; must divide the decoder width
+    width: Size = 192  # D of the decoder
+    depth: Depth = 4  # decoder blocks
+    heads: Size = 6  # decoder attention heads; must divide the decoder width
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -37,16 +37,16 @@ class TrainSpec(Spec):
     """
 
     # passes over the training images; may be fractional
-    epochs: Annotated[float, Field(gt=0)] = 3.0
+    epochs: Annotated[float, Field(gt=0, le=10_000)] = 3.0
     batch: Positive = 64  # images a step
-    lr: Annotated[float, Field(gt=0)] = 3e-4  # peak learning rate of the head
+    lr: Rate = 3e-4  # peak learning rate of the head
     # AdamW's; none on biases, norms and position embeddings
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    weight_decay: Weight = 0.05
     # lr factor a block, from the head down (ViMoE: 0.65)
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    layer_decay: Annotated[float, Field(ge=0.01, le=1)] = 1.0
     warmup: Share = 0.1  # share of all steps
     label_smoothing: Share = 0.0
-    clip: Annotated[float, Field(gt=0)] | None = 1.0  # largest gradient norm
+    clip: Guard | None = 1.0  # largest gradient norm
     ema: Share | None = None  # decay of the weight average that is evaluated; None = no average
     mask: MaskSpec | None = None  # pretraining by reconstruction instead of classification
     # routers, head: everything else is frozen; no_attention: attention alone is

@@ -26,6 +26,8 @@ from ..routers.manual import labelled
 from ..spec import RunSpec
 from .losses import autocast
 
+BATCH = 250  # images that are evaluated at a time
+
 # Takes the routings of a batch, shallow to deep, the blocks that they stand in, and (B,) labels.
 OnRoutings = Callable[[Sequence[Routing], Sequence[int], Tensor], None]
 
@@ -56,7 +58,7 @@ def evaluate(
     split: Split,
     spec: RunSpec,
     on_routings: OnRoutings | None = None,
-    batch: int = 250,
+    batch: int = BATCH,
 ) -> Evaluation:
     """Evaluates a model on a split, without augmentation.
 

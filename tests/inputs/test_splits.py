@@ -40,7 +40,7 @@ def test_mnist_splits_are_fixed_balanced_and_disjoint():
     # Pinned: another cut would turn test images of committed records into training images.
     assert (
         splits.test.rows[:5].tolist()
-        == load_splits(DataSpec(subset_seed=9)).test.rows[:5].tolist()
+        == load_splits(DataSpec(train=100, subset_seed=9)).test.rows[:5].tolist()
         == [1, 35, 39, 62, 64]
     )
     labels = splits.train.source.labels
@@ -96,6 +96,14 @@ def test_splits_without_images_are_refused_by_name(home):
     assert [counts(split) for split in (rare.train, rare.val, rare.test)] == [[23, 1], [3], [3]]
     with pytest.raises(ValueError, match="rare, split test: no image of the classes asked for"):
         load_splits(DataSpec(name="rare", classes=(1, 2)))
+
+
+def test_all_classes_are_no_choice_of_classes():
+    with pytest.raises(ValueError, match=r"classes=\(0, 10\) of data set mnist5k are all that it"):
+        load_splits(DataSpec(classes=(0, 10)))
+    with pytest.raises(ValueError, match="with 0 <= first < end <= 10"):
+        load_splits(DataSpec(classes=(5, 11)))
+    assert load_splits(DataSpec(classes=(1, 10))).class_names == list("123456789")
 
 
 def test_balanced_rule_by_hand():

@@ -153,6 +153,26 @@ def test_token_routing_leaves_active_open():
         cost.count(vit_s14(layers=2, experts=8, router="token"), 224, experts_per_image=17)
 
 
+def test_full_experts_may_leave_an_image_without_any():
+    model = vit_s14(layers=2, experts=8, router="token", capacity_factor=0.01)
+    assert cost.count(model, 224, experts_per_image=0.5).params_active > 0
+    with pytest.raises(ValueError, match="valid is 0 to 16"):
+        cost.count(model, 224, experts_per_image=17)
+    shared = vit_s14(layers=2, experts=8, router="token", capacity_factor=0.01, shared=True)
+    with pytest.raises(ValueError, match="valid is 2 to 18"):
+        cost.count(shared, 224, experts_per_image=1.5)
+
+
+def test_a_capacity_of_less_than_one_token_is_refused():
+    # 257 tokens an image, 2 images, 2 choices: 1028 assignments to 8 experts
+    fine, less = 8 / 1028, 7.9 / 1028
+    two = {"layers": 1, "experts": 8, "top_k": 2, "router": "token"}
+    cost.check_capacity(vit_s14(**two, capacity_factor=fine), 224, 2)
+    cost.check_capacity(vit_s14(**two), 224, 2)
+    with pytest.raises(ValueError, match=r"one of the 514 tokens .* give at least 0\.0078"):
+        cost.check_capacity(vit_s14(**two, capacity_factor=less), 224, 2)
+
+
 @pytest.mark.parametrize(
     "moe, open_to_data",
     [

@@ -39,6 +39,7 @@ def test_run_with_overrides_from_any_folder(tiny, away):
         (["-p", "layers", "1,b"], "layers='1,b' for a/one is not list[int]"),
         (["-p", "profile", "smoke"], "give the profile with --profile"),
         (["--profile", "fast"], "unknown profile 'fast'"),
+        (["-p", "scale", "1e18"], "a/one has no runs for scale=1e+18: epochs=1e+18: it should be"),
     ],
 )
 def test_bad_input_is_refused(tiny, options, says):

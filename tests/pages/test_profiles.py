@@ -283,6 +283,54 @@ def test_plan_checks_its_notebook(book):
         profiles.plan("a/two", "quick")
 
 
+def test_values_that_a_spec_refuses_are_refused_in_one_sentence(book):
+    with pytest.raises(NotebookError) as error:
+        profiles.plan("a/one", "quick", scale=-2.0)
+    assert str(error.value) == (
+        "a/one has no runs for scale=-2.0: epochs=-2.0: it should be greater than 0. "
+        "Its quick profile has scale=1.0 (factor on the result, 0.5-2)"
+    )
+    book.profile("quick", "a/one: {width: 3, layers: [-1]}")
+    with pytest.raises(ValueError, match="seed"):  # what no one gave is the page's own fault
+        profiles.plan("a/one", "quick")
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "says"),
+    [
+        (
+            "moee/routing",
+            {"level": 0.3},
+            "moee/static_rival plans no runs called 'MoEE, 30%' in its smoke profile; "
+            "near it are 'MoEE, 50%'",
+        ),
+        ("expert_pruning/scores", {"share": 0.3}, "near it are 'router_norm_change, 50%, zero upd"),
+        ("leiden/masks", {"table": "roads"}, "near it are 'forestnet: moe, 0% pruned'"),
+        ("leiden/why", {"controls_of": "roads"}, "near it are 'forestnet: dense, 0% pruned'"),
+        ("leiden/why", {"passing_of": "pv4"}, "plans no runs called 'pv4: dense, 0% pruned'"),
+        ("durham/strategies", {"decoder": [32, 2]}, "width, depth and heads of the pretraining de"),
+        ("durham/strategies", {"decoder": [33, 2, 4]}, "width=33 must be a multiple of heads=4"),
+    ],
+)
+def test_values_outside_the_grid_of_the_page_that_is_read(key, given, says):
+    [(name, value)] = given.items()
+    with pytest.raises(NotebookError) as error:
+        profiles.plan(key, "smoke", **given)
+    value = tuple(value) if isinstance(value, list) else value
+    said = str(error.value)
+    assert said.startswith(f"{key} has no runs for {name}={value!r}: ") and says in said
+    assert f"Its smoke profile has {name}=" in said
+
+
+def test_a_plan_names_runs_that_are_near(book):
+    planned = profiles.plan("a/one", "quick")
+    with pytest.raises(KeyError) as error:
+        planned["run"]
+    said = "a/one plans no runs called 'run' in its quick profile; near it are 'runs'"
+    assert str(error.value) == said and isinstance(error.value, NotebookError)
+    assert planned.get("run") is None and "run" not in planned
+
+
 @pytest.mark.parametrize("key", SOURCES)
 def test_real_notebooks(key):
     """No outputs, no long cell, parameters that papermill explains, a plan under each profile."""

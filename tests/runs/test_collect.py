@@ -192,6 +192,22 @@ def test_bad_values_are_refused_by_name(make, message):
             {"init": TINY.but(moe=ALL), "moe": ALL, "drop": DropSpec(score="load")},
             "expert pruning needs a linear router",
         ),
+        (
+            {"moe": MoESpec(router="token", experts=4, capacity_factor=1e-9)},
+            r"capacity_factor=1e-09 lets each of 4 experts serve less than one of the \d+ tokens",
+        ),
+        (
+            {"backbone": {"width": 10, "heads": None}},
+            "vit_tiny_patch16_224 does not take .*embed_dim=10",
+        ),
+        (
+            {"backbone": {"patch": 1}, "data": {"image_size": 65536}},
+            "VisionTransformer does not run on image_size=65536",
+        ),
+        (
+            {"train": TrainSpec(mask=MaskSpec(ratio=0.01, width=16, heads=2))},
+            "mask ratio=0.01 hides none of 16 patches",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_before_any_work(where, made, change, message):

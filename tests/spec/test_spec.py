@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 from pydantic import ValidationError
 
-from lib.spec import ROUTERS, BackboneSpec, DataSpec, MoESpec, RunSpec, Spec, TrainSpec
+from lib.spec import ROUTERS, BackboneSpec, DataSpec, MoESpec, RunSpec, Spec, TrainSpec, sentence
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,67 @@ from lib.spec import ROUTERS, BackboneSpec, DataSpec, MoESpec, RunSpec, Spec, Tr
 def test_refused(make, words):
     with pytest.raises(ValidationError, match=words):
         make()
+
+
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        # what ended in a traceback or a dead process once
+        (lambda: RunSpec(seed=10**20), "seed=100000000000000000000: it should be less than 42949"),
+        (lambda: RunSpec(seed=-1), "seed=-1: it should be greater than or equal to 0"),
+        (lambda: RunSpec(threads=100_000), "threads=100000: it should be less than or equal to 10"),
+        (lambda: RunSpec(moe={"experts": 2**63}), "moe.experts=9223372036854775808: it should be"),
+        (lambda: RunSpec(train={"epochs": 1e18}), "train.epochs=1e+18: it should be less than or"),
+        (lambda: RunSpec(train={"layer_decay": 1e-300}), "train.layer_decay=1e-300: it should be"),
+        (lambda: RunSpec(train={"lr": 1e-300}), "train.lr=1e-300: it should be greater than or e"),
+        (lambda: MoESpec(router="token", capacity_factor=1e300), "capacity_factor=1e+300: it sho"),
+        (lambda: BackboneSpec(depth=10**9), "depth=1000000000: it should be less than or equal to"),
+        (
+            lambda: MoESpec(router="manual", experts=1, groups=((-1,),)),
+            "groups.0.0=-1: it should be greater than or equal to 0",
+        ),
+        # two faults are two reasons
+        (
+            lambda: RunSpec(moe={"top_k": 0}, seed="1"),
+            "moe.top_k=0: it should be greater than or equal to 1; "
+            "seed='1': it should be a valid integer",
+        ),
+        (lambda: RunSpec(moe={"top_k": 9}), "moe: top_k=9 needs at least 9 experts, got experts=8"),
+        # what the data set ignores
+        (
+            lambda: DataSpec(label="fine_label"),
+            "label='fine_label' names a column, and mnist5k has",
+        ),
+        (lambda: DataSpec(subset_seed=1), "subset_seed=1 would choose nothing"),
+        (lambda: DataSpec(classes=(5, 5)), "classes=(5, 5): give the first class and one past"),
+    ],
+)
+def test_a_refusal_is_one_sentence_with_field_value_and_what_is_valid(make, says):
+    with pytest.raises(ValidationError) as error:
+        make()
+    assert sentence(error.value).startswith(says)
+
+
+NO_FOLDERS = ["", "/etc", "../../x", "a/../b", "a//b", "a/", ".", "a\0b", "a\nb", "<b>", "`x`"]
+NO_FOLDERS += ["\ud800", "x" * 201]
+
+
+@pytest.mark.parametrize("name", [*NO_FOLDERS, "a b", "[1]", "über", "a\\b"])
+def test_names_that_are_no_folder_of_the_store(name):
+    for make in (lambda: RunSpec(study=name), lambda: BackboneSpec(name=name)):
+        with pytest.raises(ValidationError, match="study|name"):
+            make()
+    assert RunSpec(study="vimoe/small_2.1").study == "vimoe/small_2.1"
+
+
+@pytest.mark.parametrize("name", NO_FOLDERS)
+def test_names_that_are_no_data_set_and_no_weights(name):
+    for make in (lambda: DataSpec(name=name), lambda: BackboneSpec(weights=name)):
+        with pytest.raises(ValidationError, match="name"):
+            make()
+    for fine in ("photos [1]", "über uns", "hub:owner/name", "a/b", "x" * 200):
+        assert DataSpec(name=fine, label="class of the picture").name == fine
+    assert BackboneSpec(weights="file:dino/vit.safetensors@0f").weights[:5] == "file:"
 
 
 @pytest.mark.parametrize(

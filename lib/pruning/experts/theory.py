@@ -32,31 +32,30 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ...spec import Positive, Spec
-
-Rate = Annotated[float, Field(gt=0)]
+from ...spec.base import MOST_EXPERTS, Experts, Guard, Size, Weight
 
 
 class PatchSpec(Spec):
     """Says the sizes, rates and starting scales of a simulation."""
 
-    patterns: Annotated[int, Field(ge=3)] = 64  # P, the two that bear the label counted
-    patches: Positive = 16  # n, patches of an image
-    taken: Positive = 4  # l, patches that an expert takes
-    experts: Annotated[int, Field(ge=2)] = 16  # E; even, so that each class has as many
-    neurons: Positive = 8  # H of an expert
+    patterns: Annotated[Size, Field(ge=3)] = 64  # P, the two that bear the label counted
+    patches: Size = 16  # n, patches of an image
+    taken: Size = 4  # l, patches that an expert takes
+    experts: Annotated[Experts, Field(ge=2)] = 16  # E; even, so that each class has as many
+    neurons: Size = 8  # H of an expert
     batch: Positive = 64  # images a step
     steps: Positive = 400
-    lr_expert: Rate = 0.1  # of the hidden rows
-    lr_router: Rate = 2.0  # of the router rows
+    lr_expert: Guard = 0.1  # of the hidden rows
+    lr_router: Guard = 2.0  # of the router rows
     # of the hidden rows at the start; small, so that the label is learnt and not drawn
-    hidden_std: Rate = 0.01
-    router_std: Rate = 0.3  # of the router rows at the start, before they are scaled by expert
+    hidden_std: Guard = 0.01
+    router_std: Guard = 0.3  # of the router rows at the start, before they are scaled by expert
     # routers start scaled by 1 to 1 + spread: pretrained ones differ in norm
-    spread: Annotated[float, Field(ge=0)] = 0.5
+    spread: Weight = 0.5
     # experts of each class that pretraining has turned to its pattern
-    specialists: Annotated[int, Field(ge=0)] = 2
+    specialists: Annotated[int, Field(ge=0, le=MOST_EXPERTS)] = 2
     # of their router value for it, in standard deviations of their row
-    head_start: Annotated[float, Field(ge=0)] = 3.0
+    head_start: Weight = 3.0
 
     @model_validator(mode="after")
     def _consistent(self):
