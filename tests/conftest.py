@@ -166,3 +166,19 @@ def where(tmp_path):
     from lib.runs.store import Store  # after the cache is set, above
 
     return Store(tmp_path / "published", tmp_path / "private")
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty MOE_DATA, with nothing remembered from another one."""
+    from lib.inputs import sources  # after the cache is set, above
+
+    folder = tmp_path / "home"
+    folder.mkdir()
+    monkeypatch.setenv("MOE_DATA", str(folder))
+    monkeypatch.setenv("MOE_CACHE", str(tmp_path / "cache"))
+    sources.sources_of.cache_clear()
+    sources.fingerprint_of.cache_clear()
+    yield folder
+    sources.sources_of.cache_clear()
+    sources.fingerprint_of.cache_clear()
