@@ -86,6 +86,8 @@ def check_batch_of_images(model: nn.Module, names: Sequence[str]) -> None:
     Some models cut an image into windows or sets of patches before their MLPs: a decision an image
     would be several there. Found out without computing, on tensors that have a shape and no values.
     """
+    if any(kind.__name__ in BEGINS_WITH_CLASS_TOKEN for kind in type(model).__mro__):
+        return  # plain transformers, class token or not: (B, N, D)
     first_axis: dict[str, int] = {}
 
     def watch(name: str) -> RemovableHandle:
@@ -120,7 +122,9 @@ def _forward_without_values(model: nn.Module) -> Tensor:
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     on_meta = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
     dtype = next(model.parameters()).dtype
-    images = torch.empty(PROBED_IMAGES, 3, height, width, device="meta", dtype=dtype)
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    shape = (PROBED_IMAGES, first.in_channels, height, width)
+    images = torch.empty(shape, device="meta", dtype=dtype)
     modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():

@@ -104,6 +104,14 @@ def test_the_mean_token_is_that_of_an_image(name, per_image):
     assert all(not module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("fields", [{"pool": "mean"}, {"router": "manual", "groups": ((0,), (1,))}])
+def test_images_of_one_channel(name, fields):
+    balance = {"balance": "none"} if "router" in fields else {}
+    spec = MoESpec(layers=1, experts=2, **fields, **balance)
+    assert len(block_mlps(upcycle(on_meta(name, in_chans=1), spec))) == 12
+
+
 def test_the_mlp_of_a_position_bias_is_no_block():
     for name, blocks in (
         ("vit_relpos_small_patch16_224", 12),
