@@ -31,7 +31,6 @@ import yaml
 
 from ..paths import ROOT, written_whole
 from ..runs import locks, processes
-from ..runs.fill import seconds_of
 from . import all_verdicts, coverage, executed, manifest, parameters, profiles, status
 
 # included by status.md, verdicts.md, coverage.md and intro.md; the last one lies beside the pages
@@ -75,6 +74,8 @@ def execute(
     Raises BuildError if it fails; its partial copy is then beside `out`, as `<name>.failed.ipynb`.
     """
     import nbformat  # this and papermill take a second, which an idle build should not pay
+
+    from ..runs.fill import seconds_of
 
     profiles.plan(key, profile, **given)  # refuses bad input before anything runs
     limit = limit or os.environ.get("MOE_LIMIT") or LIMITS[profile]

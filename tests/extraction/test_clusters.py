@@ -166,7 +166,7 @@ def test_recording_refuses():
         record(build(moe=moe()), [images])
     with pytest.raises(ValueError, match="no block MLP to look into"):
         recording.mlps_of(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="mlp is a GlobalResponseNormMlp|mlp is a Mlp|ConvMlp"):
+    with pytest.raises(ValueError, match="mlp is an MLP with response norm|mlp is a Mlp|ConvMlp"):
         recording.mlps_of(timm.create_model("convnextv2_atto", num_classes=2))
     model.train()
     with torch.no_grad():

@@ -301,8 +301,8 @@ def test_values_that_a_spec_refuses_are_refused_in_one_sentence(book):
         (
             "moee/routing",
             {"level": 0.3},
-            "moee/static_rival plans no runs called 'MoEE, 30%' in its smoke profile; "
-            "near it are 'MoEE, 50%'",
+            "moee/static_rival plans no runs called 'MoEfication, 30%' in its smoke profile; "
+            "near it are 'MoEfication, 50%'",
         ),
         ("expert_pruning/scores", {"share": 0.3}, "near it are 'router_norm_change, 50%, zero upd"),
         ("leiden/masks", {"table": "roads"}, "near it are 'forestnet: moe, 0% pruned'"),
