@@ -47,22 +47,19 @@ def before_blocks(vit: VisionTransformer, images: Tensor) -> Tensor:
 def block_mlps(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Lists (name, module) of the MLP of each block, in order.
 
-    A block is what has an MLP beside a norm. MLPs of pooling heads, and those inside an attention
-    that make its position bias, stay out.
+    MLPs of pooling heads, and those that make the position bias of an attention, stay out.
     """
     return [
         (name, module)
         for name, module in model.named_modules()
-        if name.endswith(".mlp") and _is_block(model, name.removesuffix(".mlp"))
+        if name.endswith(".mlp") and _is_block(name.removesuffix(".mlp"))
     ]
 
 
-def _is_block(model: nn.Module, name: str) -> bool:
+def _is_block(name: str) -> bool:
     parts = name.split(".")
-    if "attn" in parts or any(part.startswith(("attn_pool", "head")) for part in parts):
-        return False
-    children = dict(model.get_submodule(name).named_children())
-    return any(child.startswith("norm") for child in children)
+    makes_bias = "attn" in parts or any("rel_pos" in part for part in parts)
+    return not makes_bias and not any(part.startswith(("attn_pool", "head")) for part in parts)
 
 
 def upcycle(model: nn.Module, spec: MoESpec, generator: torch.Generator | None = None) -> nn.Module:

@@ -37,7 +37,7 @@ class TrainSpec(Spec):
     """
 
     # passes over the training images; may be fractional
-    epochs: Annotated[float, Field(gt=0, le=10_000)] = 3.0
+    epochs: Annotated[float, Field(gt=0, le=1_000_000)] = 3.0
     batch: Positive = 64  # images a step
     lr: Rate = 3e-4  # peak learning rate of the head
     # AdamW's; none on biases, norms and position embeddings
