@@ -12,31 +12,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .pixels import rgb
+from .rows import Read, picture, rows_in_files
 
 if TYPE_CHECKING:
     import h5py
 
 
-class Rows(NamedTuple):
-    """Holds a split as it is stored: labels (n,), and by row the image and its stored bytes."""
-
-    labels: np.ndarray
-    decode: Callable[[int], Tensor]  # (C, h, w) uint8
-    stored: Callable[[int], bytes] | None  # None where only decoded images are there
-
-
-Read = tuple[dict[str, Rows], list[str]]  # by split, and the names of the classes
 COLOURS = ("red", "green", "blue")
 LISTS = {"train": "TrainImages.txt", "test": "TestImages.txt"}
 
@@ -256,21 +247,3 @@ def _listed(folder: Path, name: str) -> list[str]:
             f"{len(absent)} such in all. Unpack the images again, or take the lines out"
         )
     return images
-
-
-def rows_in_files(
-    labels: np.ndarray, files: Sequence[Path], decode: Callable[[Path], Tensor]
-) -> Rows:
-    """Gives the rows of a split that has a file an image. labels: (n,)."""
-    return Rows(labels, lambda row: decode(files[row]), lambda row: files[row].read_bytes())
-
-
-def picture(file: Path) -> Tensor:
-    """Decodes a picture to (3, h, w) uint8; raises ValueError with its path for a damaged one."""
-    try:  # by content: some files are GIF or PNG and named .jpg
-        return rgb(file)
-    except Exception as error:  # PIL raises many kinds on damaged files
-        raise ValueError(
-            f"{file} does not decode: {error}. Repair or replace it; "
-            "images are never skipped in silence"
-        ) from error

@@ -16,19 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .archives import Read, Rows, picture, rows_in_files
 from .pixels import opened
+from .rows import SPLIT_OF_NAME, Read, Rows, picture, rows_in_files
 
-SPLIT_OF_NAME = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
-}
 READABLE = frozenset(
     ".apng .avif .bmp .dib .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .qoi "
     ".tga .tif .tiff .webp".split()

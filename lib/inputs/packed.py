@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import paths
 from . import fingerprint
-from .archives import Rows
+from .rows import Rows
 
 if TYPE_CHECKING:
     from .sources import Opened

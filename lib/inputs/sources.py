@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..spec import PACKAGED
 from . import archives, fingerprint, folders, packed, tables
+from .rows import Read, Rows
 
 # a split keeps its decoded images in memory up to this size; beyond it they are decoded anew
 CACHED_BYTES = 4 * 2**30
@@ -80,7 +81,7 @@ def sources_of(name: str, label: str, home: Path | None) -> Opened:
     return _sources(splits, 3), class_names
 
 
-def _sources(splits: dict[str, archives.Rows], channels: int) -> dict[str, Source]:
+def _sources(splits: dict[str, Rows], channels: int) -> dict[str, Source]:
     return {
         split: Source(rows.labels, rows.decode, channels, rows.stored)
         for split, rows in splits.items()
@@ -111,7 +112,7 @@ def _folder_of(name: str, home: Path | None) -> Path:
     return folder
 
 
-def _read_folder(folder: Path, label: str) -> archives.Read:
+def _read_folder(folder: Path, label: str) -> Read:
     """Reads a folder by the layout that its files have: tables, an archive's, or class folders."""
     read = archives.reader(folder)
     of_tables = None if read else tables.folder_of_tables(folder)

@@ -23,9 +23,8 @@ import numpy as np
 from torch import Tensor
 
 from .. import paths
-from .archives import Read, Rows
-from .folders import SPLIT_OF_NAME
 from .pixels import rgb
+from .rows import SPLIT_OF_NAME, Read, Rows
 
 if TYPE_CHECKING:
     import datasets

@@ -15,7 +15,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Future, as_completed
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from ..spec import RunSpec
 from . import locks, states
 from .checks import check, check_device
 from .execute import execute
-from .processes import pool as pool
+from .processes import pool as pool  # the name that README gives it
 from .store import Record, Store, store
 
 if TYPE_CHECKING:
@@ -98,7 +97,7 @@ def _refuse_records_of_other_data(specs: Iterable[RunSpec], where: Store) -> Non
     from ..inputs import fingerprint
     from ..inputs.sources import fingerprint_of
 
-    for spec in unique(chain.from_iterable(map(_lineage, specs))):
+    for spec in unique(ancestor for run in specs for ancestor in run.lineage):
         record = where.peek(spec.id)
         before = record.content.get("data") if record is not None else None
         if before is None:
@@ -112,13 +111,6 @@ def _refuse_records_of_other_data(specs: Iterable[RunSpec], where: Store) -> Non
                 f"data set {spec.data.name} is not the one that run {spec.id} has seen: {how}. "
                 f"Give the new data a name of their own, or move the record away ({record.file})"
             )
-
-
-def _lineage(spec: RunSpec) -> Iterator[RunSpec]:
-    """Yields a run and all that it starts from."""
-    yield spec
-    if spec.init is not None:
-        yield from _lineage(spec.init)
 
 
 def with_parents(specs: list[RunSpec], executor: Any, where: Store) -> Iterator[Record]:

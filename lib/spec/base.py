@@ -23,8 +23,7 @@ Depth = Annotated[int, Field(ge=1, le=1024)]  # a number of blocks, or that of o
 Experts = Annotated[int, Field(ge=1, le=MOST_EXPERTS)]
 ClassNumber = Annotated[int, Field(ge=0, lt=2**20)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy and scikit-learn take, not torch alone
-# Those below are used in float32, together with their squares: from 1e-38 to 3e38.
-# What float32 holds: a value that is only foolish ends in a run that says that it diverged.
+# What float32 holds: with a value that is only foolish a run ends and says that it diverged.
 Rate = Annotated[float, Field(ge=1e-12, le=1e38)]  # of learning; below it no weight moves
 Weight = Annotated[float, Field(ge=0, le=1e38)]  # of a loss, or a standard deviation
 Guard = Annotated[float, Field(ge=1e-38, le=1e6)]  # a divisor, or what is added to one

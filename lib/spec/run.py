@@ -64,6 +64,11 @@ class RunSpec(Spec):
         return [(field, rules) for field, rules in steps if rules is not None]
 
     @property
+    def lineage(self) -> list[RunSpec]:
+        """Lists the run and those that it starts from, the nearest first."""
+        return [self] if self.init is None else [self, *self.init.lineage]
+
+    @property
     def needed_runs(self) -> list[RunSpec]:
         """Lists the runs whose final weights this run reads.
 

@@ -12,17 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lib.inputs import sources
 from lib.inputs.splits import load_splits
 from lib.spec import DataSpec
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("MOE_DATA", str(tmp_path))
-    monkeypatch.setenv("MOE_CACHE", str(tmp_path / "cache"))
-    sources.sources_of.cache_clear()
-    return tmp_path
 
 
 class Bomb:

@@ -7,7 +7,7 @@ import re
 from data_folders import encoded, put
 
 from lib import paths
-from lib.inputs.folders import SPLIT_OF_NAME
+from lib.inputs.rows import SPLIT_OF_NAME
 
 PAGE = (paths.ROOT / "book" / "own_data.md").read_text()
 

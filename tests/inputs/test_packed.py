@@ -10,16 +10,6 @@ from lib.inputs import packed, sources, weights
 from lib.inputs.splits import load_splits
 from lib.spec import DataSpec
 
-
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    """An empty MOE_DATA, with nothing remembered from another one."""
-    monkeypatch.setenv("MOE_DATA", str(tmp_path))
-    sources.sources_of.cache_clear()
-    yield tmp_path
-    sources.sources_of.cache_clear()
-
-
 SPEC = DataSpec(train=40, val=20, test=10)
 
 

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import timm
 import torch
+import vits
 from torch import nn
 
 from lib.models.balance import switch_loss
@@ -16,14 +17,7 @@ from lib.models.upcycle import upcycle
 from lib.routers.manual import labelled
 from lib.spec import ROUTERS, MoESpec
 
-VIT = {
-    "img_size": 28,
-    "patch_size": 7,
-    "embed_dim": 24,
-    "depth": 3,
-    "num_heads": 2,
-    "num_classes": 5,
-}
+VIT = {**vits.VIT, "depth": 3}
 X = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(1))
 
 

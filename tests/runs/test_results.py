@@ -100,14 +100,7 @@ def test_every_committed_record_is_wanted_by_a_notebook(monkeypatch):
         for spec in specs
         # where there was no card, a claim's run for one was computed on the CPU
         for made in ((spec,) if spec.device == "cpu" else (spec, spec.on("cpu")))
-        for run in spec_and_its_parents(made)
+        for run in made.lineage
     }
     committed = {file.stem for study in STUDIES for file in study.glob("*.json")}
     assert committed <= wanted, f"no notebook wants {sorted(committed - wanted)}"
-
-
-def spec_and_its_parents(spec):
-    """Yields a run's spec and those of the runs that it starts from."""
-    while spec is not None:
-        yield spec
-        spec = spec.init
