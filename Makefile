@@ -15,7 +15,7 @@ test: $(READY)
 
 # 50 kills each of grids, pools and builds, flipped bytes, full disks, rival builds: an hour or so
 faults: $(READY)
-	$(BIN)/python tests/faults/stress.py
+	$(BIN)/python tests/faults/stress.py $(PARTS)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks

@@ -17,6 +17,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 BLOCK = 2048  # rows of the distance matrix that are made at a time
+# Of a squared distance float32 products lose some 1e-7 of the largest squared norm: a distance
+# below this share of that norm is off by percents, and float64 products take their place.
+LEAST_DISTANCE = 2e-3
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,12 @@ class Clusters:
         clustered: (n, D) the tokens that `labels` are of.
         """
         labels = torch.from_numpy(self.labels).to(clustered.device)
-        means = torch.stack([clustered[labels == k].mean(dim=0) for k in range(self.count)])
+        members = [clustered[labels == k] for k in range(self.count)]
+        means = torch.stack([x.mean(dim=0) for x in members])
+        if _are_tight(torch.pdist(means), 1, means):
+            means = torch.stack([x.double().mean(dim=0) for x in members])
+            centre = means.mean(dim=0)
+            means, others = means - centre, others.double() - centre
         # |x - m|^2 is smallest where x.m - |m|^2 / 2 is largest
         return (others @ means.t() - means.square().sum(dim=1) / 2).argmax(dim=1)
 
@@ -56,7 +64,8 @@ class Clusters:
 def density_clusters(x: Tensor, min_cluster_size: int, min_samples: int = 5) -> Clusters:
     """Clusters tokens x (n, D) by HDBSCAN: Euclidean distances, excess of mass.
 
-    Labels equal the library's up to their order. Distances are one float32 matrix, 4 n^2 bytes.
+    Labels equal the library's up to their order, where distances within and between clusters differ
+    by a factor of up to 10^6. Distances are one float32 matrix, 4 n^2 bytes.
     Raises ValueError if n is not above both numbers, for a cluster size below 2, and if x is not
     finite.
     """
@@ -73,15 +82,32 @@ def density_clusters(x: Tensor, min_cluster_size: int, min_samples: int = 5) -> 
     if not torch.isfinite(x).all():
         raise ValueError("tokens to cluster must be finite")
     distance = distances(x)
-    # distance to the min_samples-th neighbour: a token is its own nearest one, hence one more
-    core = torch.cat(
-        [part.kthvalue(min_samples + 1, dim=1).values for part in distance.split(BLOCK)]
-    )
+    core = _core_distances(distance, min_samples)
+    if _are_tight(core, min_cluster_size, x - x.mean(dim=0)):
+        distance = distances(x, torch.float64)
+        core = _core_distances(distance, min_samples)
     edges = spanning_tree(distance.cpu().numpy(), core.cpu().numpy())
     # the library's own sort: edges of equal weight come in its order, too
     tree = label(edges[np.argsort(edges.T[2])])
     labels, strength, _, condensed, _ = _tree_to_labels(x.cpu().numpy(), tree, min_cluster_size)
     return Clusters(labels, strength, condensed)
+
+
+def _core_distances(distance: Tensor, min_samples: int) -> Tensor:
+    """(n,) distance to the min_samples-th neighbour."""
+    # a token is its own nearest one, hence one more
+    parts = [part.kthvalue(min_samples + 1, dim=1).values for part in distance.split(BLOCK)]
+    return torch.cat(parts)
+
+
+def _are_tight(distance: Tensor, count: int, x: Tensor) -> bool:
+    """Tells whether `count` of the distances are too small for float32 products of x (n, D).
+
+    Squares that are infinite or 0 in float32 count as such.
+    """
+    if len(distance) < count:
+        return False
+    return not distance.kthvalue(count).values > LEAST_DISTANCE * x.norm(dim=1).max()
 
 
 def stability(
@@ -109,13 +135,16 @@ def stability(
     return float(adjusted_rand_score(*partitions))
 
 
-def distances(x: Tensor) -> Tensor:
+def distances(x: Tensor, products: torch.dtype = torch.float32) -> Tensor:
     """Computes (n, n) float32 Euclidean distances of (n, D), block by block; symmetric to the bit.
+
+    products: the type that squared distances are computed in, as differences of products.
 
     A token's distance to its neighbour is also a core distance: were the two directions rounded
     differently, ties that the library sees would be broken by chance.
     """
-    x = (x - x.mean(dim=0)).float()  # smaller norms, so that less is lost in their difference
+    x = x if products == torch.float32 else x.to(products)
+    x = (x - x.mean(dim=0)).to(products)  # smaller norms, so that less is lost in their difference
     squared_norm, n = x.square().sum(dim=1), len(x)
     out = torch.empty(n, n, device=x.device)
     for i in range(0, n, BLOCK):

@@ -7,7 +7,7 @@ experts per token.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -32,7 +32,9 @@ class RoutingTape:
     can be opened again: it starts empty.
 
     A tape hears the very modules of its model. Where a layer did not run, because a copy of the
-    model did, reading the tape is an error: a loss over no routing would be the number 0.
+    model did, reading the tape is an error: a loss over no routing would be the number 0. It is one
+    as well where gradients were on when the tape was opened, are on when it is read, and were off
+    when the layer ran, as in reentrant checkpointing: a loss would be a constant.
     """
 
     def __init__(self, model: nn.Module):
@@ -43,6 +45,8 @@ class RoutingTape:
             module: name for name, module in model.named_modules() if isinstance(module, MoELayer)
         }
         self._entries: dict[MoELayer, Routing] = {}
+        self._opened_with_gradients = False
+        self._ran_with_gradients: dict[MoELayer, bool] = {}
 
     def __enter__(self) -> RoutingTape:
         busy = [name for layer, name in self.layers.items() if layer.tape is not None]
@@ -53,11 +57,18 @@ class RoutingTape:
         for layer in self.layers:
             layer.tape = self
         self._entries.clear()
+        self._ran_with_gradients.clear()
+        self._opened_with_gradients = torch.is_grad_enabled()
         return self
 
     def __getitem__(self, layer: MoELayer) -> Routing:
-        """Looks up the Routing of one layer; KeyError if it did not run under this tape."""
-        return self._entries[layer]
+        """Looks up the Routing of one layer.
+
+        Raises KeyError if it did not run under this tape, RuntimeError if it ran without gradients.
+        """
+        routing = self._entries[layer]
+        self._check_gradients([layer])
+        return routing
 
     def __exit__(self, *exc) -> None:
         for layer in self.layers:
@@ -75,11 +86,12 @@ class RoutingTape:
                 "on one device, or a process a device with DistributedDataParallel"
             )
         self._entries[layer] = routing
+        self._ran_with_gradients[layer] = torch.is_grad_enabled()
 
     def __iter__(self) -> Iterator[tuple[str, Routing]]:
         """Yields (name, Routing) of each MoE layer, from the input of the model on.
 
-        Raises RuntimeError where one did not run while the tape was open.
+        Raises RuntimeError where one did not run while the tape was open, or ran without gradients.
         """
         silent = [name for layer, name in self.layers.items() if layer not in self._entries]
         if silent:
@@ -90,7 +102,22 @@ class RoutingTape:
                 "inside `with`, not a copy of it (copy.deepcopy, an average of weights) and not "
                 "one whose layers were replaced since"
             )
+        self._check_gradients(self.layers)
         return ((name, self._entries[layer]) for layer, name in self.layers.items())
+
+    def _check_gradients(self, layers: Iterable[MoELayer]) -> None:
+        """Raises RuntimeError if who reads may want gradients that these layers did not record."""
+        if not (self._opened_with_gradients and torch.is_grad_enabled()):
+            return
+        lost = [self.layers[layer] for layer in layers if not self._ran_with_gradients[layer]]
+        if lost:
+            raise RuntimeError(
+                f"{', '.join(lost)} of a {self._of} ran without gradients under a RoutingTape that "
+                "was opened with them, so a loss of this routing would have none: reentrant "
+                "gradient checkpointing does that. Pass use_reentrant=False to "
+                "torch.utils.checkpoint (timm: timm.layers.set_reentrant_ckpt(False)). Where no "
+                "gradient is wanted, open the tape, or read it, under torch.no_grad()"
+            )
 
     def routings(self) -> list[Routing]:
         """Lists the routings alone, from the input of the model on."""

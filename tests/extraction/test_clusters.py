@@ -103,6 +103,86 @@ def test_clusters_that_other_images_make_again():
     assert abs(clusters.stability(loose, torch.arange(400), 0.05)) < 0.2
 
 
+# ---------------------------------------------------------------- scales
+
+
+def of_two_scales(ratio, seed, n=600, width=24):
+    """Tokens (n, width) of two sides that lie `ratio` apart, three clusters of deviation 1 on each;
+    the number of the cluster of each token."""
+    generator = torch.Generator().manual_seed(seed)
+    side = ratio * torch.randn(2, width, generator=generator)
+    cluster = 4.0 * torch.randn(3, width, generator=generator)
+    token = torch.arange(n)
+    noise = torch.randn(n, width, generator=generator)
+    x = side[token % 2] + cluster[token // 2 % 3] + noise
+    return x, 3 * (token % 2) + token // 2 % 3
+
+
+def librarys_labels(x):
+    library = hdbscan.HDBSCAN(20, min_samples=5, approx_min_span_tree=False)
+    return library.fit(x.double().numpy()).labels_
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("ratio", [1, 100, 1_000, 10_000, 100_000, 1_000_000])
+def test_the_librarys_labels_at_every_ratio_of_scales(ratio, seed):
+    x, _ = of_two_scales(float(ratio), seed)
+    ours = clusters.density_clusters(x, 20, 5)
+    assert ours.count == 6 or ratio == 1
+    assert adjusted_rand_score(librarys_labels(x), ours.labels) == 1.0
+
+
+def with_one_token_far_away(x):
+    return torch.cat([x, torch.full_like(x[:1], 1e5)])
+
+
+def with_tokens_twice(x):
+    return torch.cat([x, x[:40].repeat(4, 1)])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [with_one_token_far_away, with_tokens_twice, lambda x: 1e-22 * x, lambda x: 1e19 * x],
+    ids=["one token far away", "tokens twice", "squares are 0", "squares are infinite"],
+)
+def test_the_librarys_labels_of_other_tokens_that_float32_does_not_tell_apart(change):
+    x = change(of_two_scales(100.0, 0)[0])
+    ours = clusters.density_clusters(x, 20, 5)
+    assert ours.count >= 6 and adjusted_rand_score(librarys_labels(x), ours.labels) == 1.0
+
+
+def test_nearest_means_of_clusters_that_are_tight_beside_their_distances():
+    x, cluster = of_two_scales(100_000.0, 0)
+    labelled, others = x[:300], x[300:]
+    known = clusters.Clusters(cluster[:300].numpy(), np.ones(300))
+    assert torch.equal(known.nearest(labelled, others), cluster[300:])
+    assert clusters.stability(x, torch.arange(600) // 60, 0.1) == 1.0
+
+
+@pytest.mark.parametrize(
+    "ratio, types", [(30.0, [torch.float32]), (10_000.0, [torch.float32, torch.float64])]
+)
+def test_float64_is_taken_where_a_cluster_is_tight_and_only_there(ratio, types, monkeypatch):
+    asked, distances = [], clusters.distances
+
+    def watched(x, products=torch.float32):
+        asked.append(products)
+        distance = distances(x, products)
+        assert distance.dtype == torch.float32  # 4 n^2 bytes either way
+        return distance
+
+    monkeypatch.setattr(clusters, "distances", watched)
+    clusters.density_clusters(of_two_scales(ratio, 0)[0], 20, 5)
+    assert asked == types
+
+
+def test_distances_by_products_of_float64_are_right_to_the_last_digit_of_float32():
+    x, _ = of_two_scales(10_000.0, 0)
+    np.testing.assert_allclose(
+        clusters.distances(x, torch.float64).numpy(), cdist(x.double(), x.double()), rtol=1e-6
+    )
+
+
 # ---------------------------------------------------------------- recording
 
 

@@ -1,17 +1,20 @@
 """Kills, flipped bytes, full disks, read-only folders and rival builds, in numbers.
 
     python tests/faults/stress.py                    # 50 kills each of grids, pools and builds
-    python tests/faults/stress.py grid store --kills 5
+    python tests/faults/stress.py grid store --kills 5 --seed 1
+    make faults PARTS="pool disk"                    # some minutes a part, so one after the other
 
-A row a part: kills, and what must be 0: records lost (filed before a kill, or set aside, and gone),
-doubled (computed again though filed), different (from those of undisturbed runs), orphans
-(processes that a killed one left).
+A row a part: kills, and what must be 0: finished records lost (filed before a kill, or set aside,
+and gone), doubled (computed again though filed), different (from those of undisturbed runs),
+orphans (processes that a killed one left). A seed says when and what is killed.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
+import json
 import os
 import random
 import signal
@@ -26,12 +29,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from stress_builds import build, builds  # noqa: E402
+from stress_processes import TAG, orphans, tagged  # noqa: E402
+
 from lib.runs import collect as runs  # noqa: E402
 from lib.runs.store import Store  # noqa: E402
 from lib.spec import BackboneSpec, DataSpec, RunSpec, TrainSpec  # noqa: E402
 
 MUST_BE_0 = ("lost", "doubled", "different", "orphans")
-TAG = "MOE_STRESS"  # in the environment of all processes that a part starts
 PARENT = RunSpec(
     data=DataSpec(train=64, val=20, test=30),
     backbone=BackboneSpec(patch=7, width=16, depth=2, heads=2),
@@ -71,48 +76,30 @@ def store_in(folder: Path) -> Store:
     return Store(folder / "published", folder / "private")
 
 
-def start(folder: Path, workers: int = 0, code: str = WORKER, **more) -> subprocess.Popen:
-    """Starts a process that collects SPECS into the store of a folder."""
+def start(
+    folder: Path, workers: int = 0, code: str = WORKER, specs: list[RunSpec] = SPECS
+) -> subprocess.Popen:
+    """Starts a process that collects runs into the store of a folder."""
     script = folder / "worker.py"
     script.write_text(code)  # a file: workers of a pool import it anew
-    texts = [spec.model_dump_json() for spec in SPECS]
+    texts = [spec.model_dump_json() for spec in specs]
     return subprocess.Popen(
         [sys.executable, str(script), str(folder), str(workers), *texts],
         env={**os.environ, "PYTHONPATH": str(ROOT), TAG: str(folder), "OMP_NUM_THREADS": "1"},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        **more,
     )
 
 
-def tagged(tag: Path) -> list[int]:
-    """Numbers of the processes that a part has started and that are at work."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if f"{TAG}={tag}\0".encode() in (folder / "environ").read_bytes():
-                if (folder / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
-                    found.append(int(folder.name))
-    return found
-
-
-def orphans(tag: Path, seconds: float = 25.0) -> int:
-    """Counts the processes that are still there after a while, and ends them."""
-    deadline = time.monotonic() + seconds
-    while (left := tagged(tag)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    for process in left:
-        with contextlib.suppress(OSError):
-            os.kill(process, signal.SIGKILL)
-    return len(left)
-
-
-def undisturbed(folder: Path) -> dict[str, dict]:
-    """Results of SPECS and their parent, in a process that nobody disturbs."""
+def undisturbed(folder: Path, workers: int = 0) -> tuple[dict[str, dict], float]:
+    """Results of SPECS and their parent, in a process that nobody disturbs, and its seconds."""
     folder.mkdir()
-    finished(start(folder))
-    return results(folder)
+    process = start(folder, workers)
+    process.stdout.readline()  # ready: what follows is work
+    began = time.monotonic()
+    finished(process)
+    return results(folder), time.monotonic() - began
 
 
 def finished(process: subprocess.Popen) -> None:
@@ -130,9 +117,13 @@ def results(folder: Path) -> dict[str, dict]:
 
 
 def stamps(folder: Path) -> dict[str, int]:
-    """{id: when its record was written}."""
+    """{id: when it was written} of all finished records; a failed one gives way to the next."""
     files = (folder / "private" / "records").glob("*/*.json")
-    return {file.stem: file.stat().st_mtime_ns for file in files}
+    return {
+        file.stem: file.stat().st_mtime_ns
+        for file in files
+        if json.loads(file.read_text())["status"] == "ok"
+    }
 
 
 def differences(folder: Path, sound: dict[str, dict]) -> int:
@@ -144,11 +135,11 @@ def differences(folder: Path, sound: dict[str, dict]) -> int:
 # ---- parts
 
 
-def grid(kills: int, folder: Path, workers: int = 0) -> Counter:
+def grid(kills: int, folder: Path, draw: random.Random, workers: int = 0) -> Counter:
     """Kills a process that computes a grid, at random moments, until it has been killed often
     enough; a grid that is done in between is begun anew."""
-    sound, count, number = undisturbed(folder / "sound"), Counter(kills=0), 0
-    draw = random.Random(workers)
+    sound, seconds = undisturbed(folder / "sound", workers)
+    count, number = Counter(kills=0), 0
     while count["kills"] < kills:
         number += 1
         home = folder / str(number)
@@ -157,10 +148,12 @@ def grid(kills: int, folder: Path, workers: int = 0) -> Counter:
         while True:
             process = start(home, workers)
             if count["kills"] < kills:
-                process.stdout.readline()  # ready: what follows is work
-                time.sleep(draw.uniform(0.0, 2.0 + 6.0 * (workers > 0)))
+                process.stdout.readline()
+                moment = draw.uniform(0.0, seconds)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(moment)
                 of_workers = [run for run in tagged(home) if run != process.pid]
-                target = draw.choice([process.pid, *of_workers])
+                target = draw.choice([process.pid, *sorted(of_workers)])
                 if process.poll() is None:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(target, signal.SIGKILL)
@@ -177,39 +170,62 @@ def grid(kills: int, folder: Path, workers: int = 0) -> Counter:
     return count
 
 
-def pool(kills: int, folder: Path) -> Counter:
+def pool(kills: int, folder: Path, draw: random.Random) -> Counter:
     """As `grid`, with two workers: the parent or one of them is killed."""
-    return grid(kills, folder, workers=2)
+    return grid(kills, folder, draw, workers=2)
 
 
-def store(kills: int, folder: Path) -> Counter:
-    """Flips bytes in the middle and at the end of every file of a store, one at a time; what is
-    lost is a damaged file that was not set aside."""
-    sound, count = undisturbed(folder / "sound"), Counter(kills=0)
+def store(kills: int, folder: Path, draw: random.Random) -> Counter:
+    """Flips bytes in the middle and at the end of every file of a store, one at a time, then of a
+    checkpoint; what is lost is a damaged file that was not set aside."""
+    sound, count = undisturbed(folder / "sound")[0], Counter(kills=0)
     where = store_in(folder / "sound")
     where.states.mkdir(exist_ok=True)
     files = [f for f in where.private.rglob("*") if f.is_file() and f.suffix in (".json", ".npz")]
     for file in [*files, *where.states.iterdir()]:
         for share in (0.5, 0.99):
-            data = bytearray(file.read_bytes())
-            at = int(share * len(data))
-            data[at : at + 8] = bytes(byte ^ 0x55 for byte in data[at : at + 8])
-            file.write_bytes(data)
+            damaged = flipped(file, share)
             if file.suffix == ".safetensors":  # read by who computes a child
                 where.find(SPECS[0].id).unlink()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 runs.collect({"a": [PARENT.but(keep=True), *SPECS]}, where=where)
-            aside = [f.read_bytes() for f in where.damaged.glob(f"*/{file.name}")]
             count["files"] += 1
-            count["lost"] += bytes(data) not in aside
+            count["lost"] += not is_aside(file, damaged, where)
             count["different"] += differences(folder / "sound", sound)
+    for share in (0.5, 0.99):
+        home = folder / f"checkpoint {share}"
+        home.mkdir()
+        process, where = start(home), store_in(home)
+        while not where.checkpoint(PARENT.id).is_file() and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+        damaged = flipped(where.checkpoint(PARENT.id), share)
+        finished(start(home))
+        count["files"] += 1
+        count["lost"] += not is_aside(where.checkpoint(PARENT.id), damaged, where)
+        count["different"] += differences(home, sound)
     return count
 
 
-def disk(kills: int, folder: Path) -> Counter:
+def flipped(file: Path, share: float) -> bytes:
+    """Flips bits of eight bytes of a file, at a share of its length; returns its new content."""
+    data = bytearray(file.read_bytes())
+    at = int(share * len(data))
+    data[at : at + 8] = bytes(byte ^ 0x55 for byte in data[at : at + 8])
+    file.write_bytes(data)
+    return bytes(data)
+
+
+def is_aside(file: Path, content: bytes, where: Store) -> bool:
+    """Tells whether a damaged file was set aside as it was."""
+    return content in [aside.read_bytes() for aside in where.damaged.glob(f"*/{file.name}")]
+
+
+def disk(kills: int, folder: Path, draw: random.Random) -> Counter:
     """Computes a grid where no file may grow beyond a limit, then without a limit."""
-    sound, count = undisturbed(folder / "sound"), Counter(kills=0)
+    sound, count = undisturbed(folder / "sound")[0], Counter(kills=0)
     for limit in (0, 500, 3000, 20_000):
         home = folder / str(limit)
         home.mkdir()
@@ -230,116 +246,74 @@ def disk(kills: int, folder: Path) -> Counter:
 LIMITED_LINES = "".join(f"    {line}\n" for line in LIMITED.strip().splitlines())
 
 
-def read_only(kills: int, folder: Path) -> Counter:
-    """Computes a grid by a user who may read the store and write nothing; then by one who may."""
-    sound, count = undisturbed(folder / "sound"), Counter(kills=0)
+READER = """
+import os, sys
+from pathlib import Path
+from lib.runs import collect as runs
+from lib.runs.store import Store
+from lib.spec import RunSpec
+
+folder, *texts = sys.argv[1:]
+specs = [RunSpec.model_validate_json(text) for text in texts]
+where = Store(Path(folder) / "published", Path(folder) / "private")
+for part in where.private.rglob("*"):
+    assert not os.access(part, os.W_OK), f"{part} can be written: permissions do not bind this user"
+print(sum(record is not None for record in runs.load({"a": specs}, where)["a"]), flush=True)
+print(len(runs.collect({"a": specs}, where=where)["a"]), flush=True)
+try:
+    runs.collect({"a": [specs[0].but(seed=9)]}, where=where)
+except PermissionError as error:
+    print(error.filename, flush=True)
+"""
+
+
+def bound_by_permissions() -> None:
+    """Takes from a process of root, before it starts, the right to pass over permissions."""
+    drop, passing_over, reading_all = 24, 1, 2  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, _READ_SEARCH
+    for right in (passing_over, reading_all):
+        ctypes.CDLL(None).prctl(drop, right, 0, 0, 0)
+
+
+def read_only(kills: int, folder: Path, draw: random.Random) -> Counter:
+    """Reads a store that must not be written, and asks for a run that it lacks; then computes it
+    where it may be written. What cannot be read counts as lost."""
+    sound, count = undisturbed(folder / "sound")[0], Counter(kills=0)
     home = folder / "sound"
-    before = stamps(home)
-    nobody = {"user": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
-    for part in [folder, home, *home.rglob("*")]:
+    before, files = stamps(home), sorted(home.rglob("*"))
+    for part in [home, *files]:
         part.chmod(0o555 if part.is_dir() else 0o444)
-    for parent in folder.parents:
-        if parent != Path(tempfile.gettempdir()) and Path(tempfile.gettempdir()) in parent.parents:
-            parent.chmod(0o755)
-    code = "import sys; from pathlib import Path; from lib.runs import collect as runs\n"
-    code += "from lib.runs.store import Store; from lib.spec import RunSpec\n"
-    code += "f = Path(sys.argv[1]); w = Store(f / 'published', f / 'private')\n"
-    code += "s = [RunSpec.model_validate_json(t) for t in sys.argv[2:]]\n"
-    code += "print(sum(r is not None for r in runs.load({'a': s}, w)['a']), end='')"
-    read = subprocess.run(
-        [sys.executable, "-c", code, str(home), *(spec.model_dump_json() for spec in SPECS)],
+    reader = subprocess.run(
+        [sys.executable, "-c", READER, str(home), *(spec.model_dump_json() for spec in SPECS)],
         env={**os.environ, "PYTHONPATH": str(ROOT), TAG: str(folder)},
         text=True,
         capture_output=True,
-        **nobody,
+        preexec_fn=bound_by_permissions if os.geteuid() == 0 else None,
     )
-    count["lost"] += len(SPECS) - int(read.stdout or 0)
-    for part in [folder, home, *home.rglob("*")]:
+    for part in [home, *files]:
         part.chmod(0o755 if part.is_dir() else 0o644)
-    count["doubled"] += sum(stamps(home).get(run) != stamp for run, stamp in before.items())
+    if reader.returncode:
+        raise RuntimeError(reader.stderr[-3000:])
+    loaded, collected, refused = reader.stdout.splitlines()
+    count["lost"] += 2 * len(SPECS) - int(loaded) - int(collected)
+    count["refused"] += Path(refused).is_relative_to(home)
+    count["lost"] += not count["refused"]
+    count["different"] += sorted(home.rglob("*")) != files  # something was left there
+    more = [SPECS[0].but(seed=9)]
+    finished(start(home, specs=more))
+    count["lost"] += store_in(home).peek(more[0].id) is None
+    now = stamps(home)
+    count["doubled"] += sum(now.get(run) != stamp for run, stamp in before.items())
     count["different"] += differences(home, sound)
-    return count
-
-
-BUSY = "import time\nfor _ in range(40):\n    time.sleep(0.1)\nprint('well')"
-
-
-def book_in(folder: Path):
-    """A book of two pages that take four seconds each."""
-    from conftest import TinyBook
-
-    folder.mkdir(parents=True, exist_ok=True)
-    book = TinyBook(folder / "project")
-    for key in ("a/one", "a/two"):
-        book.notebook(key, BUSY)
-    return book
-
-
-def start_build(book, tag: Path) -> subprocess.Popen:
-    """Starts a build of a book; its output goes to a file."""
-    code = "from jupyter_book.cli.main import main; main()"
-    with open(tag / "said.txt", "a") as said:
-        return subprocess.Popen(
-            [sys.executable, "-c", code, "build", "book"],
-            cwd=book.root,
-            env={
-                **os.environ,
-                "PYTHONPATH": str(book.root),
-                "MOE_CACHE": str(book.root / "cache"),
-                TAG: str(tag),
-            },
-            stdout=said,
-            stderr=said,
-        )
-
-
-def build(kills: int, folder: Path) -> Counter:
-    """Ends builds by one signal or another, at random moments; then lets one end well."""
-    book, count, draw = book_in(folder), Counter(kills=0), random.Random(0)
-    while count["kills"] < kills:
-        process = start_build(book, folder)
-        while process.poll() is None and len(tagged(folder)) < 2:  # a runner is there
-            time.sleep(0.1)
-        time.sleep(draw.uniform(0.0, 12.0))
-        if process.poll() is None:
-            process.send_signal([signal.SIGKILL, signal.SIGTERM, signal.SIGHUP][count["kills"] % 3])
-            count["kills"] += 1
-        process.wait(60)
-        count["orphans"] += orphans(folder)
-        for key in ("one", "two"):  # so that there is something to do
-            (book.root / "book" / "notebooks" / "a" / f"{key}.ipynb").unlink(missing_ok=True)
-    return count + _ends_well(book, [start_build(book, folder)], folder)
-
-
-def builds(kills: int, folder: Path) -> Counter:
-    """Two builds of one checkout at once: both end well, each notebook is run once."""
-    book = book_in(folder)
-    count = _ends_well(book, [start_build(book, folder) for _ in range(2)], folder)
-    said = (folder / "said.txt").read_text()
-    count["doubled"] += said.count("  start  ") - 2
-    count["waited"] += said.count("is at work here: waiting for it")
-    return count
-
-
-def _ends_well(book, processes: list[subprocess.Popen], folder: Path) -> Counter:
-    """Waits for builds; counts those that fail and pages without the result as lost."""
-    count = Counter(kills=0)
-    for process in processes:
-        count["lost"] += process.wait(600) != 0
-    for key in ("one", "two"):
-        page = book.root / "book" / "notebooks" / "a" / f"{key}.ipynb"
-        count["lost"] += not page.is_file() or "well" not in page.read_text()
-    count["orphans"] += orphans(folder)
     return count
 
 
 PARTS = {part.__name__: part for part in (grid, pool, build, store, disk, read_only, builds)}
 
 
-def carry_out(name: str, kills: int) -> Counter:
+def carry_out(name: str, kills: int, seed: int = 0) -> Counter:
     """Carries one part out in a folder of its own."""
     with tempfile.TemporaryDirectory(prefix="stress-") as folder:
-        return PARTS[name](kills, Path(folder))
+        return PARTS[name](kills, Path(folder), random.Random(seed))
 
 
 def main() -> int:
@@ -347,13 +321,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", default=[], help=f"of {', '.join(PARTS)}; default all")
     parser.add_argument("--kills", type=int, default=50, help="of each part that kills")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     args = parser.parse_args()
     if unknown := set(args.parts) - PARTS.keys():
         parser.error(f"no part {', '.join(unknown)}; valid: {', '.join(PARTS)}")
     bad = 0
     for name in args.parts or PARTS:
         began = time.monotonic()
-        count = carry_out(name, args.kills)
+        count = carry_out(name, args.kills, args.seed)
         entries = {**dict.fromkeys(("kills", *MUST_BE_0), 0), **count}
         row = "  ".join(f"{entry} {number}" for entry, number in entries.items())
         print(f"{name:10} {row}  ({time.monotonic() - began:.0f} s)", flush=True)

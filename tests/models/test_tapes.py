@@ -9,7 +9,9 @@ import pytest
 import timm
 import torch
 import vits
+from timm.layers import DropPath, set_reentrant_ckpt
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lib.models.balance import switch_loss
 from lib.models.moe import MoELayer, RoutingTape
@@ -106,30 +108,121 @@ def test_a_model_without_mixture_has_no_routing_and_no_error():
     assert list(tape) == []
 
 
-@pytest.mark.parametrize("inside", [True, False], ids=["backward in the tape", "backward after it"])
-@pytest.mark.parametrize("router", [word for word in ROUTERS])
-def test_gradient_checkpointing_under_a_tape(router, inside):
-    """The second forward pass of a block saves what the first did, whatever routes in it."""
-    options = {
-        "all": {"top_k": 3, "balance": "none"},
-        "manual": {"groups": ((0, 1), (2, 3), (4,)), "balance": "none"},
-        "soft": {"slots": 2},
-    }
-    model = mixture(router, **options.get(router, {})).train()
+OPTIONS = {
+    "all": {"top_k": 3, "balance": "none"},
+    "manual": {"groups": ((0, 1), (2, 3), (4,)), "balance": "none"},
+    "soft": {"slots": 2},
+}
 
-    def gradients():
-        model.zero_grad()
-        with labelled(model, torch.tensor([1, 4])):
-            with RoutingTape(model) as tape:
-                loss = model(X).square().mean()
-                loss = loss + sum(routing.probs.square().sum() for routing in tape.routings())
-                if inside:
-                    loss.backward()
-            if not inside:
-                loss.backward()
-        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
-    plain = gradients()
+@pytest.fixture(autouse=True)
+def _timms_own_word_on_reentrant_checkpointing():
+    yield
+    set_reentrant_ckpt(False)
+
+
+def of_timm(model, reentrant):
+    set_reentrant_ckpt(reentrant)
     model.set_grad_checkpointing(True)
-    for a, b in zip(gradients(), plain, strict=True):
-        torch.testing.assert_close(a, b)
+
+
+def of_one(name):
+    """Checkpoints one module of the model, by torch itself."""
+
+    def checkpointed(model, reentrant):
+        module = model.get_submodule(name)
+        plain = module.forward
+        module.forward = lambda x, **more: checkpoint(plain, x, use_reentrant=reentrant, **more)
+
+    return checkpointed
+
+
+CHECKPOINTING = {"timm": of_timm, "block": of_one("blocks.1"), "MLP": of_one("blocks.2.mlp")}
+
+
+def loss_and_gradients(model, inside=True, autocast=False):
+    """Loss of outputs and routing, and the gradients of the routing's loss and of the whole."""
+    model.zero_grad()
+    torch.manual_seed(3)  # noise, dropped experts and dropped paths
+    with labelled(model, torch.tensor([1, 4])):
+        with RoutingTape(model) as tape:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                out = model(X)
+            aux = sum(routing.probs.square().sum() for routing in tape.routings())
+            loss = out.float().square().mean() + aux
+            if inside:
+                loss.backward(retain_graph=True)
+        if not inside:
+            loss.backward(retain_graph=True)
+    whole = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    if aux.requires_grad:  # the router `manual` decides without one
+        aux.backward()
+    return loss.detach(), whole + [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["backward in the tape", "backward after it"])
+@pytest.mark.parametrize("by", CHECKPOINTING)
+@pytest.mark.parametrize("router", [word for word in ROUTERS])
+def test_gradient_checkpointing_under_a_tape(router, by, inside):
+    """The second forward pass of a block saves what the first did, whatever routes in it."""
+    model = mixture(router, **OPTIONS.get(router, {})).train()
+    plain = loss_and_gradients(model, inside)
+    CHECKPOINTING[by](model, False)
+    torch.testing.assert_close(loss_and_gradients(model, inside), plain)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "router, options",
+    [
+        ("soft", {"slots": 1}),
+        ("soft", {"slots": 2}),
+        ("token", {"noise": 1.0, "expert_dropout": 0.5, "shared": True}),
+        ("image", {"noise": 1.0}),
+        ("expert_choice", {"noise": 1.0, "expert_dropout": 0.5}),
+    ],
+)
+def test_gradient_checkpointing_with_chance_and_autocast(router, options, autocast, training):
+    """Noise, dropped experts and paths are drawn again as they were, types are those of before."""
+    model = mixture(router, **options)
+    for block in model.blocks:
+        block.drop_path1, block.drop_path2 = DropPath(0.5), DropPath(0.5)
+    model.train(training)
+    plain = loss_and_gradients(model, autocast=autocast)
+    model.set_grad_checkpointing(True)
+    torch.testing.assert_close(loss_and_gradients(model, autocast=autocast), plain)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("by", CHECKPOINTING)
+@pytest.mark.parametrize("router", ["token", "soft"])
+def test_reentrant_checkpointing_has_no_gradient_for_a_loss_of_routing(router, by, training):
+    model = mixture(router, **OPTIONS.get(router, {})).train(training)
+    CHECKPOINTING[by](model, True)
+    with RoutingTape(model) as tape:
+        out = model(X)
+        with pytest.raises(RuntimeError, match="blocks.*without gradients.*use_reentrant=False"):
+            tape.routings()
+    out.square().mean().backward()  # without the loss of routing it trains
+    with torch.no_grad():  # and can be looked at
+        assert [name for name, _ in tape] == ["blocks.1.mlp", "blocks.2.mlp"]
+
+
+def test_a_pass_without_gradients_is_told_from_one_for_them():
+    model = mixture()
+    layer = model.blocks[2].mlp
+    with RoutingTape(model) as tape, torch.no_grad():
+        model(X)
+    with pytest.raises(RuntimeError, match="blocks.1.mlp, blocks.2.mlp of a VisionTransformer ran"):
+        readme_loss(tape)
+    with pytest.raises(RuntimeError, match="blocks.2.mlp of a VisionTransformer ran without"):
+        tape[layer]
+    with torch.inference_mode(), tape:
+        model(X)
+    assert readme_loss(tape) > 0 and tape[layer].probs.shape[1] == 3  # opened for a measurement
+    with tape:
+        model(X)
+    readme_loss(tape).backward()
+    assert layer.router.weight.grad.any()
