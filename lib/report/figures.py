@@ -370,15 +370,16 @@ def cost_ratio(
         )
         ax.axvline(1, color="#555555", linewidth=1)
         ax.plot(values[close], rows[close], "o", color=COLOURS[0], linestyle="", label="agrees")
-        ax.plot(
-            values[~close],
-            rows[~close],
-            "s",
-            color=COLOURS[2],
-            markerfacecolor="white",
-            linestyle="",
-            label="differs",
-        )
+        if not close.all():
+            ax.plot(
+                values[~close],
+                rows[~close],
+                "s",
+                color=COLOURS[2],
+                markerfacecolor="white",
+                linestyle="",
+                label="differs",
+            )
         ax.set(
             xlabel=xlabel,
             ylabel="cell of the table",

@@ -21,8 +21,10 @@ from matplotlib.patches import Rectangle
 from .style import WIDTH, centred_text, expert_colours, figure, style
 
 OPACITY = 0.6  # of an expert's colour over the image
+OVER_IMAGE = "paler over an image"
 
 __all__ = [
+    "OVER_IMAGE",
     "as_picture",
     "bare",
     "draw_dimmed",
@@ -206,7 +208,8 @@ def token_maps(
                 token_view(ax, image, token_expert[layer, p], experts, prefix=prefix, grid=grid)
         for ax, title in zip(axes[0], titles, strict=True):
             ax.set_title(title)
-        expert_bar(fig, list(axes.ravel()), experts)
+        paler = "" if images is None else OVER_IMAGE
+        expert_bar(fig, list(axes.ravel()), experts, paler)
     return fig
 
 
@@ -216,8 +219,11 @@ def row_name(name: str) -> str:
     return fill(spaced, 16)
 
 
-def expert_bar(fig: Figure, axes: list[Axes], experts: int) -> None:
-    """Puts the colours of the experts below the axes, as a bar with their numbers."""
+def expert_bar(fig: Figure, axes: list[Axes], experts: int, paler: str = "") -> None:
+    """Puts the colours of the experts below the axes, as a bar with their numbers.
+
+    paler: what makes a colour of the figure paler than in the bar, if anything does.
+    """
     mappable = ScalarMappable(
         BoundaryNorm(np.arange(experts + 1) - 0.5, experts), ListedColormap(expert_colours(experts))
     )
@@ -228,7 +234,7 @@ def expert_bar(fig: Figure, axes: list[Axes], experts: int) -> None:
         aspect=40,
         shrink=0.6,
         pad=0.15 / fig.get_figheight(),
-        label="expert (paler over an image)",
+        label=f"expert ({paler})" if paler else "expert",
     )
     bar.set_ticks(range(0, experts, 1 if experts <= 16 else experts // 8))
     bar.ax.grid(False)

@@ -17,6 +17,7 @@ from ..measure.routing import load_share
 from ..verdicts.routes import main_route, pairs_on_one_route
 from .maps import class_names
 from .overlays import (
+    OVER_IMAGE,
     as_picture,
     bare,
     expert_bar,
@@ -191,7 +192,7 @@ def position_maps(
             row[0].set_ylabel(label, fontsize=8.5)
         for ax, layer in zip(axes[0], chosen, strict=True):
             ax.set_title(f"block {first.moe[layer]['block'] + 1}")
-        expert_bar(fig, list(axes.ravel()), experts)
+        expert_bar(fig, list(axes.ravel()), experts, "paler: fewer of a place's tokens")
     return fig
 
 
@@ -224,5 +225,5 @@ def checker_maps(records: dict[str, Any], cells: int = 4, prefix: int = 1) -> Fi
         titles = ["image", *(f"block {first.moe[layer]['block'] + 1}" for layer in chosen)]
         for ax, title in zip(axes[0], titles, strict=True):
             ax.set_title(title)
-        expert_bar(fig, list(axes.ravel()), experts)
+        expert_bar(fig, list(axes.ravel()), experts, OVER_IMAGE)
     return fig

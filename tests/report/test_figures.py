@@ -310,7 +310,8 @@ def test_show_has_alt_text_caption_and_fits_a_phone():
         and "Load, &quot;n&quot; &lt; 3" in shown.html
     )
     assert (
-        "max-width:100%" in shown.html
+        "overflow-x:auto;max-width:100%" in shown.html
+        and f"max-width:max(100%,{style.LEAST}px)" in shown.html
         and "data:image/png;base64," in shown.html
         and repr(shown) == 'bars & "experts"'
     )
