@@ -242,12 +242,12 @@ def reconstructions(record: Any, shown: int = 6) -> Figure:
     pictures, hidden = record.arrays["picture"][:shown], record.arrays["hidden"][:shown]
     images, names = probe_images(record, len(pictures)), probe_names(record)
     side = int(round(hidden.shape[1] ** 0.5))
-    columns = ["image"] * (images is not None) + ["seen", "reconstruction"]
+    columns = ["image"] * (images is not None) + ["seen\n(grey: hidden)", "reconstruction"]
     with style():
         fig, axes = figure(
             len(pictures),
             len(columns),
-            height=0.4 + 1.15 * len(pictures),
+            height=0.6 + 1.15 * len(pictures),
             width=1.3 * len(columns) + 0.6,
         )
         for i, row in enumerate(axes):

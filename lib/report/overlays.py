@@ -21,16 +21,15 @@ from matplotlib.patches import Rectangle
 from .style import WIDTH, centred_text, expert_colours, figure, style
 
 OPACITY = 0.6  # of an expert's colour over the image
-OVER_IMAGE = "paler over an image"
 
 __all__ = [
-    "OVER_IMAGE",
     "as_picture",
     "bare",
     "draw_dimmed",
     "expert_bar",
     "row_name",
     "spread",
+    "tiles_in_words",
     "token_grid",
     "token_maps",
     "token_view",
@@ -208,8 +207,8 @@ def token_maps(
                 token_view(ax, image, token_expert[layer, p], experts, prefix=prefix, grid=grid)
         for ax, title in zip(axes[0], titles, strict=True):
             ax.set_title(title)
-        paler = "" if images is None else OVER_IMAGE
-        expert_bar(fig, list(axes.ravel()), experts, paler)
+        tiles = token_expert[chosen][..., prefix:]
+        expert_bar(fig, list(axes.ravel()), experts, tiles_in_words(tiles, images is not None))
     return fig
 
 
@@ -219,10 +218,21 @@ def row_name(name: str) -> str:
     return fill(spaced, 16)
 
 
-def expert_bar(fig: Figure, axes: list[Axes], experts: int, paler: str = "") -> None:
+def tiles_in_words(expert_of_patch: np.ndarray, over_image: bool) -> str:
+    """Says for the bar of experts how tiles differ from it, and what it means where there is none.
+
+    expert_of_patch: of any shape, -1 = none.
+    """
+    remarks = ["paler over an image"] * over_image
+    if (np.asarray(expert_of_patch) < 0).any():
+        remarks.append("no tile: no expert")
+    return "; ".join(remarks)
+
+
+def expert_bar(fig: Figure, axes: list[Axes], experts: int, remark: str = "") -> None:
     """Puts the colours of the experts below the axes, as a bar with their numbers.
 
-    paler: what makes a colour of the figure paler than in the bar, if anything does.
+    remark: what a reader must know of the colours in the figure.
     """
     mappable = ScalarMappable(
         BoundaryNorm(np.arange(experts + 1) - 0.5, experts), ListedColormap(expert_colours(experts))
@@ -234,7 +244,7 @@ def expert_bar(fig: Figure, axes: list[Axes], experts: int, paler: str = "") -> 
         aspect=40,
         shrink=0.6,
         pad=0.15 / fig.get_figheight(),
-        label=f"expert ({paler})" if paler else "expert",
+        label=f"expert ({remark})" if remark else "expert",
     )
     bar.set_ticks(range(0, experts, 1 if experts <= 16 else experts // 8))
     bar.ax.grid(False)
