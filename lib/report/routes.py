@@ -79,7 +79,7 @@ def routes(record: Any, labels: Sequence[int], columns: int = 4) -> Figure:
             ax.set(title=fill(names[label], 20), xlabel="block (1 = first)")
             ax.set_xticks(range(len(record.moe)), [m["block"] + 1 for m in record.moe])
         for ax in axes[:, 0]:
-            ax.set_ylabel("main expert")
+            ax.set_ylabel("main expert\n(thick: most tokens)")
     return fig
 
 
