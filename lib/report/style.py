@@ -44,9 +44,9 @@ __all__ = [
 
 WIDTH = 7.2  # inches; 691 CSS pixels, the text width of the book
 DPI = 180  # about twice the CSS resolution, sharp on phones and when zoomed
-# CSS pixels to which a narrow screen shrinks a figure and no further: an 8-point label is then 8 px
+# CSS pixels to which a narrow screen shrinks a figure and no further: a 7-point label is then 8 px
 # high, and what is wider than the screen scrolls
-LEAST = 520
+NARROWEST = 600
 MAP = "cividis"  # for shares and counts: made for colour-blind readers, lightness rises evenly
 # for experts: MAP is grey in its middle, and an expert in grey looks like a missing picture
 EXPERT_MAP = "viridis"
@@ -207,7 +207,7 @@ def show(fig: Figure, caption: str, alt: str) -> Shown:
         '<figure style="margin:1em 0;max-width:100%">'
         '<div style="overflow-x:auto;max-width:100%" tabindex="0"><img class="dark-light" '
         f'alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{data}" '
-        f'style="width:{width}px;max-width:max(100%,{LEAST}px);height:auto;background:#fff"></div>'
+        f'style="width:{width}px;max-width:max(100%,{NARROWEST}px);height:auto;background:#fff"></div>'
         f'<figcaption style="{CAPTION_STYLE}">{html.escape(caption)}</figcaption>'
         f"</figure>",
         alt,

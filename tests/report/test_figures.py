@@ -312,7 +312,7 @@ def test_show_has_alt_text_caption_and_fits_a_phone():
     )
     assert (
         "overflow-x:auto;max-width:100%" in shown.html
-        and f"max-width:max(100%,{style.LEAST}px)" in shown.html
+        and f"max-width:max(100%,{style.NARROWEST}px)" in shown.html
         and "data:image/png;base64," in shown.html
         and repr(shown) == 'bars & "experts"'
     )
