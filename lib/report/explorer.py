@@ -193,9 +193,7 @@ def _what_maps_show(record: Any, shown: int) -> str:
     for layer in spread(len(record.moe)):
         masks = first_choices(record, layer)[:shown]
         used = [len(np.unique(mask[mask >= 0])) for mask in masks]
-        experts = len(record.moe[layer]["load"])
-        sentences.append(
-            f"Block {record.moe[layer]['block'] + 1}: {min(used)} to {max(used)} of {experts} "
-            "experts an image."
-        )
+        number = f"{min(used)}" if min(used) == max(used) else f"{min(used)} to {max(used)}"
+        block, experts = record.moe[layer]["block"] + 1, len(record.moe[layer]["load"])
+        sentences.append(f"Block {block}: {number} of {experts} experts an image.")
     return " ".join(sentences)

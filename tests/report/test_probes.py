@@ -121,7 +121,7 @@ def test_maps_say_in_words_how_many_experts_share_an_image(without_data):
     run.arrays["token_expert"][:] = 2
     run.arrays["token_expert"][0, 1, 1:4] = [0, 1, -1]
     said = explorer.of_record(run).static.alt
-    assert "Block 1: 1 to 3 of 4 experts an image. Block 2: 1 to 1 of 4" in said
+    assert "Block 1: 1 to 3 of 4 experts an image. Block 2: 1 of 4" in said
 
 
 @pytest.mark.parametrize("draw", [masks.cam_masks, maps.reconstructions])
