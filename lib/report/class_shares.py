@@ -42,8 +42,10 @@ def class_shares(
                 _draw_bars(ax, shares)
                 ax.set_yticks(range(1 + len(classes)), ["all", *(names[c] for c in classes)])
                 ax.set(title=f"{layer}, {of_set} classes")
+        for ax in axes[:, 0]:
+            ax.set_ylabel("class")
         for ax in axes[-1]:
-            ax.set(xlabel="share of the class's tokens (%)", xlim=(0, 100))
+            ax.set(xlabel="share of the class's tokens (%)\nin a bar: expert", xlim=(0, 100))
     return fig
 
 

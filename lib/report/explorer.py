@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from .overlays import token_maps, token_view
+from ..verdicts.masks import first_choices
+from .overlays import spread, token_maps, token_view
 from .probes import absent_images, probe_images, probe_names
 from .style import Shown, figure, png, show, style
 
@@ -140,15 +141,15 @@ def explorer(
     """
     token_expert = np.asarray(token_expert)
     if names is None:
-        names = [f"image {i}" for i in range(token_expert.shape[1])]
-    else:
-        names = [f"{i}: {name}" for i, name in enumerate(names)]
+        labels = names = [f"image {i}" for i in range(token_expert.shape[1])]
+    else:  # a control cannot tell two images of one class apart
+        labels, names = list(names), [f"{i}: {name}" for i, name in enumerate(names)]
     fig = token_maps(
         None if images is None else images[:shown],
         token_expert[:, :shown],
         blocks,
         experts,
-        names=names[:shown],
+        names=labels[:shown],
         prefix=prefix,
         grid=grid,
     )
@@ -182,6 +183,17 @@ def of_record(record: Any, shown: int = 4, lead: str = "") -> Explorer:
         names=probe_names(record),
         shown=shown,
         caption=caption,
-        alt="A row an image, named by its class, and a column a layer: the image tiled with expert "
-        "numbers, one tile a patch.",
+        alt=_what_maps_show(record, shown),
     )
+
+
+def _what_maps_show(record: Any, shown: int) -> str:
+    """Says how many experts share the patches of an image, block by block."""
+    sentences = ["Images tiled with the number of each patch's expert."]
+    for layer in spread(len(record.moe)):
+        masks = first_choices(record, layer)[:shown]
+        used = [len(np.unique(mask[mask >= 0])) for mask in masks]
+        number = f"{min(used)}" if min(used) == max(used) else f"{min(used)} to {max(used)}"
+        block, experts = record.moe[layer]["block"] + 1, len(record.moe[layer]["load"])
+        sentences.append(f"Block {block}: {number} of {experts} experts an image.")
+    return " ".join(sentences)

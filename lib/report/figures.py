@@ -253,7 +253,6 @@ def information_by_depth(
                 xlabel="block (1 = first)",
                 ylabel="information I / H(expert), 0 to 1",
                 title=f"{about} and expert",
-                ylim=(-0.03, 1.03),
             )
             ax.yaxis.set_tick_params(labelleft=True)
             blocks: set[int] = set()
@@ -278,6 +277,9 @@ def information_by_depth(
                     linestyle=":",
                     label=f"threshold {threshold:g}",
                 )
+        drawn = [np.max(line.get_ydata()) for ax in axes[0] for line in ax.lines]
+        top = min(1.0, max([0.1, *drawn]) * 1.1)  # small values are not to lie on the ground
+        axes[0, 0].set_ylim(-0.03 * top, 1.03 * top)
         legend_above(fig, axes[0], columns=3)
     return fig
 
@@ -325,7 +327,8 @@ def frontier(panels: dict[str, Sequence[Point]], missing: str = "no record yet")
                         [getattr(p, key)],
                         [p.top1],
                         color=colour,
-                        marker=markers[i % len(markers)],
+                        # one on at each lap, so that no colour has one marker twice
+                        marker=markers[(i + i // len(markers)) % len(markers)],
                         markersize=9 if p.highlight else 6,
                         markeredgecolor=colour,
                         linestyle="",
@@ -336,7 +339,7 @@ def frontier(panels: dict[str, Sequence[Point]], missing: str = "no record yet")
                     seen.add(p.label)
                 ax.margins(0.12)
                 # small models have long numbers, which must not touch
-                ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
+                ax.xaxis.set_major_locator(MaxNLocator(nbins=3))
                 ax.ticklabel_format(axis="x", useOffset=False)
                 values = [getattr(p, key) for p in points if p.top1 is not None]
                 if values and max(values) - min(values) < 0.04 * max(values):
@@ -377,7 +380,7 @@ def cost_ratio(
             color=COLOURS[2],
             markerfacecolor="white",
             linestyle="",
-            label="differs",
+            label="_" if close.all() else "differs",
         )
         ax.set(
             xlabel=xlabel,

@@ -86,7 +86,7 @@ def class_expert_heatmap(record: Any, layers: Sequence[int] | None = None) -> Fi
         fig, axes = figure(
             1,
             len(chosen),
-            height=1.6 + row_height * classes,
+            height=1.8 + row_height * classes,
             sharey=True,
             width_ratios=[max(table.shape[1], 2) for table in tables],
         )
@@ -105,7 +105,8 @@ def class_expert_heatmap(record: Any, layers: Sequence[int] | None = None) -> Fi
             aspect=45,
             shrink=0.7,
             pad=0.15 / fig.get_figheight(),
-            label=f"share of a class's {_unit_of_routing(record)}",
+            label=f"share of a class's {_unit_of_routing(record)}\n"
+            "(I/H: how much of the expert the class explains, 0 to 1)",
         )
     return fig
 
@@ -221,7 +222,8 @@ def expert_loads(record: Any) -> Figure:
                 bottom += 100 * share
             ax.text(x, 101.5, f"{max_vio(m['load']):.2f}", ha="center", va="bottom", fontsize=8)
         ax.set(xlabel="block (1 = first)", ylabel="share of assignments (%)", ylim=(0, 108))
-        ax.set_title(f"in a bar: expert (of {widest})\nabove it: MaxVio", fontsize=8.5, loc="left")
+        key = f"in a bar: expert (of {widest})\nabove it: MaxVio, largest load / mean load - 1"
+        ax.set_title(key, fontsize=8.5, loc="left")
         ax.set_xticks(range(len(record.moe)), [m["block"] + 1 for m in record.moe])
         ax.set_yticks(range(0, 101, 20))
         ax.grid(axis="x", visible=False)
@@ -242,12 +244,12 @@ def reconstructions(record: Any, shown: int = 6) -> Figure:
     pictures, hidden = record.arrays["picture"][:shown], record.arrays["hidden"][:shown]
     images, names = probe_images(record, len(pictures)), probe_names(record)
     side = int(round(hidden.shape[1] ** 0.5))
-    columns = ["image"] * (images is not None) + ["seen", "reconstruction"]
+    columns = ["image"] * (images is not None) + ["seen\n(grey: hidden)", "reconstruction"]
     with style():
         fig, axes = figure(
             len(pictures),
             len(columns),
-            height=0.4 + 1.15 * len(pictures),
+            height=0.6 + 1.15 * len(pictures),
             width=1.3 * len(columns) + 0.6,
         )
         for i, row in enumerate(axes):

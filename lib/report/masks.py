@@ -22,6 +22,7 @@ from .style import WIDTH, figure, style
 __all__ = ["cam_masks", "cam_shares", "expert_masks", "say_masks"]
 
 MASK = "#1f2f56"  # a patch of the expert, where there is no image to show in it
+HEAT = "plasma"  # MAP has grey in its middle, which over a grey image is no colour
 OPACITY_OF_HEAT = 0.75  # of a GradCAM over the image
 
 
@@ -48,7 +49,7 @@ def expert_masks(
         fig, axes = figure(
             len(rows),
             len(titles),
-            height=0.5 + len(rows) * (side + 0.06),
+            height=0.7 + len(rows) * (side + 0.06),
             width=0.6 + side * len(titles),
         )
         for row, (name, record, probe), of_record in zip(axes, rows, images, strict=True):
@@ -62,6 +63,8 @@ def expert_masks(
                 _draw_mask(ax, image, first_choices(record, layer, prefix)[probe] == expert)
         for ax, title in zip(axes[0], titles, strict=True):
             ax.set_title(title, fontsize=8.5)
+        mask = "clear: patches of the expert; faded: all others"
+        fig.supxlabel(mask if with_images else "dark: patches of the expert", fontsize=9.5)
     return fig
 
 
@@ -144,7 +147,7 @@ def cam_masks(
         fig, axes = figure(
             len(heat),
             len(titles),
-            height=0.9 + (side + 0.06) * len(heat),
+            height=1.1 + (side + 0.06) * len(heat),
             width=0.6 + side * len(titles),
         )
         for i, row in enumerate(axes):
@@ -166,7 +169,8 @@ def cam_masks(
             aspect=40,
             shrink=0.6,
             pad=0.12 / fig.get_figheight(),
-            label="GradCAM of the predicted class, largest of an image = 1",
+            label="GradCAM of the predicted class, largest of an image = 1\n"
+            "(below an expert: on its patches alone)",
         )
     return fig
 
@@ -178,6 +182,7 @@ def _draw_heat(ax: Axes, image: np.ndarray | None, heat: np.ndarray):
         draw_dimmed(ax, image, rows, columns)
     shades = ax.imshow(
         heat,
+        cmap=HEAT,
         vmin=0,
         vmax=1,
         extent=(0, columns, rows, 0),

@@ -29,6 +29,7 @@ __all__ = [
     "expert_bar",
     "row_name",
     "spread",
+    "tiles_in_words",
     "token_grid",
     "token_maps",
     "token_view",
@@ -206,7 +207,8 @@ def token_maps(
                 token_view(ax, image, token_expert[layer, p], experts, prefix=prefix, grid=grid)
         for ax, title in zip(axes[0], titles, strict=True):
             ax.set_title(title)
-        expert_bar(fig, list(axes.ravel()), experts)
+        tiles = token_expert[chosen][..., prefix:]
+        expert_bar(fig, list(axes.ravel()), experts, tiles_in_words(tiles, images is not None))
     return fig
 
 
@@ -216,8 +218,22 @@ def row_name(name: str) -> str:
     return fill(spaced, 16)
 
 
-def expert_bar(fig: Figure, axes: list[Axes], experts: int) -> None:
-    """Puts the colours of the experts below the axes, as a bar with their numbers."""
+def tiles_in_words(expert_of_patch: np.ndarray, over_image: bool) -> str:
+    """Says for the bar of experts how tiles differ from it, and what it means where there is none.
+
+    expert_of_patch: of any shape, -1 = none.
+    """
+    remarks = ["paler over an image"] * over_image
+    if (np.asarray(expert_of_patch) < 0).any():
+        remarks.append("no tile: no expert")
+    return "; ".join(remarks)
+
+
+def expert_bar(fig: Figure, axes: list[Axes], experts: int, remark: str = "") -> None:
+    """Puts the colours of the experts below the axes, as a bar with their numbers.
+
+    remark: what a reader must know of the colours in the figure.
+    """
     mappable = ScalarMappable(
         BoundaryNorm(np.arange(experts + 1) - 0.5, experts), ListedColormap(expert_colours(experts))
     )
@@ -228,7 +244,7 @@ def expert_bar(fig: Figure, axes: list[Axes], experts: int) -> None:
         aspect=40,
         shrink=0.6,
         pad=0.15 / fig.get_figheight(),
-        label="expert (paler over an image)",
+        label=f"expert ({remark})" if remark else "expert",
     )
     bar.set_ticks(range(0, experts, 1 if experts <= 16 else experts // 8))
     bar.ax.grid(False)

@@ -72,7 +72,8 @@ def probe_names(record: Any) -> list[str]:
     """
     if "test_label" not in record.arrays:
         return [f"image {i}" for i in range(len(record.arrays["probe_index"]))]
-    return [str(record.class_names[label]).replace("_", " ") for label in probe_labels(record)]
+    names = [str(record.class_names[label]).replace("_", " ") for label in probe_labels(record)]
+    return [f"class {name}" if name.isdigit() else name for name in names]
 
 
 def absent_images(record: Any) -> str:

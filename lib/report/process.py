@@ -104,7 +104,7 @@ def _draw_kept_neurons(ax: Axes, kept_neurons: np.ndarray) -> None:
     two_colours = ListedColormap(["#f0f0f0", COLOURS[0]])
     ax.imshow(kept_neurons, aspect="auto", cmap=two_colours, vmin=0, vmax=1)
     ax.set(
-        title="3  each cluster keeps the most varying",
+        title="3  each keeps the most varying (dark)",
         xlabel="neuron, in the same order",
         ylabel="expert",
     )

@@ -90,7 +90,18 @@ def surface(panels: dict[str, Sequence[Spot]]) -> Figure:
                     label="mixture" if mixture else "static",
                 )
             ends = np.geomspace(min(s.active for s in spots), max(s.active for s in spots), 30)
-            ax.plot(ends, ends, color="#888888", linewidth=0.8, linestyle=LINES[1], marker="")
+            ax.plot(
+                ends,
+                ends,
+                color="#888888",
+                linewidth=0.8,
+                linestyle=LINES[1],
+                marker="",
+                label="stores what it computes",
+            )
+            ax.scatter(
+                [], [], s=70, color="white", edgecolor="#333333", label="large: on the front of all"
+            )
             # most models store about what the dense one does, a few many times that
             ax.set_yscale("log", base=2)
             ax.yaxis.set_major_locator(

@@ -7,6 +7,7 @@ Axis letters: **M** MoE layers from the shallowest to the deepest, **C** classes
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from .overlays import (
     bare,
     expert_bar,
     spread,
+    tiles_in_words,
     token_grid,
     token_view,
 )
@@ -74,10 +76,10 @@ def routes(record: Any, labels: Sequence[int], columns: int = 4) -> Figure:
             ax.remove()
         for ax, label in zip(axes.flat, labels, strict=False):
             _draw_route(ax, *main_route(record, label), experts)
-            ax.set(title=names[label], xlabel="block (1 = first)")
+            ax.set(title=fill(names[label], 20), xlabel="block (1 = first)")
             ax.set_xticks(range(len(record.moe)), [m["block"] + 1 for m in record.moe])
         for ax in axes[:, 0]:
-            ax.set_ylabel("main expert")
+            ax.set_ylabel("main expert\n(thick: most tokens)")
     return fig
 
 
@@ -191,7 +193,7 @@ def position_maps(
             row[0].set_ylabel(label, fontsize=8.5)
         for ax, layer in zip(axes[0], chosen, strict=True):
             ax.set_title(f"block {first.moe[layer]['block'] + 1}")
-        expert_bar(fig, list(axes.ravel()), experts)
+        expert_bar(fig, list(axes.ravel()), experts, "paler: fewer of a place's tokens")
     return fig
 
 
@@ -224,5 +226,6 @@ def checker_maps(records: dict[str, Any], cells: int = 4, prefix: int = 1) -> Fi
         titles = ["image", *(f"block {first.moe[layer]['block'] + 1}" for layer in chosen)]
         for ax, title in zip(axes[0], titles, strict=True):
             ax.set_title(title)
-        expert_bar(fig, list(axes.ravel()), experts)
+        tiles = [r.arrays["checker_expert"][chosen][:, prefix:] for r in records.values()]
+        expert_bar(fig, list(axes.ravel()), experts, tiles_in_words(np.stack(tiles), True))
     return fig

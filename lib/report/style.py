@@ -44,6 +44,9 @@ __all__ = [
 
 WIDTH = 7.2  # inches; 691 CSS pixels, the text width of the book
 DPI = 180  # about twice the CSS resolution, sharp on phones and when zoomed
+# CSS pixels to which a narrow screen shrinks a figure and no further: a 7-point label is then 8 px
+# high, and what is wider than the screen scrolls
+NARROWEST = 600
 MAP = "cividis"  # for shares and counts: made for colour-blind readers, lightness rises evenly
 # for experts: MAP is grey in its middle, and an expert in grey looks like a missing picture
 EXPERT_MAP = "viridis"
@@ -187,10 +190,10 @@ def show(fig: Figure, caption: str, alt: str) -> Shown:
 
         show(figures.scan(...), "Top-1 against L.", "Line plot: without a shared expert ...")
 
-    It is never wider than the screen. caption: what is drawn, with n; plain text. alt: what it
-    shows, for those who do not see it. Raises ValueError where one of them is empty. Written as
-    HTML and not through cell metadata, because that is kept by papermill, nbclient and Sphinx
-    alike.
+    Wide screens show it whole; on a phone it stays legible and scrolls in its own box. caption:
+    what is drawn, with n; plain text. alt: what it shows, for those who do not see it. Raises
+    ValueError where one of them is empty. Written as HTML and not through cell metadata, because
+    that is kept by papermill, nbclient and Sphinx alike.
     """
     if not caption.strip() or not alt.strip():
         raise ValueError(
@@ -201,9 +204,10 @@ def show(fig: Figure, caption: str, alt: str) -> Shown:
     width = round(fig.get_size_inches()[0] * 96)
     # "dark-light" keeps the book theme from dimming a picture that brings its own white background.
     return Shown(
-        '<figure style="margin:1em 0;max-width:100%"><img class="dark-light" '
+        '<figure style="margin:1em 0;max-width:100%">'
+        '<div style="overflow-x:auto;max-width:100%" tabindex="0"><img class="dark-light" '
         f'alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{data}" '
-        f'style="width:{width}px;max-width:100%;height:auto;background:#fff">'
+        f'style="width:{width}px;max-width:max(100%,{NARROWEST}px);height:auto;background:#fff"></div>'
         f'<figcaption style="{CAPTION_STYLE}">{html.escape(caption)}</figcaption>'
         f"</figure>",
         alt,

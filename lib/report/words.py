@@ -11,7 +11,7 @@ from itertools import pairwise
 from ..verdicts.stats import Interval
 from .figures import Curve
 
-__all__ = ["change", "changes", "changes_by_panel", "order"]
+__all__ = ["change", "changes", "changes_by_panel", "order", "order_by_panel"]
 
 Value = float | Interval | None
 
@@ -34,6 +34,14 @@ def order(values: Mapping[str, Value]) -> str:
     absent = [name for name in means if name not in there]
     missing = f"no value yet of {', '.join(absent)}" if absent else ""
     return "; ".join(filter(None, [text, missing]))
+
+
+def order_by_panel(values_of_panel: Mapping[str, Mapping[str, Value]]) -> str:
+    """Says the `order` of the values of each panel, one sentence a panel."""
+    return " ".join(
+        f"{title[:1].upper()}{title[1:]}: {order(values)}."
+        for title, values in values_of_panel.items()
+    )
 
 
 def change(values: Iterable[Value], level_within: float = 1.0) -> str:

@@ -29,6 +29,7 @@ LONG = [f"sweet_pepper_{c}" for c in range(100)]
 IMAGES = np.random.default_rng(0).random((4, 28, 28))
 THREE = [record(s) for s in range(3)]
 LS = [1, 2, 12]
+ABOUT = ("class", "position")
 
 
 def tokens(**kwargs):
@@ -310,7 +311,8 @@ def test_show_has_alt_text_caption_and_fits_a_phone():
         and "Load, &quot;n&quot; &lt; 3" in shown.html
     )
     assert (
-        "max-width:100%" in shown.html
+        "overflow-x:auto;max-width:100%" in shown.html
+        and f"max-width:max(100%,{style.NARROWEST}px)" in shown.html
         and "data:image/png;base64," in shown.html
         and repr(shown) == 'bars & "experts"'
     )
@@ -321,6 +323,19 @@ def test_show_has_alt_text_caption_and_fits_a_phone():
 
 def test_equal_figures_are_equal_bytes():
     assert style.png(FIGURES["ratio"](), 50) == style.png(FIGURES["ratio"](), 50)
+
+
+def test_no_two_models_of_a_frontier_look_alike():
+    fig = figures.frontier({"reproduced": points(24)})
+    looks = [(c.lines[0].get_color(), c.lines[0].get_marker()) for c in fig.axes[0].containers]
+    assert len(set(looks)) == len(looks) == 24
+
+
+def test_small_information_fills_its_axis():
+    runs = [record(0, per_image=True)]
+    largest = max(max(figures.depth_information(r, about)[1]) for r in runs for about in ABOUT)
+    top = figures.information_by_depth({"image": runs}).axes[0].get_ylim()[1]
+    assert max(largest, 0.1) < top <= max(1.2 * largest, 0.12)
 
 
 def test_more_curves_than_colours_still_look_different():

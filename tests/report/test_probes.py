@@ -109,6 +109,21 @@ def test_with_images_they_lie_below(file):
     assert "MOE_DATA" not in explorer.of_record(run).static.html
 
 
+def test_the_bar_of_experts_says_what_differs_from_it():
+    assert overlays.tiles_in_words([[0, 1]], over_image=False) == ""
+    assert overlays.tiles_in_words([0, -1], over_image=False) == "no tile: no expert"
+    both = "paler over an image; no tile: no expert"
+    assert overlays.tiles_in_words([0, -1], over_image=True) == both
+
+
+def test_maps_say_in_words_how_many_experts_share_an_image(without_data):
+    run = of_eurosat(EUROSAT.but(name="cifar100"))
+    run.arrays["token_expert"][:] = 2
+    run.arrays["token_expert"][0, 1, 1:4] = [0, 1, -1]
+    said = explorer.of_record(run).static.alt
+    assert "Block 1: 1 to 3 of 4 experts an image. Block 2: 1 of 4" in said
+
+
 @pytest.mark.parametrize("draw", [masks.cam_masks, maps.reconstructions])
 def test_columns_without_images_are_left_out_whole(draw, file):
     with_images, without = draw(of_eurosat()), draw(of_eurosat(rows=(1, 2, 3)))

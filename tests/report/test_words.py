@@ -29,3 +29,6 @@ def test_changes_compare_the_last_value_with_the_first_that_are_there():
     assert words.changes(curves[:1], level_within=0.5) == "rising N=2 shared"
     panels = {"published": curves[2:3], "reproduced": curves[5:]}
     assert words.changes_by_panel(panels) == "Published: rising N=8. Reproduced: falling N=64."
+    assert words.order_by_panel({"published": {"a": 1.0}, "this build": {"a": 1.0, "b": 2.0}}) == (
+        "Published: a. This build: b, above a."
+    )
