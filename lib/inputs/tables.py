@@ -155,21 +155,22 @@ def hub_copy(name: str, label: str) -> Read:
 
     cache = paths.cache() / "datasets"
     try:
-        tables = datasets.load_dataset(name.removeprefix("hub:"), cache_dir=str(cache))
+        delivered = datasets.load_dataset(name.removeprefix("hub:"), cache_dir=str(cache))
     except Exception as error:  # the hub client raises many kinds, from DNS to HTTP to JSON
         raise FileNotFoundError(
             f"{name} is not in the cache ({cache}) and the hub did not deliver it "
             f"({type(error).__name__}: {error}). Either run once with network, or put its parquet "
             f"files into MOE_DATA/{name.removeprefix('hub:').rpartition('/')[2]}"
         ) from error
+    tables: dict[str, datasets.Dataset] = {}
+    for given, table in delivered.items():
+        split = SPLIT_OF_NAME.get(given.lower())
+        if split in tables:
+            raise ValueError(f"{name} has two {split} splits, {given!r} too: copy one to MOE_DATA")
+        if split:
+            tables[split] = table
     if "train" not in tables:
-        raise ValueError(
-            f"data set {name!r} has no split named train, only {', '.join(tables)}: copy it to "
-            "MOE_DATA, with the training images in train.parquet"
-        )
-    tables = {
-        SPLIT_OF_NAME[split]: table for split, table in tables.items() if split in SPLIT_OF_NAME
-    }
+        raise ValueError(f"data set {name!r} has no split named train, only {', '.join(delivered)}")
     columns = {}
     for split, table in tables.items():
         where = f"{name}, split {split}"
@@ -240,9 +241,8 @@ def _numbered(column: Column, number_of: dict[Any, int]) -> list[int]:
             listed = ", ".join(map(str, list(number_of)[:10]))
             raise ValueError(
                 f"{column.where}, row {row}: {value!r} is no class of the training split, whose "
-                f"classes are {listed}{', ...' if len(number_of) > 10 else ''}. Labels of "
-                "different files are compared by name: give the class training images, or take the "
-                "row out"
+                f"classes are {listed}{', ...' if len(number_of) > 10 else ''} (compared by name). "
+                "Give it training images, or take the row out"
             )
     return [number_of[value] for value in values]
 
