@@ -132,11 +132,12 @@ def test_a_split_of_the_hub_by_any_letters(home, monkeypatch):
         load_splits(DataSpec(name="hub:someone/birds"))
 
 
-def test_hub_without_network_teaches(home, monkeypatch):
+@pytest.mark.parametrize("name", ["hub:someone/birds", "hub:birds"])
+def test_hub_without_network_teaches(home, monkeypatch, name):
     # Read at import, so the variable would come too late.
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError) as caught:
-        load_splits(DataSpec(name="hub:someone/birds"))
+        load_splits(DataSpec(name=name))
     text = str(caught.value)
     assert (
         str(home.parent / "cache" / "datasets") in text
