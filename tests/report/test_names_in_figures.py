@@ -8,7 +8,7 @@ import pytest
 from factory import record
 from matplotlib.text import Text
 
-from lib.report import figures, maps, masks, overlays, relations, routes, schematic, style
+from lib.report import figures, maps, overlays, relations, routes, schematic, style
 from lib.report.class_shares import class_shares
 from lib.report.tables import table
 
@@ -36,9 +36,8 @@ DRAWN = {
     "counts": lambda: maps.class_expert_counts({"arm": with_names(blocks=[0])}),
     "routes": lambda: routes.routes(with_names(), range(10)),
     "token maps": lambda: overlays.token_maps(
-        None, with_names().arrays["token_expert"][:, :10], range(4), 4, names=NAMES
+        None, with_names().arrays["token_expert"][:, :10], range(4), 4, names=NAMES, layers=[0]
     ),
-    "masks": lambda: masks.expert_masks([(name, with_names(), 0) for name in NAMES], (0, -1)),
     "shares": lambda: class_shares(
         {"first": with_names().arrays["class_expert"][0]}, {"all": range(10)}, NAMES
     ),
