@@ -218,7 +218,10 @@ def _fill(args: argparse.Namespace) -> int:
     keys = [parameters.key_of(page) for page in args.pages]
     for key in keys:
         if not profiles.has_profile(key, profile):
-            raise parameters.NotebookError(f"{key} has no runs under the profile {profile}")
+            raise parameters.NotebookError(
+                f"{key} has no runs under the profile {profile}: give another --profile "
+                f"({', '.join(p for p in profiles.PROFILES if profiles.has_profile(key, p))})"
+            )
     keys.sort(key=lambda key: book.index(key) if key in book else len(book))
     plan = missing.plan(profile, keys or book)
     if args.dry:

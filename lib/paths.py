@@ -38,8 +38,9 @@ def data_home() -> Path | None:
     for home in tried:
         if home.is_dir():
             return home.resolve()
+    places = " and ".join(dict.fromkeys(map(str, tried)))
     raise FileNotFoundError(
-        f"MOE_DATA={given!r} is not a folder (looked at {' and '.join(map(str, tried))}): "
+        f"MOE_DATA={given!r} is not a folder (looked at {places}): "
         "set it to the folder that holds the data sets, or unset it"
     )
 

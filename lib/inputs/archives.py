@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("red", "green", "blue")
 LISTS = {"train": "TrainImages.txt", "test": "TestImages.txt"}
+FROM_OUTSIDE = "A sample holds its own values: get it again, or take it out"
 
 
 def reader(folder: Path) -> Callable[[Path], Read] | None:
@@ -70,18 +71,19 @@ def geobench(folder: Path) -> Read:
             if sample in split_of_sample:
                 raise ValueError(
                     f"{folder / 'default_partition.json'}: sample {sample} is in "
-                    f"{split_of_sample[sample]} and in {their_split}"
+                    f"{split_of_sample[sample]} and in {their_split}: take it out of one"
                 )
             split_of_sample[sample] = their_split
             if sample not in label_of_sample:
                 raise ValueError(
                     f"{folder / 'label_map.json'} gives no label to sample {sample} of the "
-                    f"{their_split} split"
+                    f"{their_split} split: add it to its class, or take it out of "
+                    "default_partition.json"
                 )
             if not (folder / f"{sample}.hdf5").is_file():
                 raise ValueError(
                     f"{folder}: sample {sample} of the {their_split} split has no file "
-                    f"{sample}.hdf5"
+                    f"{sample}.hdf5: get it again, or take it out of default_partition.json"
                 )
         files = [folder / f"{sample}.hdf5" for sample in samples]
         labels = np.array([label_of_sample[sample] for sample in samples])
@@ -108,7 +110,10 @@ def _lists_by_name(file: Path) -> dict[str, list]:
         # no path: a sample lies in the folder itself
         is_name = isinstance(sample, str) and PurePath(sample).name == sample not in ("", "..")
         if not is_name or "\\" in sample:
-            raise ValueError(f"{file}: {sample!r} is no name of a sample, but a path or no text")
+            raise ValueError(
+                f"{file}: {sample!r} is no name of a sample, but a path or no text: name the files "
+                "that lie in the folder itself, without .hdf5"
+            )
     return content
 
 
@@ -120,7 +125,7 @@ def _label_of_sample(file: Path, label_map: dict[str, list], names: list[str]) -
             if sample in label_of_sample:
                 raise ValueError(
                     f"{file}: sample {sample} is in classes {names[label_of_sample[sample]]} and "
-                    f"{name}: one label a sample is read"
+                    f"{name}: one label a sample is read, take it out of one"
                 )
             label_of_sample[sample] = number
     return label_of_sample
@@ -174,18 +179,20 @@ def _band(sample: h5py.File, name: str, file: Path) -> np.ndarray:
 
     link, band = sample.get(name, getlink=True), sample.get(name)
     if not isinstance(link, h5py.HardLink) or not isinstance(band, h5py.Dataset):
-        raise ValueError(f"{file}: band {name} is no array of this file but a link or a group")
+        raise ValueError(
+            f"{file}: band {name} is no array of this file but a link or a group. {FROM_OUTSIDE}"
+        )
     if band.external or band.is_virtual:
-        raise ValueError(f"{file}: band {name} takes its values from other files: refused")
+        raise ValueError(f"{file}: band {name} takes its values from other files. {FROM_OUTSIDE}")
     if band.ndim != 2 or band.dtype.kind not in "uif":
         raise ValueError(
             f"{file}: band {name} holds {band.dtype} of shape {band.shape}, and numbers of a "
-            "height and a width are read"
+            "height and a width are read: convert it, or take the sample out"
         )
     if band.size > Image.MAX_IMAGE_PIXELS:
         raise ValueError(
             f"{file}: band {name} has {band.shape[0]} x {band.shape[1]} pixels, more than the "
-            f"{Image.MAX_IMAGE_PIXELS:,} that an image may have"
+            f"{Image.MAX_IMAGE_PIXELS:,} that an image may have: cut it, or take the sample out"
         )
     return np.asarray(band)
 
@@ -208,7 +215,10 @@ def mit_indoor(folder: Path) -> Read:
     """
     images_of_split = {split: _listed(folder, name) for split, name in LISTS.items()}
     if in_both := set(images_of_split["train"]) & set(images_of_split["test"]):
-        raise ValueError(f"{folder}: {sorted(in_both)[0]} is in the training and in the test list")
+        raise ValueError(
+            f"{folder}: {sorted(in_both)[0]} is in the training and in the test list: take it out "
+            "of one"
+        )
     # an image is listed as CLASS/FILE.jpg
     classes_of_split = {
         split: [image.split("/")[0] for image in images]
@@ -217,7 +227,8 @@ def mit_indoor(folder: Path) -> Read:
     names = sorted(set(classes_of_split["train"]))
     if untrained := set(classes_of_split["test"]) - set(names):
         raise ValueError(
-            f"{folder / 'TestImages.txt'}: class {sorted(untrained)[0]} has no training image"
+            f"{folder / 'TestImages.txt'}: class {sorted(untrained)[0]} has no training image: "
+            "list some in TrainImages.txt, or take the class out"
         )
     splits = {}
     for split, images in images_of_split.items():
@@ -236,7 +247,9 @@ def _listed(folder: Path, name: str) -> list[str]:
     lines = [line.strip() for line in (folder / name).read_text().splitlines()]
     images = [line for line in lines if line]
     if not images:
-        raise ValueError(f"{folder / name} lists no image")
+        raise ValueError(
+            f"{folder / name} lists no image: get it again, or list images as CLASS/FILE"
+        )
     for image in images:
         parts = image.split("/")
         if len(parts) != 2 or "\\" in image or any(part in ("", ".", "..") for part in parts):

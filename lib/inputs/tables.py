@@ -85,7 +85,9 @@ def parquet_files(folder: Path, label: str) -> Read:
     }
     labels_of_split, names = labels_by_name(columns)
     if empty := [split for split, labels in labels_of_split.items() if not len(labels)]:
-        raise ValueError(f"{folder}, split {empty[0]}: there is no image in it")
+        raise ValueError(
+            f"{folder}, split {empty[0]}: there is no image in it; add some, or take its files away"
+        )
     files_of_split = {split: list(map(str, files)) for split, files in files_of_split.items()}
     image = _image_column(Path(files_of_split["train"][0]))
     read = {}
@@ -117,7 +119,9 @@ def _files_of_split(folder: Path) -> dict[str, list[Path]]:
             )
     if "train" not in files_of_split:
         names = ", ".join(file.name for file in _parquet(folder))
-        raise ValueError(f"{folder} has no split named train, only {names}")
+        raise ValueError(
+            f"{folder} has no split named train, only {names}: name that file train.parquet"
+        )
     for split, parts in parts_of_split.items():
         _refuse_incomplete(folder, split, files_of_split[split], parts)
     return files_of_split
@@ -151,18 +155,22 @@ def hub_copy(name: str, label: str) -> Read:
 
     cache = paths.cache() / "datasets"
     try:
-        tables = datasets.load_dataset(name.removeprefix("hub:"), cache_dir=str(cache))
+        delivered = datasets.load_dataset(name.removeprefix("hub:"), cache_dir=str(cache))
     except Exception as error:  # the hub client raises many kinds, from DNS to HTTP to JSON
         raise FileNotFoundError(
             f"{name} is not in the cache ({cache}) and the hub did not deliver it "
             f"({type(error).__name__}: {error}). Either run once with network, or put its parquet "
-            f"files into MOE_DATA/{name.rpartition('/')[2]}"
+            f"files into MOE_DATA/{name.removeprefix('hub:').rpartition('/')[2]}"
         ) from error
+    tables: dict[str, datasets.Dataset] = {}
+    for given, table in delivered.items():
+        split = SPLIT_OF_NAME.get(given.lower())
+        if split in tables:
+            raise ValueError(f"{name} has two {split} splits, {given!r} too: copy one to MOE_DATA")
+        if split:
+            tables[split] = table
     if "train" not in tables:
-        raise ValueError(f"data set {name!r} has no split named train, only {', '.join(tables)}")
-    tables = {
-        SPLIT_OF_NAME[split]: table for split, table in tables.items() if split in SPLIT_OF_NAME
-    }
+        raise ValueError(f"data set {name!r} has no split named train, only {', '.join(delivered)}")
     columns = {}
     for split, table in tables.items():
         where = f"{name}, split {split}"
@@ -176,7 +184,7 @@ def hub_copy(name: str, label: str) -> Read:
         where = f"{name}, split {split}"
         images = [c for c, of in table.features.items() if isinstance(of, datasets.Image)]
         if not images:
-            raise ValueError(f"{where}: no image column among {', '.join(table.features)}")
+            raise ValueError(_no_images(where, list(table.features)))
         read[split] = _rows(labels_of_split[split], table, images[0], where)
     return read, names
 
@@ -218,7 +226,9 @@ def _in_order(values: set, columns: Sequence[Column]) -> list:
             type(column.values[0]).__name__: column.where for column in columns if column.values
         }
         listed = " and ".join(f"{kind} in {where}" for kind, where in kinds.items())
-        raise ValueError(f"labels are {listed}: all files need labels of one type") from error
+        raise ValueError(
+            f"labels are {listed}: all files need labels of one type, whole numbers or text"
+        ) from error
 
 
 def _numbered(column: Column, number_of: dict[Any, int]) -> list[int]:
@@ -231,8 +241,8 @@ def _numbered(column: Column, number_of: dict[Any, int]) -> list[int]:
             listed = ", ".join(map(str, list(number_of)[:10]))
             raise ValueError(
                 f"{column.where}, row {row}: {value!r} is no class of the training split, whose "
-                f"classes are {listed}{', ...' if len(number_of) > 10 else ''}. Labels of "
-                "different files are compared by name"
+                f"classes are {listed}{', ...' if len(number_of) > 10 else ''} (compared by name). "
+                "Give it training images, or take the row out"
             )
     return [number_of[value] for value in values]
 
@@ -248,13 +258,18 @@ def _label_column(file: Path, label: str) -> Column:
             raise ValueError(_no_column(str(file), label, schema.names))
         values = parquet.read_table(file, columns=[label]).column(label)
     except (ArrowException, OSError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
+        raise ValueError(
+            f"{file} cannot be read as parquet: {error}. Get it again, or write it anew"
+        ) from error
     feature = datasets.Features.from_arrow_schema(schema)[label]
     return _column(str(file), values, getattr(feature, "names", None))
 
 
 def _no_column(where: str, label: str, columns: Sequence[str]) -> str:
-    return f"{where} has no label column {label!r}; its columns are {', '.join(columns)}"
+    return (
+        f"{where} has no label column {label!r}; its columns are {', '.join(columns)}. Give the "
+        "one of the classes with label="
+    )
 
 
 def _column(where: str, values: pyarrow.ChunkedArray, names: list[str] | None) -> Column:
@@ -285,7 +300,7 @@ def _column(where: str, values: pyarrow.ChunkedArray, names: list[str] | None) -
         )
     if names is not None and len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{where} gives two classes the name {twice!r}")
+        raise ValueError(f"{where} gives two classes the name {twice!r}: rename one")
     for row, value in enumerate(listed if names is not None else ()):
         if not 0 <= value < len(names):
             raise ValueError(
@@ -312,7 +327,14 @@ def _image_column(file: Path) -> str:
         # the second form is what a program that knows nothing of `datasets` leaves of the first
         if isinstance(features[column], datasets.Image) or fields == {"bytes", "path"}:
             return column
-    raise ValueError(f"{file}: no image column among {', '.join(schema.names)}")
+    raise ValueError(_no_images(str(file), schema.names))
+
+
+def _no_images(where: str, columns: Sequence[str]) -> str:
+    return (
+        f"{where}: no image column among {', '.join(columns)}. Images are structs of bytes and "
+        "path, as the package datasets writes a column of type Image"
+    )
 
 
 def _identity(files_of_split: dict[str, list[str]]) -> str:
@@ -348,7 +370,8 @@ def _tables(files_of_split: dict[str, list[str]], image: str) -> datasets.Datase
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
         first = next(iter(files_of_split["train"]))
         raise ValueError(
-            f"{Path(first).parent} cannot be read: {error.__cause__ or error}"
+            f"{Path(first).parent} cannot be read: {error.__cause__ or error}. Its files need the "
+            f"same image column {image!r}; get them again, or write them anew"
         ) from error
 
 

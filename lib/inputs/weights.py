@@ -121,6 +121,12 @@ def _file_in_weights_folder(name: str, file: str) -> Path:
     return Path(home).expanduser().absolute() / file
 
 
+def _not_there(path: Path) -> str:
+    return (
+        f"no weights at {path}: copy the file there, or set MOE_WEIGHTS to the folder that has it"
+    )
+
+
 def load_published(path: Path, sha256: str) -> dict[str, Tensor]:
     """Reads the encoder of a published .pth checkpoint, under timm's names.
 
@@ -130,12 +136,12 @@ def load_published(path: Path, sha256: str) -> dict[str, Tensor]:
     tensors and plain containers.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}")
+        raise FileNotFoundError(_not_there(path))
     needs = f"{path.name} needs its SHA-256, as pth:{path.name}@SHA256, and"
     if not sha256:
         raise ValueError(f"{needs} none was given: take it from where the file is published")
     if (actual := sha256_file(path)) != sha256:
-        raise ValueError(f"{needs} has {actual}, not {sha256}")
+        raise ValueError(f"{needs} has {actual}, not {sha256}: download it again, or name its hash")
     try:
         # MAE and SatMAE save their command line along, as a Namespace: it holds attributes and runs
         # nothing.
@@ -159,7 +165,8 @@ def load_published(path: Path, sha256: str) -> dict[str, Tensor]:
         isinstance(value, Tensor) for value in state.values()
     ):
         raise ValueError(
-            f"{path.name} holds no state dict of tensors, at its top or under model or state_dict"
+            f"{path.name} holds no state dict of tensors, at its top or under model or state_dict: "
+            "save model.state_dict() from where it was trained"
         )
     return {name: tensor.contiguous() for name, tensor in encoder_of(state).items()}
 
@@ -193,7 +200,7 @@ def load_checked(path: Path, sha256: str | None) -> dict[str, Tensor]:
     FileNotFoundError if the file is not there.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}")
+        raise FileNotFoundError(_not_there(path))
     if path.suffix != ".safetensors":
         raise ValueError(
             f"{path.name}: only .safetensors files are read, because a pickle can run code. "
@@ -208,7 +215,9 @@ def load_checked(path: Path, sha256: str | None) -> dict[str, Tensor]:
     try:
         state = load_file(path)
     except Exception as error:  # safetensors' own error type is not public
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        raise ValueError(
+            f"{path} is not a readable safetensors file: {error}. Copy it again"
+        ) from error
     return encoder_of(state)
 
 

@@ -251,7 +251,10 @@ def _moe_rows(name: str, layer: MoELayer, seen: _Seen) -> list[Row]:
     """Makes the rows of one MoE layer: router, experts, shared expert."""
     if type(layer.experts) not in (Experts, SharedExperts):
         kind = type(layer.experts).__name__
-        raise ValueError(f"{name}: cost.count does not know the experts {kind}")
+        raise ValueError(
+            f"{name}: cost.count does not know the experts {kind}, but Experts and SharedExperts: "
+            "add their rows there"
+        )
     rows = [
         *_router_rows(f"{name}.router", layer.router, seen),
         *_expert_rows(f"{name}.experts", layer, seen),

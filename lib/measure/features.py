@@ -33,7 +33,8 @@ def by_depth(model: nn.Module, splits: Splits, spec: RunSpec) -> list[dict[str, 
     if not hasattr(model, "forward_intermediates"):
         raise ValueError(
             f"{type(model).__name__} cannot return intermediate features: timm's "
-            "forward_intermediates is absent"
+            "forward_intermediates is absent. Take a model of timm that has it, such as a ViT, or "
+            "leave features alone"
         )
     names = ("train", "val", "test")
     by_split = {name: features(model, getattr(splits, name), spec) for name in names}

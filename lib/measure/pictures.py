@@ -86,7 +86,7 @@ def gradcam(
     if not isinstance(model, VisionTransformer):
         raise ValueError(
             "cam_probe=True needs the patch grid of a timm VisionTransformer, got "
-            f"{type(model).__name__}"
+            f"{type(model).__name__}: set it to False, or take one"
         )
     rows, columns = model.patch_embed.grid_size
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from difflib import get_close_matches
 
 import timm
 import torch
@@ -140,9 +141,10 @@ def create(spec: BackboneSpec, image_size: int, classes: int, channels: int) -> 
     Raises ValueError if timm has no such model, or if the sizes do not fit it or the images.
     """
     if not timm.is_model(spec.name):
-        near = timm.list_models(f"*{spec.name.split('_')[0]}*")[:5]
+        near = get_close_matches(spec.name, timm.list_models(), 5) or timm.list_models()[:5]
         raise ValueError(
-            f"backbone name={spec.name!r} is not a timm model; near it: {', '.join(near) or 'none'}"
+            f"backbone name={spec.name!r} is not a timm model; near it: {', '.join(near)}. "
+            "timm.list_models() lists all"
         )
     sizes = {
         "patch_size": spec.patch,
@@ -219,7 +221,8 @@ def load_weights(
         raise ValueError(
             f"weights of {origin} do not fit {type(model).__name__}: "
             f"{len(wrong)} do not match (first {wrong[:3]}), "
-            f"{len(absent)} are absent (first {absent[:3]})"
+            f"{len(absent)} are absent (first {absent[:3]}). Take weights of this architecture, or "
+            "give the backbone the sizes that they are of"
         )
     model.load_state_dict(state, strict=False)
 

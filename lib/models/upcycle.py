@@ -34,6 +34,7 @@ REFUSED = {
     "ConvMlp": "a convolutional MLP",
     "GlobalResponseNormMlp": "an MLP with response norm (GRN)",
 }
+LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)  # what modules that repeat are kept in
 
 
 def before_blocks(vit: VisionTransformer, images: Tensor) -> Tensor:
@@ -47,19 +48,29 @@ def before_blocks(vit: VisionTransformer, images: Tensor) -> Tensor:
 def block_mlps(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Lists (name, module) of the MLP of each block, in order.
 
-    MLPs of pooling heads, and those that make the position bias of an attention, stay out.
+    Blocks repeat, so they are kept in lists, and their MLPs lie nearest below these. What is called
+    `mlp` and lies deeper makes something inside a block (the position bias of an attention, a
+    gate); what lies in no list, where others do, belongs to a head (pooling). A model without lists
+    has its blocks' MLPs nearest below itself.
     """
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if name.endswith(".mlp") and _is_block(name.removesuffix(".mlp"))
-    ]
+    places = {
+        name: _place(model, name) for name, _ in model.named_modules() if name.endswith(".mlp")
+    }
+    nearest = min(places.values(), default=None)
+    return [(name, model.get_submodule(name)) for name, place in places.items() if place == nearest]
 
 
-def _is_block(name: str) -> bool:
-    parts = name.split(".")
-    makes_bias = "attn" in parts or any("rel_pos" in part for part in parts)
-    return not makes_bias and not any(part.startswith(("attn_pool", "head")) for part in parts)
+def _place(model: nn.Module, name: str) -> tuple[bool, int]:
+    """Tells whether no list holds what the MLP `name` lies in, and how many modules are between
+    that and the innermost list, or the model."""
+    modules = [model]
+    for part in name.split(".")[:-1]:
+        modules.append(modules[-1].get_submodule(part))
+    above = modules[-2::-1]  # what holds the MLP may be a list of its parts: that is no list here
+    for between, module in enumerate(above):
+        if isinstance(module, LISTS):
+            return False, between
+    return True, len(above)
 
 
 def upcycle(model: nn.Module, spec: MoESpec, generator: torch.Generator | None = None) -> nn.Module:

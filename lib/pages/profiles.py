@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import traceback
 from collections import ChainMap
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -313,6 +314,9 @@ def _no_runs(p: Profile, usual: Profile, by_hand: list[str], error: Exception) -
     from ..spec import sentence
 
     reason = sentence(error) if isinstance(error, ValidationError) else str(error)
+    if traceback.extract_tb(error.__traceback__)[-1].filename.startswith("notebooks/"):
+        # Python's own words, of a value that the page's code does not fit
+        reason = f"they are not of the form that the page reads ({reason})"
     asked = ", ".join(f"{field}={getattr(p, field)!r:.60}" for field in by_hand)
     known = parameters(p.notebook)
     profile_has = ", ".join(

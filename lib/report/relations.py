@@ -8,7 +8,7 @@ from textwrap import fill
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import FixedLocator, LogFormatter, NullLocator, ScalarFormatter
 
 from .style import COLOURS, LINES, MAP, MARKERS, figure, legend_above, print_values, style
 
@@ -33,6 +33,9 @@ def scatter(
             ax.set(title=fill(title, 80 // len(panels)), xlabel=xlabel, ylabel=ylabel)
             if log:
                 ax.set(xscale="log", yscale="log")
+                for axis in (ax.xaxis, ax.yaxis):  # ticks in plain text: 1e-05
+                    axis.set_major_formatter(LogFormatter())
+                    axis.set_minor_formatter(LogFormatter())
         return fig
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
@@ -33,7 +34,7 @@ def moe_layer(experts: int = 3) -> Figure:
     *expert_rows, shared_row = (float(i) for i in range(experts, -1, -1))
     middle = (expert_rows[0] + expert_rows[-1]) / 2
     router_row = experts + 1.15
-    with style():
+    with style(), mpl.rc_context({"text.parse_math": True}):
         fig, axes = figure(height=0.85 * (experts + 2), width=7.4)
         ax = axes[0, 0]
         ax.set(xlim=(-0.4, 10.6), ylim=(-0.6, experts + 1.75), aspect="auto")

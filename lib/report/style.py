@@ -82,6 +82,8 @@ _RC = {
     "axes.prop_cycle": mpl.cycler(color=COLOURS, marker=MARKERS, linestyle=LINES),
     "image.cmap": MAP,
     "image.interpolation": "nearest",
+    # $ in a name is no mathematics; what draws formulas sets this itself
+    "text.parse_math": False,
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
     "figure.dpi": 96,

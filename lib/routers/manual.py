@@ -52,7 +52,7 @@ class ManualRouter(Router):
         if labels.numel() and int(labels.max()) >= self.table.numel():
             raise ValueError(
                 f"class {int(labels.max())} is not in the map, which ends at class "
-                f"{self.table.numel() - 1}"
+                f"{self.table.numel() - 1}: give it an expert, too"
             )
         self._labels = labels
         try:

@@ -65,7 +65,7 @@ def _checked(
     folder.mkdir(parents=True)
     for name, data in members.items():
         if not re.fullmatch(r"[0-9a-f]{16}\.(json|npz)", name):
-            raise ValueError(f"{file} holds {name!r}, which is no file of a record")
+            raise ValueError(f"{file} holds {name!r}, which is no file of a record: pack again")
         (folder / name).write_bytes(data)
     records = {}
     for run in sorted(Path(name).stem for name in members if name.endswith(".json")):

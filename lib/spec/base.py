@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar
 from urllib.parse import quote
 
@@ -38,7 +39,7 @@ def _printable(name: str) -> str:
 
 def _file_name(name: str) -> str:
     """Refuses a name that leads out of a folder, or that no file can have."""
-    parts = name.split("/")
+    parts = re.sub("^(hub|file|pth):", "", name).split("/")
     if {"", ".", ".."} & set(parts):
         raise ValueError(
             "a name is a path below a folder: no / at its start or end, no part that is empty, . "
@@ -113,9 +114,19 @@ def _said(one: Any) -> str:
     # a choice of types, such as a number or None, ends in the type that was tried
     field = ".".join(part for part in map(str, one["loc"]) if not part.startswith("constrained-"))
     reason = one["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    if one["type"] == "extra_forbidden":
+        reason = f"there is no such field{_near(str(one['loc'][-1]))}"
     if isinstance(one["input"], dict | Spec) and one["type"] == "value_error":
         return f"{field}: {reason}" if field else reason
     return f"{field}={_short(one['input'])}: {reason}"
+
+
+def _near(name: str) -> str:
+    """Lists fields of specs whose names are like one that is none."""
+    kinds = Spec.__subclasses__()
+    fields = {field for kind in kinds for field in kind.model_fields}
+    near = get_close_matches(name, sorted(fields))
+    return f"; near it: {', '.join(near)}" if near else ""
 
 
 def _short(value: Any) -> str:

@@ -185,7 +185,10 @@ class MoESpec(Spec):
                 "a token cannot have an expert twice"
             )
         if self.groups is not None and len(self.groups) != self.experts:
-            raise ValueError(f"groups names {len(self.groups)} experts, experts={self.experts}")
+            raise ValueError(
+                f"groups names {len(self.groups)} experts, experts={self.experts}: give each "
+                "expert a tuple of its classes"
+            )
         if self.members > 1 and (self.experts % self.members or self.compete_rate):
             raise ValueError(
                 f"members={self.members} must divide experts={self.experts}, "

@@ -126,7 +126,14 @@ class RunSpec(Spec):
             return self
         mine, parents = (run.backbone.but(drop_path=0.0) for run in (self, self.init))
         if mine != parents:
-            raise ValueError("init must have the same backbone as the run that starts from it")
+            names = [name for name, value in mine if value != getattr(parents, name)]
+            raise ValueError(
+                "init must have the same backbone as the run that starts from it, and differs in "
+                + ", ".join(
+                    f"{name} ({getattr(parents, name)!r}, here {getattr(mine, name)!r})"
+                    for name in names
+                )
+            )
         if self.init.moe is not None:
             fields = ("layers", "experts", "shared", "members")
             mine = [getattr(self.moe, name, None) for name in fields]
@@ -169,7 +176,8 @@ class RunSpec(Spec):
             return self
         if self.init is not None:
             raise ValueError(
-                "pretraining with a mask starts from random or named weights, not from init"
+                "pretraining with a mask starts from random or named weights, not from init: "
+                "set init to None, or train.mask to None"
             )
         if self.train.trainable == "head":
             raise ValueError(

@@ -13,6 +13,7 @@ from data_folders import encoded, parquet
 from PIL import Image
 from pyarrow.parquet import write_table
 
+from lib.inputs import sources
 from lib.inputs.splits import load_splits
 from lib.spec import DataSpec
 
@@ -106,11 +107,37 @@ def test_truncated_parquet_file_is_named(home):
         load_splits(DataSpec(name="cut"))
 
 
-def test_hub_without_network_teaches(home, monkeypatch):
+@pytest.mark.parametrize("split", ["val", "valid", "Validation"])
+def test_two_splits_of_one_kind_of_the_hub(home, monkeypatch, split):
+    file = home / "rows.parquet"
+    parquet(file, [encoded(v) for v in range(20)], [v % 2 for v in range(20)], ["a", "b"])
+    rows = datasets.Dataset.from_parquet(str(file))
+    hub = {"train": rows, "validation": rows, split: rows}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(hub))
+    with pytest.raises(ValueError, match=f"two val splits, '{split}' too: copy one"):
+        load_splits(DataSpec(name="hub:someone/birds"))
+
+
+def test_a_split_of_the_hub_by_any_letters(home, monkeypatch):
+    file = home / "rows.parquet"
+    parquet(file, [encoded(v) for v in range(20)], [v % 2 for v in range(20)], ["a", "b"])
+    rows = datasets.Dataset.from_parquet(str(file))
+    hub = datasets.DatasetDict({"Train": rows, "TEST": rows.select(range(4)), "extra": rows})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: hub)
+    splits = load_splits(DataSpec(name="hub:someone/birds", image_size=8))
+    assert [len(split) for split in (splits.train, splits.val, splits.test)] == [18, 2, 4]
+    del hub["Train"]
+    sources.sources_of.cache_clear()
+    with pytest.raises(ValueError, match="no split named train, only TEST, extra"):
+        load_splits(DataSpec(name="hub:someone/birds"))
+
+
+@pytest.mark.parametrize("name", ["hub:someone/birds", "hub:birds"])
+def test_hub_without_network_teaches(home, monkeypatch, name):
     # Read at import, so the variable would come too late.
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError) as caught:
-        load_splits(DataSpec(name="hub:someone/birds"))
+        load_splits(DataSpec(name=name))
     text = str(caught.value)
     assert (
         str(home.parent / "cache" / "datasets") in text

@@ -127,7 +127,8 @@ def test_more_images_than_there_are(split, there):
 def test_moe_data_that_is_no_folder(home, monkeypatch):
     monkeypatch.setenv("MOE_DATA", str(home / "typo"))
     with pytest.raises(
-        FileNotFoundError, match=r"MOE_DATA='.*typo' is not a folder \(looked at .*unset it"
+        FileNotFoundError,
+        match=r"MOE_DATA='.*typo' is not a folder \(looked at [^ ]*typo\): .*unset it",
     ):
         load_splits(DataSpec(name="toy"))
 

@@ -309,6 +309,7 @@ def test_values_that_a_spec_refuses_are_refused_in_one_sentence(book):
         ("leiden/why", {"controls_of": "roads"}, "near it are 'forestnet: dense, 0% pruned'"),
         ("leiden/why", {"passing_of": "pv4"}, "plans no runs called 'pv4: dense, 0% pruned'"),
         ("durham/strategies", {"decoder": [32, 2]}, "width, depth and heads of the pretraining de"),
+        ("durham/strategies", {"decoder": [9]}, "they are not of the form that the page reads"),
         ("durham/strategies", {"decoder": [33, 2, 4]}, "width=33 must be a multiple of heads=4"),
     ],
 )

@@ -158,7 +158,7 @@ def test_bad_values_are_refused_by_name(make, message):
         ({"backbone": {"patch": 5}}, "image_size=28 is not a multiple of the patch size 5"),
         (
             {"backbone": {"name": "vit_tiny_patch16_242"}},
-            "'vit_tiny_patch16_242' is not a timm model; near it: .*vit",
+            "'vit_tiny_patch16_242' is not a timm model; near it: vit_tiny_patch16_224, .*lists",
         ),
         (
             {"backbone": {"name": "resnet18", "heads": None, "width": None, "depth": None}},

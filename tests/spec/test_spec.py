@@ -106,6 +106,18 @@ def test_refused(make, words):
         ),
         (lambda: DataSpec(subset_seed=1), "subset_seed=1 would choose nothing"),
         (lambda: DataSpec(classes=(5, 5)), "classes=(5, 5): give the first class and one past"),
+        # names that are none
+        (lambda: RunSpec(sed=1), "sed=1: there is no such field; near it: seed, shared"),
+        (lambda: RunSpec(moe={"top-k": 1}), "moe.top-k=1: there is no such field; near it: top_k"),
+        (lambda: RunSpec(zz=[1]), "zz=[1]: there is no such field"),
+        # what a parent has and its child has not
+        (
+            lambda: RunSpec(
+                backbone={"width": 64}, init=RunSpec(backbone=BackboneSpec(depth=3, drop_path=0.5))
+            ),
+            "init must have the same backbone as the run that starts from it, and differs in width "
+            "(None, here 64), depth (3, here None)",
+        ),
     ],
 )
 def test_a_refusal_is_one_sentence_with_field_value_and_what_is_valid(make, says):
@@ -134,6 +146,9 @@ def test_names_that_are_no_data_set_and_no_weights(name):
     for fine in ("photos [1]", "über uns", "hub:owner/name", "a/b", "x" * 200):
         assert DataSpec(name=fine, label="class of the picture").name == fine
     assert BackboneSpec(weights="file:dino/vit.safetensors@0f").weights[:5] == "file:"
+    for kind in ("file:", "pth:"):
+        with pytest.raises(ValidationError, match="name"):
+            BackboneSpec(weights=kind + name)
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,8 @@ def merge_similar(model: nn.Module, batches: Iterable[Tensor], share: float) -> 
     for name, layer in routed(model).items():
         if isinstance(layer.router, GroupRouter):
             raise ValueError(
-                f"{name} is of an ensemble: merging would mix experts of different members"
+                f"{name} is of an ensemble: merging would mix experts of different members. Drop "
+                "experts instead (pruning.experts.dropping)"
             )
         clusters = average_linkage(
             similarity_of_layer[name], remaining(layer.router.experts, share)

@@ -251,7 +251,10 @@ def keep_by_score(scores_of_layer: Mapping[str, Tensor], share: float) -> dict[s
     left = remaining(sizes.pop(), share)
     for name, score in scores_of_layer.items():
         if not torch.isfinite(score).all():
-            raise ValueError(f"the scores of {name} are not finite: {score.tolist()}")
+            raise ValueError(
+                f"the scores of {name} are not finite: {score.tolist()}. There is no order: look "
+                "at the weights and the calibration images"
+            )
     return {
         name: score.sort(descending=True, stable=True).indices[:left].sort().values
         for name, score in scores_of_layer.items()

@@ -47,7 +47,10 @@ def prunable(model: nn.Module, parts: Sequence[str] | None = None) -> dict[str, 
     ]
     present = {part for part, _, _ in candidates}
     if absent := [part for part in parts or () if part not in present]:
-        raise ValueError(f"{type(model).__name__} has no {' and no '.join(absent)} to prune")
+        raise ValueError(
+            f"{type(model).__name__} has no {' and no '.join(absent)} to prune: it has "
+            f"{', '.join(parts_in(model)) or 'none of ' + ', '.join(PARTS)}"
+        )
     for part, name, module in candidates:
         if reason := _refusal(part, module):
             raise ValueError(

@@ -326,7 +326,8 @@ def scores_from_gradients(
     if not batches or not all(len(labels) for _, labels in batches):
         raise ValueError(
             f"{len(batches)} calibration batches of {[len(labels) for _, labels in batches]} "
-            "images: scores from gradients need at least one batch, and none may be empty"
+            "images: scores from gradients need at least one batch, and none may be empty. "
+            "Hand over (images, labels); a generator gives them once"
         )
     scores: dict[str, Tensor] = {}
     with _differentiable(model, list(name_of)):
