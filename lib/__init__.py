@@ -36,9 +36,10 @@ __all__ = list(_HOME)
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(
-            f"module 'lib' has no attribute {name!r}; it offers {', '.join(sorted(_HOME))}"
+            f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(sorted(_HOME))}"
         )
-    return getattr(import_module(_HOME[name]), name)
+    # `__name__` is "moe_vision" where the package is imported under that name
+    return getattr(import_module(__name__ + _HOME[name].removeprefix("lib")), name)
 
 
 def __dir__() -> list[str]:

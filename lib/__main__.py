@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from .pages import parameters, profiles
-from .paths import ROOT
+from .paths import ROOT, need_checkout
 
 AT_LEAST_ONE = "at least one run must be computed at a time"
 
 
 def _parser() -> argparse.ArgumentParser:
     """Describes the commands and their options."""
-    parser = argparse.ArgumentParser(prog="python -m lib", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     profile = {
         "default": os.environ.get("PROFILE") or "quick",
@@ -314,6 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         with interruptible():
+            need_checkout(f"the command {args.command}")
             return args.do(args)
     except RuntimeError as error:  # of a notebook; of `collect`: "run <id>: <kind>: <message>"
         return _failed(str(error), 1)

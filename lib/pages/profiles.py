@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ..paths import ROOT
+from ..paths import ROOT, need_checkout
 from .parameters import (
     NotebookError,
     Parameter,
@@ -102,6 +102,7 @@ def profile_table(name: str) -> dict[str, dict[str, Any]]:
 
     `defaults` holds values that notebooks share, `base` and `base/...` the runs that grids vary.
     """
+    need_checkout("a profile")
     path = ROOT / "notebooks" / "profiles" / f"{check_profile(name)}.yaml"
     if not path.is_file():
         raise NotebookError(f"profile {name!r} has no file notebooks/profiles/{name}.yaml")

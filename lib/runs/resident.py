@@ -50,7 +50,7 @@ def resident_mib(model: nn.Module, spec: RunSpec, classes: int, channels: int) -
         save_file(state, Path(folder) / "state.safetensors")
         (Path(folder) / "spec.json").write_text(spec.model_dump_json())
         done = subprocess.run(
-            [sys.executable, "-m", "lib.runs.resident", folder, str(classes), str(channels)],
+            [sys.executable, "-m", f"{__package__}.resident", folder, str(classes), str(channels)],
             cwd=paths.ROOT,
             capture_output=True,
             text=True,
