@@ -51,7 +51,8 @@ asked: dict[tuple[str, str], dict[str, Any]] = {}
 class Profile:
     """Holds the parameters of one notebook under one profile, as attributes.
 
-    Read-only; an unknown name is an error.
+    `of_base` holds those that were given by hand and change the base run, but for the device: a
+    page that reads the runs of another hands them on. Read-only; an unknown name is an error.
     """
 
     def __init__(self, notebook: str, values: Mapping[str, Any]) -> None:
@@ -173,7 +174,12 @@ def profile(notebook: str, name: str | Mapping[str, Any], /, **given: Any) -> Pr
     by_hand = {field for field, value in overrides.items() if value != defaults.get(field)}
     if not by_hand - {"profile"}:  # values given by hand belong to no page of the book
         asked[notebook, name] = dict(values)
-    return Profile(notebook, values)
+    of_base = {
+        field: value
+        for field, value in overrides.items()
+        if field in BASE_FIELDS and field not in defaults and field != "device"
+    }
+    return Profile(notebook, values | {"of_base": of_base})
 
 
 def _check_entry(
