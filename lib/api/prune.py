@@ -147,19 +147,20 @@ class _Counts:
     ):
         self.by_model, self.round_to = across == "model", round_to
         self.keep = keep if isinstance(keep, Mapping) else {"*": keep}
+        self.sizes: dict[str, int] = {}  # of the layers that were counted, before
         for pattern in self.keep:
             matching(names, [pattern], "keep")
 
-    @property
-    def share(self) -> float:
-        """The one share over the model."""
-        return self.keep["*"]
+    def share_of(self, name: str) -> float:
+        """Returns the share of a layer, or of the model, that stays; 1 where no pattern fits."""
+        fitting = [share for pattern, share in self.keep.items() if matches(name, pattern)]
+        return float(fitting[0]) if fitting else 1.0
 
     def __call__(self, name: str, size: int, wanted: int) -> int:
         """Counts what stays of `size`; wanted: as many as the order over the model leaves."""
+        self.sizes[name] = size
         if not self.by_model:
-            shares = [share for pattern, share in self.keep.items() if matches(name, pattern)]
-            wanted = max(1, round(shares[0] * size)) if shares else size
+            wanted = max(1, round(self.share_of(name) * size))
         if name.endswith((".qk", ".vo")):  # dimensions of a head
             return wanted
         return min(size, math.ceil(wanted / self.round_to) * self.round_to)
@@ -179,16 +180,14 @@ def _by_activations(
     seed: int,
 ) -> list[dict]:
     mlps = dict(block_mlps(model))
-    ignored = {name for name, mlp in mlps.items() if name in whole or isinstance(mlp, MoELayer)}
-    # what loses nothing needs no repair, which would only change it
-    if not counts.by_model:
-        ignored |= {
-            name
-            for name, mlp in mlps.items()
-            if name not in ignored and counts(name, _hidden(mlp), 0) == _hidden(mlp)
-        }
+    ignored = {
+        name
+        for name, mlp in mlps.items()
+        # what loses nothing needs no repair, which would only change it
+        if name in whole or isinstance(mlp, MoELayer) or counts.share_of(name) == 1
+    }
     check_loader(loader)
-    if ignored == mlps.keys() or (counts.by_model and counts.share == 1):
+    if ignored == mlps.keys():
         return []
     in_sequence = repair != "none" and follows_stream(model)
     if score == "update" and counts.by_model and not in_sequence:
@@ -202,7 +201,7 @@ def _by_activations(
         ExtractSpec,
         clusters={"of": "nothing"},
         neurons={
-            "active": float(counts.share) if counts.by_model else 1.0,
+            "active": counts.share_of("") if counts.by_model else 1.0,
             "score": score,
             "budget": "model" if counts.by_model else "layer",
         },
@@ -212,7 +211,6 @@ def _by_activations(
             "catch_up": CATCH_UP if in_sequence else 1.0,
         },
     )
-    before = {name: _hidden(mlp) for name, mlp in mlps.items()}
     reports = extract_layers(
         model,
         [part for part, _ in batches],
@@ -228,17 +226,12 @@ def _by_activations(
             "part": "mlp",
             "score": score,
             "repair": repair,
-            "before": before[report["layer"]],
+            "before": counts.sizes[report["layer"]],
             "after": report["widths"][0],
             "error": report["error"],
         }
         for report in reports
     ]
-
-
-def _hidden(mlp: nn.Module) -> int:
-    """Hidden neurons of an MLP; 0 where it is of a kind that has none to choose from."""
-    return getattr(getattr(mlp, "fc1", None), "out_features", 0)
 
 
 def follows_stream(model: nn.Module) -> bool:
@@ -278,7 +271,7 @@ def _without_repair(
     if score not in OF_WEIGHTS:
         batches = calibration_images(loader, model, images, seed)
     order = "model" if counts.by_model else "layer"
-    share = 1 - counts.share if counts.by_model else 0.0
+    share = 1 - counts.share_of("") if counts.by_model else 0.0
     rules = rules_of(PruneSpec, share=share, order=order, kind=score, parts=tuple(parts))
     with tqdm(unit="batch", desc="score neurons", leave=False, delay=5) as bar:
         bar.total = len(batches) * len(gradients.pools(model, rules))

@@ -82,10 +82,10 @@ def extract_layers(
         if done is not None:
             layer, report = done
         else:
-            active = source.active_neurons[name]
+            active, calibration = source.active_neurons[name], source.of_layer(name)
             if resize is not None and active is not None:
-                active = resize(name, mlps[name].fc1.out_features, active)
-            layer, report = extract_layer(mlps[name], source.of_layer(name), rules, active, seed)
+                active = resize(name, calibration.tokens.hidden.shape[1], active)
+            layer, report = extract_layer(mlps[name], calibration, rules, active, seed)
             if filed is not None:
                 filed.write(layer, report)
         model.set_submodule(name, layer.to(mlps[name].fc1.weight).train(mlps[name].training))

@@ -9,6 +9,7 @@ import torch
 from small_classifier import (
     CLASSES,
     NAMES,
+    D,
     H,
     Wrapped,
     images_and_labels,
@@ -17,6 +18,7 @@ from small_classifier import (
     state_of,
     vit,
 )
+from timm.layers import Mlp
 
 import lib
 
@@ -221,6 +223,16 @@ def test_what_is_refused(options, says):
     with pytest.raises(ValueError, match=says):
         lib.prune(model, loader(), **options)
     assert same_state(model, state)
+
+
+@pytest.mark.parametrize("score", ["weighted", "taylor"])
+def test_mlps_without_neurons_of_their_own_are_refused_unless_ignored(score):
+    model = vit()
+    model.blocks[0].mlp = Mlp(D, H, norm_layer=torch.nn.LayerNorm).eval()
+    with pytest.raises(ValueError, match="blocks.0.mlp.* norm inside the MLP"):
+        lib.prune(model, loader(), score=score)
+    small = lib.prune(model, loader(), score=score, ignore=["blocks.0"])
+    assert small.blocks[1].mlp.fc1.out_features == H // 2
 
 
 def test_models_and_labels_that_do_not_fit_are_refused():
