@@ -6,7 +6,8 @@ a build, which reads notebooks and compares hashes, never waits for torch. It of
 - to a notebook: `profile` (parameters), `page` (what all pages have in common), `collect` (records,
   computing what is missing), `load` (records, never computing), `plan` (the runs of another
   notebook), `model_of` (the model that a run left), `RunSpec`;
-- to a model of one's own: `upcycle`, `MoESpec`, `RoutingTape` and the losses.
+- to a model of one's own: `upcycle`, `prune`, `extract`, `drop_experts` and `finetune`, which take
+  a module and a loader and give a module; `MoESpec`, `RoutingTape` and the losses.
 """
 
 from __future__ import annotations
@@ -19,12 +20,18 @@ _HOME = {
     "MoESpec": "lib.spec",
     "RoutingTape": "lib.models.moe",
     "RunSpec": "lib.spec",
+    "auxiliary_loss": "lib.api.finetune",
     "collect": "lib.runs.collect",
+    "drop_experts": "lib.api.drop",
+    "extract": "lib.api.extract",
+    "finetune": "lib.api.finetune",
     "load": "lib.runs.collect",
     "model_of": "lib.runs.collect",
+    "on_device": "lib.api.loaders",
     "page": "lib.pages.page",
     "plan": "lib.pages.profiles",
     "profile": "lib.pages.profiles",
+    "prune": "lib.api.prune",
     "switch_loss": "lib.models.balance",
     "upcycle": "lib.models.upcycle",
     "z_loss": "lib.models.balance",

@@ -6,7 +6,7 @@ hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -46,12 +46,12 @@ class LayerCalibration:
     target: Tensor
 
 
-def mlps_of(model: nn.Module) -> dict[str, Mlp]:
-    """Returns {name: MLP} of the blocks of a model.
+def mlps_of(model: nn.Module, ignore: Collection[str] = ()) -> dict[str, Mlp]:
+    """Returns {name: MLP} of the blocks of a model, but of those that are ignored, by name.
 
     Raises ValueError if there is none, or one that is not timm.layers.Mlp with Linear fc1 and fc2.
     """
-    mlps = dict(block_mlps(model))
+    mlps = {name: mlp for name, mlp in block_mlps(model) if name not in ignore}
     if not mlps:
         raise ValueError(
             f"{type(model).__name__} has no block MLP to look into: a timm ViT, DeiT, Swin or "

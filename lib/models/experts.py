@@ -37,7 +37,7 @@ class Experts(nn.Module):
     if their number is not E, and if a state of other widths is loaded.
 
     The biases have names that end in `.bias`: timm's own rules go by that name or by the number of
-    axes, and a stacked bias has two, so `training.loop.optimiser` exempts it from weight decay by
+    axes, and a stacked bias has two, so `training.optimiser` exempts it from weight decay by
     name. An expert that gets no token has a zero gradient, not none: AdamW still decays its weights
     and applies its momentum, as it does for every weight of a dense layer (tested).
     """

@@ -14,8 +14,8 @@ from torch import nn
 from lib.models.experts import Experts
 from lib.models.moe import MoELayer, RoutingTape
 from lib.models.upcycle import block_mlps, moe_layer, upcycle
-from lib.spec import MoESpec, RunSpec, TrainSpec
-from lib.training.loop import optimiser
+from lib.spec import MoESpec, TrainSpec
+from lib.training.optimiser import optimiser
 
 VIT = {
     "img_size": 28,
@@ -181,7 +181,7 @@ def test_bias_free_mlp_and_dtype():
 def test_stacked_biases_have_no_weight_decay():
     model = upcycle(build(), MoESpec(layers=1, experts=4, shared=True))
     name = {id(p): n for n, p in model.named_parameters()}
-    trainer = optimiser(model, RunSpec(train=TrainSpec(weight_decay=0.3, layer_decay=0.5)))
+    trainer = optimiser(model, TrainSpec(weight_decay=0.3, layer_decay=0.5))
     # Without layer decay timm goes by the name .bias; with it, by the number of axes, unless names
     # are given.
     for groups in (

@@ -17,7 +17,7 @@ head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from timm.layers import Attention, Mlp
@@ -32,10 +32,13 @@ PARTS = ("mlp", "attention", "experts")
 NamedSets = Iterator[tuple[str, list[Tensor]]]
 
 
-def prunable(model: nn.Module, parts: Sequence[str] | None = None) -> dict[str, nn.Module]:
+def prunable(
+    model: nn.Module, parts: Sequence[str] | None = None, ignore: Collection[str] = ()
+) -> dict[str, nn.Module]:
     """Lists the layers whose neurons can be removed, by name.
 
-    parts: of `PARTS`; None stands for all that the model has. Raises ValueError for an unknown
+    parts: of `PARTS`; None stands for all that the model has. ignore: names that are left out.
+    Raises ValueError for an unknown
     part, for one that the model lacks, and for a layer that cannot be pruned, by name.
     """
     if unknown := set(parts or ()) - set(PARTS):
@@ -43,7 +46,9 @@ def prunable(model: nn.Module, parts: Sequence[str] | None = None) -> dict[str, 
             f"parts={', '.join(sorted(unknown))} is unknown: valid are {', '.join(PARTS)}"
         )
     candidates = [
-        candidate for candidate in _candidates(model) if parts is None or candidate[0] in parts
+        candidate
+        for candidate in _candidates(model)
+        if (parts is None or candidate[0] in parts) and candidate[1] not in ignore
     ]
     present = {part for part, _, _ in candidates}
     if absent := [part for part in parts or () if part not in present]:
@@ -60,6 +65,11 @@ def prunable(model: nn.Module, parts: Sequence[str] | None = None) -> dict[str, 
             "has"
         )
     return {name: module for _, name, module in candidates}
+
+
+def names_of(model: nn.Module, parts: Sequence[str]) -> list[str]:
+    """Lists the names of all layers of these parts, whether they can be pruned or not."""
+    return [name for part, name, _ in _candidates(model) if part in parts]
 
 
 def parts_in(model: nn.Module) -> tuple[str, ...]:
