@@ -192,55 +192,55 @@ def _router_rows(name: str, router: Router, seen: _OfLayer) -> list[Row]:
 
 def _expert_rows(name: str, layer: MoELayer, seen: _OfLayer) -> list[Row]:
     """Makes a row for each stack of matrices of the routed experts."""
-    router = layer.router
-    passed = None
-    if seen.served is not None:
-        passed = router.expert_rows(seen.tokens, seen.images) * seen.served
+    router, experts = layer.router, layer.experts
     touched = router.experts_per_image()
     if touched is None and seen.experts_per_image is not None:
         touched = seen.experts_per_image - (layer.shared is not None)
+    if not getattr(experts, "token_wise", True):  # each runs on all tokens of an image
+        passed = seen.tokens * (experts.experts if touched is None else touched)
+    elif seen.served is None:
+        passed = None
+    else:
+        passed = router.expert_rows(seen.tokens, seen.images) * seen.served
     rows = []
-    for part in _parts(layer, seen.load):
+    for part in _parts(experts, seen.load):
         active = None if touched is None else min(part.stored, touched * part.numbers_of_one)
         macs = None if passed is None else round(passed * part.macs_of_a_row)
-        row_name = f"{name}.{part.name}" if part.name else name
-        rows.append(Row(row_name, "linear", part.stored, active, macs))
+        rows.append(Row(f"{name}{part.name}", "linear", part.stored, active, macs))
     return rows
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What one stack of matrices costs: all experts, one of them, and one row of one of them."""
+    """What a stack of matrices holds, of all experts and of one, and what a row of one costs."""
 
-    name: str  # in the experts; "" for all that they hold
+    name: str  # what follows the name of the experts
     stored: int
     numbers_of_one: float
     macs_of_a_row: float
 
 
-def _parts(layer: MoELayer, load: Sequence[float] | None) -> list[_Part]:
-    """Takes the experts of a layer apart into their stacks.
+def _parts(experts: nn.Module, load: Sequence[float] | None) -> list[_Part]:
+    """Takes experts apart into their stacks.
 
-    Of experts in another form than stacks, all alike, each matrix (a convolution's included) is
-    passed once a row.
+    Whole copies of a module are one part: a row passes each matrix of a copy once, a convolution's
+    at each of its places.
     """
-    experts = layer.experts
     if not isinstance(experts, Experts):
         parameters = list(experts.parameters())
         matrices = [p for p in parameters if sum(length > 1 for length in p.shape) > 1]
-        count = getattr(experts, "experts", layer.router.experts)
         stored, products = (sum(p.numel() for p in some) for some in (parameters, matrices))
-        return [_Part("", stored, stored / count, products / count)]
-    width, hidden, parts = experts.width, _mean_hidden(experts, load), []
-    for name, stack in experts.named_children():
-        if getattr(stack, "weight", None) is None or stack.weight.ndim < 2:
-            continue  # the activation
-        bias = getattr(stack, "bias", None)
-        of_bias = 0
-        if bias is not None:
-            of_bias = width if name == "fc2" else hidden
-        stored = stack.weight.numel() + (0 if bias is None else bias.numel())
-        parts.append(_Part(name, stored, hidden * width + of_bias, hidden * width))
+        return [_Part("", stored, stored / experts.experts, products / experts.experts)]
+    width, hidden = experts.width, _mean_hidden(experts, load)
+    rows = hidden * getattr(experts, "rows_of_neuron", 1)  # two where experts are gated
+    parts = []
+    for part, of_one, macs in (
+        ("fc1", rows * (width + 1), rows * width),
+        ("fc2", hidden * width + width, hidden * width),
+    ):
+        stack = getattr(experts, part)
+        stored = stack.weight.numel() + stack.bias.numel()
+        parts.append(_Part(f".{part}", stored, of_one, macs))
     return parts
 
 

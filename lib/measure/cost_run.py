@@ -51,11 +51,11 @@ class _Stand(nn.Module):
 
     def __init__(self, layer: MoELayer):
         super().__init__()
-        self.shared, self.tokens = layer.shared, 0
+        self.shared, self.width, self.tokens = layer.shared, layer.experts.width, 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """Lets x, (B, ..., D), through."""
-        self.tokens += x[..., 0].numel()
+        """Lets x, (B, ..., D) or (B, D, ...), through."""
+        self.tokens += x.numel() // self.width
         return x if self.shared is None else self.shared(x)
 
 

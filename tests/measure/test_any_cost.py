@@ -200,36 +200,48 @@ class Gated(nn.Module):
 
 
 class Copies(nn.Module):
-    """Experts that are no stacks: E modules of any kind."""
+    """Experts that are no stacks: E modules of any kind. token_wise: see each token alone."""
 
-    def __init__(self, experts):
+    def __init__(self, experts, token_wise):
         super().__init__()
-        self.parts, self.experts = nn.ModuleList(Gated() for _ in range(experts)), experts
+        self.copies = nn.ModuleList(Gated() for _ in range(experts))
+        self.experts, self.width, self.token_wise = experts, 192, token_wise
 
 
-def test_experts_and_shared_experts_of_any_kind():
+@pytest.mark.parametrize(
+    "token_wise, touched, experts_of_a_token",
+    [(True, 3.5, 2), (True, None, 2), (False, 3.5, 3.5), (False, None, 4)],
+)
+def test_experts_and_shared_experts_of_any_kind(token_wise, touched, experts_of_a_token):
+    """Those that see whole images compute all tokens of each image that has one for them; without
+    a measurement every image may."""
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
     dense = count(model, 32)
     upcycle(model, MoESpec(experts=4, router="token", top_k=2))
     layer = model.blocks[0].mlp
-    model.blocks[0].mlp = MoELayer(layer.router, Copies(4), Gated())
-    got = count(model, 32, experts_per_image=3.5 + 1)
+    model.blocks[0].mlp = MoELayer(layer.router, Copies(4, token_wise), Gated())
+    got = count(model, 32, experts_per_image=touched and touched + 1)
     assert got.params_stored == sum(p.numel() for p in model.parameters())
     matrices, vectors = 3 * 192 * 64, 64 + 64 + 192 + 2 * 64
-    old = 2 * 192 * 768 + 768 + 192
-    router = 4 * 192
-    assert got.macs == dense.macs + 5 * (router + 3 * matrices - 2 * 192 * 768)
-    assert got.params_active == dense.params_active - old + router + 4.5 * (matrices + vectors)
-    assert got.macs == count(model, 32).macs
+    mlp, router = 2 * 192 * 768, 4 * 192
+    assert got.macs == dense.macs + 5 * (router + (experts_of_a_token + 1) * matrices - mlp)
+    if touched:
+        expected = dense.params_active - (mlp + 768 + 192) + router + 4.5 * (matrices + vectors)
+        assert got.params_active == expected
 
 
-def test_a_gate_beside_the_stacks_of_experts_is_a_matrix_more():
+class GatedExperts(Experts):
+    rows_of_neuron = 2
+
+
+def test_gated_experts_have_two_rows_a_neuron():
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
     upcycle(model, MoESpec(experts=2, router="token"))
-    plain = count(model, 32)
-    experts = model.blocks[0].mlp.experts
-    assert type(experts) is Experts
-    experts.gate = copy.deepcopy(experts.fc1)
-    got = count(model, 32)
+    plain = count(model, 32, experts_per_image=1.5)
+    experts = model.blocks[0].mlp.experts = GatedExperts(2, 192, 768)
+    experts.fc1.weight = nn.Parameter(torch.zeros(2, 2 * 768, 192))
+    experts.fc1.bias = nn.Parameter(torch.zeros(2, 2 * 768))
+    got = count(model, 32, experts_per_image=1.5)
     assert got.macs == plain.macs + 5 * 192 * 768
     assert got.params_stored == plain.params_stored + 2 * (192 * 768 + 768)
+    assert got.params_active == plain.params_active + 1.5 * (192 * 768 + 768)
