@@ -1,4 +1,4 @@
-"""Sets models side by side on the same images and on this machine.
+"""Sets models side by side on the same images and on this machine, and says which to take.
 
     frame = lib.compare({"dense": dense, "small": small}, loader, batches=(1, 32))
     print(frame.T, lib.advice(frame))
@@ -203,6 +203,67 @@ def _evaluation_mode(models: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+# ---- the sentence below the table
+
+
+def advice(frame: pd.DataFrame, points: float = 2.0, batch: int | None = None) -> str:
+    """Names the fastest model that loses less than `points` of top-1 to the first row.
+
+    If there is none it says so, and which comes nearest: the faster one that loses least, or if
+    none is faster the one that takes least time. Faster is a model whose median is below the 10%
+    quantile of the first row, at `batch` images a pass (the largest of the table if None). frame:
+    of `compare`. Raises ValueError for a table with one row, or without times of such a batch.
+    """
+    ms = f"ms_{_checked_batch_of(frame, batch)}"
+    first, others = frame.iloc[0], frame.iloc[1:]
+    faster = others[others[ms] < first[f"{ms}_q10"]]
+    cheap = faster[-faster["difference"] < points]
+    where = f"at {ms.removeprefix('ms_')} images a pass"
+    if len(cheap):
+        best = cheap.loc[cheap[ms].idxmin()]
+        sentence = f"Take {best.name}: on this machine, {where}, {_time(best, first, ms)}"
+        sentence += f", for {_difference(best)}"
+        if -best["difference_low"] >= points:
+            sentence += f"; the images do not exclude a loss of {points:g} points"
+        return sentence + "."
+    if len(faster):
+        best = faster.loc[faster["difference"].idxmax()]
+        nothing = f"nothing here makes {first.name} faster at under {points:g} points"
+    else:
+        best = others.loc[others[ms].idxmin()]
+        nothing = f"nothing here makes {first.name} faster"
+    return (
+        f"On this machine, {where}, {nothing}: {best.name} comes nearest, as "
+        f"{_time(best, first, ms)}, for {_difference(best)}."
+    )
+
+
+def _checked_batch_of(frame: pd.DataFrame, batch: int | None) -> int:
+    sizes = [int(name.removeprefix("ms_")) for name in frame if name.removeprefix("ms_").isdigit()]
+    if len(frame) < 2:
+        raise ValueError(
+            f"the table has {len(frame)} row: advice needs one to compare with and at least one "
+            "other"
+        )
+    if not sizes or batch not in (None, *sizes):
+        raise ValueError(f"batch={batch}: the table has times of batches of {sizes}")
+    return max(sizes) if batch is None else batch
+
+
+def _time(model: pd.Series, first: pd.Series, ms: str) -> str:
+    """Writes the times of both and their ratio."""
+    return (
+        f"it takes {model[ms]:.3g} ms an image where {first.name} takes {first[ms]:.3g} "
+        f"({first[ms] / model[ms]:.2f} times as fast)"
+    )
+
+
+def _difference(model: pd.Series) -> str:
+    """Writes the difference of top-1 with its interval."""
+    value, low, high = (model[f"difference{end}"] for end in ("", "_low", "_high"))
+    return f"{value:+.1f} points of top-1 [{low:+.1f}, {high:+.1f}]"
 
 
 # ---- what is refused
