@@ -1,0 +1,1 @@
+"""The calls for a model of one's own: a module in, a module out."""
