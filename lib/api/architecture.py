@@ -13,6 +13,7 @@ import timm
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .structure import Entry, rebuild
 from .traits import Traits, differences, take_settings, traits_of
@@ -91,13 +92,28 @@ def created(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()
     }
     try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        with torch.device("meta"), _NothingDrawn(), torch.random.fork_rng(devices=[]):
             return timm.create_model(name, **given)
     except Exception as error:  # a constructor may raise whatever its layers raise
         raise ValueError(
             f"timm.create_model({name!r}, **{given}) fails here, with timm {timm.__version__}: "
             f"{error}"
         ) from error
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Skips what initialises tensors in place, which is without effect on the meta device: it would
+    take most of the time there."""
+
+    SKIPPED = {
+        getattr(Tensor, name)
+        for name in ("normal_", "uniform_", "erfinv_", "mul_", "add_", "clamp_", "zero_", "fill_")
+    }
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in self.SKIPPED and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def mismatch(traits: Traits, tensors: Mapping[str, Any], built: nn.Module) -> list[str]:
@@ -135,7 +151,11 @@ def _name_in_timm(model: nn.Module) -> str | None:
     if not timm.is_model(architecture):
         return None
     tagged = f"{architecture}.{cfg.get('tag')}"
-    return tagged if tagged in timm.list_pretrained(f"{architecture}.*") else architecture
+    try:
+        timm.get_pretrained_cfg(tagged)
+    except RuntimeError:  # no tag, or one that somebody else gave
+        return architecture
+    return tagged
 
 
 # ---- arguments, read off a model
@@ -215,7 +235,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "pos_embed": lambda model: "none" if model.pos_embed is None else "learn",
     "dynamic_img_size": lambda model: model.dynamic_img_size,
     "pre_norm": lambda model: _is_there(model.norm_pre),
-    "final_norm": lambda model: _is_there(model.norm),
+    "final_norm": lambda model: _is_there(model.norm) or _is_there(model.fc_norm),
     "fc_norm": lambda model: _is_there(model.fc_norm),
     "qkv_bias": lambda model: _first_block(model).attn.qkv.bias is not None,
     "proj_bias": lambda model: _first_block(model).attn.proj.bias is not None,

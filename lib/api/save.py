@@ -62,7 +62,7 @@ def save(
         raise ValueError(f"{on_meta[0]} lies on the meta device, without values: nothing to save")
     stored, same = _written_once(tensors)
     frozen = [name for name, weight in model.named_parameters() if not weight.requires_grad]
-    text = _json_text(
+    description = _plain(
         {
             "format": FORMAT,
             "versions": {name: _version(name) for name in PACKAGES},
@@ -76,9 +76,9 @@ def save(
             "modules": traits_of(model),
         }
     )
-    metadata = {"format": "pt", KEY: text, "sha256": _sha256(text, stored)}
+    text = json.dumps(description | {"sha256": _sha256(description, stored)})
     with paths.written_whole(path) as part:
-        save_file(stored, part, metadata=metadata)
+        save_file(stored, part, metadata={KEY: text})
 
 
 def restore(path: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -111,7 +111,10 @@ def restore(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             f"{listed(wrong)}. Give the module as it was built before it was changed; the file was "
             f"written with {versions}"
         )
-    _load(model, {name: tensor.to(device) for name, tensor in tensors.items()}, description)
+    # Copied: memory of a tensor's own is aligned, and products of tensors that are not may round
+    # in another way.
+    own = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
+    _load(model, own, description)
     for name in ("class_names", "preprocessing"):
         setattr(model, name, description[name])
     for name, value in description["steps"].items():
@@ -124,7 +127,7 @@ def description_of(path: str | Path) -> dict[str, Any]:
 
     Raises FileNotFoundError and ValueError as `restore`, but for damaged weights.
     """
-    return _description(_checked(Path(path), "read from"))[0]
+    return _description(_checked(Path(path), "read from"))
 
 
 # ---- what is written
@@ -191,7 +194,9 @@ def _preprocessing(model: nn.Module, given: Mapping[str, Any] | None) -> dict[st
     return {"size": list(size)} | {name: value for name, value in kept.items() if value is not None}
 
 
-def _json_text(description: Mapping[str, Any]) -> str:
+def _plain(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Turns a description into what JSON reads back from it: tuples and tensors become lists."""
+
     def plain(value: Any) -> Any:
         if hasattr(value, "tolist"):  # tensors, arrays, and their numbers
             return value.tolist()
@@ -200,7 +205,7 @@ def _json_text(description: Mapping[str, Any]) -> str:
             "them: change it in arguments, preprocessing or the attributes of the model"
         )
 
-    return json.dumps(description, default=plain)
+    return json.loads(json.dumps(description, default=plain))
 
 
 def _version(package: str) -> str:
@@ -210,16 +215,16 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _sha256(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """Computes the SHA-256 over the description and all tensors."""
-    return hashlib.sha256((text + sha256_state(dict(tensors))).encode()).hexdigest()
+def _sha256(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Computes the SHA-256 over a description, without one, and all tensors."""
+    text = json.dumps(description) + sha256_state(dict(tensors))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # ---- what is read
 
 
-def _description(path: Path) -> tuple[dict[str, Any], str, str]:
-    """Reads the description of a file, its text and the SHA-256."""
+def _description(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}")
     try:
@@ -227,14 +232,13 @@ def _description(path: Path) -> tuple[dict[str, Any], str, str]:
             metadata = file.metadata() or {}
     except Exception as error:  # safetensors' own error type is not public
         raise ValueError(f"{path.name} is not a readable safetensors file: {error}") from error
-    if KEY not in metadata or "sha256" not in metadata:
+    if KEY not in metadata:
         raise ValueError(
             f"{path.name} does not say what model it holds: it was not written by `save`. Bare "
             "weights are read with safetensors.torch.load_file, into a model of your own"
         )
-    text = metadata[KEY]
     try:
-        description = json.loads(text)
+        description = json.loads(metadata[KEY])
         written_format = description["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path.name} is damaged: its description is no JSON text") from error
@@ -243,14 +247,15 @@ def _description(path: Path) -> tuple[dict[str, Any], str, str]:
             f"{path.name} is of format {written_format}, and format {FORMAT} is what can be read: "
             f"use the version that wrote it, {description.get('versions')}"
         )
-    return description, text, metadata["sha256"]
+    return description
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Reads the description and all tensors, by every name that they have."""
-    description, text, sha256 = _description(path)
+    description = _description(path)
+    sha256 = description.pop("sha256", None)
     stored = load_file(path)
-    if (actual := _sha256(text, stored)) != sha256:
+    if (actual := _sha256(description, stored)) != sha256:
         raise ValueError(
             f"{path.name} is damaged or was edited: its SHA-256 is {actual}, and {sha256} was "
             "written with it: save the model again, or copy the file again"

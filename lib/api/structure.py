@@ -107,6 +107,9 @@ def _kind_of(module: nn.Module) -> str | None:
 
 # where the classes are defined that pruning narrows
 _NARROWED_IN = ("timm.layers.mlp", "timm.layers.attention")
+# attributes that follow from the shapes of what is narrowed; all others must be those of the file
+_NUMBERS_OF_WIDTHS = {"in_features", "out_features", "in_channels", "out_channels"}
+_NUMBERS_OF_WIDTHS |= {"head_dim", "attn_dim", "scale"}
 
 
 def _is_narrowed(module: nn.Module) -> bool:
@@ -140,10 +143,8 @@ def _build_narrowed(entry: Entry, old: nn.Module) -> nn.Module:
         else:  # a bias may be there in one of the two alone
             owner._parameters[last] = None if shape is None else nn.Parameter(torch.empty(shape))
     for name, part in new.named_modules():
-        for attribute, value in entry["parts"][name].items():
-            old_value = getattr(part, attribute, None)
-            if isinstance(old_value, int | float) and isinstance(value, int | float):
-                setattr(part, attribute, value)
+        for number in _NUMBERS_OF_WIDTHS & vars(part).keys() & entry["parts"][name].keys():
+            setattr(part, number, entry["parts"][name][number])
     return new
 
 

@@ -174,7 +174,9 @@ def _arguments_of(router: type[Router]) -> set[str]:
     names: set[str] = set()
     for kind in router.__mro__:
         parameters = signature(kind).parameters.values()
-        options = {parameter.name for parameter in parameters if parameter.kind == Parameter.VAR_KEYWORD}
+        options = {
+            parameter.name for parameter in parameters if parameter.kind == Parameter.VAR_KEYWORD
+        }
         names |= {parameter.name for parameter in parameters} - options
         if not options:
             break
