@@ -10,7 +10,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Self
+from inspect import Parameter, signature
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -136,11 +137,50 @@ class Router(nn.Module, ABC):
         mine = self.state_dict()
         return {name: parent.get(name, tensor) for name, tensor in mine.items()}
 
+    # ---- a file that says which router it holds
+
+    def settings(self) -> dict[str, Any]:
+        """Returns what the class is called with to make such a router, in numbers and words.
+
+        Weights are no settings. Raises ValueError if the router does not keep what its constructor
+        takes, under the same names.
+        """
+        names = _arguments_of(type(self)) - {"generator"}
+        if absent := [name for name in names if not hasattr(self, name)]:
+            raise ValueError(
+                f"a {type(self).__name__} cannot be described: its constructor takes "
+                f"{', '.join(sorted(absent))}, which it does not keep under that name: give the class "
+                "`settings` and `with_settings` of its own"
+            )
+        return {name: getattr(self, name) for name in sorted(names)}
+
+    @classmethod
+    def with_settings(cls, settings: Mapping[str, Any], act: nn.Module | None) -> Self:
+        """Makes the router that `settings` describe; its weights come from a state.
+
+        act: activation of the MLP in whose place the layer stands.
+        """
+        return cls(**settings)
+
     def serve(
         self, experts: Callable[[Tensor, Routing], Tensor], rows: Tensor, routing: Routing
     ) -> Tensor:
         """Carries out a Routing of this router: rows, (T, D) -> outputs of the experts, (T, D)."""
         return experts(rows, routing)
+
+
+def _arguments_of(router: type[Router]) -> set[str]:
+    """Names what the constructor of a router takes, and of its parent where it hands options on."""
+    names: set[str] = set()
+    for kind in router.__mro__:
+        parameters = signature(kind).parameters.values()
+        options = {
+            parameter.name for parameter in parameters if parameter.kind == Parameter.VAR_KEYWORD
+        }
+        names |= {parameter.name for parameter in parameters} - options
+        if not options:
+            break
+    return names
 
 
 class LinearRouter(Router):
@@ -163,6 +203,11 @@ class LinearRouter(Router):
         self.noise, self.std = noise, std
         self.weight = nn.Parameter(torch.empty(experts, width))
         self.reset(generator)
+
+    @property
+    def width(self) -> int:
+        """Returns D."""
+        return self.weight.shape[1]
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None = None) -> None:

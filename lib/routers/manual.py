@@ -5,9 +5,9 @@ Axis letters: **B** images, **N** tokens of an image, **D** width, **E** experts
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,15 @@ class ManualRouter(Router):
         """Makes the router; draws nothing."""
         experts_of = {c: expert for expert, classes in enumerate(spec.groups) for c in classes}
         return cls(spec.experts, experts_of)
+
+    def settings(self) -> dict[str, Any]:
+        """Counts experts and classes; the map is part of the state."""
+        return {"experts": self.experts, "classes": len(self.table)}
+
+    @classmethod
+    def with_settings(cls, settings: Mapping[str, Any], act: nn.Module | None) -> Self:
+        """Makes the router; the map comes from a state."""
+        return cls(settings["experts"], dict.fromkeys(range(settings["classes"]), 0))
 
     @contextmanager
     def given(self, labels: Tensor) -> Iterator[None]:

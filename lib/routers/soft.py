@@ -56,6 +56,11 @@ class SoftRouter(Router):
         """Makes the router, drawn from the generator."""
         return cls(width, spec.experts, spec.slots, generator)
 
+    @property
+    def width(self) -> int:
+        """Returns D."""
+        return self.phi.shape[0]
+
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None = None) -> None:
         """Draws the slot vectors anew, normal with std 1/sqrt(D); the scale starts at 1."""
