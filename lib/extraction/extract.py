@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -88,12 +87,16 @@ def extract_layers(
             layer, report = extract_layer(mlps[name], calibration, rules, active, seed)
             if filed is not None:
                 filed.write(layer, report)
-        model.set_submodule(name, layer.to(mlps[name].fc1.weight).train(mlps[name].training))
+        model.set_submodule(
+            name, layer.to(next(mlps[name].parameters())).train(mlps[name].training)
+        )
         reports.append({"layer": name} | report)
     return reports
 
 
-def check(model: nn.Module, rules: ExtractSpec, ignore: Collection[str] = ()) -> dict[str, Mlp]:
+def check(
+    model: nn.Module, rules: ExtractSpec, ignore: Collection[str] = ()
+) -> dict[str, nn.Module]:
     """Returns {name: MLP} of the layers that `extract` would replace.
 
     ignore: names of layers that it would not. Raises ValueError as `mlps_of`, for
@@ -113,7 +116,7 @@ def check(model: nn.Module, rules: ExtractSpec, ignore: Collection[str] = ()) ->
             "correction.sequential=True compares residual streams before norm2 of each block, as a "
             f"timm VisionTransformer has it: {type(model).__name__} is none"
         )
-    return mlps_of(model, ignore)
+    return mlps_of(model, ignore=ignore)
 
 
 def calibration_batches(spec: RunSpec, images: int, split: Split, classes: int) -> Iterator[Tensor]:
@@ -139,7 +142,7 @@ class _FiledLayer:
         self.weights = checkpoint.with_name(f"{checkpoint.name}.{name}.safetensors")
         self.report = self.weights.with_suffix(".json")
 
-    def read(self, mlp: Mlp, rules: ExtractSpec) -> tuple[nn.Module, dict[str, Any]] | None:
+    def read(self, mlp: nn.Module, rules: ExtractSpec) -> tuple[nn.Module, dict[str, Any]] | None:
         """Returns the layer and its report; None if they are not there, or set aside with a
         warning."""
         if not (self.weights.exists() and self.report.exists()):
