@@ -43,18 +43,7 @@ def drop_experts(
     ValueError for what does not fit, by name: no MoE layer, a router without a row an expert, fewer
     experts than a token chooses.
     """
-    if not isinstance(keep, (int, float)) or not 0 < keep <= 1:
-        raise ValueError(f"keep={keep!r}: the share of experts that stays is above 0, at most 1")
-    rules = rules_of(DropSpec, share=1.0 - keep, score=score, missing=missing)
-    if rules.compares and before is None:
-        raise ValueError(
-            f"score={score!r} compares with the model before finetuning: pass before=, a copy of "
-            "it that was kept"
-        )
-    if before is not None and not rules.compares:
-        raise ValueError(f"before= is for scores that compare, and score={score!r} does not")
-    if before is not None:
-        check_model(before, "before")
+    rules = _rules(keep, score, missing, before)
     smaller = to_change(model, inplace)
     counts = {name: layer.router.experts for name, layer in routed(smaller).items()}
     batches = []
@@ -81,3 +70,20 @@ def drop_experts(
         for name, count in counts.items()
     ]
     return note(smaller, "dropping", rows)
+
+
+def _rules(keep: float, score: str, missing: str, before: nn.Module | None) -> DropSpec:
+    """The rules that the words stand for; ValueError where they do not fit each other."""
+    if not isinstance(keep, (int, float)) or not 0 < keep <= 1:
+        raise ValueError(f"keep={keep!r}: the share of experts that stays is above 0, at most 1")
+    rules = rules_of(DropSpec, share=1.0 - keep, score=score, missing=missing)
+    if rules.compares and before is None:
+        raise ValueError(
+            f"score={score!r} compares with the model before finetuning: pass before=, a copy of "
+            "it that was kept"
+        )
+    if before is not None and not rules.compares:
+        raise ValueError(f"before= is for scores that compare, and score={score!r} does not")
+    if before is not None:
+        check_model(before, "before")
+    return rules

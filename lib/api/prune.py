@@ -49,21 +49,21 @@ def prune(
 ) -> nn.Module:
     """Removes hidden neurons (and head dimensions) of a model, and returns the smaller model.
 
-    keep: share that stays of each layer's neurons; or {pattern of names: share}, where the first
-    pattern that fits counts and layers that none fits stay whole; of equal shares of all layers
-    together with across="model".
+    keep: share of the neurons that stays, above 0 and at most 1; or {pattern of names: share}, of
+    which the first that fits a layer counts, and layers that none fits stay whole.
     score: "weighted" (variance of a neuron times the squared norm of its output weights),
     "variance" (VBP, 2507.12988) and "update" (the error after repair) look at activations;
-    "taylor", "molchanov" (gradients of the loss), "magnitude" and "random" do not, and the last two
-    read no image: loader may be None.
+    "taylor" and "molchanov" (1906.10771) at gradients of the loss; "magnitude" and "random" read no
+    image, and loader may be None.
     repair: of what the removed neurons of MLPs gave. "ridge" (their best linear prediction from
     those that stay; CORP, 2602.05243), "mean" (a bias) or "none"; None is "ridge" for scores of
     activations, and "none" for the others, which know no other.
     parts: "mlp", "attention" and "experts" of MoE layers; the latter two by gradients or weights.
-    across: the share holds in each "layer", or over the "model", where layers compete.
-    round_to: the neurons that stay are rounded up to a multiple of it, which some kernels want.
-    ignore: patterns of names of layers that stay whole, "blocks.0" or "*.attn".
-    images: calibration images, class-balanced, drawn by `seed` in one pass over the loader.
+    across: the share holds in each "layer", or over the "model", whose layers then compete.
+    round_to: the neurons that stay are rounded up to a multiple of it, as some kernels want them.
+    ignore: patterns of names of layers that stay whole, such as "blocks.0" or "*.attn".
+    images: calibration images, class-balanced, drawn by `seed` in one pass over the loader, all of
+    which is read: give a part of it where that takes long.
 
     A timm VisionTransformer is repaired layer after layer towards its own residual stream, other
     models all layers at once. The model's modes and types stay as they are, and it is left alone
@@ -73,20 +73,7 @@ def prune(
     repair = _repair(score, repair)
     _check(keep, parts, across, round_to)
     pruned = to_change(model, inplace)
-    if score in OF_ACTIVATIONS:
-        if set(parts) != {"mlp"}:
-            raise ValueError(
-                f"score={score!r} chooses neurons of MLPs by their activations, and parts="
-                f"{tuple(parts)} has other parts: set score='taylor', or parts=('mlp',)"
-            )
-        names = [name for name, mlp in block_mlps(pruned) if not isinstance(mlp, MoELayer)]
-        if not names:
-            raise ValueError(
-                f"{type(pruned).__name__} has no dense block MLP for score={score!r}: for the "
-                "neurons of experts set parts=('experts',) and score='taylor'"
-            )
-    else:
-        names = names_of(pruned, parts) or list(prunable(pruned, parts))  # which refuses by name
+    names = _names(pruned, score, parts)
     whole = matching(names, ignore, "ignore")
     counts = _Counts(keep, across, round_to, names)
     if score in OF_ACTIVATIONS:
@@ -115,6 +102,24 @@ def _repair(score: str, repair: str | None) -> str:
             f"score='update' is the error that ridge regression leaves: leave repair={repair!r} out"
         )
     return repair
+
+
+def _names(model: nn.Module, score: str, parts: Sequence[str]) -> list[str]:
+    """The layers of the parts that the score can look at; ValueError for none."""
+    if score not in OF_ACTIVATIONS:
+        return names_of(model, parts) or list(prunable(model, parts))  # which refuses by name
+    if set(parts) != {"mlp"}:
+        raise ValueError(
+            f"score={score!r} chooses neurons of MLPs by their activations, and parts="
+            f"{tuple(parts)} has other parts: set score='taylor', or parts=('mlp',)"
+        )
+    names = [name for name, mlp in block_mlps(model) if not isinstance(mlp, MoELayer)]
+    if not names:
+        raise ValueError(
+            f"{type(model).__name__} has no dense block MLP for score={score!r}: for the neurons "
+            "of experts set parts=('experts',) and score='taylor'"
+        )
+    return names
 
 
 def _check(
@@ -189,28 +194,8 @@ def _by_activations(
     check_loader(loader)
     if ignored == mlps.keys():
         return []
-    in_sequence = repair != "none" and follows_stream(model)
-    if score == "update" and counts.by_model and not in_sequence:
-        raise ValueError(
-            "score='update' with across='model' ranks errors in the residual stream of a timm "
-            f"VisionTransformer, and {type(model).__name__} is none: set across='layer', or "
-            "score='weighted'"
-        )
+    rules = _static_rules(model, counts, score, repair)
     batches = calibration_images(loader, model, images, seed)
-    rules = rules_of(
-        ExtractSpec,
-        clusters={"of": "nothing"},
-        neurons={
-            "active": counts.share_of("") if counts.by_model else 1.0,
-            "score": score,
-            "budget": "model" if counts.by_model else "layer",
-        },
-        correction={
-            "method": repair,
-            "sequential": in_sequence,
-            "catch_up": CATCH_UP if in_sequence else 1.0,
-        },
-    )
     reports = extract_layers(
         model,
         [part for part, _ in batches],
@@ -232,6 +217,32 @@ def _by_activations(
         }
         for report in reports
     ]
+
+
+def _static_rules(model: nn.Module, counts: _Counts, score: str, repair: str) -> ExtractSpec:
+    """The rules of static pruning: the same neurons for all tokens."""
+    in_sequence = repair != "none" and follows_stream(model)
+    if score == "update" and counts.by_model and not in_sequence:
+        raise ValueError(
+            "score='update' with across='model' ranks errors in the residual stream of a timm "
+            f"VisionTransformer, and {type(model).__name__} is none: set across='layer', or "
+            "score='weighted'"
+        )
+    return rules_of(
+        ExtractSpec,
+        clusters={"of": "nothing"},
+        neurons={
+            # of a layer it is counted where its size is known
+            "active": counts.share_of("") if counts.by_model else 1.0,
+            "score": score,
+            "budget": "model" if counts.by_model else "layer",
+        },
+        correction={
+            "method": repair,
+            "sequential": in_sequence,
+            "catch_up": CATCH_UP if in_sequence else 1.0,
+        },
+    )
 
 
 def follows_stream(model: nn.Module) -> bool:

@@ -16,10 +16,9 @@ IMAGES, _ = images_and_labels()
 
 def mixture(experts=4, **fields):
     spec = {"layers": 2, "experts": experts, "router": "token", "gate": "renormalised"}
+    generator = torch.Generator().manual_seed(3)
     spec |= {"fresh_experts": True, "router_std": 1.0}
-    model = lib.upcycle(
-        vit(), lib.MoESpec(**spec | fields), generator=torch.Generator().manual_seed(3)
-    )
+    model = lib.upcycle(vit(), lib.MoESpec(**spec | fields), generator=generator)
     return model.eval()
 
 

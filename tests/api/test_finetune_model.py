@@ -21,9 +21,8 @@ STILL = 1e-12  # a rate at which no weight moves
 
 def mixture(experts=4, **fields):
     spec = {"layers": 2, "experts": experts, "router": "token", "gate": "renormalised"}
-    return lib.upcycle(
-        vit(), lib.MoESpec(**spec | fields), generator=torch.Generator().manual_seed(3)
-    )
+    generator = torch.Generator().manual_seed(3)
+    return lib.upcycle(vit(), lib.MoESpec(**spec | fields), generator=generator)
 
 
 def test_it_equals_a_plain_loop():
