@@ -1,4 +1,4 @@
-"""The architecture of a model: timm's name and the arguments that build it, or a class of one's own.
+"""The architecture of a model: timm's name and what builds it, or a class of one's own.
 
 timm does not keep what a model was built with, so the arguments are read off the model, and are
 right if what they build has the same modules, numbers and shapes.

@@ -278,7 +278,7 @@ def _built(path: Path, architecture: Mapping[str, Any]) -> nn.Module:
 
 
 def _load(model: nn.Module, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
-    """Puts tensors in the place of those of a model; ties what was tied, freezes what was frozen."""
+    """Puts tensors in the place of a model's; ties what was tied, freezes what was frozen."""
     state = model.state_dict()
     model.load_state_dict({name: tensors[name] for name in state}, assign=True)
     for name, tensor in tensors.items():

@@ -8,7 +8,7 @@ T, or B if one decision serves a whole image.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import Any, ClassVar, NamedTuple, Self
@@ -149,8 +149,8 @@ class Router(nn.Module, ABC):
         if absent := [name for name in names if not hasattr(self, name)]:
             raise ValueError(
                 f"a {type(self).__name__} cannot be described: its constructor takes "
-                f"{', '.join(sorted(absent))}, which it does not keep under that name: give the class "
-                "`settings` and `with_settings` of its own"
+                f"{', '.join(sorted(absent))}, which it does not keep under that name: give the "
+                "class `settings` and `with_settings` of its own"
             )
         return {name: getattr(self, name) for name in sorted(names)}
 
@@ -167,6 +167,30 @@ class Router(nn.Module, ABC):
     ) -> Tensor:
         """Carries out a Routing of this router: rows, (T, D) -> outputs of the experts, (T, D)."""
         return experts(rows, routing)
+
+    # ---- the same by operations of fixed shapes, which exporters can follow
+
+    def factors(self, x: Tensor) -> Tensor:
+        """Gives every token of x, (B, N, D), its factor on the output of every expert: (T, E), 0
+        where it does not go.
+
+        No shape may depend on data. Raises ValueError for a router that cannot do so.
+        """
+        routing = self(x)
+        blank = routing.weight.new_zeros(x.shape[0] * x.shape[1], self.experts)
+        return blank.index_put((routing.token, routing.expert), routing.weight, accumulate=True)
+
+    def serve_all(self, experts: Sequence[Callable[[Tensor], Tensor] | None], x: Tensor) -> Tensor:
+        """Sums the outputs of all experts on all tokens of x, (B, N, D), by `factors`: (T, D).
+
+        experts: each maps rows to rows; None where an expert was dropped.
+        """
+        rows, factors = x.reshape(-1, x.shape[-1]), self.factors(x).to(x.dtype)
+        out = torch.zeros_like(rows)
+        for expert, factor in zip(experts, factors.unbind(1), strict=True):
+            if expert is not None:
+                out = out + expert(rows) * factor.unsqueeze(1)
+        return out
 
 
 def _arguments_of(router: type[Router]) -> set[str]:
@@ -228,7 +252,7 @@ class LinearRouter(Router):
         # (Switch, section 2.4).
         with torch.autocast(rows.device.type, enabled=False):
             logits = rows.float() @ self.weight.float().t()
-        reachable = self.reachable(len(rows))
+        reachable = self.reachable(rows.shape[0])
         noisy_logits = logits
         if self.training and self.noise:
             count = self.experts if reachable is None else reachable.sum(dim=-1, keepdim=True)
@@ -256,7 +280,7 @@ def renormalised(gates: Tensor, total: Tensor, log_quotient: Callable[[], Tensor
     to which total broadcasts.
     """
     tiny = total.detach() < LEAST_SUM
-    if not tiny.any():
+    if not torch.compiler.is_compiling() and not tiny.any():
         return gates / total
     # 1 in the place of what must not divide, since a gradient of 0 times infinity is no number
     divisor = torch.where(tiny, torch.ones_like(total), total)
@@ -331,13 +355,13 @@ def assign(
     dropped = torch.zeros(tokens, dtype=torch.long, device=choice.device)
     if capacity_factor is not None:
         slots = capacity(capacity_factor, top_k, tokens, probs.shape[-1])
-        served = _place_in_line(expert, probs.shape[-1]) < slots
+        served = place_in_line(expert, probs.shape[-1]) < slots
         dropped.index_add_(0, token[~served], torch.ones_like(token[~served]))
         token, expert, flat_weight = token[served], expert[served], flat_weight[served]
     return Routing(token, expert, flat_weight, probs, logits, choice, dropped, shape)
 
 
-def _place_in_line(expert: Tensor, experts: int) -> Tensor:
+def place_in_line(expert: Tensor, experts: int) -> Tensor:
     """Numbers the assignments of each expert from 0, in the order of expert, (A,)."""
     order = torch.argsort(expert, stable=True)
     counts = torch.bincount(expert, minlength=experts)

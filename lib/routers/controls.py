@@ -27,6 +27,13 @@ class RandomRouter(HardRouter):
         generator = torch.Generator().manual_seed(0)
         return torch.rand(len(rows), self.experts, generator=generator).to(rows.device)
 
+    def factors(self, x: Tensor) -> Tensor:
+        """Raises ValueError: a draw by torch's generator is no operation of other runtimes."""
+        raise ValueError(
+            "a RandomRouter draws from torch's generator, which no other runtime has: a model with "
+            "random routing cannot be exported"
+        )
+
 
 class OracleRouter(HardRouter):
     """Chooses the cluster that a token's hidden activations are nearest to: the other control.

@@ -79,6 +79,13 @@ class ManualRouter(Router):
             )
         return fixed(self.table[self._labels].unsqueeze(1), self.experts, (b, n))
 
+    def factors(self, x: Tensor) -> Tensor:
+        """Raises ValueError: the classes of images are no input of an exported model."""
+        raise ValueError(
+            "a ManualRouter decides by the class of an image, which is no input of a model: a "
+            "model with manual routing cannot be exported"
+        )
+
     def expert_rows(self, tokens: int, images: int) -> int:
         """Counts every token once."""
         return tokens
