@@ -102,7 +102,10 @@ def run(args: argparse.Namespace) -> int:
         "class_names": splits.class_names,
         "preprocessing": preprocessing(dense, splits.channels),
     }
-    print(summary(outcome, save_all(outcome, args.out, **describes), args.points))
+    files = save_all(outcome, args.out, **describes)
+    if not files:
+        raise ValueError("; ".join(f"{name}: {why}" for name, why in outcome.refused.items()))
+    print(summary(outcome, files, args.points))
     return 0
 
 

@@ -13,6 +13,8 @@ import torch
 from data_folders import encoded, put
 from safetensors.torch import save_file
 
+import lib
+from lib.__main__ import main
 from lib.runs import compress
 
 MODEL = "test_vit"
@@ -105,3 +107,29 @@ def test_unknown_methods_are_refused_before_any_work():
 
 def test_the_file_is_relative_to_the_folder_of_the_user():
     assert words("--data", "mnist5k").out == Path("a.safetensors")
+
+
+def command(rooms, out, *given):
+    """Calls the command for a few passes of a small model."""
+    sizes = ["--size", "32", "--epochs", "1", "--tune", "0", "--threads", "1"]
+    model = ["--model", f"timm:{MODEL}", "--weights", "none", "--data", str(rooms)]
+    return main(["compress", *model, *sizes, "-o", str(out), *given])
+
+
+def test_from_a_folder_to_a_file_that_reloads(rooms, tmp_path, capsys):
+    out = tmp_path / "small.safetensors"
+    assert command(rooms, out, "--method", "prune", "--active", "0.25") == 0
+    said = capsys.readouterr().out
+    assert "top1" in said and "pruned, ridge" in said and f'restore("{out}")' in said
+    small = lib.restore(out)
+    whole = timm.create_model(MODEL, num_classes=2, img_size=32)
+    assert small.blocks[0].mlp.fc1.out_features == whole.blocks[0].mlp.fc1.out_features // 4
+    assert small.class_names == ["bath", "kitchen"] and small.preprocessing["size"] == 32
+    assert small(torch.zeros(2, 3, 32, 32)).shape == (2, 2)
+
+
+def test_a_model_without_mlps_is_refused_by_name_and_nothing_is_written(rooms, tmp_path, capsys):
+    out = tmp_path / "small.safetensors"
+    assert command(rooms, out, "--model", "timm:test_resnet", "--method", "extract") == 2
+    assert "error: extracted: ResNet has no block MLP" in capsys.readouterr().err
+    assert not out.exists()
