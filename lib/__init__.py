@@ -6,7 +6,8 @@ a build, which reads notebooks and compares hashes, never waits for torch. It of
 - to a notebook: `profile` (parameters), `page` (what all pages have in common), `collect` (records,
   computing what is missing), `load` (records, never computing), `plan` (the runs of another
   notebook), `model_of` (the model that a run left), `RunSpec`;
-- to a model of one's own: `upcycle`, `MoESpec`, `RoutingTape` and the losses.
+- to a model of one's own: `upcycle`, `prune`, `extract`, `drop_experts` and `finetune`, which take
+  a module and a loader and give a module; `MoESpec`, `RoutingTape` and the losses.
 """
 
 from __future__ import annotations
@@ -19,12 +20,23 @@ _HOME = {
     "MoESpec": "lib.spec",
     "RoutingTape": "lib.models.moe",
     "RunSpec": "lib.spec",
+    "advice": "lib.api.compare",
+    "auxiliary_loss": "lib.api.finetune",
     "collect": "lib.runs.collect",
+    "compare": "lib.api.compare",
+    "drop_experts": "lib.api.drop",
+    "extract": "lib.api.extract",
+    "finetune": "lib.api.finetune",
+    "for_export": "lib.api.export",
     "load": "lib.runs.collect",
     "model_of": "lib.runs.collect",
+    "on_device": "lib.api.loaders",
     "page": "lib.pages.page",
     "plan": "lib.pages.profiles",
     "profile": "lib.pages.profiles",
+    "prune": "lib.api.prune",
+    "restore": "lib.api.save",
+    "save": "lib.api.save",
     "switch_loss": "lib.models.balance",
     "upcycle": "lib.models.upcycle",
     "z_loss": "lib.models.balance",
@@ -36,9 +48,10 @@ __all__ = list(_HOME)
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(
-            f"module 'lib' has no attribute {name!r}; it offers {', '.join(sorted(_HOME))}"
+            f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(sorted(_HOME))}"
         )
-    return getattr(import_module(_HOME[name]), name)
+    # `__name__` is "moe_vision" where the package is imported under that name
+    return getattr(import_module(__name__ + _HOME[name].removeprefix("lib")), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""The command line: `python -m lib run | fill | status | claims | pack | merge | book`."""
+"""The command line: `python -m lib COMMAND`, such as `run`, `fill`, `book` or `compress`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from .pages import parameters, profiles
-from .paths import ROOT
+from .paths import ROOT, need_checkout
+from .runs import compress
 
 AT_LEAST_ONE = "at least one run must be computed at a time"
 
 
 def _parser() -> argparse.ArgumentParser:
     """Describes the commands and their options."""
-    parser = argparse.ArgumentParser(prog="python -m lib", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     profile = {
         "default": os.environ.get("PROFILE") or "quick",
         "help": f"{', '.join(profiles.PROFILES)} (default: PROFILE in the environment, else quick)",
     }
 
+    compress.add(commands)
     _add_run(commands, profile)
     _add_fill(commands, profile)
 
@@ -317,6 +319,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         with interruptible():
+            if args.command != "compress":
+                need_checkout(f"the command {args.command}")
             return args.do(args)
     except RuntimeError as error:  # of a notebook; of `collect`: "run <id>: <kind>: <message>"
         return _failed(str(error), 1)

@@ -1,4 +1,8 @@
-"""Where things lie, found from the place of this file: nothing depends on the working directory."""
+"""Where things lie, found from the place of this file: nothing depends on the working directory.
+
+In a checkout all of it lies in its folders; where a wheel is installed, what is written lies in the
+user's cache folder.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +15,42 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-PAPERS = ROOT / "data" / "papers"
-PROBES = ROOT / "data" / "probes"
-RESULTS = ROOT / "data" / "results"
+LIB = Path(__file__).resolve().parent
+ROOT = LIB.parent  # the checkout; the folder of packages where this one is installed
+INSTALLED = (LIB / "papers").is_dir()  # only a wheel has the published values inside
+PAPERS = LIB / "papers" if INSTALLED else ROOT / "data" / "papers"
+
+
+def _written() -> Path:
+    """Returns the folder of all that is written: `data`, or one of the user's caches."""
+    if not INSTALLED:
+        return ROOT / "data"
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(caches).expanduser().absolute() / "moe_vision"
+
+
+PROBES = _written() / "probes"
+RESULTS = _written() / "results"
 
 
 def cache() -> Path:
     """Returns the folder for downloads, checkpoints and records that are not published.
 
-    MOE_CACHE, or data/cache of the project.
+    MOE_CACHE, or data/cache of the checkout; ~/.cache/moe_vision/cache where there is none.
     """
-    return Path(os.environ.get("MOE_CACHE") or ROOT / "data" / "cache").expanduser().absolute()
+    return Path(os.environ.get("MOE_CACHE") or _written() / "cache").expanduser().absolute()
+
+
+def need_checkout(what: str) -> None:
+    """Raises FileNotFoundError where the package is installed without the book.
+
+    what: the thing that needs the book's notebooks, as a sentence begins with it.
+    """
+    if INSTALLED:
+        raise FileNotFoundError(
+            f"{what} needs a checkout of the project, with its notebooks, and only the package is "
+            f"installed here ({LIB}): clone the repository and `pip install -e .` there"
+        )
 
 
 def data_home() -> Path | None:
@@ -33,8 +61,10 @@ def data_home() -> Path | None:
     given = os.environ.get("MOE_DATA")
     if not given:
         return None
-    # a relative path may be meant from the project's root: notebooks run in other folders
-    tried = [Path(given).expanduser().absolute(), (ROOT / given).absolute()]
+    tried = [Path(given).expanduser().absolute()]
+    if not INSTALLED:
+        # it may be meant from the checkout's root: notebooks run in other folders
+        tried.append((ROOT / given).absolute())
     for home in tried:
         if home.is_dir():
             return home.resolve()

@@ -20,6 +20,7 @@ ORDER = (
     {"pruning", "extraction"},
     {"training"},
     {"measure"},
+    {"api"},
     {"runs"},
     {"verdicts"},
     {"report"},

@@ -6,20 +6,20 @@ Axis letters: **B** images, **N** tokens of an image, **n** recorded tokens, **D
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ..models.mlps import layer_scale_of
 from ..models.upcycle import before_blocks
 from ..spec import ExtractSpec
 from .closed_form import Moments, moments_of
 from .correction import weights_of
-from .neurons import layer_scale_of, neurons_by_added_error, neurons_by_layer, variance_scores
+from .neurons import neurons_by_added_error, neurons_by_layer, variance_scores
 from .record import LayerCalibration, RecordedTokens, mlps_of, record_tokens
 
 
@@ -27,7 +27,7 @@ class AtOnce:
     """Calibrates every layer on the tokens of the dense model, recorded in one pass.
 
     active_neurons: {layer: neurons that a token passes, or None}. sampling: keyword arguments of
-    `record_tokens`.
+    `record_tokens`. ignore: names of layers that stay as they are.
     """
 
     def __init__(
@@ -36,8 +36,9 @@ class AtOnce:
         batches: Iterable[Tensor],
         rules: ExtractSpec,
         sampling: Mapping[str, int],
+        ignore: Collection[str] = (),
     ):
-        self.mlps = mlps_of(model)
+        self.mlps = mlps_of(model, ignore=ignore)
         self.tokens = record_tokens(model, batches, self.mlps, **sampling)
         scores = {}
         if rules.neurons.budget == "model":
@@ -65,8 +66,10 @@ class InSequence:
         batches: Iterable[Tensor],
         rules: ExtractSpec,
         sampling: Mapping[str, int],
+        ignore: Collection[str] = (),
     ):
         self.model, self.rules, self.sampling = model, rules, sampling
+        self.ignore = ignore
         dense, self.changed = streams_of(model, batches)
         self.stream_after = {}  # {layer: (n, D) residual stream of the dense model after its block}
         self.active_neurons = self._follow(dense)
@@ -83,7 +86,7 @@ class InSequence:
     @torch.no_grad()
     def _follow(self, dense: Stream) -> dict[str, int | None]:
         """Follows the dense model's stream to its end; returns the neurons of each layer."""
-        neurons, mlps = self.rules.neurons, mlps_of(dense.vit)
+        neurons, mlps = self.rules.neurons, mlps_of(dense.vit, ignore=self.ignore)
         moments: dict[str, Moments] = {}
         scores: dict[str, Tensor] = {}
         for name, mlp in mlps.items():
@@ -137,7 +140,7 @@ def streams_of(vit: VisionTransformer, batches: Iterable[Tensor]) -> tuple[Strea
     return Stream(dense, start), Stream(vit, start)
 
 
-def _output(mlp: Mlp, tokens: RecordedTokens) -> Tensor:
+def _output(mlp: nn.Module, tokens: RecordedTokens) -> Tensor:
     """(n, D) what an MLP gives on its tokens."""
     weights = weights_of(mlp)
     return F.linear(tokens.hidden, weights.w2, weights.b2)

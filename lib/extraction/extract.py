@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -38,42 +37,71 @@ def extract(
 
     Calibration images are class-balanced training images without augmentation, drawn by
     `spec.seed`; everything runs in float32. checkpoint: finished layers are filed beside it, and an
-    extraction that broke off goes on after the last one. A report is that of `extract_layer`.
-    Raises ValueError for a split with fewer images than asked for, and as `check`,
-    `record_tokens` and the clusterings do.
+    extraction that broke off goes on after the last one. Raises ValueError for a split with fewer
+    images than asked for, and as `extract_layers`.
     """
     rules = spec.extract
-    mlps = check(model, rules)
+    check(model, rules)
+    batches = calibration_batches(spec, rules.calibration.images, split, classes)
+    title = f"extract {spec.id[:6]}"
+    return extract_layers(model, batches, rules, spec.seed, title=title, checkpoint=checkpoint)
+
+
+def extract_layers(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    rules: ExtractSpec,
+    seed: int,
+    *,
+    ignore: Collection[str] = (),
+    resize: Callable[[str, int, int], int] | None = None,
+    title: str = "extract",
+    checkpoint: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Replaces the MLPs of `model`, in place, by rules; returns a report a layer.
+
+    batches: calibration images (B, C, height, width), where the model is. seed: draws tokens and
+    clusters. ignore: names of layers that stay. resize: changes how many neurons a token passes,
+    (layer, neurons of it, as many as the rules give) -> number; not with neurons.variance_percent.
+    title: of the progress bar. checkpoint: as in `extract`. A report is that of `extract_layer`,
+    and the layer's name. Raises ValueError as `check`, `record_tokens` and the clusterings do.
+    """
+    mlps = check(model, rules, ignore)
     sampling = {
         "per_image": rules.calibration.tokens_per_image,
         "limit": rules.calibration.tokens,
-        "seed": spec.seed,
+        "seed": seed,
     }
     calibrate = InSequence if rules.correction.sequential else AtOnce
-    batches = calibration_batches(spec, rules.calibration.images, split, classes)
-    source = calibrate(model, batches, rules, sampling)
+    source = calibrate(model, batches, rules, sampling, ignore)
     reports = []
-    for name in tqdm(mlps, unit="layer", desc=f"extract {spec.id[:6]}", leave=False, delay=5):
+    for name in tqdm(mlps, unit="layer", desc=title, leave=False, delay=5):
         filed = None if checkpoint is None else _FiledLayer(checkpoint, name)
         done = None if filed is None else filed.read(mlps[name], rules)
         if done is not None:
             layer, report = done
         else:
-            layer, report = extract_layer(
-                mlps[name], source.of_layer(name), rules, source.active_neurons[name], spec.seed
-            )
+            active, calibration = source.active_neurons[name], source.of_layer(name)
+            if resize is not None and active is not None:
+                active = resize(name, calibration.tokens.hidden.shape[1], active)
+            layer, report = extract_layer(mlps[name], calibration, rules, active, seed)
             if filed is not None:
                 filed.write(layer, report)
-        model.set_submodule(name, layer.to(mlps[name].fc1.weight).train(mlps[name].training))
+        model.set_submodule(
+            name, layer.to(next(mlps[name].parameters())).train(mlps[name].training)
+        )
         reports.append({"layer": name} | report)
     return reports
 
 
-def check(model: nn.Module, rules: ExtractSpec) -> dict[str, Mlp]:
+def check(
+    model: nn.Module, rules: ExtractSpec, ignore: Collection[str] = ()
+) -> dict[str, nn.Module]:
     """Returns {name: MLP} of the layers that `extract` would replace.
 
-    Raises ValueError as `mlps_of`, for correction.sequential on anything but a ViT, and for
-    clusters.class_token on a model without a class token.
+    ignore: names of layers that it would not. Raises ValueError as `mlps_of`, for
+    correction.sequential on anything but a ViT, and for clusters.class_token on a model without a
+    class token.
     """
     class_token = rules.clusters.class_token
     begins = (begins_with_class_token(model, name) for name, _ in block_mlps(model))
@@ -88,7 +116,7 @@ def check(model: nn.Module, rules: ExtractSpec) -> dict[str, Mlp]:
             "correction.sequential=True compares residual streams before norm2 of each block, as a "
             f"timm VisionTransformer has it: {type(model).__name__} is none"
         )
-    return mlps_of(model)
+    return mlps_of(model, ignore=ignore)
 
 
 def calibration_batches(spec: RunSpec, images: int, split: Split, classes: int) -> Iterator[Tensor]:
@@ -114,7 +142,7 @@ class _FiledLayer:
         self.weights = checkpoint.with_name(f"{checkpoint.name}.{name}.safetensors")
         self.report = self.weights.with_suffix(".json")
 
-    def read(self, mlp: Mlp, rules: ExtractSpec) -> tuple[nn.Module, dict[str, Any]] | None:
+    def read(self, mlp: nn.Module, rules: ExtractSpec) -> tuple[nn.Module, dict[str, Any]] | None:
         """Returns the layer and its report; None if they are not there, or set aside with a
         warning."""
         if not (self.weights.exists() and self.report.exists()):

@@ -2,8 +2,8 @@
 
 `count` runs the model's own forward on the meta device, on a twin without data, and books each
 product as it is called, so fused attention counts like the written-out one. MoE layers are booked
-from their configuration, since what they do depends on data. Torch's own counter runs along: a
-product that was not booked is an error, never a gap.
+from their configuration, since what they do depends on data. Parameters that no product reads
+(norms, position embeddings, class tokens, layer scales) cost memory alone.
 
 Axis letters: **B** images, **N** tokens of an image, **D** width, **H** expert hidden width, **E**
 experts, **K** experts a token.
@@ -11,88 +11,65 @@ experts, **K** experts a token.
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
 from ..extraction.runtime_masks import ChannelMask
 from ..models.experts import Experts
 from ..models.moe import MoELayer
 from ..models.pruned import PrunedLayer
-from ..models.shared_experts import SharedExperts
 from ..routers.base import Router
 from .cost_rows import Cost, Row
-from .ledger import Ledger, agree
-
-# Modules that hold parameters which are only added or multiplied elementwise: stored and active,
-# but no MACs.
-ELEMENTWISE = {
-    "VisionTransformer",
-    "Beit",
-    "LayerScale",
-    "ConvNeXtBlock",
-    "WindowAttention",
-    "timm.models.beit.Attention",
-    "timm.models.beit.Block",  # full names where the bare name is used for other things too
-}
+from .cost_run import given_images, run
+from .ledger import Ledger
 
 
 def count(
     model: nn.Module,
-    image_size: int,
+    image_size: int | tuple[int, int] | None = None,
     images: int = 1,
     *,
+    example: Any = None,
     experts_per_image: float | None = None,
     loads: Sequence[Sequence[float]] | None = None,
     unserved: Sequence[float] | None = None,
 ) -> Cost:
-    """Counts a model on `images` square images of `image_size` pixels.
+    """Counts a model on `images` images of `image_size` pixels, or on an example of its input.
 
-    The model is left as it is and may lie on any device. experts_per_image: where
-    `needs_measured_experts`, how many experts an image touches on average, summed
-    over all MoE layers and with shared experts counted (the column of ViMoE's Table 4); spread
-    evenly over the layers. MACs do not depend on it. loads: of each MoE layer, shallow to deep, the
-    share of the assignments by expert: experts of unequal width then count by it. unserved: of each
-    MoE layer the share of a token's choices that no expert computes. It lowers the MACs of a
-    `PrunedLayer` alone, whose router still chooses experts that are gone, and without it these MACs
-    are not known. Raises ValueError for modules that hold parameters in a way unknown here and for
-    products that it cannot book, by name.
+    image_size: of square images, or (height, width). example: what the model takes, in the place of
+    both: a tensor (B, ...), a dict (its arguments by name) or a tuple of arguments; of its tensors
+    only shapes and types matter, and the first one's B is the number of images. The model is left
+    as it is and may lie on any device; one that does not run without data is copied and run once
+    where it lies.
+
+    experts_per_image: where `needs_measured_experts`, how many experts an image touches on average,
+    summed over all MoE layers and with shared experts counted (the column of ViMoE's Table 4);
+    spread evenly over the layers. MACs do not depend on it. loads: of each MoE layer, shallow to
+    deep, the share of the assignments by expert: experts of unequal width then count by it.
+    unserved: of each MoE layer the share of a token's choices that no expert computes. It lowers
+    the MACs of a `PrunedLayer` alone, whose router still chooses experts that are gone, and without
+    it these MACs are not known. Raises ValueError for an input that the model does not take.
     """
-    twin = _twin(model)
-    layers = _replaced_by_stands(twin)
-    stands = {name: twin.get_submodule(name) for name in layers}
-    ledger = Ledger(twin)
-    # The math path writes attention as two plain products, the only form that torch's counter sees
-    # on every device.
-    with (
-        torch.no_grad(),
-        sdpa_kernel(SDPBackend.MATH),
-        FlopCounterMode(display=False) as torch_count,
-        ledger,
-    ):
-        _run(twin, images, image_size)
-    agree(ledger, torch_count)
-
-    rows = _behind_masks(twin, _dense_rows(twin, ledger))
+    given = given_images(model, image_size, images, example)
+    seen = run(model, given)
+    rows = _behind_masks(seen.twin, _dense_rows(seen.twin, seen.ledger))
     share = None
     if experts_per_image is not None:
-        _check_share(experts_per_image, list(layers.values()))
-        share = experts_per_image / len(layers)
-    for i, (name, layer) in enumerate(layers.items()):
-        tokens = math.prod(stands[name].shape[:-1])  # (B, ..., D)
+        _check_share(experts_per_image, list(seen.layers.values()))
+        share = experts_per_image / len(seen.layers)
+    for i, (name, layer) in enumerate(seen.layers.items()):
         served = 1
         if isinstance(layer, PrunedLayer):
             served = None if unserved is None else 1 - unserved[i]
         load = None if loads is None else loads[i]
-        rows += _moe_rows(name, layer, _Seen(images, tokens, share, load, served))
+        rows += _moe_rows(
+            name, layer, _OfLayer(given.images, seen.tokens(name), share, load, served)
+        )
     order = {name: at for at, (name, _) in enumerate(model.named_modules())}
-    return Cost(tuple(sorted(rows, key=lambda row: order[row.module])), images)
+    return Cost(tuple(sorted(rows, key=lambda row: order[row.module])), given.images)
 
 
 def check_capacity(model: nn.Module, image_size: int, images: int) -> None:
@@ -100,14 +77,12 @@ def check_capacity(model: nn.Module, image_size: int, images: int) -> None:
 
     Every such factor does the same, as an expert serves at least one. images: of the largest batch.
     """
-    twin = _twin(model)
-    layers = _replaced_by_stands(twin)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, MoELayer)}
     if all(getattr(layer.router, "capacity_factor", None) is None for layer in layers.values()):
         return
-    with torch.no_grad():
-        _run(twin, 1, image_size)
+    seen = run(model, given_images(model, image_size, 1, None))
     for name, layer in layers.items():
-        router, tokens = layer.router, math.prod(twin.get_submodule(name).shape[:-1]) * images
+        router, tokens = layer.router, seen.tokens(name) * images
         smallest = router.experts / (router.top_k * tokens)
         if router.capacity_factor < smallest:
             raise ValueError(
@@ -127,8 +102,8 @@ def needs_measured_experts(model: nn.Module) -> bool:
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What one MoE layer saw, and what was measured of it."""
+class _OfLayer:
+    """What came to one MoE layer, and what was measured of it."""
 
     images: int
     tokens: int  # of all images
@@ -137,80 +112,32 @@ class _Seen:
     served: float | None  # share of the choices that an expert computes; None: not measured
 
 
-class _Stand(nn.Module):
-    """Stands in the place of a MoE layer: keeps the input's shape and lets the input through."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.shape = tuple(x.shape)
-        return x
-
-
-def _replaced_by_stands(twin: nn.Module) -> dict[str, MoELayer]:
-    """Puts stands in the places of MoE layers, which it returns by name."""
-    layers = {n: module for n, module in twin.named_modules() if isinstance(module, MoELayer)}
-    for name in layers:
-        twin.set_submodule(name, _Stand())
-    return layers
-
-
-def _run(twin: nn.Module, images: int, image_size: int) -> None:
-    """Runs a model on the meta device. Raises ValueError for images that it cannot take, or that
-    are so large that their bytes cannot be counted."""
-    channels = next((m.in_channels for m in twin.modules() if isinstance(m, nn.Conv2d)), 3)
-    try:
-        twin(torch.empty(images, channels, image_size, image_size, device="meta"))
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(
-            f"{type(twin).__name__} does not run on image_size={image_size}: "
-            f"{str(error).splitlines()[0] if str(error) else 'it takes other sizes'}"
-        ) from error
-
-
-def _twin(model: nn.Module) -> nn.Module:
-    """Copies a model, in evaluation mode, to the meta device: all the structure, no memory."""
-    memo = {
-        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()
-    }
-    memo |= {id(b): b.detach().to("meta") for b in model.buffers()}
-    return copy.deepcopy(model, memo).eval()
-
-
 def _dense_rows(twin: nn.Module, ledger: Ledger) -> list[Row]:
-    """Makes the rows of all modules outside of MoE layers."""
-    rows, unknown = [], []
+    """Makes the rows of all modules outside of MoE layers, and of shared experts.
+
+    A parameter that several modules share is stored once, by the first.
+    """
+    rows, counted = [], set()
     for name, module in twin.named_modules():
-        stored = sum(p.numel() for p in module.parameters(recurse=False))
-        if isinstance(module, nn.LayerNorm):
-            kind = "norm"
-        elif isinstance(module, nn.Linear):
-            kind = "linear"
-        elif isinstance(module, nn.Conv2d):
-            kind = "patch" if name.startswith(("patch_embed.", "stem.")) else "conv"
-        elif stored and not _elementwise(module):
-            unknown.append(f"{name or 'the model itself'} ({type(module).__name__})")
-            continue
-        else:
-            kind = "other"
+        parameters = {id(p): p for p in module.parameters(recurse=False) if id(p) not in counted}
+        counted |= parameters.keys()
+        stored = sum(p.numel() for p in parameters.values())
+        macs, elements = ledger.macs.get(name, 0), ledger.elements.get(name, 0)
         if name in ledger.attention:
             rows.append(Row(name, "attention", 0, 0, ledger.attention[name]))
-        if stored or name in ledger.elements:
-            rows.append(
-                Row(
-                    name,
-                    kind,
-                    stored,
-                    stored,
-                    ledger.macs.get(name, 0),
-                    ledger.elements.get(name, 0),
-                )
-            )
-    if unknown:
-        raise ValueError(
-            f"modules with parameters that cost.count does not know: {'; '.join(unknown)}. Known "
-            "are Linear, Conv2d, LayerNorm, MoELayer and "
-            f"{', '.join(sorted(ELEMENTWISE))} of timm"
-        )
+        if stored or macs or elements:
+            rows.append(Row(name, _kind(name, module, macs), stored, stored, macs, elements))
     return rows
+
+
+def _kind(name: str, module: nn.Module, macs: int) -> str:
+    """Names the kind of a module by what it does with its parameters."""
+    if isinstance(module, nn.LayerNorm):
+        return "norm"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "patch" if name.startswith(("patch_embed.", "stem.")) else "conv"
+    # a module that multiplies by parameters of its own does what a linear map does
+    return "linear" if macs or isinstance(module, nn.Linear) else "other"
 
 
 def _behind_masks(twin: nn.Module, rows: Sequence[Row]) -> list[Row]:
@@ -239,61 +166,82 @@ def _behind_masks(twin: nn.Module, rows: Sequence[Row]) -> list[Row]:
     return lowered
 
 
-def _elementwise(module: nn.Module) -> bool:
-    """Says whether a module's parameters are only added or multiplied elementwise."""
-    return any(
-        c.__name__ in ELEMENTWISE or f"{c.__module__}.{c.__qualname__}" in ELEMENTWISE
-        for c in type(module).__mro__
-    )
+def _moe_rows(name: str, layer: MoELayer, seen: _OfLayer) -> list[Row]:
+    """Makes the rows of one MoE layer: router, experts, and what no product reads.
 
-
-def _moe_rows(name: str, layer: MoELayer, seen: _Seen) -> list[Row]:
-    """Makes the rows of one MoE layer: router, experts, shared expert."""
-    if type(layer.experts) not in (Experts, SharedExperts):
-        kind = type(layer.experts).__name__
-        raise ValueError(
-            f"{name}: cost.count does not know the experts {kind}, but Experts and SharedExperts: "
-            "add their rows there"
-        )
+    The rows of its shared expert are those of any module.
+    """
     rows = [
         *_router_rows(f"{name}.router", layer.router, seen),
         *_expert_rows(f"{name}.experts", layer, seen),
-        *_shared_rows(f"{name}.shared", layer.shared, seen),
     ]
-    outside = sum(p.numel() for p in layer.parameters()) - sum(
-        p.numel() for p in layer.router.parameters()
-    )
-    if sum(row.stored for row in rows) != outside + layer.router.stored_numbers():
-        raise ValueError(
-            f"{name}: parameters beside router, fc1 and fc2 (an activation with parameters?) have "
-            "no row in cost.count"
-        )
-    return rows
+    elsewhere = [*layer.router.parameters()]
+    if layer.shared is not None:
+        elsewhere += layer.shared.parameters()
+    elsewhere_ids = {id(parameter) for parameter in elsewhere}
+    of_experts = sum(p.numel() for p in layer.parameters() if id(p) not in elsewhere_ids)
+    rest = of_experts - sum(row.stored for row in rows if row.kind == "linear")
+    return [*rows, Row(name, "other", rest, rest)] if rest else rows
 
 
-def _router_rows(name: str, router: Router, seen: _Seen) -> list[Row]:
+def _router_rows(name: str, router: Router, seen: _OfLayer) -> list[Row]:
     """Makes the router's own row, none for a router that neither stores nor computes anything."""
     stored, macs = router.stored_numbers(), router.decision_macs(seen.tokens, seen.images)
     return [Row(name, "router", stored, stored, macs)] if stored or macs else []
 
 
-def _expert_rows(name: str, layer: MoELayer, seen: _Seen) -> list[Row]:
-    """Makes a row each for the first and the second maps of all routed experts."""
-    experts, router, rows = layer.experts, layer.router, []
-    passed = None
-    if seen.served is not None:
-        passed = router.expert_rows(seen.tokens, seen.images) * seen.served
+def _expert_rows(name: str, layer: MoELayer, seen: _OfLayer) -> list[Row]:
+    """Makes a row for each stack of matrices of the routed experts."""
+    router, experts = layer.router, layer.experts
     touched = router.experts_per_image()
     if touched is None and seen.experts_per_image is not None:
         touched = seen.experts_per_image - (layer.shared is not None)
-    width, hidden = experts.width, _mean_hidden(experts, seen.load)
-    for part, numbers_of_one in (("fc1", hidden * (width + 1)), ("fc2", hidden * width + width)):
+    if not getattr(experts, "token_wise", True):  # each runs on all tokens of an image
+        passed = seen.tokens * (experts.experts if touched is None else touched)
+    elif seen.served is None:
+        passed = None
+    else:
+        passed = router.expert_rows(seen.tokens, seen.images) * seen.served
+    rows = []
+    for part in _parts(experts, seen.load):
+        active = None if touched is None else min(part.stored, touched * part.numbers_of_one)
+        macs = None if passed is None else round(passed * part.macs_of_a_row)
+        rows.append(Row(f"{name}{part.name}", "linear", part.stored, active, macs))
+    return rows
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a stack of matrices holds, of all experts and of one, and what a row of one costs."""
+
+    name: str  # what follows the name of the experts
+    stored: int
+    numbers_of_one: float
+    macs_of_a_row: float
+
+
+def _parts(experts: nn.Module, load: Sequence[float] | None) -> list[_Part]:
+    """Takes experts apart into their stacks.
+
+    Whole copies of a module are one part: a row passes each matrix of a copy once, a convolution's
+    at each of its places.
+    """
+    if not isinstance(experts, Experts):
+        parameters = list(experts.parameters())
+        matrices = [p for p in parameters if sum(length > 1 for length in p.shape) > 1]
+        stored, products = (sum(p.numel() for p in some) for some in (parameters, matrices))
+        return [_Part("", stored, stored / experts.experts, products / experts.experts)]
+    width, hidden = experts.width, _mean_hidden(experts, load)
+    rows = hidden * getattr(experts, "rows_of_neuron", 1)  # two where experts are gated
+    parts = []
+    for part, of_one, macs in (
+        ("fc1", rows * (width + 1), rows * width),
+        ("fc2", hidden * width + width, hidden * width),
+    ):
         stack = getattr(experts, part)
         stored = stack.weight.numel() + stack.bias.numel()
-        active = None if touched is None else min(stored, touched * numbers_of_one)
-        macs = None if passed is None else round(passed * hidden * width)
-        rows.append(Row(f"{name}.{part}", "linear", stored, active, macs))
-    return rows
+        parts.append(_Part(f".{part}", stored, of_one, macs))
+    return parts
 
 
 def _mean_hidden(experts: Experts, load: Sequence[float] | None) -> float:
@@ -304,17 +252,6 @@ def _mean_hidden(experts: Experts, load: Sequence[float] | None) -> float:
     if not rest:
         return mean  # a whole number, which keeps all counts whole
     return sum(1 / experts.experts * h for h in experts.widths)
-
-
-def _shared_rows(name: str, shared: nn.Module | None, seen: _Seen) -> list[Row]:
-    """Makes a row each for the two maps of the shared expert, if there is one."""
-    rows = []
-    for part in ("fc1", "fc2") if shared is not None else ():
-        linear = getattr(shared, part)
-        stored = sum(p.numel() for p in linear.parameters())
-        macs = seen.tokens * linear.weight.numel()
-        rows.append(Row(f"{name}.{part}", "linear", stored, stored, macs))
-    return rows
 
 
 def _fewest(layer: MoELayer) -> int:

@@ -36,13 +36,15 @@ class Row:
 class Cost:
     """Holds the rows of a model, and sums them up.
 
-    Own rule for MACs: linear layers, convolutions, patch embedding, attention products and routers,
-    one multiply-add each; a MoE layer counts the K experts (and the shared one) that a token
-    passes, as if no capacity refused any; after experts were dropped without rerouting those that
-    it measurably passes. Behind a `ChannelMask` the second map counts the neurons that stay. Among
-    experts of unequal width each one passed, or touched by an image, counts as their mean: which
-    ones it is, only data decide. Where all are passed equally often (all experts, expert choice,
-    Soft MoE) that is exact.
+    Own rule for MACs: every product (linear layers, convolutions, attention, whatever a model
+    multiplies by parameters of its own) and every router, one multiply-add each. Elementwise work,
+    as that of norms and layer scales, is not counted. A MoE layer counts the K experts (and the
+    shared one) that a token passes, as if no capacity refused any; after experts were dropped
+    without rerouting those that it measurably passes. An expert that sees whole images computes all
+    tokens of each that touches it: without a measurement, of every one. Behind a `ChannelMask` the
+    second map counts the neurons that stay. Among experts of unequal width each one passed, or
+    touched by an image, counts as their mean: which ones it is, only data decide. Where all are
+    passed equally often (all experts, expert choice, Soft MoE) that is exact.
     """
 
     rows: tuple[Row, ...]

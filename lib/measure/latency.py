@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..pruning.neurons.removal import remove
-from .timing import compare
+from .timing import Latency, compare
+
+
+def latencies(
+    models: Mapping[str, nn.Module], images: Tensor | Mapping[str, Tensor], repeats: int = 20
+) -> dict[str, Latency]:
+    """Times a forward pass over a batch, of several models in turn, after three that warm up.
+
+    images: a batch for all, or one for each by name. Raises ValueError for less than 20 repeats.
+    """
+    of_models = images if isinstance(images, Mapping) else dict.fromkeys(models, images)
+    calls = {name: partial(model, of_models[name]) for name, model in models.items()}
+    with torch.inference_mode():
+        return compare(calls, repeats)
 
 
 def forward_ms(models: Mapping[str, nn.Module], images: Tensor) -> dict[str, float]:
     """Measures the median time in ms of a forward pass over a batch, of several models in turn."""
-    calls = {name: lambda model=model: model(images) for name, model in models.items()}
-    with torch.inference_mode():
-        return {name: time.median for name, time in compare(calls).items()}
+    return {name: time.median for name, time in latencies(models, images).items()}
 
 
 def static_counterpart(dense: nn.Module, layers: Sequence[Mapping[str, Any]]) -> nn.Module:

@@ -1,88 +1,89 @@
-"""Books the multiply-adds of a forward pass, product by product, and checks them against torch.
+"""Books the multiply-adds of a forward pass, product by product, under the modules they belong to.
 
-A product is booked as it is called, under the module that owns its weight. Torch's own counter runs
-along: a product that was not booked is an error, never a gap.
+Products are seen where torch hands them to a device, so whatever a model calls (a layer, `@`,
+einsum, attention) is booked by the rule that torch's own counter has for it.
 """
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
-from torch import nn
-from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+# Products of a vector, for which torch's counter has no rule: a multiply-add for each number of
+# the matrix (or of the first vector), which stands at this place among the arguments.
+OF_VECTORS = {aten.mv: 0, aten.addmv: 1, aten.dot: 0, aten.vdot: 0}
+# Products of a matrix an image (and head). Where no factor is a parameter both depend on the image.
+BATCHED = (aten.bmm, aten.baddbmm)
 
 
-class Ledger(TorchFunctionMode):
-    """Books each product under the module that owns its weight, or that runs it if none does."""
+class Ledger(TorchDispatchMode):
+    """Books each product under the module that owns its weight, or that runs it if none does.
+
+    macs: multiply-adds by module. attention: likewise, where both factors depend on the image.
+    elements: of the inputs of LayerNorms, by module. A weight is known by its memory, so its views
+    are, too; one that was computed from parameters belongs to the module that runs the product. A
+    parameter that several modules share belongs to the first. The hooks stay in `twin`.
+    """
 
     def __init__(self, twin: nn.Module):
         super().__init__()
         self.macs: dict[str, int] = {}
         self.attention: dict[str, int] = {}
         self.elements: dict[str, int] = {}
-        self.root = type(twin).__name__
-        self._owner = {
-            id(p): name
-            for name, module in twin.named_modules()
-            for p in module.parameters(recurse=False)
-        }
+        self._owner: dict[int, str] = {}
+        for name, module in twin.named_modules():
+            for parameter in module.parameters(recurse=False):
+                self._owner.setdefault(_memory(parameter), name)
         self._running: list[str] = [""]
         for name, module in twin.named_modules():
             module.register_forward_pre_hook(lambda *_, name=name: self._running.append(name))
             module.register_forward_hook(lambda *_: self._running.pop() and None)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        kind = getattr(func, "__name__", "")
-        given = list(args) + list((kwargs or {}).values())
-        if kind == "linear":
-            self._book(given[1], math.prod(out.shape) * given[0].shape[-1])
-        elif kind == "conv2d":
-            self._book(given[1], math.prod(out.shape) * math.prod(given[1].shape[1:]))
-        elif kind in ("matmul", "__matmul__", "bmm", "mm"):
-            self._book(given[1], math.prod(out.shape) * given[0].shape[-1])
-        elif kind == "scaled_dot_product_attention":
-            q, k, v = given[:3]
-            self._book(None, math.prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1]))
-        elif kind == "layer_norm":
-            weight = (kwargs or {}).get("weight", args[2] if len(args) > 2 else None)
-            self._add(
-                self.elements, self._owner.get(id(weight), self._running[-1]), given[0].numel()
-            )
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        kind = func.overloadpacket
+        if kind not in flop_registry and kind not in OF_VECTORS and kind != aten.native_layer_norm:
+            # An operation without a rule may be made of others that have one.
+            with self:
+                out = func.decompose(*args, **kwargs)
+            return func(*args, **kwargs) if out is NotImplemented else out
+        out = func(*args, **kwargs)
+        if kind == aten.native_layer_norm:
+            owner = self._owner_among(args[2:3]) or self._running[-1]
+            _add(self.elements, owner, args[0].numel())
+        elif kind in OF_VECTORS:
+            self._book(kind, args, args[OF_VECTORS[kind]].numel())
+        else:
+            # torch counts the two operations of a multiply-add apart
+            self._book(kind, args, flop_registry[kind](*args, **kwargs, out_val=out) // 2)
         return out
 
-    def _book(self, weight, macs: int) -> None:
-        owner = self._owner.get(id(weight))
-        if owner is None:
-            self._add(self.attention, self._running[-1], macs)
+    def _book(self, kind: Any, args: tuple[Any, ...], macs: int) -> None:
+        # A weight is mostly the last factor, as in x @ w. Where it was computed, the bias that
+        # addmm and convolution take along tells the owner; what attention adds is no such bias.
+        factors = args[1:] if kind == aten.baddbmm else args
+        owner = self._owner_among(reversed(factors))
+        if owner is None and (kind in BATCHED or "attention" in str(kind)):
+            _add(self.attention, self._running[-1], macs)
         else:
-            self._add(self.macs, owner, macs)
+            _add(self.macs, self._running[-1] if owner is None else owner, macs)
 
-    @staticmethod
-    def _add(book: dict[str, int], name: str, amount: int) -> None:
-        book[name] = book.get(name, 0) + amount
+    def _owner_among(self, args: Any) -> str | None:
+        """Names the module that owns the first of these tensors that is a parameter."""
+        tensors = (arg for arg in args if isinstance(arg, Tensor))
+        owners = (self._owner.get(_memory(tensor)) for tensor in tensors)
+        return next((owner for owner in owners if owner is not None), None)
 
 
-def agree(ledger: Ledger, torch_count: FlopCounterMode) -> None:
-    """Raises ValueError if torch's counter, which sees all products, saw some that have no row."""
-    booked = sum(ledger.macs.values()) + sum(ledger.attention.values())
-    if 2 * booked == torch_count.get_total_flops():
-        return
-    suspects = []
-    for path, ops in torch_count.get_flop_counts().items():
-        name = path.removeprefix(ledger.root).removeprefix(".")
-        inside = sum(
-            macs
-            for book in (ledger.macs, ledger.attention)
-            for owner, macs in book.items()
-            if owner == name or owner.startswith(f"{name}.") or not name
-        )
-        if path != "Global" and 2 * inside != sum(ops.values()):
-            suspects.append(
-                f"{name or ledger.root} ({', '.join(str(op).removeprefix('aten.') for op in ops)})"
-            )
-    raise ValueError(
-        f"products that cost.count cannot book, innermost last: {'; '.join(suspects)}. "
-        "Add the function to Ledger in lib/measure/ledger.py, with a test against its formula"
-    )
+def _memory(tensor: Tensor) -> int:
+    """Identifies the memory of a tensor, which its views share, on the meta device too."""
+    return tensor.untyped_storage()._cdata
+
+
+def _add(book: dict[str, int], name: str, amount: int) -> None:
+    book[name] = book.get(name, 0) + amount

@@ -19,6 +19,19 @@ MIB = 2**20
 MOMENTS = 2  # that AdamW keeps of each trained weight
 
 
+def stored_bytes(model: nn.Module) -> int:
+    """Counts the bytes of the tensors in a model's state, of which a saved file consists.
+
+    Tensors that share their memory whole (tied weights) are stored once.
+    """
+    stored = {}
+    for tensor in model.state_dict().values():
+        if isinstance(tensor, Tensor):
+            at = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape)
+            stored[at] = tensor.numel() * tensor.element_size()
+    return sum(stored.values())
+
+
 def step_mib(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, float]:
     """Counts the MiB that a training step holds at its fullest moment, after the forward pass.
 

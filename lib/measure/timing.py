@@ -37,11 +37,12 @@ def peak_rss_mib(reset: bool = False) -> float:
 
 @dataclass(frozen=True)
 class Latency:
-    """Wall time of one call in ms: median, and the 5 %, 25 %, 75 % and 95 % quantiles over
+    """Wall time of one call in ms: median, and the 5 %, 10 %, 25 %, 75 % and 95 % quantiles over
     `repeats` calls."""
 
     median: float
     q05: float
+    q10: float
     q25: float
     q75: float
     q95: float
@@ -59,8 +60,7 @@ def compare(
     and finds its weights in the cache as far as they fit there; without settling it follows its
     rival. Raises ValueError for fewer repeats.
     """
-    if repeats < 20:
-        raise ValueError(f"repeats={repeats} is too few for a median with quantiles: at least 20")
+    check_repeats(repeats)
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(warmup + repeats):
         for name, fn in candidates.items():
@@ -75,9 +75,17 @@ def compare(
     return {name: _summary(values) for name, values in times.items()}
 
 
+def check_repeats(repeats: int) -> None:
+    """Raises ValueError for fewer than 20 timed calls."""
+    if repeats < 20:
+        raise ValueError(f"repeats={repeats} is too few for a median with quantiles: at least 20")
+
+
 def _summary(values: list[float]) -> Latency:
+    # the k-th of these 19 cuts is the quantile of 5 k percent
     cuts = statistics.quantiles(values, n=20, method="inclusive")
-    return Latency(statistics.median(values), cuts[0], cuts[4], cuts[14], cuts[18], len(values))
+    low, high = (cuts[0], cuts[1], cuts[4]), (cuts[14], cuts[18])
+    return Latency(statistics.median(values), *low, *high, len(values))
 
 
 def _synchronize() -> None:

@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..paths import ROOT
+from ..paths import ROOT, need_checkout
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -100,6 +100,7 @@ def _key(path: Path, folder: Path) -> str:
 
 def source(key: str) -> Path:
     """Returns the path of the source notebook of a key, checked to exist."""
+    need_checkout("a page of the book")
     path = ROOT / "notebooks" / f"{key}.ipynb"
     if not path.is_file():
         raise NotebookError(f"no notebook {key!r}: notebooks/{key}.ipynb is not there")

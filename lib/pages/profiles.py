@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ..paths import ROOT
+from ..paths import ROOT, need_checkout
 from .parameters import (
     NotebookError,
     Parameter,
@@ -52,7 +52,8 @@ asked: dict[tuple[str, str], dict[str, Any]] = {}
 class Profile:
     """Holds the parameters of one notebook under one profile, as attributes.
 
-    Read-only; an unknown name is an error.
+    `of_base` holds those that were given by hand and change the base run, but for the device: a
+    page that reads the runs of another hands them on. Read-only; an unknown name is an error.
     """
 
     def __init__(self, notebook: str, values: Mapping[str, Any]) -> None:
@@ -103,6 +104,7 @@ def profile_table(name: str) -> dict[str, dict[str, Any]]:
 
     `defaults` holds values that notebooks share, `base` and `base/...` the runs that grids vary.
     """
+    need_checkout("a profile")
     path = ROOT / "notebooks" / "profiles" / f"{check_profile(name)}.yaml"
     if not path.is_file():
         raise NotebookError(f"profile {name!r} has no file notebooks/profiles/{name}.yaml")
@@ -173,7 +175,12 @@ def profile(notebook: str, name: str | Mapping[str, Any], /, **given: Any) -> Pr
     by_hand = {field for field, value in overrides.items() if value != defaults.get(field)}
     if not by_hand - {"profile"}:  # values given by hand belong to no page of the book
         asked[notebook, name] = dict(values)
-    return Profile(notebook, values)
+    of_base = {
+        field: value
+        for field, value in overrides.items()
+        if field in BASE_FIELDS and field not in defaults and field != "device"
+    }
+    return Profile(notebook, values | {"of_base": of_base})
 
 
 def _check_entry(

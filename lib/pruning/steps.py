@@ -9,29 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.step import Step, StepInputs, StepResult
 from ..routers.group import GroupRouter
-from ..routers.manual import labelled
 from ..spec import DropSpec, PruneSpec, RunSpec, class_groups
-from .experts import dropping, merging, scores
+from .experts import dropping, scores
+from .experts.drop import drop
 from .neurons.calibration import calibration
-from .neurons.groups import (
-    groups_of,
-    parts_in,
-    prunable,
-    shapes_of,
-    supported,
-    weights_of_groups,
-)
+from .neurons.groups import groups_of, prunable, shapes_of
 from .neurons.masks import mask_weights
-from .neurons.order import keep_in_one_order
-from .neurons.removal import fit_shapes, remove
-from .neurons.scores import Batches, cut_size, expert_scores, keep_indices, neuron_scores
+from .neurons.prune import groups_that_stay, labelled_loss, parts_of, pools, prune
+from .neurons.removal import fit_shapes
+from .neurons.scores import Batches, cut_size
 
-MERGING = {"dern": merging.dern, "merge": merging.merge_similar}
 DROP_BATCH = 64  # calibration images at a time
 
 
@@ -48,17 +39,19 @@ class PruneStep(Step):
     def check(self, model: nn.Module, spec: RunSpec) -> None:
         """Raises ValueError if a layer cannot be pruned or the share would leave one without
         neurons."""
-        shapes = shapes_of(prunable(model, self._parts(model)))
-        if not self.rules.structured:
+        rules = self.rules
+        shapes = shapes_of(prunable(model, parts_of(model, rules)))
+        if not rules.structured:
             return
-        if self.rules.order == "model":
-            for pool in self._pools(model):
+        if rules.order == "model":
+            for pool in pools(model, rules):
                 pool_shapes = shapes_of(prunable(model, pool))
-                self._staying(model, {name: torch.zeros(s) for name, s in pool_shapes.items()})
+                any_scores = {name: torch.zeros(shape) for name, shape in pool_shapes.items()}
+                groups_that_stay(model, rules, any_scores)
             return
         for name, shape in shapes.items():
             try:
-                cut_size(shape[-1], self.rules.share)
+                cut_size(shape[-1], rules.share)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
 
@@ -69,7 +62,7 @@ class PruneStep(Step):
         whose tokens are forced through it. Then the rest, on class-balanced images that the routers
         send where they like (Leiden thesis, its order). Raises ValueError as the scores do.
         """
-        rules, parts = self.rules, self._parts(model)
+        rules, parts = self.rules, parts_of(model, self.rules)
         generator = torch.Generator().manual_seed(inputs.spec.seed)
         balanced = self._balanced(inputs, generator)
         of_experts = None
@@ -77,19 +70,18 @@ class PruneStep(Step):
             of_experts = self._of_experts(model, inputs, balanced, generator)
         if not rules.structured:
             masks = mask_weights(
-                model, balanced, rules.share, batches_of_expert=of_experts, parts=parts, loss=_loss
+                model,
+                balanced,
+                rules.share,
+                batches_of_expert=of_experts,
+                parts=parts,
+                loss=labelled_loss,
             )
             before = sum(mask.numel() for mask in masks.values())
             after = sum(int(mask.sum()) for mask in masks.values())
             return StepResult({"before": before, "after": after}, masks)
         before = self._prunable_weights(model)
-        options = {"kind": rules.kind, "loss": _loss, "generator": generator}
-        for pool in self._pools(model):
-            if pool == ("experts",):
-                scores_by_name = expert_scores(model, of_experts, **options)
-            else:
-                scores_by_name = neuron_scores(model, balanced, parts=pool, **options)
-            remove(model, self._staying(model, scores_by_name))
+        prune(model, rules, balanced, of_experts=of_experts, generator=generator)
         return StepResult({"before": before, "after": self._prunable_weights(model)})
 
     def fit(self, model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
@@ -105,28 +97,9 @@ class PruneStep(Step):
             return size
         return None if rules.order == "model" else size - cut_size(size, rules.share)
 
-    def _parts(self, model: nn.Module) -> tuple[str, ...]:
-        """The parts that are pruned: those asked for, else all that the model has."""
-        return parts_in(model) if self.rules.parts is None else self.rules.parts
-
-    def _pools(self, model: nn.Module) -> list[tuple[str, ...]]:
-        """The parts that are pruned together, in the order in which they are pruned."""
-        parts = self._parts(model)
-        pools = [("experts",) if "experts" in parts else ()]
-        pools.append(tuple(part for part in parts if part != "experts"))
-        return [pool for pool in pools if pool]
-
-    def _staying(self, model: nn.Module, scores_by_name: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The groups that the rules leave, by name of a set."""
-        share = self.rules.share
-        if self.rules.order == "model":
-            sizes = weights_of_groups(supported(model))
-            return keep_in_one_order(scores_by_name, sizes, share)
-        return {name: keep_indices(score, share) for name, score in scores_by_name.items()}
-
     def _prunable_weights(self, model: nn.Module) -> int:
         """How many single weights and biases belong to what may be removed."""
-        modules = prunable(model, self._parts(model))
+        modules = prunable(model, parts_of(model, self.rules))
         return sum(
             tensor.numel()
             for name, module in modules.items()
@@ -186,18 +159,8 @@ class DropStep(Step):
         every_class = [range(inputs.classes)]
         [index] = calibration(inputs.images.labels, every_class, rules.images, generator)
         images = [_batch(inputs, part)[0] for part in index.split(DROP_BATCH)]
-        if rules.score in MERGING:
-            MERGING[rules.score](model, images, rules.share)
-            return StepResult({"scores": {}})
-        scores_by_layer = scores.scores(
-            model,
-            rules.score,
-            before=inputs.state_of(inputs.spec.init.init) if rules.compares else None,
-            calibration=scores.calibrate(model, images) if rules.score in scores.MEASURED else None,
-            generator=generator,
-        )
-        best = _best_experts(model, scores_by_layer, rules.share)
-        dropping.drop_experts(model, best, rules.missing)
+        before = inputs.state_of(inputs.spec.init.init) if rules.compares else None
+        scores_by_layer = drop(model, rules, images, before=before, generator=generator).scores
         return StepResult({"scores": {name: s.tolist() for name, s in scores_by_layer.items()}})
 
     def fit(self, model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
@@ -224,22 +187,6 @@ class DropStep(Step):
         return scores.remaining(size, self.rules.share) if part == "whole_experts" else size
 
 
-def _best_experts(
-    model: nn.Module, scores_by_layer: Mapping[str, Tensor], share: float
-) -> dict[str, Tensor]:
-    """{layer: experts that stay}: the best of each layer, of an ensemble those of each member."""
-    router = next(iter(dropping.routed(model).values())).router
-    if not isinstance(router, GroupRouter):
-        return scores.keep_by_score(scores_by_layer, share)
-    best: dict[str, list[Tensor]] = {name: [] for name in scores_by_layer}
-    for member in range(router.members):
-        experts = (router.group.cpu() == member).nonzero()[:, 0]
-        scores_of_member = {name: score[experts] for name, score in scores_by_layer.items()}
-        for name, index in scores.keep_by_score(scores_of_member, share).items():
-            best[name].append(experts[index])
-    return {name: torch.cat(parts) for name, parts in best.items()}
-
-
 def _as_many(router: nn.Module, experts: int, member_of_expert: Tensor | None) -> Tensor:
     """(E',) any experts, as many as are left, of an ensemble as many of each member: their weights
     are loaded over."""
@@ -257,8 +204,3 @@ def _batch(inputs: StepInputs, index: Tensor) -> tuple[Tensor, Tensor]:
     device = inputs.spec.device
     images = inputs.images.batch(index, inputs.spec)
     return images.to(device), inputs.images.labels[index].to(device)
-
-
-def _loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    with labelled(model, labels):  # the warm-up of experts routes by class
-        return F.cross_entropy(model(images), labels)

@@ -8,9 +8,10 @@ T, or B if one decision serves a whole image.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Self
+from inspect import Parameter, signature
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -136,11 +137,74 @@ class Router(nn.Module, ABC):
         mine = self.state_dict()
         return {name: parent.get(name, tensor) for name, tensor in mine.items()}
 
+    # ---- a file that says which router it holds
+
+    def settings(self) -> dict[str, Any]:
+        """Returns what the class is called with to make such a router, in numbers and words.
+
+        Weights are no settings. Raises ValueError if the router does not keep what its constructor
+        takes, under the same names.
+        """
+        names = _arguments_of(type(self)) - {"generator"}
+        if absent := [name for name in names if not hasattr(self, name)]:
+            raise ValueError(
+                f"a {type(self).__name__} cannot be described: its constructor takes "
+                f"{', '.join(sorted(absent))}, which it does not keep under that name: give the "
+                "class `settings` and `with_settings` of its own"
+            )
+        return {name: getattr(self, name) for name in sorted(names)}
+
+    @classmethod
+    def with_settings(cls, settings: Mapping[str, Any], act: nn.Module | None) -> Self:
+        """Makes the router that `settings` describe; its weights come from a state.
+
+        act: activation of the MLP in whose place the layer stands.
+        """
+        return cls(**settings)
+
     def serve(
         self, experts: Callable[[Tensor, Routing], Tensor], rows: Tensor, routing: Routing
     ) -> Tensor:
         """Carries out a Routing of this router: rows, (T, D) -> outputs of the experts, (T, D)."""
         return experts(rows, routing)
+
+    # ---- the same by operations of fixed shapes, which exporters can follow
+
+    def factors(self, x: Tensor) -> Tensor:
+        """Gives every token of x, (B, N, D), its factor on the output of every expert: (T, E), 0
+        where it does not go.
+
+        No shape may depend on data. Raises ValueError for a router that cannot do so.
+        """
+        routing = self(x)
+        blank = routing.weight.new_zeros(x.shape[0] * x.shape[1], self.experts)
+        return blank.index_put((routing.token, routing.expert), routing.weight, accumulate=True)
+
+    def serve_all(self, experts: Sequence[Callable[[Tensor], Tensor] | None], x: Tensor) -> Tensor:
+        """Sums the outputs of all experts on all tokens of x, (B, N, D), by `factors`: (T, D).
+
+        experts: each maps rows to rows; None where an expert was dropped.
+        """
+        rows, factors = x.reshape(-1, x.shape[-1]), self.factors(x).to(x.dtype)
+        out = torch.zeros_like(rows)
+        for expert, factor in zip(experts, factors.unbind(1), strict=True):
+            if expert is not None:
+                out = out + expert(rows) * factor.unsqueeze(1)
+        return out
+
+
+def _arguments_of(router: type[Router]) -> set[str]:
+    """Names what the constructor of a router takes, and of its parent where it hands options on."""
+    names: set[str] = set()
+    for kind in router.__mro__:
+        parameters = signature(kind).parameters.values()
+        options = {
+            parameter.name for parameter in parameters if parameter.kind == Parameter.VAR_KEYWORD
+        }
+        names |= {parameter.name for parameter in parameters} - options
+        if not options:
+            break
+    return names
 
 
 class LinearRouter(Router):
@@ -164,6 +228,11 @@ class LinearRouter(Router):
         self.weight = nn.Parameter(torch.empty(experts, width))
         self.reset(generator)
 
+    @property
+    def width(self) -> int:
+        """Returns D."""
+        return self.weight.shape[1]
+
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None = None) -> None:
         """Draws the weight anew, normal with `std`; zeros leave ties, which a choice breaks by
@@ -183,7 +252,7 @@ class LinearRouter(Router):
         # (Switch, section 2.4).
         with torch.autocast(rows.device.type, enabled=False):
             logits = rows.float() @ self.weight.float().t()
-        reachable = self.reachable(len(rows))
+        reachable = self.reachable(rows.shape[0])
         noisy_logits = logits
         if self.training and self.noise:
             count = self.experts if reachable is None else reachable.sum(dim=-1, keepdim=True)
@@ -211,7 +280,7 @@ def renormalised(gates: Tensor, total: Tensor, log_quotient: Callable[[], Tensor
     to which total broadcasts.
     """
     tiny = total.detach() < LEAST_SUM
-    if not tiny.any():
+    if not torch.compiler.is_compiling() and not tiny.any():
         return gates / total
     # 1 in the place of what must not divide, since a gradient of 0 times infinity is no number
     divisor = torch.where(tiny, torch.ones_like(total), total)
@@ -286,13 +355,13 @@ def assign(
     dropped = torch.zeros(tokens, dtype=torch.long, device=choice.device)
     if capacity_factor is not None:
         slots = capacity(capacity_factor, top_k, tokens, probs.shape[-1])
-        served = _place_in_line(expert, probs.shape[-1]) < slots
+        served = place_in_line(expert, probs.shape[-1]) < slots
         dropped.index_add_(0, token[~served], torch.ones_like(token[~served]))
         token, expert, flat_weight = token[served], expert[served], flat_weight[served]
     return Routing(token, expert, flat_weight, probs, logits, choice, dropped, shape)
 
 
-def _place_in_line(expert: Tensor, experts: int) -> Tensor:
+def place_in_line(expert: Tensor, experts: int) -> Tensor:
     """Numbers the assignments of each expert from 0, in the order of expert, (A,)."""
     order = torch.argsort(expert, stable=True)
     counts = torch.bincount(expert, minlength=experts)

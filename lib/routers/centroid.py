@@ -5,9 +5,12 @@ Axis letters: **T** tokens, **D** width, **E** experts, **K** experts per token.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, Self
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .hard import HardRouter
 
@@ -42,6 +45,18 @@ class CentroidRouter(HardRouter):
         centre = torch.zeros_like(means[0]) if measure == "cosine" else centre
         unit = F.normalize(means - centre, dim=1)
         return cls(unit, -unit @ centre, top_k)
+
+    def settings(self) -> dict[str, Any]:
+        """Counts experts, width and K."""
+        experts, width = self.weight.shape
+        return {"experts": experts, "width": width, "top_k": self.top_k}
+
+    @classmethod
+    def with_settings(cls, settings: Mapping[str, Any], act: nn.Module | None) -> Self:
+        """Makes the router; the centres come from a state."""
+        experts = settings["experts"]
+        weight = torch.empty(experts, settings["width"])
+        return cls(weight, torch.empty(experts), settings["top_k"])
 
     def scores(self, rows: Tensor) -> Tensor:
         """Scores the centres for rows, (T, D): (T, E), largest for the nearest."""

@@ -6,6 +6,9 @@ Axis letters: **T** tokens, **D** width, **H** hidden width, **E** experts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,6 +27,13 @@ class RandomRouter(HardRouter):
         generator = torch.Generator().manual_seed(0)
         return torch.rand(len(rows), self.experts, generator=generator).to(rows.device)
 
+    def factors(self, x: Tensor) -> Tensor:
+        """Raises ValueError: a draw by torch's generator is no operation of other runtimes."""
+        raise ValueError(
+            "a RandomRouter draws from torch's generator, which no other runtime has: a model with "
+            "random routing cannot be exported"
+        )
+
 
 class OracleRouter(HardRouter):
     """Chooses the cluster that a token's hidden activations are nearest to: the other control.
@@ -37,6 +47,18 @@ class OracleRouter(HardRouter):
         for name, tensor in (("centres", centres), ("weight", weight), ("bias", bias)):
             self.register_buffer(name, tensor.detach().float().clone())
         self.act = act
+
+    def settings(self) -> dict[str, Any]:
+        """Counts experts, width and hidden width."""
+        hidden, width = self.weight.shape
+        return {"experts": self.experts, "width": width, "hidden": hidden}
+
+    @classmethod
+    def with_settings(cls, settings: Mapping[str, Any], act: nn.Module | None) -> Self:
+        """Makes the router; its tensors come from a state."""
+        experts, width, hidden = (settings[name] for name in ("experts", "width", "hidden"))
+        weight = torch.empty(hidden, width)
+        return cls(torch.empty(experts, hidden), weight, torch.empty(hidden), act)
 
     def scores(self, rows: Tensor) -> Tensor:
         """Scores the clusters for rows, (T, D): (T, E), largest for the nearest."""

@@ -60,12 +60,7 @@ class ExpertChoiceRouter(LinearRouter):
         """Lets every expert take equally many tokens of each pool of x, (B, N, D)."""
         b, n, d = x.shape
         probs, logits, deciding = self.scores(x.reshape(b * n, d))
-        pools = b if self.group == "image" else 1
-        scores = probs.view(pools, b * n // pools, self.experts)  # (P, T / P, E)
-        slots = self._slots(scores.shape[1])
-        taken = scores.detach().topk(slots, dim=1).indices  # (P, C, E): which tokens
-        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, taken, True)
-        chosen = chosen.view(b * n, self.experts)
+        chosen = self._chosen(probs, (b, n))
         token, expert = chosen.nonzero(as_tuple=True)
         weight = probs[token, expert]
         if self.gate == "renormalised":
@@ -78,6 +73,26 @@ class ExpertChoiceRouter(LinearRouter):
         choice = ranked.indices.masked_fill(ranked.values < 0, -1)
         dropped = torch.zeros_like(choice[:, 0])
         return Routing(token, expert, weight, probs, logits, choice, dropped, (b, n))
+
+    def factors(self, x: Tensor) -> Tensor:
+        """Gives (T, E) factors: the gates of the experts that took a token."""
+        b, n, d = x.shape
+        probs, _, deciding = self.scores(x.reshape(b * n, d))
+        chosen = self._chosen(probs, (b, n))
+        if self.gate == "printed":
+            return probs * chosen
+        # the softmax over those that took a token; no row of a token without any
+        shares = deciding.masked_fill(~chosen, -torch.inf).softmax(dim=-1)
+        return torch.where(chosen, shares, torch.zeros_like(shares))
+
+    def _chosen(self, probs: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Says which experts take which tokens: (T, E) bool. shape: (B, N)."""
+        b, n = shape
+        pools = b if self.group == "image" else 1
+        scores = probs.detach().view(pools, b * n // pools, self.experts)  # (P, T / P, E)
+        taken = scores.topk(self._slots(scores.shape[1]), dim=1).indices  # (P, C, E): which tokens
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(1, taken, True)
+        return chosen.view(b * n, self.experts)
 
     def _slots(self, pool_size: int) -> int:
         """Computes C, the tokens that each expert takes from a pool."""

@@ -7,10 +7,11 @@ Axis letters: **M** members, **B** images, **N** tokens of an image, **E** exper
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Mapping
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import Router
 from .top_k import TopKRouter
@@ -36,6 +37,13 @@ class GroupRouter(TopKRouter):
         out.group = torch.arange(members, device=router.weight.device).repeat_interleave(
             router.experts // members
         )
+        return out
+
+    @classmethod
+    def with_settings(cls, settings: Mapping[str, Any], act: nn.Module | None) -> Self:
+        """Makes the router; after dropping, the members need not divide what is left."""
+        out = super().with_settings(settings, act)
+        out.group = torch.empty(out.experts, dtype=torch.long)
         return out
 
     def reachable(self, rows: int) -> Tensor:

@@ -5,9 +5,9 @@ Axis letters: **B** images, **N** tokens of an image, **D** width, **E** experts
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,15 @@ class ManualRouter(Router):
         experts_of = {c: expert for expert, classes in enumerate(spec.groups) for c in classes}
         return cls(spec.experts, experts_of)
 
+    def settings(self) -> dict[str, Any]:
+        """Counts experts and classes; the map is part of the state."""
+        return {"experts": self.experts, "classes": len(self.table)}
+
+    @classmethod
+    def with_settings(cls, settings: Mapping[str, Any], act: nn.Module | None) -> Self:
+        """Makes the router; the map comes from a state."""
+        return cls(settings["experts"], dict.fromkeys(range(settings["classes"]), 0))
+
     @contextmanager
     def given(self, labels: Tensor) -> Iterator[None]:
         """Tells the router the (B,) classes of the images that run inside."""
@@ -69,6 +78,13 @@ class ManualRouter(Router):
                 "run the model inside `with router.given(labels)`"
             )
         return fixed(self.table[self._labels].unsqueeze(1), self.experts, (b, n))
+
+    def factors(self, x: Tensor) -> Tensor:
+        """Raises ValueError: the classes of images are no input of an exported model."""
+        raise ValueError(
+            "a ManualRouter decides by the class of an image, which is no input of a model: a "
+            "model with manual routing cannot be exported"
+        )
 
     def expert_rows(self, tokens: int, images: int) -> int:
         """Counts every token once."""

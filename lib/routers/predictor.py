@@ -19,6 +19,11 @@ class PredictorRouter(HardRouter):
         super().__init__(experts, top_k)
         self.fc1, self.fc2 = nn.Linear(width, experts), nn.Linear(experts, experts)
 
+    @property
+    def width(self) -> int:
+        """Returns D."""
+        return self.fc1.in_features
+
     def scores(self, rows: Tensor) -> Tensor:
         """Predicts the responses to rows, (T, D): (T, E)."""
         hidden = F.linear(rows, self.fc1.weight.float(), self.fc1.bias.float()).tanh()

@@ -88,7 +88,10 @@ def balanced_match(scores: Tensor) -> Tensor:
     pools, size, experts = scores.shape
     room = torch.full((pools, experts), capacity(1.0, 1, size, experts), device=scores.device)
     place = torch.full((pools, size), -1, device=scores.device)  # -1: still waits
-    while bool((place < 0).any()):
+    for _ in range(experts):
+        # traced, all rounds are run: those in which nobody waits change nothing
+        if not torch.compiler.is_compiling() and not bool((place < 0).any()):
+            break
         value, best = scores.masked_fill(room.unsqueeze(1) == 0, -torch.inf).max(dim=-1)
         value = value.masked_fill(place >= 0, -torch.inf)
         order = value.argsort(dim=-1, descending=True, stable=True)

@@ -6,7 +6,7 @@ slots of all experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -56,6 +56,11 @@ class SoftRouter(Router):
         """Makes the router, drawn from the generator."""
         return cls(width, spec.experts, spec.slots, generator)
 
+    @property
+    def width(self) -> int:
+        """Returns D."""
+        return self.phi.shape[0]
+
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None = None) -> None:
         """Draws the slot vectors anew, normal with std 1/sqrt(D); the scale starts at 1."""
@@ -90,6 +95,14 @@ class SoftRouter(Router):
         expert_of_slot = numbers.repeat_interleave(self.slots).repeat(b)
         out = experts(inputs, fixed(expert_of_slot.unsqueeze(1), self.experts, (b * slots, 1)))
         return (routing.combine.to(out.dtype) @ out.view(b, slots, -1)).reshape(b * n, -1)
+
+    def serve_all(self, experts: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
+        """Runs the slots of each expert through it, and mixes them: (B, N, D) -> (T, D)."""
+        dispatch, combine = self.weights(x)
+        inputs = dispatch.transpose(1, 2).to(x.dtype) @ x  # (B, S, D)
+        slots = inputs.unflatten(1, (self.experts, self.slots)).unbind(1)
+        out = [expert(rows) for expert, rows in zip(experts, slots, strict=True)]
+        return (combine.to(x.dtype) @ torch.cat(out, dim=1)).reshape(-1, x.shape[-1])
 
     def expert_rows(self, tokens: int, images: int) -> int:
         """Counts the slots of each image."""

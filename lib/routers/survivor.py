@@ -6,10 +6,11 @@ Axis letters: **E** experts of a layer.
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Mapping
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .top_k import TopKRouter
 
@@ -28,6 +29,11 @@ class SurvivorRouter(TopKRouter):
             "alive", torch.ones(router.experts, dtype=torch.bool, device=router.weight.device)
         )
         return out
+
+    @classmethod
+    def with_settings(cls, settings: Mapping[str, Any], act: nn.Module | None) -> Self:
+        """Makes the router; who is alive comes from a state."""
+        return cls.of(TopKRouter(**settings))
 
     def reachable(self, rows: int) -> Tensor:
         """Says which experts are alive, (E,), the same for all rows."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..spec import MoESpec
-from .base import LinearRouter, Routing, Scores, assign, one_in_value, renormalised
+from .base import LinearRouter, Routing, Scores, assign, capacity, one_in_value, renormalised
 
 
 class TopKRouter(LinearRouter):
@@ -71,20 +72,27 @@ class TopKRouter(LinearRouter):
 
     def forward(self, x: Tensor) -> Routing:
         """Decides on x, (B, N, D), token by token or image by image."""
+        return self._decided(x)
+
+    def _decided(self, x: Tensor, limited: bool = True) -> Routing:
         b, n, d = x.shape
         if self.per_image:
             rows = x[:, 0] if self.pool == "class" else x.mean(dim=1)
         else:
             rows = x.reshape(b * n, d)
-        return self.route(self.scores(rows), (b, n))
+        return self.route(self.scores(rows), (b, n), limited)
 
-    def route(self, scores: Scores, shape: tuple[int, int]) -> Routing:
-        """Chooses and weighs experts by scores as this router's options say; shape: (B, N)."""
+    def route(self, scores: Scores, shape: tuple[int, int], limited: bool = True) -> Routing:
+        """Chooses and weighs experts by scores as this router's options say.
+
+        shape: (B, N). limited: whether full experts refuse tokens.
+        """
         probs, logits, deciding = scores
         choice = self.choose(probs)
         weight = self.weigh(probs.gather(1, choice), deciding, choice)
         first = probs.detach().amax(dim=-1) if self.batch_priority else None
-        return assign(choice, weight, probs, logits, shape, self.capacity_factor, first)
+        limit = self.capacity_factor if limited else None
+        return assign(choice, weight, probs, logits, shape, limit, first)
 
     @classmethod
     def like(cls, router: TopKRouter, *sizes: int) -> Self:
@@ -109,12 +117,25 @@ class TopKRouter(LinearRouter):
         out.weight, out.choice_bias = router.weight, router.choice_bias
         return out.train(router.training)
 
+    def factors(self, x: Tensor) -> Tensor:
+        """Gives (T, E) factors; where an expert was full, the factor is 0 in place of a gap."""
+        if self.capacity_factor is None:
+            return super().factors(x)
+        routing = self._decided(x, limited=False)  # in the order in which experts take tokens
+        slots = capacity(self.capacity_factor, self.top_k, x.shape[0] * x.shape[1], self.experts)
+        # the place of an assignment among those of its expert, counted from 1: (A, E) -> (A,)
+        line = F.one_hot(routing.expert, self.experts).cumsum(dim=0)
+        place = line.gather(1, routing.expert.unsqueeze(1)).squeeze(1)
+        weight = routing.weight * (place <= slots)
+        blank = weight.new_zeros(x.shape[0] * x.shape[1], self.experts)
+        return blank.index_put((routing.token, routing.expert), weight, accumulate=True)
+
     def choose(self, probs: Tensor) -> Tensor:
         """Chooses the K experts of each row, best first: probs, (R, E) -> (R, K).
 
         A choice bias cannot lead out of the experts that a row may reach.
         """
-        biased, reachable = probs.detach() + self.choice_bias, self.reachable(len(probs))
+        biased, reachable = probs.detach() + self.choice_bias, self.reachable(probs.shape[0])
         if reachable is not None:
             biased = biased.masked_fill(~reachable, -torch.inf)
         return biased.topk(self.top_k, dim=-1).indices

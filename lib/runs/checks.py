@@ -16,8 +16,8 @@ def check(spec: RunSpec) -> None:
     """Builds the model on no device, so that what does not fit is refused before any work.
 
     Raises ValueError naming the field, for L beyond the depth, a patch that does not divide the
-    image, an unknown backbone, a step that cannot be carried out; or naming the module, for an
-    architecture whose cost cannot be counted.
+    image, an unknown backbone, a step that cannot be carried out; or naming the architecture that
+    does not run on images of that size.
     """
     from ..measure.cost import check_capacity
     from ..training import evaluate
@@ -49,7 +49,7 @@ def _check_whole(
     backbone: BackboneSpec, image_size: int, moe: MoESpec | None, mask: MaskSpec | None
 ) -> None:
     """Raises ValueError if an ensemble or a masked autoencoder cannot be made of the backbone, or
-    if the cost of the whole cannot be counted."""
+    if the whole does not run on images of that size."""
     import torch
 
     from ..measure import cost

@@ -63,8 +63,8 @@ def pack(
         dumped = [spec.but(publish=False).model_dump(mode="json") for spec in specs]
         (scratch / "specs.json").write_text(json.dumps(dumped))
         files = {str(file.relative_to(scratch)): file for file in scratch.rglob("*")}
-        lib = paths.ROOT / "lib"
-        files |= {f"code/{file.relative_to(paths.ROOT)}": file for file in lib.rglob("*.py")}
+        modules = paths.LIB.rglob("*.py")
+        files |= {f"code/{file.relative_to(paths.ROOT)}": file for file in modules}
         packed_ids = {spec.id for spec in specs}
         parents = {parent.id for spec in specs for parent in spec.needed_runs} - packed_ids
         files |= {f"states/{parent}.safetensors": where.state(parent) for parent in parents}

@@ -23,8 +23,8 @@ from ..measure.timing import peak_rss_mib
 from ..models.moe import RoutingTape
 from ..spec import RunSpec
 from ..training.bfloat16 import products
-from ..training.loop import freeze, optimiser
 from ..training.losses import losses
+from ..training.optimiser import freeze, optimiser
 from .processes import end_with
 from .restore import restored
 
@@ -50,7 +50,7 @@ def resident_mib(model: nn.Module, spec: RunSpec, classes: int, channels: int) -
         save_file(state, Path(folder) / "state.safetensors")
         (Path(folder) / "spec.json").write_text(spec.model_dump_json())
         done = subprocess.run(
-            [sys.executable, "-m", "lib.runs.resident", folder, str(classes), str(channels)],
+            [sys.executable, "-m", f"{__package__}.resident", folder, str(classes), str(channels)],
             cwd=paths.ROOT,
             capture_output=True,
             text=True,
@@ -75,7 +75,7 @@ def _train_and_measure(folder: Path, classes: int, channels: int) -> dict[str, f
     model = model.to(spec.device).train()
     if spec.train.trainable != "all":
         freeze(model, spec.train.trainable)
-    optim, tape = optimiser(model, spec), RoutingTape(model)
+    optim, tape = optimiser(model, spec.train), RoutingTape(model)
     without_teacher = spec.but(train={"distil": "none", "distil_logits": 0.0})
     with products(spec):
         for _ in range(STEPS):

@@ -10,21 +10,18 @@ from __future__ import annotations
 import copy
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..inputs.splits import Split
-from ..models.backbone import heads_of
 from ..models.balance import update_choice_bias
-from ..models.ensemble import Ensemble
 from ..models.moe import RoutingTape
 from ..pruning.experts.progressive import ProgressiveDrop
 from ..pruning.neurons.masks import apply_masks
@@ -32,6 +29,7 @@ from ..spec import RunSpec, TrainSpec
 from .checkpoint import Checkpoint
 from .evaluate import evaluate
 from .losses import losses
+from .optimiser import freeze, optimiser, schedule
 
 CURVE_POINTS = 60  # training-loss points kept a run
 LAST_LOSSES = 5  # finite ones that a diverged run reports
@@ -64,6 +62,83 @@ class Progress:
     images: int = 0
 
 
+class Task(ABC):
+    """Says what a stage of training learns from: its batches, its loss, and how it is validated."""
+
+    steps_per_epoch: int
+
+    @abstractmethod
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Gives the images (B, channels, height, width) and labels (B,) of a step, counted from 0,
+        where the model is."""
+
+    @abstractmethod
+    def losses(self, images: Tensor, labels: Tensor, tape: RoutingTape) -> dict[str, Tensor]:
+        """Computes what is minimised under `loss`, and the parts that the history shows.
+
+        tape: of the model, closed; routings are read from it once it was opened around a pass.
+        """
+
+    @abstractmethod
+    def validated(self, model: nn.Module) -> dict[str, float] | None:
+        """Evaluates a model for a row of the history; None without images for it."""
+
+    def after_update(self, tape: RoutingTape) -> None:  # noqa: B027
+        """Does what follows each update of the weights: nothing, if not said otherwise."""
+
+
+class RunTask(Task):
+    """Takes batches out of a split, and the losses of a run."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Split,
+        val: Split | None,
+        spec: RunSpec,
+        teacher: nn.Module | None = None,
+    ):
+        self.model, self.data, self.val, self.spec = model, data, val, spec
+        self.teacher = teacher
+        self.steps_per_epoch = -(-len(data) // spec.train.batch)  # the last batch may be smaller
+        self.order: Tensor | None = None  # of the images in the epoch under way
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Gives the images of a step, augmented, and their labels."""
+        index, spec = self._index(step), self.spec
+        augmentation = _generator(spec.seed, AUGMENTATION, step)
+        images = self.data.batch(index, spec, augmentation).to(spec.device)
+        return images, self.data.labels[index].to(spec.device)
+
+    def _index(self, step: int) -> Tensor:
+        """(B,) images of a step: each epoch takes all of them once, in an order of its own."""
+        epoch, at = divmod(step, self.steps_per_epoch)
+        if self.order is None or at == 0:
+            generator = _generator(self.spec.seed, ORDER, epoch)
+            self.order = torch.randperm(len(self.data), generator=generator)
+        batch = self.spec.train.batch
+        return self.order[at * batch : (at + 1) * batch]
+
+    def losses(self, images: Tensor, labels: Tensor, tape: RoutingTape) -> dict[str, Tensor]:
+        """Computes the losses that the spec names."""
+        return losses(self.model, images, labels, self.spec, tape, self.teacher)
+
+    def validated(self, model: nn.Module) -> dict[str, float] | None:
+        """Evaluates on the validation split: top-1 in percent, if there are classes, and loss."""
+        if self.val is None:
+            return None
+        result = evaluate(model, self.val, self.spec)
+        top1 = {} if result.top1 is None else {"val_top1": result.top1}
+        return top1 | {"val_loss": result.loss}
+
+    def after_update(self, tape: RoutingTape) -> None:
+        """Moves the biases of routers that are balanced without a loss."""
+        moe = self.spec.moe
+        if moe is not None and moe.balance == "loss_free":
+            for layer in tape.layers:
+                update_choice_bias(layer.router, tape[layer], moe.bias_rate)
+
+
 def fit(
     model: nn.Module,
     data: Split,
@@ -74,8 +149,8 @@ def fit(
     teacher: nn.Module | None = None,
     masks: Mapping[str, Tensor] | None = None,
 ) -> tuple[nn.Module, Progress]:
-    """Trains `model` in place; returns the model to evaluate (the weight average if `ema` is set)
-    and its Progress.
+    """Trains `model` in place as a run says; returns the model to evaluate (the weight average if
+    `ema` is set) and its Progress.
 
     checkpoint: a file to resume from and to write to, deleted by the caller; None = none. report:
     called with each epoch's history row. teacher: the dense model whose gates are distilled. masks:
@@ -83,38 +158,43 @@ def fit(
     depends on `spec.seed` and the step, so that a resumed run ends with the same weights. Raises
     Diverged if the loss is not finite.
     """
-    checkpoint = checkpoint or Checkpoint(None)
-    trainer = Trainer(model, data, val, spec, checkpoint, report, teacher, masks)
+    task = RunTask(model, data, val, spec, teacher)
+    trainer = Trainer(
+        model, task, spec.train, spec.seed, f"train {spec.id[:6]}", checkpoint, report, masks
+    )
     trainer.run()
     return trainer.to_evaluate, trainer.progress
 
 
 class Trainer:
-    """One stage of training: a model, what moves its weights, and how far it has come."""
+    """One stage of training: a model, what moves its weights, and how far it has come.
+
+    seed: of all that is drawn. title: of the progress bar. The other arguments are those of `fit`.
+    """
 
     def __init__(
         self,
         model: nn.Module,
-        data: Split,
-        val: Split | None,
-        spec: RunSpec,
-        checkpoint: Checkpoint,
+        task: Task,
+        train: TrainSpec,
+        seed: int,
+        title: str,
+        checkpoint: Checkpoint | None = None,
         report: Callable[[dict], None] | None = None,
-        teacher: nn.Module | None = None,
         masks: Mapping[str, Tensor] | None = None,
     ):
-        self.model, self.data, self.val, self.spec = model, data, val, spec
-        self.checkpoint, self.report = checkpoint, report
-        self.teacher, self.masks = teacher, masks
-        train = spec.train
+        self.model, self.task, self.train = model, task, train
+        self.seed, self.title = seed, title
+        self.checkpoint, self.report = checkpoint or Checkpoint(None), report
+        self.masks = masks
         if train.trainable != "all":
             freeze(model, train.trainable)
-        self.steps_per_epoch = -(-len(data) // train.batch)  # the last batch may be smaller
+        self.steps_per_epoch = task.steps_per_epoch
         self.steps = max(1, round(train.epochs * self.steps_per_epoch))
         self.drop = None
         if train.single_expert_at:
             self.drop = ProgressiveDrop(model, self.steps, end=train.single_expert_at)
-        self.optim = optimiser(model, spec)
+        self.optim = optimiser(model, train)
         self.schedule = schedule(self.optim, train, self.steps)
         self.average = None
         if train.ema is not None:
@@ -122,7 +202,6 @@ class Trainer:
         self.tape = RoutingTape(model)
         self.progress = Progress()
         self.recent_losses: list[float] = []
-        self.order: Tensor | None = None  # of the images in the epoch under way
 
     @property
     def to_evaluate(self) -> nn.Module:
@@ -132,8 +211,8 @@ class Trainer:
     def run(self) -> None:
         """Trains to the end, from the checkpoint where there is one."""
         start = self._resume()
-        if start == 0 and self.val is not None:
-            self.progress.history.append({"epoch": 0.0} | self._validated(self.model))
+        if start == 0 and (validated := self.task.validated(self.model)) is not None:
+            self.progress.history.append({"epoch": 0.0} | validated)
         with torch.random.fork_rng(devices=[]), self._progress_bar(start) as bar:
             for step in range(start, self.steps):
                 loss = self._step(step)
@@ -149,22 +228,19 @@ class Trainer:
 
     def _step(self, step: int) -> float:
         """One update of the weights; returns its loss."""
-        spec, began = self.spec, time.perf_counter()
-        index = self._index(step)
-        augmentation = _generator(spec.seed, AUGMENTATION, step)
-        images = self.data.batch(index, spec, augmentation).to(spec.device)
-        labels = self.data.labels[index].to(spec.device)
-        torch.manual_seed(_mix(spec.seed, NOISE, step))
+        began = time.perf_counter()
+        images, labels = self.task.batch(step)
+        torch.manual_seed(_mix(self.seed, NOISE, step))
         self.schedule.step_update(step + 1)
         self.model.train()
-        parts = losses(self.model, images, labels, spec, self.tape, self.teacher)
+        parts = self.task.losses(images, labels, self.tape)
         loss = float(parts["loss"].detach())
         if not math.isfinite(loss):
             raise Diverged(step, self.recent_losses)
         self.optim.zero_grad(set_to_none=True)
         parts["loss"].backward()
-        if spec.train.clip is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), spec.train.clip)
+        if self.train.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip)
         self.optim.step()
         self._after_update(step)
         self.recent_losses = (self.recent_losses + [loss])[-LAST_LOSSES:]
@@ -172,30 +248,18 @@ class Trainer:
         for name, value in parts.items():
             progress.sums[name] = progress.sums.get(name, 0.0) + float(value.detach())
         progress.seconds += time.perf_counter() - began
-        progress.images += len(index)
+        progress.images += len(labels)
         add_to_curve(progress.curve, step, loss, every=max(1, self.steps // CURVE_POINTS))
         return loss
 
-    def _index(self, step: int) -> Tensor:
-        """(B,) images of a step: each epoch takes all of them once, in an order of its own."""
-        epoch, at = divmod(step, self.steps_per_epoch)
-        if self.order is None or at == 0:
-            generator = _generator(self.spec.seed, ORDER, epoch)
-            self.order = torch.randperm(len(self.data), generator=generator)
-        batch = self.spec.train.batch
-        return self.order[at * batch : (at + 1) * batch]
-
     def _after_update(self, step: int) -> None:
-        """What follows each update: pruned weights back to zero, experts dropped, router biases
-        moved, the average taken."""
+        """What follows each update: pruned weights back to zero, experts dropped, what the task
+        asks for, the average taken."""
         if self.masks:
             apply_masks(self.model, self.masks)
         if self.drop is not None:
             self.drop.after(step, self.tape)
-        moe = self.spec.moe
-        if moe is not None and moe.balance == "loss_free":
-            for layer in self.tape.layers:
-                update_choice_bias(layer.router, self.tape[layer], moe.bias_rate)
+        self.task.after_update(self.tape)
         if self.average is not None:
             self.average.update(self.model, step=step)
 
@@ -209,8 +273,8 @@ class Trainer:
         steps_in_epoch = (done - 1) % self.steps_per_epoch + 1
         sums = self.progress.sums
         row |= {f"train_{name}": total / steps_in_epoch for name, total in sums.items()}
-        if self.val is not None:
-            row |= self._validated(self.to_evaluate)
+        if (validated := self.task.validated(self.to_evaluate)) is not None:
+            row |= validated
             # the last step may break the weights after a finite loss
             if not math.isfinite(row["val_loss"]):
                 raise Diverged(done, self.recent_losses)
@@ -219,17 +283,12 @@ class Trainer:
         if self.report is not None:
             self.report(row)
 
-    def _validated(self, model: nn.Module) -> dict[str, float]:
-        result = evaluate(model, self.val, self.spec)
-        top1 = {} if result.top1 is None else {"val_top1": result.top1}
-        return top1 | {"val_loss": result.loss}
-
     def _progress_bar(self, start: int) -> tqdm:
         return tqdm(
             total=self.steps,
             initial=start,
             unit="step",
-            desc=f"train {self.spec.id[:6]}",
+            desc=self.title,
             leave=False,
             delay=5,
             mininterval=1.0,
@@ -288,56 +347,7 @@ class Trainer:
         vars(self.progress).update(state["progress"])
 
 
-# ---- what a stage is made of
-
-
-def optimiser(model: nn.Module, spec: RunSpec) -> torch.optim.Optimizer:
-    """Makes fused AdamW over timm's layer-decay groups.
-
-    Biases are exempt from weight decay by name: stacked expert biases have two axes, and timm's own
-    rule asks for one.
-    """
-    train = spec.train
-    exempt = {*getattr(model, "no_weight_decay", set)(), "*.bias"}
-    model = model.vit if isinstance(model, Ensemble) else model
-    if hasattr(model, "group_matcher"):
-        groups = param_groups_layer_decay(
-            model, train.weight_decay, no_weight_decay_list=exempt, layer_decay=train.layer_decay
-        )
-    else:  # a masked autoencoder: no head to count layers from
-        groups = param_groups_weight_decay(model, train.weight_decay, no_weight_decay_list=exempt)
-    return create_optimizer_v2(
-        groups, opt="adamw", lr=train.lr, weight_decay=train.weight_decay, fused=True
-    )
-
-
-def schedule(optim: torch.optim.Optimizer, train: TrainSpec, steps: int) -> CosineLRScheduler:
-    """Makes a linear warm-up and half a cosine over all steps.
-
-    Counted from 1, with one step beyond the end: neither the first nor the last step is lost to a
-    rate of zero.
-    """
-    warmup = round(train.warmup * steps)
-    return CosineLRScheduler(
-        optim,
-        t_initial=steps - warmup + 1,
-        warmup_t=warmup,
-        warmup_lr_init=0.0 if warmup else train.lr,
-        warmup_prefix=True,
-        t_in_epochs=False,
-    )
-
-
-def freeze(model: nn.Module, trainable: str) -> None:
-    """Leaves a gradient to the routers or the head alone, or to all but the attention layers."""
-    heads = heads_of(model) if trainable == "head" else ()
-    for name, parameter in model.named_parameters():
-        wanted = {
-            "routers": ".router." in name,
-            "head": name.startswith(heads),
-            "no_attention": ".attn." not in name,
-        }
-        parameter.requires_grad_(wanted[trainable])
+# ---- small parts
 
 
 def add_to_curve(curve: dict[str, list[float]], step: int, loss: float, every: int) -> None:

@@ -60,13 +60,8 @@ def losses(
     total = parts["task_loss"]
     if spec.train.distil_logits:
         with torch.no_grad(), autocast(spec):
-            teacher_log_probs = teacher(images).float().log_softmax(dim=-1)
-        parts["distil_loss"] = F.kl_div(
-            out.float().log_softmax(dim=-1),
-            teacher_log_probs,
-            reduction="batchmean",
-            log_target=True,
-        )
+            teacher_logits = teacher(images)
+        parts["distil_loss"] = distil_loss(out, teacher_logits)
         total = torch.lerp(total, parts["distil_loss"], spec.train.distil_logits)
     if spec.moe is not None and spec.moe.learns:
         routings = tape.routings()
@@ -82,6 +77,17 @@ def losses(
             parts["distil_loss"] = _distilled(routings, teacher, images, spec)
             total = total + parts["distil_loss"]
     return {"loss": total} | parts
+
+
+def distil_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Computes the divergence of predictions from a teacher's, (B, classes) logits each, in nats an
+    image."""
+    return F.kl_div(
+        logits.float().log_softmax(dim=-1),
+        teacher_logits.float().log_softmax(dim=-1),
+        reduction="batchmean",
+        log_target=True,
+    )
 
 
 def _auxiliary(moe: MoESpec) -> list[tuple[float | tuple[float, ...], Callable]]:

@@ -23,7 +23,7 @@ from lib.models.ensemble import ensemble
 from lib.models.mae import MaskedAutoencoder
 from lib.models.upcycle import upcycle
 from lib.spec import BackboneSpec, DataSpec, MaskSpec, MoESpec, RunSpec, TrainSpec
-from lib.training.loop import freeze
+from lib.training.optimiser import freeze
 
 TINY = BackboneSpec(patch=7, width=16, depth=2, heads=2)
 HALF = torch.tensor([0.5, 0.5, 0.5]).view(1, 3, 1, 1)

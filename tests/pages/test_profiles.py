@@ -388,6 +388,22 @@ def test_a_device_moves_all_runs_of_a_page_and_those_they_start_from(key):
             assert {d for specs in planned for spec in specs for d in devices(spec)} == {device}
 
 
+@pytest.mark.parametrize("key", SOURCES)
+def test_a_model_and_data_given_by_hand_are_those_of_all_runs_of_a_page(key):
+    """Also where a page reads the runs of another."""
+    known = parameters.parameters(key).keys()
+    given = {"backbone": "deit_tiny_patch16_224", "weights": "timm", "data": "rooms"}
+    taken = {name: value for name, value in given.items() if name in known}
+    if "backbone" not in taken:
+        assert not taken.keys() - {"weights"}  # some pages only name a file that they show
+        return
+    planned = profiles.plan(key, "quick", **taken)
+    runs = [run for specs in planned.values() for spec in specs for run in spec.lineage]
+    assert {run.backbone.name for run in runs} == {given["backbone"]}
+    assert "timm" in {run.backbone.weights for run in runs} <= {"timm", None}  # a control is random
+    assert "data" not in taken or {run.data.name for run in runs} == {"rooms"}
+
+
 BASE = {
     "data": {"name": "mnist5k", "image_size": 28},
     "backbone": {"patch": 7, "width": 16, "heads": 2},

@@ -169,8 +169,8 @@ def test_bad_values_are_refused_by_name(make, message):
             "image_size=27 is not a multiple of the patch size 7",
         ),
         (
-            {"backbone": BackboneSpec(name="resnet18")},
-            r"modules with parameters that cost.count does not know: bn1 \(BatchNorm2d\)",
+            {"backbone": BackboneSpec(name="resnet18"), "moe": MoESpec()},
+            "ResNet has no block MLP to swap",
         ),
         (
             {

@@ -171,7 +171,7 @@ def test_layer_decay_and_weight_decay_groups():
     model, _ = parts_of(spec)
     found = {
         id(p): (group["lr_scale"], group["weight_decay"])
-        for group in loop.optimiser(model, spec).param_groups
+        for group in loop.optimiser(model, spec.train).param_groups
         for p in group["params"]
     }
     named = {name: found[id(p)] for name, p in model.named_parameters()}

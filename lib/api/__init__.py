@@ -1,0 +1,1 @@
+"""Functions of a model and a loader: a module in, a module out, with what the runs are made of."""

@@ -1,0 +1,183 @@
+"""Makes a model smaller in every way that is asked for, and sets the outcomes side by side."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from ..models.upcycle import upcycle
+from ..spec import MoESpec
+from .compare import advice, compare
+from .drop import drop_experts
+from .extract import extract
+from .finetune import finetune
+from .prune import prune
+from .save import save
+
+Loader = Iterable[tuple[Tensor, Tensor]]  # images (B, C, h, w) and labels (B,); again and again
+AGAIN = "dense again"  # the control: trained as long as the others, and nothing else
+# method: the name of its model in a table
+METHODS = {
+    "upcycle": "upcycled",
+    "drop": "experts dropped",
+    "prune": "pruned, ridge",
+    "taylor": "pruned, Taylor",
+    "extract": "extracted",
+}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Says how far a model is compressed.
+
+    active: share of the neurons that stay, or that a token passes, and of the experts that stay.
+    experts, layers: of the mixture; its layers are counted from the last block. epochs: further
+    passes over the training images, of each model; 0 = none. images: those that scores and
+    corrections are computed from.
+    """
+
+    active: float = 0.5
+    experts: int = 4
+    layers: int = 2
+    epochs: float = 1.0
+    images: int = 512
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """Holds models by their names in the table of `compare`, the dense one first, and why others
+    were refused."""
+
+    models: dict[str, nn.Module]
+    refused: dict[str, str]
+    table: pd.DataFrame = field(repr=False)
+
+    def advice(self, points: float = 2.0) -> str:
+        """Says in a sentence which model to take. points: of top-1 that it may lose."""
+        judged = self.table.drop(index=AGAIN, errors="ignore")
+        if len(judged) == 1:
+            return "No method that was asked for can be applied to this model."
+        return advice(judged, points)
+
+
+def checked(methods: Sequence[str] | None) -> tuple[str, ...]:
+    """Returns keys of METHODS, all for None, in their order; raises ValueError for other words."""
+    if unknown := [method for method in methods or () if method not in METHODS]:
+        raise ValueError(f"unknown method {', '.join(unknown)}: valid are {', '.join(METHODS)}")
+    return tuple(method for method in METHODS if methods is None or method in methods)
+
+
+def compress(
+    dense: nn.Module,
+    train: Loader,
+    test: Loader,
+    methods: Sequence[str] | None = None,
+    rules: Rules | None = None,
+    *,
+    batches: Sequence[int] = (1, 32),
+) -> Compressed:
+    """Compresses a trained model by each method, and compares accuracy, size and time.
+
+    The model itself is left as it is. train, test: loaders; nothing is chosen on test images.
+    methods: keys of METHODS; None = all. batches: sizes of batches whose latency is measured. A
+    method that the model does not admit is left out, and says why in `refused`. Raises ValueError
+    for an unknown method, and for what `compare` refuses.
+    """
+    rules = rules or Rules()
+    makers = _makers(dense, train, rules)
+    models, refused = {"dense": dense}, {}
+    if rules.epochs:
+        models[AGAIN] = _tuned(copy.deepcopy(dense), dense, train, rules)
+    for method in checked(methods):
+        try:
+            models[METHODS[method]] = makers[method]()
+        except ValueError as error:
+            refused[METHODS[method]] = str(error)
+    return Compressed(models, refused, compare(models, test, batches=batches))
+
+
+def _makers(dense: nn.Module, train: Loader, rules: Rules) -> dict[str, Callable[[], nn.Module]]:
+    """Lists for each method the function that makes its model, trained further."""
+    share, drawn = rules.active, {"images": rules.images, "seed": rules.seed}
+    mixed = MoESpec(
+        layers=rules.layers,
+        experts=rules.experts,
+        router="token",
+        gate="renormalised",  # before further training, the function of the dense model
+    )
+
+    @functools.cache  # experts are dropped of the same mixture
+    def mixture() -> nn.Module:
+        generator = torch.Generator().manual_seed(rules.seed)
+        model = upcycle(copy.deepcopy(dense), mixed, generator=generator)
+        return _tuned(model, dense, train, rules)
+
+    def tuned(make: Callable[..., nn.Module], **options: Any) -> nn.Module:
+        return _tuned(make(dense, train, **options, **drawn), dense, train, rules)
+
+    return {
+        "upcycle": mixture,
+        "drop": lambda: drop_experts(mixture(), train, keep=share, **drawn),
+        "prune": lambda: tuned(prune, keep=share),
+        "taylor": lambda: tuned(prune, keep=share, score="taylor"),
+        "extract": lambda: tuned(extract, active=share),
+    }
+
+
+def _tuned(model: nn.Module, dense: nn.Module, train: Loader, rules: Rules) -> nn.Module:
+    """Trains a model further, in place, towards the labels and the outputs of the dense one."""
+    if not rules.epochs:
+        return model
+    options = {"epochs": rules.epochs, "seed": rules.seed, "inplace": True}
+    return finetune(model, train, teacher=dense, **options)
+
+
+# ---- what is left behind
+
+
+def save_all(outcome: Compressed, path: Path, **describes: Any) -> dict[str, Path]:
+    """Saves each model but the dense one, and returns the files by model.
+
+    path: of a single model; of several small-extracted.safetensors and the like, for
+    small.safetensors. describes: options of `save`.
+    """
+    names = [name for name in outcome.models if name not in ("dense", AGAIN)]
+    files = {name: path for name in names}
+    if len(names) > 1:
+        files = {name: path.with_stem(f"{path.stem}-{_file_word(name)}") for name in names}
+    for name, file in files.items():
+        save(outcome.models[name], file, **describes)
+    return files
+
+
+def _file_word(name: str) -> str:
+    return re.sub(r"\W+", "-", name.lower())
+
+
+def summary(outcome: Compressed, files: Mapping[str, Path], points: float = 2.0) -> str:
+    """Writes the table, what was refused, the advice, the files, and the lines that reload one.
+
+    points: of accuracy that a faster model may cost.
+    """
+    parts = [outcome.table.to_string(), *(f"{k}: {why}" for k, why in outcome.refused.items())]
+    parts.append(outcome.advice(points))
+    parts += [f"{name}: {file}" for name, file in files.items()]
+    if files:
+        parts.append(reloading(next(iter(files.values()))))
+    return "\n\n".join(parts)
+
+
+def reloading(file: Path | str) -> str:
+    """Writes the three lines that reload a saved model in a fresh process."""
+    lines = ("import moe_vision", f'model = moe_vision.restore("{file}")', "logits = model(images)")
+    return "\n".join(lines)

@@ -1,0 +1,68 @@
+"""A form of a model that other runtimes take: torch.export, ONNX, torch.compile without a break.
+
+    torch.export.export(lib.for_export(model), (images,))
+
+The routing of a MoE layer is a matter of shapes that depend on the data: how many tokens an expert
+gets. In the form for export every expert runs on every token, and a token's outputs are weighed by
+what the router decided, by 0 where it did not choose an expert.
+
+Axis letters: **B** images, **N** tokens of an image, **T** = B*N, **D** width, **E** experts.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..models.moe import MoELayer
+from ..models.pruned import PrunedLayer
+
+
+class StaticLayer(nn.Module):
+    """Computes what a MoE layer computes at evaluation, by operations of fixed shapes.
+
+    Input and output: (B, ..., D). E / K times the multiply-adds of the layer's experts. Raises
+    ValueError, when it runs, for a router that has no such form.
+    """
+
+    def __init__(self, layer: MoELayer):
+        super().__init__()
+        self.router, self.experts, self.shared = layer.router, layer.experts, layer.shared
+        stay = layer.kept.tolist() if isinstance(layer, PrunedLayer) else range(layer.router.experts)
+        self.place = {expert: place for place, expert in enumerate(stay)}  # in the stack
+        self.train(layer.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Runs x, (B, ..., D), to the same shape."""
+        of_stack = [partial(_expert, self.experts.act, *parts) for parts in self.experts.each()]
+        experts: list[Callable[[Tensor], Tensor] | None] = [
+            of_stack[self.place[e]] if e in self.place else None for e in range(self.router.experts)
+        ]
+        out = self.router.serve_all(experts, x.flatten(1, -2)).view(x.shape)
+        return out if self.shared is None else out + self.shared(x)
+
+
+def _expert(act: nn.Module, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, x: Tensor) -> Tensor:
+    return F.linear(act(F.linear(x, w1, b1)), w2, b2)
+
+
+def for_export(model: nn.Module) -> nn.Module:
+    """Returns a copy of a model, in evaluation mode, that exporters can follow.
+
+    Equal in output but for rounding, and slower than the model itself: every expert runs on every
+    token, so what an extracted model saves is not saved there. Capacities, and pools of a whole
+    batch, are those of the number of images that is traced. Names in the state stay as they are.
+
+    Raises ValueError, by name, for a layer whose routing depends on more than its input.
+    """
+    copied = copy.deepcopy(model).eval()
+    for name, layer in list(copied.named_modules()):
+        if isinstance(layer, MoELayer):
+            if not name:
+                return StaticLayer(layer)
+            copied.set_submodule(name, StaticLayer(layer))
+    return copied

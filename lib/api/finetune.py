@@ -1,0 +1,213 @@
+"""Finetunes a model on a loader by the loop of the runs, with a teacher and balanced experts if
+there are any.
+
+Axis letters: **B** images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..models.balance import switch_loss
+from ..models.moe import RoutingTape
+from ..routers.manual import labelled
+from ..spec import TrainSpec
+from ..training.loop import Task, Trainer
+from ..training.losses import distil_loss
+from .loaders import (
+    Batch,
+    Loader,
+    batches_of,
+    check_batch,
+    check_loader,
+    check_logits,
+    check_model,
+    length,
+)
+from .modules import modes_kept, note, rules_of, to_change
+
+LAYER_DECAY = 0.65  # rates fall by it from block to block, counted from the head (ViMoE)
+
+
+def finetune(
+    model: nn.Module,
+    loader: Loader,
+    val: Loader | None = None,
+    *,
+    epochs: float = 3.0,
+    lr: float = 3e-4,
+    layer_decay: float | None = None,
+    weight_decay: float = 0.05,
+    label_smoothing: float = 0.0,
+    teacher: nn.Module | None = None,
+    distil: float = 0.5,
+    coefficient: float = 0.01,
+    seed: int = 0,
+    inplace: bool = False,
+) -> nn.Module:
+    """Trains a classifier on a loader, and returns it.
+
+    AdamW, a warm-up over a tenth of the steps and half a cosine, gradients clipped to norm 1: the
+    loop of this book's runs. The loader batches, shuffles and augments; frozen parameters stay as
+    they are.
+
+    val: a loader for top-1 (percent) and loss before the first epoch and after each.
+    epochs: passes over the loader, also parts of one.
+    lr: peak rate of the head. layer_decay: factor on it a block, from the head down, for models of
+    timm, which say where their blocks are (`group_matcher`); None is 0.65 for these, and 1 for
+    others.
+    teacher: a model for the same classes, such as the dense one before pruning, whose predictions
+    are learnt with weight `distil`, and the labels with the rest.
+    coefficient: of `auxiliary_loss`, if a MoE layer has a router that learns.
+    seed: of all that is drawn, also by a loader that shuffles with torch's global generator, which
+    is left as it was.
+
+    The model's modes and types stay as they are, and it is left alone unless `inplace`.
+    `model.finetuning` gets a row an epoch. Raises ValueError for what does not fit, by name, and
+    `training.loop.Diverged` if the loss is not finite.
+    """
+    check_loader(loader)
+    if val is not None:
+        check_loader(val, "val")
+    trained = to_change(model, inplace)
+    if not any(p.requires_grad for p in trained.parameters()):
+        raise ValueError("every parameter of the model is frozen: model.requires_grad_(True)")
+    train = rules_of(
+        TrainSpec,
+        epochs=float(epochs),
+        lr=float(lr),
+        layer_decay=_decay(trained, layer_decay),
+        weight_decay=float(weight_decay),
+        label_smoothing=float(label_smoothing),
+        distil_logits=float(distil),
+    )
+    task = _LoaderTask(trained, loader, val, teacher, train, coefficient)
+    trainer = Trainer(trained, task, train, seed, "finetune")
+    with modes_kept(trained), modes_kept(teacher), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if teacher is not None:
+            teacher.eval()
+        trainer.run()
+    return note(trained, "finetuning", trainer.progress.history)
+
+
+def auxiliary_loss(tape: RoutingTape, coefficient: float = 0.01) -> Tensor:
+    """Computes what a training loop of one's own adds to its loss, so that experts are used alike.
+
+        with lib.RoutingTape(model) as tape:
+            logits = model(images)
+        loss = F.cross_entropy(logits, labels) + lib.auxiliary_loss(tape)
+
+    It is the sum over MoE layers of the Switch loss (2101.03961, eq. 4: 1 for equal use, E where
+    one of E experts gets all), times the coefficient. Routers that do not learn, as those of
+    extracted experts, take no part. Raises ValueError if no router learns.
+    """
+    losses = [
+        switch_loss(tape[layer])
+        for layer, (_, routing) in zip(tape.layers, tape, strict=True)
+        if _learns(layer.router) and (routing.probs.requires_grad or not torch.is_grad_enabled())
+    ]
+    if not losses:
+        raise ValueError(
+            "the tape has no MoE layer whose router learns, so there is no load to balance: leave "
+            "auxiliary_loss out"
+        )
+    return coefficient * torch.stack(losses).sum()
+
+
+def _learns(router: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in router.parameters())
+
+
+def _decay(model: nn.Module, layer_decay: float | None) -> float:
+    """The factor of rates a block; ValueError for one on a model that does not tell its blocks."""
+    tells = hasattr(model, "group_matcher")
+    if layer_decay is None:
+        return LAYER_DECAY if tells else 1.0
+    if not tells and layer_decay != 1:
+        raise ValueError(
+            f"layer_decay={layer_decay} counts blocks, and {type(model).__name__} has no "
+            "group_matcher, as models of timm have, to tell which they are: leave it out"
+        )
+    return float(layer_decay)
+
+
+class _LoaderTask(Task):
+    """Takes the batches of a loader in its own order, a pass an epoch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Loader,
+        val: Loader | None,
+        teacher: nn.Module | None,
+        train: TrainSpec,
+        coefficient: float,
+    ):
+        self.model, self.loader, self.val = model, loader, val
+        self.teacher, self.train, self.coefficient = teacher, train, coefficient
+        device = check_model(model)
+        if teacher is not None and (there := check_model(teacher, "teacher")) != device:
+            raise ValueError(
+                f"teacher lies on {there} and model on {device}: teacher.to('{device}')"
+            )
+        self.steps_per_epoch = length(loader) or sum(1 for _ in loader)
+        if not self.steps_per_epoch:
+            raise ValueError("loader gave no batch: it must hold images")
+        self.under_way: Iterator[Batch] = iter(())
+
+    def batch(self, step: int) -> Batch:
+        """Gives the next batch of the loader; a new pass begins with each epoch."""
+        if step % self.steps_per_epoch == 0:
+            self.under_way = iter(self.loader)
+        batch = next(self.under_way, None)
+        if batch is None:
+            raise ValueError(
+                f"loader ended after {step % self.steps_per_epoch} batches of "
+                f"{self.steps_per_epoch}: it must give as many in every pass"
+            )
+        return check_batch(batch, self.model)
+
+    def losses(self, images: Tensor, labels: Tensor, tape: RoutingTape) -> dict[str, Tensor]:
+        """Computes the cross-entropy, the divergence from the teacher, and the balance loss."""
+        with tape, labelled(self.model, labels):
+            logits = check_logits(self.model(images), labels, self.model)
+        task_loss = F.cross_entropy(
+            logits.float(), labels, label_smoothing=self.train.label_smoothing
+        )
+        parts = {"task_loss": task_loss}
+        total = task_loss
+        if self.teacher is not None:
+            with torch.no_grad():
+                taught = check_logits(self.teacher(images), labels, self.teacher)
+            if taught.shape != logits.shape:
+                raise ValueError(
+                    f"teacher predicts {taught.shape[1]} classes and model {logits.shape[1]}: they "
+                    "must be the same"
+                )
+            parts["distil_loss"] = distil_loss(logits, taught)
+            total = torch.lerp(total, parts["distil_loss"], self.train.distil_logits)
+        if any(_learns(layer.router) for layer in tape.layers):
+            parts["balance_loss"] = auxiliary_loss(tape, self.coefficient)
+            total = total + parts["balance_loss"]
+        return {"loss": total} | parts
+
+    @torch.inference_mode()
+    def validated(self, model: nn.Module) -> dict[str, float] | None:
+        """Evaluates on the validation loader: top-1 in percent, and cross-entropy."""
+        if self.val is None:
+            return None
+        model.eval()
+        count, correct, losses = 0, 0, []
+        for images, labels in batches_of(self.val, model, "validate", "val"):
+            with labelled(model, labels):
+                logits = check_logits(model(images), labels, model).float()
+            losses.append(F.cross_entropy(logits, labels, reduction="sum").item())
+            correct += int((logits.argmax(dim=-1) == labels).sum())
+            count += len(labels)
+        return {"val_top1": 100 * correct / count, "val_loss": math.fsum(losses) / count}

@@ -1,0 +1,50 @@
+"""Gives a split as batches of images and labels, again and again, as a loader does.
+
+Axis letters: **B** images, **C** channels, **S** side in pixels that the model sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..spec import RunSpec
+from .splits import Split, scale_of
+
+
+class Batches:
+    """Iterates over pairs of images (B, C, S, S) and labels (B,) of a split, on the run's device.
+
+    run: says how pixels are normalised, how they are augmented, and the seed. size: largest B.
+    shuffled: each pass has an order of its own and is augmented; two objects of one seed give the
+    same passes.
+    """
+
+    def __init__(self, split: Split, run: RunSpec, size: int = 64, shuffled: bool = False):
+        self.split, self.run, self.size, self.shuffled = split, run, size, shuffled
+        self._generator = torch.Generator().manual_seed(run.seed)
+
+    def __len__(self) -> int:
+        return -(-len(self.split) // self.size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = self._generator if self.shuffled else None
+        index = torch.arange(len(self.split))
+        if generator is not None:
+            index = torch.randperm(len(self.split), generator=generator)
+        for part in index.split(self.size):
+            images, labels = self.split.batch(part, self.run, generator), self.split.labels[part]
+            yield images.to(self.run.device), labels.to(self.run.device)
+
+
+def preprocessing(run: RunSpec, channels: int) -> dict[str, Any]:
+    """Says what is done to the images of a run: mean and deviation of pixels in 0..1, and side."""
+    mean, std = scale_of(channels, run.backbone)
+    return {
+        "mean": mean.flatten().tolist(),
+        "std": std.flatten().tolist(),
+        "size": run.data.image_size,
+    }

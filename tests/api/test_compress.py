@@ -1,0 +1,128 @@
+"""One model, every method, one table: what is made of what, what is refused, and what is saved."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+from vits import batch, build
+
+import lib
+from lib import paths
+from lib.api import compress
+from lib.api.compress import AGAIN, METHODS, Rules
+
+LOADER = [batch(12, seed=1), batch(12, seed=2)]
+RULES = Rules(active=0.5, experts=4, layers=1, epochs=1.0, images=24)
+
+
+@pytest.fixture(scope="module")
+def outcome():
+    """All methods on a two-block ViT, and the model that they were given."""
+    dense = build()
+    before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    found = compress.compress(dense, LOADER, LOADER, rules=RULES, batches=(1,))
+    return dense, before, found
+
+
+def parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_every_method_makes_its_model_and_the_given_one_stays(outcome):
+    dense, before, found = outcome
+    assert found.refused == {}
+    assert list(found.models) == ["dense", AGAIN, *METHODS.values()] == list(found.table.index)
+    assert found.models["dense"] is dense and not dense.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
+
+
+def test_models_have_the_size_that_the_rules_say(outcome):
+    dense, _, found = outcome
+    sizes = {name: parameters(model) for name, model in found.models.items()}
+    width, hidden = dense.blocks[0].mlp.fc1.weight.T.shape
+    expert = hidden * (2 * width + 1) + width
+    # half of the neurons of two blocks
+    assert sizes["dense"] - sizes["pruned, ridge"] == 2 * (hidden // 2) * (2 * width + 1)
+    assert sizes["pruned, Taylor"] == sizes["pruned, ridge"]
+    router = sizes["upcycled"] - sizes["dense"] - 3 * expert
+    assert 0 < router <= 4 * (width + 1)  # a row an expert, perhaps a bias
+    assert sizes["upcycled"] - sizes["experts dropped"] == 2 * expert + router // 2
+    assert sizes[AGAIN] == sizes["dense"]
+
+
+def test_without_further_passes_the_mixture_is_the_dense_function():
+    dense = build()
+    found = compress.compress(
+        dense, LOADER, LOADER, ["upcycle"], Rules(layers=2, epochs=0), batches=(1,)
+    )
+    assert list(found.models) == ["dense", "upcycled"]
+    images, _ = batch(4)
+    assert torch.allclose(found.models["upcycled"](images), dense(images), atol=1e-5)
+
+
+def test_what_a_model_does_not_admit_is_said_and_left_out(monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("blocks.0.mlp has an inner norm")
+
+    monkeypatch.setattr(compress, "prune", refuse)
+    rules = Rules(epochs=0, images=24)
+    found = compress.compress(build(), LOADER, LOADER, ["prune", "extract"], rules, batches=(1,))
+    assert found.refused == {"pruned, ridge": "blocks.0.mlp has an inner norm"}
+    assert list(found.models) == ["dense", "extracted"]
+    assert "pruned, ridge: blocks.0.mlp has an inner norm" in compress.summary(found, {}, 2.0)
+
+
+def test_experts_are_dropped_of_the_mixture_that_is_shown(monkeypatch):
+    made = []
+    monkeypatch.setattr(compress, "compare", lambda models, *_, **__: pd.DataFrame(index=models))
+    finetune = compress.finetune
+    monkeypatch.setattr(
+        compress, "finetune", lambda m, *a, **k: made.append(m) or finetune(m, *a, **k)
+    )
+    found = compress.compress(build(), LOADER, LOADER, ["drop", "upcycle"], RULES)
+    assert list(found.models) == ["dense", AGAIN, "upcycled", "experts dropped"]
+    assert len(made) == 2  # dense again, and the mixture, once
+
+
+def test_methods_are_checked_and_ordered():
+    assert compress.checked(None) == tuple(METHODS)
+    assert compress.checked(["extract", "drop", "extract"]) == ("drop", "extract")
+    with pytest.raises(ValueError, match="unknown method cut, fold: valid are upcycle, drop"):
+        compress.checked(["cut", "prune", "fold"])
+
+
+def test_several_models_get_files_of_their_own_and_one_the_name_given(outcome, tmp_path):
+    _, _, found = outcome
+    files = compress.save_all(found, tmp_path / "small.safetensors")
+    words = ["upcycled", "experts-dropped", "pruned-ridge", "pruned-taylor", "extracted"]
+    assert [file.name for file in files.values()] == [f"small-{word}.safetensors" for word in words]
+    one = compress.Compressed({"dense": build(), "extracted": found.models["extracted"]}, {}, None)
+    assert compress.save_all(one, tmp_path / "one.safetensors") == {
+        "extracted": tmp_path / "one.safetensors"
+    }
+
+
+def test_the_three_lines_reload_a_model_in_a_fresh_process(outcome, tmp_path):
+    _, _, found = outcome
+    files = compress.save_all(found, tmp_path / "small.safetensors", class_names=list("abcde"))
+    images, _ = batch(3)
+    torch.save(images, tmp_path / "images.pt")
+    lines = compress.reloading(files["pruned, ridge"].name)
+    code = f"import torch; images = torch.load('images.pt')\n{lines}\nprint(logits.tolist())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(paths.ROOT), "PATH": "", "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        logits = found.models["pruned, ridge"].eval()(images)
+    assert torch.allclose(torch.tensor(eval(done.stdout)), logits, atol=1e-5)
+    assert len(lines.splitlines()) == 3
+    assert lib.restore(files["extracted"]).class_names == list("abcde")

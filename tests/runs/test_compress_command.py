@@ -1,0 +1,135 @@
+"""The words of the command `compress` make a run, and refuse what cannot be one."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from data_folders import encoded, put
+from safetensors.torch import save_file
+
+import lib
+from lib.__main__ import main
+from lib.runs import compress
+
+MODEL = "test_vit"
+
+
+def words(*given):
+    """The arguments of a command line, with a model and a file to write."""
+    parser = argparse.ArgumentParser()
+    compress.add(parser.add_subparsers())
+    return parser.parse_args(
+        ["compress", "--model", f"timm:{MODEL}", "-o", "a.safetensors", *given]
+    )
+
+
+@pytest.fixture
+def rooms(home, tmp_path):
+    """A folder of two classes, that is not under MOE_DATA."""
+    folder = tmp_path / "pictures" / "rooms"
+    values = {"bath": range(10, 40), "kitchen": range(200, 230)}
+    for name, greys in values.items():
+        put(folder, {f"{name}/{grey}.png": encoded(grey, (32, 32)) for grey in greys})
+    return folder
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A file of weights with a head for two classes."""
+    file = tmp_path / "shelf" / "mine.safetensors"
+    file.parent.mkdir()
+    torch.manual_seed(0)
+    save_file(timm.create_model(MODEL, num_classes=2, img_size=32).state_dict(), file)
+    return file
+
+
+def test_a_folder_and_a_file_become_names_under_their_variables(rooms, weights, monkeypatch):
+    monkeypatch.setenv("MOE_WEIGHTS", "elsewhere")
+    given = ["--data", str(rooms), "--weights", f"file:{weights}", "--size", "32"]
+    run = compress.dense_run(words(*given, "--epochs", "2", "--seed", "5", "--threads", "1"))
+    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert (run.data.name, run.data.image_size, run.data.augment) == ("rooms", 32, "flip")
+    assert (run.backbone.name, run.backbone.weights) == (MODEL, f"file:mine.safetensors@{sha256}")
+    assert (run.train.epochs, run.train.lr, run.seed, run.threads) == (2.0, compress.LR, 5, 1)
+    assert os.environ["MOE_DATA"] == str(rooms.parent)
+    assert os.environ["MOE_WEIGHTS"] == str(weights.parent)
+
+
+def test_random_weights_take_larger_steps_and_the_size_is_the_architectures():
+    run = compress.dense_run(words("--data", "mnist5k", "--weights", "none"))
+    assert (run.backbone.weights, run.train.lr) == (None, compress.LR_FROM_NOTHING)
+    assert run.data.image_size == timm.get_pretrained_cfg(MODEL).input_size[-1]
+
+
+def test_a_trained_model_is_taken_as_it_is_if_it_has_a_head(rooms, weights):
+    given = ["--data", str(rooms), "--weights", f"file:{weights}", "--size", "32", "--epochs", "0"]
+    assert compress.dense_run(words(*given)).train is None
+    put(rooms, {f"hall/{grey}.png": encoded(grey, (32, 32)) for grey in range(100, 130)})
+    from lib.inputs import sources
+
+    sources.sources_of.cache_clear()
+    with pytest.raises(ValueError, match=r"no head for the 3 classes of rooms .*give --epochs 1"):
+        compress.dense_run(words(*given))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--weights", "file:absent.safetensors"], "no file absent.safetensors, here or under"),
+        (["--weights", "best", "--epochs", "0"], "weights='best' is unknown"),
+        (["--weights", "none", "--epochs", "0"], "no head for the 10 classes of mnist5k"),
+        (["--weights", "none", "--epochs", "-1"], "epochs=-1.0"),
+        (["--weights", "none", "--size", "0"], "image_size"),
+    ],
+)
+def test_what_cannot_be_a_run_is_refused(given, says):
+    with pytest.raises((ValueError, OSError)) as error:
+        compress.dense_run(words("--data", "mnist5k", *given))
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize("out", ["small.pth", "small"])
+def test_other_files_are_refused_before_any_work(out):
+    with pytest.raises(ValueError, match="end in .safetensors"):
+        compress.run(words("--data", "mnist5k", "-o", out))
+
+
+def test_unknown_methods_are_refused_before_any_work():
+    with pytest.raises(ValueError, match="unknown method shrink: valid are upcycle, drop, prune"):
+        compress.run(words("--data", "mnist5k", "--method", "prune", "shrink"))
+
+
+def test_the_file_is_relative_to_the_folder_of_the_user():
+    assert words("--data", "mnist5k").out == Path("a.safetensors")
+
+
+def command(rooms, out, *given):
+    """Calls the command for a few passes of a small model."""
+    sizes = ["--size", "32", "--epochs", "1", "--tune", "0", "--threads", "1"]
+    model = ["--model", f"timm:{MODEL}", "--weights", "none", "--data", str(rooms)]
+    return main(["compress", *model, *sizes, "-o", str(out), *given])
+
+
+def test_from_a_folder_to_a_file_that_reloads(rooms, tmp_path, capsys):
+    out = tmp_path / "small.safetensors"
+    assert command(rooms, out, "--method", "prune", "--active", "0.25") == 0
+    said = capsys.readouterr().out
+    assert "top1" in said and "pruned, ridge" in said and f'restore("{out}")' in said
+    small = lib.restore(out)
+    whole = timm.create_model(MODEL, num_classes=2, img_size=32)
+    assert small.blocks[0].mlp.fc1.out_features == whole.blocks[0].mlp.fc1.out_features // 4
+    assert small.class_names == ["bath", "kitchen"] and small.preprocessing["size"] == 32
+    assert small(torch.zeros(2, 3, 32, 32)).shape == (2, 2)
+
+
+def test_a_model_without_mlps_is_refused_by_name_and_nothing_is_written(rooms, tmp_path, capsys):
+    out = tmp_path / "small.safetensors"
+    assert command(rooms, out, "--model", "timm:test_resnet", "--method", "extract") == 2
+    assert "error: extracted: ResNet has no block MLP" in capsys.readouterr().err
+    assert not out.exists()
