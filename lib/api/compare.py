@@ -216,8 +216,9 @@ def advice(frame: pd.DataFrame, points: float = 2.0, batch: int | None = None) -
 
     If there is none it says so, and which comes nearest: the faster one that loses least, or if
     none is faster the one that takes least time. Faster is a model whose median is below the 10%
-    quantile of the first row, in batches of `batch` images (the largest of the table if None). frame:
-    of `compare`. Raises ValueError for a table with one row, or without times of such a batch.
+    quantile of the first row, in batches of `batch` images (the largest of the table if None).
+    frame: of `compare`. Raises ValueError for a table with one row, or without times of such a
+    batch.
     """
     ms = f"ms_{_checked_batch_of(frame, batch)}"
     first, others = frame.iloc[0], frame.iloc[1:]
