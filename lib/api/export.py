@@ -31,10 +31,10 @@ class StaticLayer(nn.Module):
     def __init__(self, layer: MoELayer):
         super().__init__()
         self.router, self.experts, self.shared = layer.router, layer.experts, layer.shared
-        stay = (
-            layer.kept.tolist() if isinstance(layer, PrunedLayer) else range(layer.router.experts)
-        )
-        self.place = {expert: place for place, expert in enumerate(stay)}  # in the stack
+        numbers = range(layer.router.experts)  # of the experts that are there
+        if isinstance(layer, PrunedLayer):
+            numbers = layer.kept.tolist()
+        self.place = {expert: place for place, expert in enumerate(numbers)}  # in their stack
         self.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
