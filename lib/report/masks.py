@@ -180,6 +180,15 @@ def _draw_heat(ax: Axes, image: np.ndarray | None, heat: np.ndarray):
     rows, columns = heat.shape
     if image is not None:
         draw_dimmed(ax, image, rows, columns)
+        # faded where no heat lies, else grey print could not tell the image from the heat
+        ax.imshow(
+            np.ones_like(heat),
+            cmap="gray",
+            vmin=0,
+            vmax=1,
+            extent=(0, columns, rows, 0),
+            alpha=np.where(np.isnan(heat), 0.8, 0.0),
+        )
     shades = ax.imshow(
         heat,
         cmap=HEAT,

@@ -140,8 +140,12 @@ def test_the_heat_lies_on_the_dimmed_image_and_nowhere_on_grey(file):
     def cell(run):  # the last expert of the first image
         return masks.cam_masks(run).axes[5 if probes.probe_images(run) else 4]
 
-    below, heat = cell(of_eurosat()).images
+    below, veil, heat = cell(of_eurosat()).images
     assert below.get_array().shape == (56, 56, 3) and heat.get_alpha() < 1
+    # white over the image where no heat lies, and nothing where it does
+    bare = np.ma.getmaskarray(heat.get_array())
+    assert (veil.get_array() == 1).all()
+    assert ((veil.get_alpha() > 0.5) == bare).all() and (veil.get_alpha()[~bare] == 0).all()
     (alone,) = cell(of_eurosat(rows=(1, 2, 3))).images
     assert alone.get_alpha() == 1 and is_white(cell(of_eurosat(rows=(1, 2, 3))))
 
