@@ -6,7 +6,7 @@ Axis letters: **B** images, **N** tokens of an image, **n** recorded tokens, **D
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class AtOnce:
     """Calibrates every layer on the tokens of the dense model, recorded in one pass.
 
     active_neurons: {layer: neurons that a token passes, or None}. sampling: keyword arguments of
-    `record_tokens`.
+    `record_tokens`. modules: patterns of MLPs, as `mlps_of` takes them.
     """
 
     def __init__(
@@ -36,8 +36,9 @@ class AtOnce:
         batches: Iterable[Tensor],
         rules: ExtractSpec,
         sampling: Mapping[str, int],
+        modules: Sequence[str] | None = None,
     ):
-        self.mlps = mlps_of(model)
+        self.mlps = mlps_of(model, modules=modules)
         self.tokens = record_tokens(model, batches, self.mlps, **sampling)
         scores = {}
         if rules.neurons.budget == "model":
