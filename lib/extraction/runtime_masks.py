@@ -19,6 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..models.backbone import write_out_attention
+from ..models.tokens import has_class_token
 from .assemble import narrow_mlp
 from .correction import kept_weights
 from .record import mlps_of
@@ -72,7 +73,7 @@ def check_maskable(model: nn.Module) -> dict[str, Mlp]:
     Raises ValueError as `mlps_of`, for anything but a ViT with a class token, and for MLPs that are
     not timm's plain `Mlp`.
     """
-    if not isinstance(model, VisionTransformer) or not model.num_prefix_tokens:
+    if not isinstance(model, VisionTransformer) or not has_class_token(model):
         raise ValueError(
             f"channels are scored by the class token and by the attention that it pays: "
             f"{type(model).__name__} has none; take a timm VisionTransformer with a class token"

@@ -1,8 +1,8 @@
 """What a backbone knows, by depth: nearest neighbours and a linear probe on the features after each
 block.
 
-Features are the class token where the model has one, the mean token otherwise, as the head would
-read them (after the model's last norm). Axis letters: **n** images of a split, **D** width.
+Features are the class token where all blocks have it first, the mean patch otherwise, as the head
+would read them (after the model's last norm). Axis letters: **n** images of a split, **D** width.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from ..inputs.splits import Split, Splits
+from ..models.tokens import begins_with_class_token, returns_tokens
+from ..models.upcycle import block_mlps
 from ..spec import RunSpec
 from ..training.losses import autocast
 
@@ -30,11 +32,10 @@ def by_depth(model: nn.Module, splits: Splits, spec: RunSpec) -> list[dict[str, 
     "knn_top1", "linear_top1", "penalty"}. Raises ValueError if the model cannot return its
     intermediate features.
     """
-    if not hasattr(model, "forward_intermediates"):
+    if not returns_tokens(model):
         raise ValueError(
-            f"{type(model).__name__} cannot return intermediate features: timm's "
-            "forward_intermediates is absent. Take a model of timm that has it, such as a ViT, or "
-            "leave features alone"
+            "depth_probe=True needs a model that returns the tokens after each block, as a timm "
+            f"VisionTransformer or Eva does, got {type(model).__name__}: set it to False"
         )
     names = ("train", "val", "test")
     by_split = {name: features(model, getattr(splits, name), spec) for name in names}
@@ -71,7 +72,8 @@ def features(model: nn.Module, split: Split, spec: RunSpec, batch: int = 250) ->
     embedding, normed by the model's last norm."""
     model.eval()
     batches_of_block: list[list[Tensor]] = []
-    prefix = getattr(model, "num_prefix_tokens", 0)
+    names = [name for name, _ in block_mlps(model)]
+    has_class_token = bool(names) and all(begins_with_class_token(model, name) for name in names)
     for index in torch.arange(len(split)).split(batch):
         images = split.batch(index, spec).to(spec.device)
         with autocast(spec):
@@ -81,9 +83,9 @@ def features(model: nn.Module, split: Split, spec: RunSpec, batch: int = 250) ->
                 norm=True,
                 output_fmt="NLC",
                 intermediates_only=True,
-                return_prefix_tokens=prefix > 0,
+                return_prefix_tokens=has_class_token,
             )
-        if prefix:  # a layer is (patch tokens, prefix tokens), the class token first
+        if has_class_token:  # a layer is (patch tokens, prefix tokens), the class token first
             rows = [prefix_tokens[:, 0].float().cpu() for _, prefix_tokens in layers]
         else:
             rows = [tokens.mean(dim=1).float().cpu() for tokens in layers]

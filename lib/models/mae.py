@@ -18,6 +18,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from ..spec import MaskSpec
+from .tokens import has_class_token
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class MaskedAutoencoder(nn.Module):
         if (
             not isinstance(encoder, VisionTransformer)
             or encoder.pos_embed is None
-            or not encoder.num_prefix_tokens
+            or not has_class_token(encoder)
         ):
             raise ValueError(
                 f"{type(encoder).__name__} cannot be pretrained with masks: a timm "

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,12 @@ BEGINS_WITH_CLASS_TOKEN: dict[str, Callable[[nn.Module, str], bool]] = {
 def has_class_token(model: nn.Module) -> bool:
     """Tells whether a model has a class token at all; registers are none."""
     return getattr(model, "cls_token", None) is not None
+
+
+def returns_tokens(model: nn.Module) -> bool:
+    """Tells whether a model returns the tokens after each block, prefix tokens apart."""
+    forward = getattr(model, "forward_intermediates", None)
+    return forward is not None and "return_prefix_tokens" in signature(forward).parameters
 
 
 def begins_with_class_token(model: nn.Module, name: str) -> bool:

@@ -28,6 +28,7 @@ def check(spec: RunSpec) -> None:
     for step in steps_of(spec):
         step.check(model, spec)
     _check_whole(*architecture, None if spec.train is None else spec.train.mask)
+    _check_probes(spec, model)
     if spec.moe is not None and spec.moe.capacity_factor is not None:
         trained = spec.train.batch if spec.train is not None else 0
         check_capacity(model, spec.data.image_size, max(trained, evaluate.BATCH))
@@ -63,6 +64,33 @@ def _check_whole(
     if moe is not None and moe.members > 1:
         model = ensemble(model, moe.members)
     cost.count(model, image_size)  # of a masked autoencoder the encoder's, as in its record
+
+
+def _check_probes(spec: RunSpec, model: nn.Module) -> None:
+    """Raises ValueError for a probe that would find after the training that its model is another.
+
+    model: the backbone of the run; an ensemble and a masked autoencoder are made of it.
+    """
+    from timm.models.vision_transformer import VisionTransformer
+
+    from ..models.tokens import returns_tokens
+
+    kind = type(model).__name__
+    if spec.moe is not None and spec.moe.members > 1:
+        kind = f"an ensemble of it (moe.members={spec.moe.members})"
+    if spec.train is not None and spec.train.mask is not None:
+        kind = "a masked autoencoder of it (train.mask)"
+    is_backbone = kind == type(model).__name__
+    if spec.cam_probe and not (is_backbone and isinstance(model, VisionTransformer)):
+        raise ValueError(
+            "cam_probe=True needs the patch grid of a timm VisionTransformer, and the model is "
+            f"{kind}: set it to False, or take one"
+        )
+    if spec.depth_probe and not (is_backbone and returns_tokens(model)):
+        raise ValueError(
+            "depth_probe=True needs a model that returns the tokens after each block, as a timm "
+            f"VisionTransformer or Eva does, and the model is {kind}: set it to False, or take one"
+        )
 
 
 def check_device(spec: RunSpec) -> None:

@@ -207,11 +207,16 @@ def test_refusals():
     swin = timm.create_model("swin_tiny_patch4_window7_224", embed_dim=24, depths=(1, 1, 1, 1))
     with pytest.raises(ValueError, match="with a class token"):
         check_maskable(swin)
-    no_class = timm.create_model(
-        "vit_tiny_patch16_224", **VIT, class_token=False, global_pool="avg"
-    )
-    with pytest.raises(ValueError, match="with a class token"):
-        check_maskable(no_class)
+    for registers in (0, 1, 4):  # prefix tokens that are no class token
+        no_class = timm.create_model(
+            "vit_tiny_patch16_224",
+            **VIT,
+            class_token=False,
+            reg_tokens=registers,
+            global_pool="avg",
+        )
+        with pytest.raises(ValueError, match="with a class token"):
+            check_maskable(no_class)
     with pytest.raises(ValueError, match="leaves no weights of its own"):
         ChannelStep(ChannelSpec(active=0.5)).fit(no_class, {})
 

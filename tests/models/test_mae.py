@@ -113,5 +113,9 @@ def test_bad_settings_are_refused():
             "swin_tiny_patch4_window7_224", img_size=28, window_size=7, depths=(1, 1, 1, 1)
         )
         MaskedAutoencoder(swin, MASK)
+    for registers in (0, 2):  # prefix tokens that are no class token
+        options = {"class_token": False, "reg_tokens": registers, "global_pool": "avg"}
+        with pytest.raises(ValueError, match="with class token and absolute"):
+            MaskedAutoencoder(timm.create_model("vit_tiny_patch16_224", **options), MASK)
     with pytest.raises(ValueError, match="decoder width=18 must be a multiple"):
         MaskSpec(width=18, heads=2)

@@ -210,7 +210,7 @@ def test_gradcam_of_the_probe_images(where):
         and cam.max() <= 1
         and (cam.std(axis=(1, 2)) > 0.01).sum() > 6
     )
-    with pytest.raises(RuntimeError, match="cam_probe=True needs the patch grid"):
+    with pytest.raises(ValueError, match="cam_probe=True needs the patch grid"):
         run(where, FIRST.but(moe={"members": 2}, cam_probe=True))
 
 
