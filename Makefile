@@ -13,7 +13,7 @@ book: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
-# 50 kills each of grids, pools and builds, flipped bytes, full disks, rival builds: an hour or so
+# 50 kills each of grids, pools and builds, flipped bytes, full disks, rival builds: an hour or so; some of it: PARTS="pool disk"
 faults: $(READY)
 	$(BIN)/python tests/faults/stress.py $(PARTS)
 

@@ -77,12 +77,12 @@ def store_in(folder: Path) -> Store:
 
 
 def start(
-    folder: Path, workers: int = 0, code: str = WORKER, specs: list[RunSpec] = SPECS
+    folder: Path, workers: int = 0, code: str = WORKER, specs: list[RunSpec] | None = None
 ) -> subprocess.Popen:
-    """Starts a process that collects runs into the store of a folder."""
+    """Starts a process that collects runs, SPECS if none are given, into the store of a folder."""
     script = folder / "worker.py"
     script.write_text(code)  # a file: workers of a pool import it anew
-    texts = [spec.model_dump_json() for spec in specs]
+    texts = [spec.model_dump_json() for spec in specs or SPECS]
     return subprocess.Popen(
         [sys.executable, str(script), str(folder), str(workers), *texts],
         env={**os.environ, "PYTHONPATH": str(ROOT), TAG: str(folder), "OMP_NUM_THREADS": "1"},
