@@ -66,7 +66,10 @@ def extract(
     """
     _check(active, clusters, repair, storage)
     extracted = to_change(model, inplace)
-    ignored = matching([name for name, _ in block_mlps(extracted)], ignore, "ignore")
+    names = [name for name, _ in block_mlps(extracted)]
+    ignored = matching(names, ignore, "ignore")
+    if names and ignored == names:
+        raise ValueError(f"ignore={list(ignore)} leaves no MLP to extract from")
     check_loader(loader)
     if clusters in AS_PUBLISHED or active == 1:
         method = "none"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..extraction.extract import extract_layers
+from ..extraction.record import mlps_of
 from ..models.moe import MoELayer
 from ..models.names import matches, matching
 from ..models.upcycle import block_mlps
@@ -113,7 +114,8 @@ def _names(model: nn.Module, score: str, parts: Sequence[str]) -> list[str]:
             f"score={score!r} chooses neurons of MLPs by their activations, and parts="
             f"{tuple(parts)} has other parts: set score='taylor', or parts=('mlp',)"
         )
-    names = [name for name, mlp in block_mlps(model) if not isinstance(mlp, MoELayer)]
+    mlps = block_mlps(model) or list(mlps_of(model).items())  # which refuses by name
+    names = [name for name, mlp in mlps if not isinstance(mlp, MoELayer)]
     if not names:
         raise ValueError(
             f"{type(model).__name__} has no dense block MLP for score={score!r}: for the neurons "

@@ -130,7 +130,7 @@ def test_a_module_of_ones_own_around_a_trunk():
         ({"count": 1000}, "cannot make 1000 clusters"),
         ({"clusters": "moefication", "count": 7}, "do not divide into 7"),
         ({"ignore": ["head"]}, "ignore: 'head' fits none of the layers blocks.0.mlp"),
-        ({"ignore": ["blocks"]}, "leaves nothing of"),
+        ({"ignore": ["blocks"]}, r"ignore=\['blocks'\] leaves no MLP to extract from"),
     ],
 )
 def test_what_is_refused(options, says):

@@ -242,5 +242,7 @@ def test_models_and_labels_that_do_not_fit_are_refused():
         lib.prune(vit(num_classes=0, global_pool=""), loader(), score="taylor")
     with pytest.raises(ValueError, match=r"parts=\('experts',\) and score='taylor'"):
         lib.prune(lib.upcycle(vit(), lib.MoESpec(layers=2, experts=2, router="token")), loader())
+    with pytest.raises(ValueError, match="Linear has no block MLP"):
+        lib.prune(torch.nn.Linear(2, 2), loader())
     with pytest.raises(ValueError, match="Wrapped is none: set across='layer'"):
         lib.prune(Wrapped(vit()), loader(), score="update", across="model")
