@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import length_hint
 from typing import Any
 
 import numpy as np
@@ -158,7 +159,7 @@ def _one_pass(
     Returns the first `keep` images, over and over if there are fewer.
     """
     first_images: list[Tensor] = []
-    total = len(loader) if hasattr(loader, "__len__") else None
+    total = length_hint(loader) or None  # a loader of a stream has no length
     # The bar is not given the loader, which it would start a second time.
     with tqdm(desc="compare", unit="batch", total=total, leave=False, delay=5) as bar:
         for batch in loader:
@@ -195,14 +196,16 @@ def _add_times(
 
 @contextmanager
 def _evaluation_mode(models: Iterable[nn.Module]) -> Iterator[None]:
-    modes = {module: module.training for model in models for module in model.modules()}
+    modes = {model: {m: m.training for m in model.modules()} for model in models}
     try:
-        for module in modes:
-            module.training = False
+        for model in modes:
+            model.eval()
         yield
     finally:
-        for module, training in modes.items():
-            module.training = training
+        for model, training_of_module in modes.items():
+            model.train(training_of_module[model])  # a model may do more than set flags
+            for module, training in training_of_module.items():
+                module.training = training
 
 
 # ---- the sentence below the table

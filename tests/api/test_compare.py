@@ -6,6 +6,7 @@ import timm
 import torch
 from scipy.stats import binomtest
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 import lib
 from lib.measure.accuracy import paired_difference, top1
@@ -101,6 +102,17 @@ def test_modes_come_back_after_an_error_too():
     with pytest.raises(RuntimeError):
         lib.compare(models, Loader())
     assert models["dense"].training and models["broken"].training
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        loader = Loader()
+        return iter(zip(loader.images, loader.labels, strict=True))
+
+
+def test_a_stream_without_length_is_a_loader():
+    frame = lib.compare({"dense": Answers(RIGHT)}, DataLoader(Stream(), 4), batches=(1,))
+    assert frame.top1.tolist() == [80] and frame.attrs["images"] == 10
 
 
 def test_intervals_where_nothing_varies():
