@@ -25,15 +25,16 @@ from ..models.pruned import PrunedLayer
 class StaticLayer(nn.Module):
     """Computes what a MoE layer computes at evaluation, by operations of fixed shapes.
 
-    Input and output: (B, ..., D). E / K times the multiply-adds of the layer's experts. Raises
-    ValueError, when it runs, for a router that has no such form.
+    Input and output: (B, ..., D). E / K times the multiply-adds of the layer's experts.
     """
 
     def __init__(self, layer: MoELayer):
         super().__init__()
         self.router, self.experts, self.shared = layer.router, layer.experts, layer.shared
-        stay = layer.kept.tolist() if isinstance(layer, PrunedLayer) else range(layer.router.experts)
-        self.place = {expert: place for place, expert in enumerate(stay)}  # in the stack
+        numbers = range(layer.router.experts)  # of the experts that are there
+        if isinstance(layer, PrunedLayer):
+            numbers = layer.kept.tolist()
+        self.place = {expert: place for place, expert in enumerate(numbers)}  # in their stack
         self.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,8 +62,11 @@ def for_export(model: nn.Module) -> nn.Module:
     """
     copied = copy.deepcopy(model).eval()
     for name, layer in list(copied.named_modules()):
-        if isinstance(layer, MoELayer):
-            if not name:
-                return StaticLayer(layer)
-            copied.set_submodule(name, StaticLayer(layer))
+        if not isinstance(layer, MoELayer):
+            continue
+        if reason := layer.router.not_exported:
+            raise ValueError(f"{name or 'the layer'}: {reason}: it cannot be exported")
+        if not name:  # the model is a layer itself
+            return StaticLayer(layer)
+        copied.set_submodule(name, StaticLayer(layer))
     return copied

@@ -88,6 +88,8 @@ class Router(nn.Module, ABC):
 
     # True: experts get mixtures of tokens, so no token can be sent to an expert
     mixes_tokens: ClassVar[bool] = False
+    # why a layer with this router has no form for other runtimes; None: it has
+    not_exported: ClassVar[str | None] = None
 
     def __init__(self, experts: int):
         super().__init__()
@@ -174,7 +176,7 @@ class Router(nn.Module, ABC):
         """Gives every token of x, (B, N, D), its factor on the output of every expert: (T, E), 0
         where it does not go.
 
-        No shape may depend on data. Raises ValueError for a router that cannot do so.
+        No shape may depend on data.
         """
         routing = self(x)
         blank = routing.weight.new_zeros(x.shape[0] * x.shape[1], self.experts)
@@ -347,7 +349,7 @@ def assign(
         choice_of_token, weight_of_token = choice, weight
     queue = torch.arange(tokens, device=choice.device)
     if priority is not None:
-        queue = priority.argsort(descending=True, stable=True)
+        queue = falling_order(priority)
         choice_of_token, weight_of_token = choice_of_token[queue], weight_of_token[queue]
     # (T, K) -> (A,), all first choices first
     expert, flat_weight = choice_of_token.t().reshape(-1), weight_of_token.t().reshape(-1)
@@ -355,13 +357,29 @@ def assign(
     dropped = torch.zeros(tokens, dtype=torch.long, device=choice.device)
     if capacity_factor is not None:
         slots = capacity(capacity_factor, top_k, tokens, probs.shape[-1])
-        served = place_in_line(expert, probs.shape[-1]) < slots
+        served = _place_in_line(expert, probs.shape[-1]) < slots
         dropped.index_add_(0, token[~served], torch.ones_like(token[~served]))
         token, expert, flat_weight = token[served], expert[served], flat_weight[served]
     return Routing(token, expert, flat_weight, probs, logits, choice, dropped, shape)
 
 
-def place_in_line(expert: Tensor, experts: int) -> Tensor:
+def falling_order(values: Tensor) -> Tensor:
+    """Sorts values, (..., S), along their last axis, the largest first, equal ones as they stand.
+
+    Returns the indices, (..., S). Traced, it counts instead of sorting, S squared comparisons: ONNX
+    has no stable sort.
+    """
+    if not torch.compiler.is_compiling():
+        return values.argsort(dim=-1, descending=True, stable=True)
+    index = torch.arange(values.shape[-1], device=values.device)
+    here, other = values.unsqueeze(-1), values.unsqueeze(-2)
+    earlier = (other > here) | ((other == here) & (index < index.unsqueeze(-1)))  # (..., S, S)
+    return torch.zeros_like(values, dtype=torch.long).scatter(
+        -1, earlier.sum(dim=-1), index.expand(values.shape)
+    )
+
+
+def _place_in_line(expert: Tensor, experts: int) -> Tensor:
     """Numbers the assignments of each expert from 0, in the order of expert, (A,)."""
     order = torch.argsort(expert, stable=True)
     counts = torch.bincount(expert, minlength=experts)

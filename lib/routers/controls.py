@@ -22,17 +22,12 @@ class RandomRouter(HardRouter):
     The draw depends on the place in the batch alone, so that it repeats.
     """
 
+    not_exported = "a RandomRouter draws from torch's generator, which no other runtime has"
+
     def scores(self, rows: Tensor) -> Tensor:
         """Draws (T, E) uniform scores for rows, (T, D)."""
         generator = torch.Generator().manual_seed(0)
         return torch.rand(len(rows), self.experts, generator=generator).to(rows.device)
-
-    def factors(self, x: Tensor) -> Tensor:
-        """Raises ValueError: a draw by torch's generator is no operation of other runtimes."""
-        raise ValueError(
-            "a RandomRouter draws from torch's generator, which no other runtime has: a model with "
-            "random routing cannot be exported"
-        )
 
 
 class OracleRouter(HardRouter):

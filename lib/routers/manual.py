@@ -26,6 +26,8 @@ class ManualRouter(Router):
             logits = model(images)
     """
 
+    not_exported = "a ManualRouter decides by the class of an image, which is no input of a model"
+
     def __init__(self, experts: int, experts_of: dict[int, int]):
         super().__init__(experts)
         if not experts_of or set(experts_of.values()) - set(range(experts)):
@@ -78,13 +80,6 @@ class ManualRouter(Router):
                 "run the model inside `with router.given(labels)`"
             )
         return fixed(self.table[self._labels].unsqueeze(1), self.experts, (b, n))
-
-    def factors(self, x: Tensor) -> Tensor:
-        """Raises ValueError: the classes of images are no input of an exported model."""
-        raise ValueError(
-            "a ManualRouter decides by the class of an image, which is no input of a model: a "
-            "model with manual routing cannot be exported"
-        )
 
     def expert_rows(self, tokens: int, images: int) -> int:
         """Counts every token once."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..spec import MoESpec
-from .base import LinearRouter, Routing, assign, capacity, check_pool, one_in_value
+from .base import LinearRouter, Routing, assign, capacity, check_pool, falling_order, one_in_value
 
 
 class PriorityRouter(LinearRouter):
@@ -94,7 +94,7 @@ def balanced_match(scores: Tensor) -> Tensor:
             break
         value, best = scores.masked_fill(room.unsqueeze(1) == 0, -torch.inf).max(dim=-1)
         value = value.masked_fill(place >= 0, -torch.inf)
-        order = value.argsort(dim=-1, descending=True, stable=True)
+        order = falling_order(value)
         asked = best.gather(1, order)
         waits = place.gather(1, order) < 0
         asks = torch.nn.functional.one_hot(asked, experts) * waits.unsqueeze(-1)
