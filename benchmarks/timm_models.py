@@ -36,31 +36,37 @@ FAMILIES = (
 ).split()
 # {family: MLPs that are not called .mlp}, for modules=
 OTHER_NAMES = {
-    "efficientvit_msra": "stages.*.blocks.*.ffn*.m",
-    "mlp_mixer": "blocks.*.mlp_channels",
-    "repvit": "stages.*.blocks.*.channel_mixer",
-    "sequencer": "stages.*.blocks.*.mlp_channels",
-    "shvit": "stages.*.blocks.*.ffn.m",
-    "swiftformer": "stages.*.blocks.*.linear",
+    "efficientvit_msra": ["stages.*.blocks.*.ffn*.m"],
+    "mlp_mixer": ["blocks.*.mlp_channels"],
+    "repvit": ["stages.*.blocks.*.channel_mixer"],
+    "sequencer": ["stages.*.blocks.*.mlp_channels"],
+    "shvit": ["stages.*.blocks.*.ffn.m"],
+    "swiftformer": ["stages.*.blocks.*.linear"],
 }
 GOALS = {"upcycling": 0.9, "pruning": 0.8, "extraction": 0.8}
 
 
-def upcycled(model: nn.Module, modules: str | None = None) -> None:
+def upcycled(model: nn.Module, modules: list[str] | None = None) -> None:
     """Swaps all MLPs for MoE layers."""
     chosen = len(chosen_mlps(model, modules))
     upcycle(model, modules=modules, layers=chosen, experts=2, router="token")
 
 
-def pruned(model: nn.Module) -> None:
+def pruned(model: nn.Module, modules: list[str] | None = None) -> None:
     """Removes half of the neurons of all MLPs."""
-    shapes = shapes_of(prunable(model, ("mlp",)))
+    shapes = shapes_of(prunable(model, ("mlp",), modules=modules))
     remove(model, {name: torch.arange(max(1, shape[0] // 2)) for name, shape in shapes.items()})
 
 
+def looked_into(model: nn.Module, modules: list[str] | None = None) -> None:
+    """Asks whether experts can be extracted from all MLPs."""
+    mlps_of(model, modules=modules)
+
+
+Action = Callable[[nn.Module, list[str] | None], None]
 # In this order on one model: extraction only asks, and a pruned model is upcycled as any.
-ACTIONS: dict[str, Callable[[nn.Module], object]] = {
-    "extraction": mlps_of,
+ACTIONS: dict[str, Action] = {
+    "extraction": looked_into,
     "pruning": pruned,
     "upcycling": upcycled,
 }
@@ -71,28 +77,31 @@ def names() -> Iterator[tuple[str, str]]:
     return ((family, name) for family in FAMILIES for name in timm.list_models(module=family))
 
 
-def outcome(action: Callable[[nn.Module], object], model: nn.Module) -> str:
+def outcome(action: Action, model: nn.Module, modules: list[str] | None) -> str:
     """Tries an action on a model: "works", or why not, without the name of a layer."""
     try:
-        action(model)
+        action(model, None)
+        return "works"
+    except ValueError as error:
+        reason = _reason(str(error))
+    if modules is None:
+        return reason
+    try:
+        action(model, modules)
     except ValueError as error:
         return _reason(str(error))
-    return "works"
+    return "works with modules="
 
 
 def outcomes_of(family: str, name: str) -> dict[str, str]:
-    """Maps each action, and upcycling with modules=, to its outcome on a model."""
+    """Maps each action to its outcome on a model."""
     try:
         with torch.device("meta"):
             model = timm.create_model(name)
     except Exception as error:  # what timm itself cannot build on the meta device
         return dict.fromkeys(ACTIONS, f"timm does not build it: {type(error).__name__}")
-    outcomes = {what: outcome(action, model) for what, action in ACTIONS.items()}
-    if outcomes["upcycling"] != "works" and family in OTHER_NAMES:
-        pattern = OTHER_NAMES[family]
-        if outcome(lambda whole: upcycled(whole, pattern), model) == "works":
-            outcomes["upcycling"] = "works with modules="
-    return outcomes
+    modules = OTHER_NAMES.get(family)
+    return {what: outcome(action, model, modules) for what, action in ACTIONS.items()}
 
 
 def _reason(message: str) -> str:

@@ -6,7 +6,7 @@ Axis letters: **B** images, **N** tokens of an image, **n** recorded tokens, **D
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ class AtOnce:
     """Calibrates every layer on the tokens of the dense model, recorded in one pass.
 
     active_neurons: {layer: neurons that a token passes, or None}. sampling: keyword arguments of
-    `record_tokens`. ignore: names of layers that stay as they are.
+    `record_tokens`. ignore: names of layers that stay as they are. modules: patterns of MLPs, as
+    `mlps_of` takes them.
     """
 
     def __init__(
@@ -37,8 +38,9 @@ class AtOnce:
         rules: ExtractSpec,
         sampling: Mapping[str, int],
         ignore: Collection[str] = (),
+        modules: Sequence[str] | None = None,
     ):
-        self.mlps = mlps_of(model, ignore=ignore)
+        self.mlps = mlps_of(model, ignore, modules=modules)
         self.tokens = record_tokens(model, batches, self.mlps, **sampling)
         scores = {}
         if rules.neurons.budget == "model":

@@ -47,14 +47,17 @@ class LayerCalibration:
 
 
 def mlps_of(
-    model: nn.Module, modules: Sequence[str] | None = None, ignore: Collection[str] = ()
+    model: nn.Module, ignore: Collection[str] = (), *, modules: Sequence[str] | None = None
 ) -> dict[str, nn.Module]:
-    """Returns {name: MLP} of the blocks of a model, but of those that are ignored.
+    """Returns {name: MLP} of the blocks of a model, but of those that are ignored, by name.
 
-    modules, ignore: patterns, as `chosen_mlps` takes them. Raises ValueError as that, and for an
-    MLP whose neurons are not known, that changes the width, or that has dropout inside.
+    modules: patterns of names of MLPs to take instead of the blocks' own. Raises ValueError as
+    `chosen_mlps`, and for an MLP whose neurons are not known, that changes the
+    width, or that has dropout inside.
     """
-    mlps = dict(chosen_mlps(model, modules, ignore))
+    mlps = {name: mlp for name, mlp in chosen_mlps(model, modules) if name not in ignore}
+    if not mlps:
+        raise ValueError(f"no MLP of a {type(model).__name__} is left: {', '.join(ignore)} stay")
     for name, mlp in mlps.items():
         if reason := why_no_neurons(mlp) or why_not_copied(mlp):
             raise ValueError(f"{name} {reason}: no experts are extracted from it")

@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -37,6 +36,7 @@ from .mlps import (
     width_of,
 )
 from .moe import MoELayer
+from .names import matching
 from .tokens import check_batch_of_images, check_class_token
 
 
@@ -71,14 +71,14 @@ def chosen_mlps(
 ) -> list[tuple[str, nn.Module]]:
     """Lists (name, module) of the MLPs that patterns choose, from the input of the model on.
 
-    modules: patterns of names (`fnmatch`: "blocks.*.mlp_tokens") to take instead of the blocks' own
-    `.mlp`; None = those. ignore: patterns of names to leave out. Raises ValueError for a pattern
-    that no name fits, and where nothing is left.
+    modules: patterns of names, ["blocks.*.mlp_tokens"], to take instead of the blocks' own `.mlp`;
+    None = those. ignore: patterns of names to leave out. Raises ValueError as `matching`, and where
+    nothing is left.
     """
     if modules is None:
         mlps = block_mlps(model)
     else:
-        names = fitting([name for name, _ in model.named_modules() if name], modules, "modules")
+        names = matching([name for name, _ in model.named_modules() if name], modules, "modules")
         # * stands for dots, too: what is inside another module that is chosen goes with it
         outer = [name for name in names if not any(name.startswith(f"{n}.") for n in names)]
         mlps = [(name, model.get_submodule(name)) for name in outer]
@@ -86,7 +86,7 @@ def chosen_mlps(
     mlps = [(name, mlp) for name, mlp in mlps if not isinstance(mlp, nn.Identity)]
     if not mlps:
         raise ValueError(f"{type(model).__name__} has no block MLP{_advice(model)}")
-    left_out = fitting([name for name, _ in mlps], ignore, "ignore")
+    left_out = matching([name for name, _ in mlps], ignore, "ignore")
     chosen = [(name, mlp) for name, mlp in mlps if name not in left_out]
     if not chosen:
         raise ValueError(
@@ -95,20 +95,7 @@ def chosen_mlps(
     return chosen
 
 
-def fitting(names: Sequence[str], patterns: Sequence[str], field: str) -> list[str]:
-    """Lists the names that a pattern fits, in their order; ValueError for one that fits none."""
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(
-                f"{field}={pattern!r} fits no name: there are {_listed(names)} (patterns as of "
-                "fnmatch, with * for any letters)"
-            )
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
-
-
 def _listed(names: Sequence[str], most: int = 12) -> str:
-    names = [names] if isinstance(names, str) else list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
@@ -134,7 +121,7 @@ def upcycle(
 
         upcycle(model, layers=2, experts=8)
         upcycle(model, MoESpec(layers=2, experts=8))
-        upcycle(mixer, modules="blocks.*.mlp_channels", experts=4, router="token")
+        upcycle(mixer, modules=["blocks.*.mlp_channels"], experts=4, router="token")
 
     spec, or fields of a MoESpec by name. With fields the gate is "renormalised" unless it is given:
     the model computes what it did before, until it is trained. With a spec it is the printed one by

@@ -55,12 +55,11 @@ SMALL = {
     "xcit_nano_12_p16_224": {"img_size": 64, "depth": 1},
     "efficientformerv2_s0": {"img_size": 64},
 }
-CHANNELS = "blocks.*.mlp_channels"
+CHANNELS = ["blocks.*.mlp_channels"]
 # {name: what its MLPs are refused with where neurons are taken apart}
 REFUSED = {
     "eva02_base_patch14_224": "norm inside the MLP",
     "convnextv2_atto": r"\(GlobalResponseNormMlp\) is no MLP whose hidden neurons are known",
-    "mixer_s32_224": r"no block MLP called .mlp; name .* with modules=",
     "efficientformerv2_s0": r"\(ConvMlpWithNorm\) is no MLP whose hidden neurons are known",
 }
 
@@ -126,11 +125,11 @@ def masked(model, keep):
     return twin
 
 
-def extracted(model, images, rules):
+def extracted(model, images, rules, modules=None):
     """Replaces the MLPs of a model, in place; returns the names of those that are mixtures."""
-    source = AtOnce(model, [images], rules, {"per_image": 50, "limit": 400, "seed": 0})
-    mixtures = []
-    for name, mlp in mlps_of(model).items():
+    sampling, mixtures = {"per_image": 50, "limit": 400, "seed": 0}, []
+    source = AtOnce(model, [images], rules, sampling, modules=modules)
+    for name, mlp in source.mlps.items():
         calibration, active = source.of_layer(name), source.active_neurons[name]
         layer, _ = extract_layer(mlp, calibration, rules, active, seed=0)
         loaded = layer_like(mlp, layer.state_dict(), rules)
@@ -169,11 +168,10 @@ def test_pruned_it_computes_what_a_masked_one_does(name):
     model, x = small(name), images_for(name)
     batch = [(x, torch.arange(4))]
     if name in REFUSED:
-        says = "no mlp to prune" if name.startswith("mixer") else REFUSED[name]
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=REFUSED[name]):
             prunable(model, ("mlp",))
         return
-    scores = neuron_scores(model, batch, parts=("mlp",))
+    scores = neuron_scores(model, batch, parts=("mlp",), modules=modules_of(name))
     keep = {key: keep_indices(score, 0.5) for key, score in scores.items()}
     pruned = remove(copy.deepcopy(model), keep)
     assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in model.parameters())
@@ -194,8 +192,16 @@ def test_extracted_with_all_neurons_it_computes_what_it_did(name):
         return
     with torch.no_grad():
         expected = model(x)
-        assert extracted(model, x, ALL_NEURONS)
+        assert extracted(model, x, ALL_NEURONS, modules_of(name))
         assert_same(model(x), expected)
+
+
+def test_mlps_of_other_names_are_asked_for_by_name():
+    mixer = small("mixer_s32_224")
+    with pytest.raises(ValueError, match="no block MLP called .mlp; name .* with modules="):
+        mlps_of(mixer)
+    with pytest.raises(ValueError, match="MlpMixer has no mlp to prune"):
+        prunable(mixer, ("mlp",))
 
 
 # ---- one MLP
@@ -375,17 +381,20 @@ def test_names_choose_mlps():
     mixer = small("mixer_s32_224")
     names = [name for name, _ in chosen_mlps(mixer, ["blocks.*.mlp_*"], ["blocks.0.*"])]
     assert names == ["blocks.1.mlp_tokens", "blocks.1.mlp_channels"]
-    upcycle(mixer, modules="blocks.*.mlp_tokens", experts=2, router="token")
+    upcycle(mixer, modules=["blocks.*.mlp_tokens"], experts=2, router="token")
     assert [isinstance(block.mlp_tokens, MoELayer) for block in mixer.blocks] == [True, True]
     vit = small("vit_small_patch16_224")
-    assert [name for name, _ in chosen_mlps(vit, ignore="blocks.1.*")] == ["blocks.0.mlp"]
-    assert list(prunable(vit, ("mlp",), ignore="*.1.mlp")) == ["blocks.0.mlp"]
+    assert [name for name, _ in chosen_mlps(vit, ignore=["blocks.1"])] == ["blocks.0.mlp"]
+    assert list(prunable(vit, ("mlp",), ignore=["blocks.1.mlp"])) == ["blocks.0.mlp"]
     for call, says in (
         (
-            lambda: chosen_mlps(vit, "blocks.*.ffn"),
-            "modules='blocks.*.ffn' fits no name: there are",
+            lambda: chosen_mlps(vit, ["blocks.*.ffn"]),
+            "modules: 'blocks.*.ffn' fits none of",
         ),
-        (lambda: chosen_mlps(vit, ignore="x"), "ignore='x' fits no name: there are blocks.0.mlp,"),
+        (
+            lambda: chosen_mlps(vit, ignore=["x"]),
+            "ignore: 'x' fits none of the layers blocks.0.mlp,",
+        ),
         (lambda: chosen_mlps(vit, ignore=["*"]), r"ignore=\* leaves nothing of blocks.0.mlp"),
         (lambda: upcycle(vit), "takes a MoESpec, or its fields by name"),
         (lambda: upcycle(vit, MoESpec(experts=2), experts=2), "a MoESpec and experts beside it"),

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ...models.experts import Experts
 from ...models.mlps import by_neuron, maps_of, why_no_neurons
 from ...models.moe import MoELayer
-from ...models.upcycle import block_mlps, fitting
+from ...models.upcycle import block_mlps, chosen_mlps
 
 PARTS = ("mlp", "attention", "experts")
 # Name of a set, and the tensors (..., groups, members) that its groups hold.
@@ -35,13 +35,18 @@ NamedSets = Iterator[tuple[str, list[Tensor]]]
 
 
 def prunable(
-    model: nn.Module, parts: Sequence[str] | None = None, ignore: Collection[str] = ()
+    model: nn.Module,
+    parts: Sequence[str] | None = None,
+    ignore: Collection[str] = (),
+    *,
+    modules: Sequence[str] | None = None,
 ) -> dict[str, nn.Module]:
     """Lists the layers whose neurons can be removed, by name.
 
-    parts: of `PARTS`; None stands for all that the model has. ignore: patterns of names to leave
-    out, as of `fnmatch`. Raises ValueError for an unknown part, for one that the model lacks, for a
-    pattern that no layer's name fits, and for a layer that cannot be pruned, by name.
+    parts: of `PARTS`; None stands for all that the model has. ignore: names that are left out.
+    modules: patterns of names of MLPs to take instead of the blocks' own, as of `chosen_mlps`.
+    Raises ValueError for an unknown part, for one that the model lacks, for a pattern that fits no
+    name, and for a layer that cannot be pruned, by name.
     """
     if unknown := set(parts or ()) - set(PARTS):
         raise ValueError(
@@ -49,14 +54,12 @@ def prunable(
         )
     candidates = [
         candidate
-        for candidate in _candidates(model)
-        if parts is None or candidate[0] in parts
+        for candidate in _candidates(model, modules)
+        if (parts is None or candidate[0] in parts) and candidate[1] not in ignore
     ]
     present = {part for part, _, _ in candidates}
     if absent := [part for part in parts or () if part not in present]:
         raise ValueError(f"{type(model).__name__} has no {' and no '.join(absent)} to prune")
-    left_out = fitting([name for _, name, _ in candidates], ignore, "ignore")
-    candidates = [candidate for candidate in candidates if candidate[1] not in left_out]
     for part, name, module in candidates:
         if reason := _refusal(part, module):
             raise ValueError(
@@ -83,13 +86,22 @@ def parts_in(model: nn.Module) -> tuple[str, ...]:
 
 
 def supported(model: nn.Module) -> dict[str, nn.Module]:
-    """Lists the layers whose neurons can be removed, by name, and leaves out all others."""
-    return {name: module for part, name, module in _candidates(model) if not _refusal(part, module)}
+    """Lists the layers whose neurons can be removed, by name, and leaves out all others.
+
+    MLPs that are none of the blocks' own are among them: they are pruned where they are named.
+    """
+    of_blocks = {
+        name: module for part, name, module in _candidates(model) if not _refusal(part, module)
+    }
+    others = {name: module for name, module in model.named_modules() if not why_no_neurons(module)}
+    return of_blocks | {name: others[name] for name in others if name not in of_blocks}
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+def _candidates(
+    model: nn.Module, modules: Sequence[str] | None = None
+) -> Iterator[tuple[str, str, nn.Module]]:
     """Yields (part, name, module) of each layer of a kind that is pruned, if only its form fits."""
-    for name, mlp in block_mlps(model):
+    for name, mlp in block_mlps(model) if modules is None else chosen_mlps(model, modules):
         if isinstance(mlp, nn.Identity):  # a block without an MLP
             continue
         if not isinstance(mlp, MoELayer):

@@ -60,6 +60,7 @@ def neuron_scores(
     *,
     parts: Sequence[str] | None = None,
     ignore: Collection[str] = (),
+    modules: Sequence[str] | None = None,
     loss: Loss = cross_entropy,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
@@ -69,13 +70,13 @@ def neuron_scores(
     modes are left as they were.
 
     kind: an `Importance`. parts: of "mlp", "attention", "experts"; None is what the model has.
-    ignore: patterns of layers to leave out, as `prunable` takes them.
+    ignore: names of layers that are left out. modules: patterns of MLPs, as `prunable` takes them.
     loss(model, images, labels): a scalar; it is called in evaluation mode and outside of any
     autocast, and may enter one. generator: of the random scores. Raises ValueError for an unknown
     kind or part, a layer that cannot be pruned (by name), calibration without images, a loss that
     is not finite or not of these weights, and for random scores without a generator.
     """
-    modules, kind = prunable(model, parts, ignore), _known(kind)
+    modules, kind = prunable(model, parts, ignore, modules=modules), _known(kind)
     if kind in _FROM_GRADIENTS:
         return scores_from_gradients(
             model, modules, groups_of, _FROM_GRADIENTS[kind], batches, loss
