@@ -27,8 +27,8 @@ class AtOnce:
     """Calibrates every layer on the tokens of the dense model, recorded in one pass.
 
     active_neurons: {layer: neurons that a token passes, or None}. sampling: keyword arguments of
-    `record_tokens`. ignore: names of layers that stay as they are. modules: patterns of MLPs; both
-    as `mlps_of` takes them.
+    `record_tokens`. ignore: names of layers that stay as they are. modules: patterns of MLPs, as
+    `mlps_of` takes them.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...routers.manual import labelled
 from ...spec import PruneSpec
-from .groups import names_of, parts_in, supported, weights_of_groups
+from .groups import parts_in, supported, weights_of_groups
 from .order import keep_in_one_order
 from .removal import remove
 from .scores import Batches, Loss, expert_scores, highest, keep_indices, neuron_scores
@@ -51,8 +51,7 @@ def prune(
         if pool == ("experts",) and of_experts is not None:
             scores = expert_scores(model, of_experts, **options)
         else:
-            whole = [name for name in names_of(model, pool) if name in ignore]
-            scores = neuron_scores(model, balanced, parts=pool, ignore=whole, **options)
+            scores = neuron_scores(model, balanced, parts=pool, ignore=ignore, **options)
         remove(model, groups_that_stay(model, rules, scores, resize))
     return model
 
