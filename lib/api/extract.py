@@ -9,7 +9,7 @@ from torch import nn
 
 from ..extraction.extract import extract_layers
 from ..models.names import matching
-from ..models.upcycle import block_mlps
+from ..models.upcycle import chosen_mlps
 from ..spec import ExtractSpec
 from .loaders import Loader, calibration_images, check_loader
 from .modules import note, rules_of, to_change
@@ -31,6 +31,7 @@ def extract(
     repair: str | None = None,
     storage: str = "shared",
     ignore: Sequence[str] = (),
+    modules: Sequence[str] | None = None,
     images: int = 512,
     seed: int = 0,
     inplace: bool = False,
@@ -55,7 +56,8 @@ def extract(
     differ by their neurons and biases alone; after "ridge", which gives each its own output
     weights, it is the input weights. "copies" gives each expert its own: faster on some machines,
     and larger. Experts of "moefication" have nothing in common: either word is the same.
-    ignore: patterns of names of layers that stay as they are.
+    ignore: patterns of names of layers that stay as they are. modules: patterns of MLPs to take
+    instead of the blocks' own, such as "blocks.*.mlp_channels".
     images: calibration images, class-balanced, drawn by `seed` in one pass over the loader.
 
     Repair, modes, types and `inplace` as in `prune`. `model.extraction` gets a row a layer
@@ -64,19 +66,18 @@ def extract(
     """
     _check(active, clusters, repair, storage)
     extracted = to_change(model, inplace)
-    names = [name for name, _ in block_mlps(extracted)]
+    names = [name for name, _ in chosen_mlps(extracted, modules)]
     ignored = matching(names, ignore, "ignore")
-    if names and ignored == names:
+    if ignored == names:
         raise ValueError(f"ignore={list(ignore)} leaves no MLP to extract from")
     check_loader(loader)
     loses = clusters not in AS_PUBLISHED and active < 1  # something that can be repaired
     method = (repair or "ridge") if loses else "none"
-    in_sequence = method != "none" and follows_stream(extracted)
+    in_sequence = method != "none" and modules is None and follows_stream(extracted)
     rules = _rules(float(active), clusters, count, method, storage, in_sequence)
-    batches = calibration_images(loader, extracted, images, seed)
-    rows = extract_layers(
-        extracted, [part for part, _ in batches], rules, seed, ignore=ignored, title="extract"
-    )
+    batches = [part for part, _ in calibration_images(loader, extracted, images, seed)]
+    layers = {"ignore": ignored, "modules": modules}
+    rows = extract_layers(extracted, batches, rules, seed, **layers, title="extract")
     asked = {"clusters_by": clusters, "repair": method, "storage": rules.storage}
     return note(extracted, "extraction", [row | asked for row in rows])
 

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..extraction.extract import extract_layers
-from ..extraction.record import mlps_of
 from ..models.moe import MoELayer
 from ..models.names import matches, matching
-from ..models.upcycle import block_mlps
+from ..models.upcycle import block_mlps, chosen_mlps
 from ..pruning.neurons import prune as gradients
 from ..pruning.neurons.groups import PARTS, names_of, prunable, shapes_of
 from ..pruning.neurons.scores import Importance
@@ -44,6 +43,7 @@ def prune(
     across: str = "layer",
     round_to: int = 1,
     ignore: Sequence[str] = (),
+    modules: Sequence[str] | None = None,
     images: int = 512,
     seed: int = 0,
     inplace: bool = False,
@@ -62,7 +62,8 @@ def prune(
     parts: "mlp", "attention" and "experts" of MoE layers; the latter two by gradients or weights.
     across: the share holds in each "layer", or over the "model", whose layers then compete.
     round_to: the neurons that stay are rounded up to a multiple of it, as some kernels want them.
-    ignore: patterns of names of layers that stay whole, such as "blocks.0" or "*.attn".
+    ignore: patterns of names of layers that stay whole, such as "blocks.0" or "*.attn". modules:
+    patterns of MLPs to take instead of the blocks' own, such as "blocks.*.mlp_channels".
     images: calibration images, class-balanced, drawn by `seed` in one pass over the loader, all of
     which is read: give a part of it where that takes long.
 
@@ -74,13 +75,13 @@ def prune(
     repair = _repair(score, repair)
     _check(keep, parts, across, round_to)
     pruned = to_change(model, inplace)
-    names = _names(pruned, score, parts)
+    names = _names(pruned, score, parts, modules)
     whole = matching(names, ignore, "ignore")
     counts = _Counts(keep, across, round_to, names)
     if score in OF_ACTIVATIONS:
-        rows = _by_activations(pruned, loader, counts, score, repair, whole, images, seed)
+        rows = _by_activations(pruned, loader, counts, score, repair, whole, modules, images, seed)
     else:
-        rows = _without_repair(pruned, loader, counts, score, parts, whole, images, seed)
+        rows = _without_repair(pruned, loader, counts, score, parts, whole, modules, images, seed)
     return note(pruned, "pruning", rows)
 
 
@@ -105,17 +106,19 @@ def _repair(score: str, repair: str | None) -> str:
     return repair
 
 
-def _names(model: nn.Module, score: str, parts: Sequence[str]) -> list[str]:
+def _names(
+    model: nn.Module, score: str, parts: Sequence[str], modules: Sequence[str] | None
+) -> list[str]:
     """The layers of the parts that the score can look at; ValueError for none."""
     if score not in OF_ACTIVATIONS:
-        return names_of(model, parts) or list(prunable(model, parts))  # which refuses by name
+        # the second refuses by name
+        return names_of(model, parts, modules) or list(prunable(model, parts, modules=modules))
     if set(parts) != {"mlp"}:
         raise ValueError(
             f"score={score!r} chooses neurons of MLPs by their activations, and parts="
             f"{tuple(parts)} has other parts: set score='taylor', or parts=('mlp',)"
         )
-    mlps = block_mlps(model) or list(mlps_of(model).items())  # which refuses by name
-    names = [name for name, mlp in mlps if not isinstance(mlp, MoELayer)]
+    names = [name for name, mlp in chosen_mlps(model, modules) if not isinstance(mlp, MoELayer)]
     if not names:
         raise ValueError(
             f"{type(model).__name__} has no dense block MLP for score={score!r}: for the neurons "
@@ -183,10 +186,11 @@ def _by_activations(
     score: str,
     repair: str,
     whole: Sequence[str],
+    modules: Sequence[str] | None,
     images: int,
     seed: int,
 ) -> list[dict]:
-    mlps = dict(block_mlps(model))
+    mlps = dict(chosen_mlps(model, modules))
     ignored = {
         name
         for name, mlp in mlps.items()
@@ -196,7 +200,7 @@ def _by_activations(
     check_loader(loader)
     if ignored == mlps.keys():
         return []
-    rules = _static_rules(model, counts, score, repair)
+    rules = _static_rules(model, counts, score, repair, modules)
     batches = calibration_images(loader, model, images, seed)
     reports = extract_layers(
         model,
@@ -204,6 +208,7 @@ def _by_activations(
         rules,
         seed,
         ignore=ignored,
+        modules=modules,
         resize=counts,
         title="prune",
     )
@@ -221,9 +226,15 @@ def _by_activations(
     ]
 
 
-def _static_rules(model: nn.Module, counts: _Counts, score: str, repair: str) -> ExtractSpec:
+def _static_rules(
+    model: nn.Module,
+    counts: _Counts,
+    score: str,
+    repair: str,
+    modules: Sequence[str] | None,
+) -> ExtractSpec:
     """The rules of static pruning: the same neurons for all tokens."""
-    in_sequence = repair != "none" and follows_stream(model)
+    in_sequence = repair != "none" and modules is None and follows_stream(model)
     if score == "update" and counts.by_model and not in_sequence:
         raise ValueError(
             "score='update' with across='model' ranks errors in the residual stream of a timm "
@@ -270,15 +281,16 @@ def _without_repair(
     score: str,
     parts: Sequence[str],
     whole: Sequence[str],
+    modules: Sequence[str] | None,
     images: int,
     seed: int,
 ) -> list[dict]:
-    before = shapes_of(prunable(model, parts, whole))
+    before = shapes_of(prunable(model, parts, whole, modules=modules))
     part_of_set = {
         set_name: part
         for part in parts
         for set_name in before
-        if any(matches(set_name, name) for name in names_of(model, (part,)))
+        if any(matches(set_name, name) for name in names_of(model, (part,), modules))
     }
     batches: list[Batch] = []
     if score not in OF_WEIGHTS:
@@ -295,9 +307,10 @@ def _without_repair(
             generator=torch.Generator().manual_seed(seed),
             loss=_loss_with(bar.update),
             ignore=whole,
+            modules=modules,
             resize=counts,
         )
-    after = shapes_of(prunable(model, parts, whole))
+    after = shapes_of(prunable(model, parts, whole, modules=modules))
     return [
         {
             "layer": set_name,

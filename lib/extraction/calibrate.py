@@ -88,7 +88,7 @@ class InSequence:
     @torch.no_grad()
     def _follow(self, dense: Stream) -> dict[str, int | None]:
         """Follows the dense model's stream to its end; returns the neurons of each layer."""
-        neurons, mlps = self.rules.neurons, mlps_of(dense.vit, ignore=self.ignore)
+        neurons, mlps = self.rules.neurons, mlps_of(dense.vit, self.ignore)
         moments: dict[str, Moments] = {}
         scores: dict[str, Tensor] = {}
         for name, mlp in mlps.items():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ def extract_layers(
     seed: int,
     *,
     ignore: Collection[str] = (),
+    modules: Sequence[str] | None = None,
     resize: Callable[[str, int, int], int] | None = None,
     title: str = "extract",
     checkpoint: Path | None = None,
@@ -61,19 +62,22 @@ def extract_layers(
     """Replaces the MLPs of `model`, in place, by rules; returns a report a layer.
 
     batches: calibration images (B, C, height, width), where the model is. seed: draws tokens and
-    clusters. ignore: names of layers that stay. resize: changes how many neurons a token passes,
+    clusters. ignore: names of layers that stay. modules: patterns of MLPs to take instead of the
+    blocks' own, not with correction.sequential. resize: changes how many neurons a token passes,
     (layer, neurons of it, as many as the rules give) -> number; not with neurons.variance_percent.
     title: of the progress bar. checkpoint: as in `extract`. A report is that of `extract_layer`,
     and the layer's name. Raises ValueError as `check`, `record_tokens` and the clusterings do.
     """
-    mlps = check(model, rules, ignore)
+    mlps = check(model, rules, ignore, modules)
     sampling = {
         "per_image": rules.calibration.tokens_per_image,
         "limit": rules.calibration.tokens,
         "seed": seed,
     }
-    calibrate = InSequence if rules.correction.sequential else AtOnce
-    source = calibrate(model, batches, rules, sampling, ignore)
+    if rules.correction.sequential:
+        source = InSequence(model, batches, rules, sampling, ignore)
+    else:
+        source = AtOnce(model, batches, rules, sampling, ignore, modules)
     reports = []
     for name in tqdm(mlps, unit="layer", desc=title, leave=False, delay=5):
         filed = None if checkpoint is None else _FiledLayer(checkpoint, name)
@@ -95,13 +99,15 @@ def extract_layers(
 
 
 def check(
-    model: nn.Module, rules: ExtractSpec, ignore: Collection[str] = ()
+    model: nn.Module,
+    rules: ExtractSpec,
+    ignore: Collection[str] = (),
+    modules: Sequence[str] | None = None,
 ) -> dict[str, nn.Module]:
     """Returns {name: MLP} of the layers that `extract` would replace.
 
-    ignore: names of layers that it would not. Raises ValueError as `mlps_of`, for
-    correction.sequential on anything but a ViT, and for clusters.class_token on a model without a
-    class token.
+    ignore, modules: as of `mlps_of`. Raises ValueError as that, for correction.sequential on
+    anything but a ViT, and for clusters.class_token on a model without a class token.
     """
     class_token = rules.clusters.class_token
     begins = (begins_with_class_token(model, name) for name, _ in block_mlps(model))
@@ -116,7 +122,7 @@ def check(
             "correction.sequential=True compares residual streams before norm2 of each block, as a "
             f"timm VisionTransformer has it: {type(model).__name__} is none"
         )
-    return mlps_of(model, ignore=ignore)
+    return mlps_of(model, ignore, modules=modules)
 
 
 def calibration_batches(spec: RunSpec, images: int, split: Split, classes: int) -> Iterator[Tensor]:

@@ -19,6 +19,7 @@ from small_classifier import (
     vit,
 )
 from timm.layers import Mlp
+from timm.models.mlp_mixer import MlpMixer
 
 import lib
 
@@ -223,6 +224,22 @@ def test_what_is_refused(options, says):
     with pytest.raises(ValueError, match=says):
         lib.prune(model, loader(), **options)
     assert same_state(model, state)
+
+
+@pytest.mark.parametrize("score", ["weighted", "taylor"])
+def test_mlps_of_other_names(score):
+    torch.manual_seed(0)
+    sizes = {"img_size": 14, "patch_size": 7, "embed_dim": D, "num_classes": CLASSES}
+    mixer = MlpMixer(num_blocks=2, **sizes).eval()
+    with pytest.raises(ValueError, match="MlpMixer has no "):
+        lib.prune(mixer, loader(), score=score)
+    named = {"modules": ["blocks.*.mlp_channels"], "ignore": ["blocks.0"]}
+    small = lib.prune(mixer, loader(), score=score, **named)
+    assert small.blocks[1].mlp_channels.fc1.out_features == H // 2
+    assert [row["layer"] for row in small.pruning] == ["blocks.1.mlp_channels"]
+    same = lib.extract(mixer, loader(), 1.0, count=2, modules=["blocks.*.mlp_channels"])
+    torch.testing.assert_close(same(IMAGES), mixer(IMAGES), atol=1e-5, rtol=0)
+    assert len(same.extraction) == 2
 
 
 @pytest.mark.parametrize("score", ["weighted", "taylor"])

@@ -77,9 +77,14 @@ def prunable(
     return {name: module for _, name, module in candidates}
 
 
-def names_of(model: nn.Module, parts: Sequence[str]) -> list[str]:
-    """Lists the names of all layers of these parts, whether they can be pruned or not."""
-    return [name for part, name, _ in _candidates(model) if part in parts]
+def names_of(
+    model: nn.Module, parts: Sequence[str], modules: Sequence[str] | None = None
+) -> list[str]:
+    """Lists the names of all layers of these parts, whether they can be pruned or not.
+
+    modules: as of `prunable`.
+    """
+    return [name for part, name, _ in _candidates(model, modules) if part in parts]
 
 
 def parts_in(model: nn.Module) -> tuple[str, ...]:

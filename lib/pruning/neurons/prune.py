@@ -37,13 +37,15 @@ def prune(
     generator: torch.Generator,
     loss: Loss = labelled_loss,
     ignore: Collection[str] = (),
+    modules: Sequence[str] | None = None,
     resize: Resize | None = None,
 ) -> nn.Module:
     """Removes neurons and head dimensions, in place, as structured rules say; returns the model.
 
     Experts go first, then the rest, scored on what is left of the experts. balanced: calibration
     batches. of_experts: E lists of batches, each forced through its expert; None: experts are
-    scored by what their router sends them. ignore: names of layers that stay whole. resize: changes
+    scored by what their router sends them. ignore: names of layers that stay whole. modules:
+    patterns of MLPs to take instead of the blocks' own. resize: changes
     how many groups stay. Raises ValueError as the scores and `remove` do.
     """
     options = {"kind": rules.kind, "loss": loss, "generator": generator}
@@ -51,7 +53,9 @@ def prune(
         if pool == ("experts",) and of_experts is not None:
             scores = expert_scores(model, of_experts, **options)
         else:
-            scores = neuron_scores(model, balanced, parts=pool, ignore=ignore, **options)
+            scores = neuron_scores(
+                model, balanced, parts=pool, ignore=ignore, modules=modules, **options
+            )
         remove(model, groups_that_stay(model, rules, scores, resize))
     return model
 
