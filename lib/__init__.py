@@ -38,7 +38,7 @@ _HOME = {
     "restore": "lib.api.save",
     "save": "lib.api.save",
     "switch_loss": "lib.models.balance",
-    "upcycle": "lib.models.upcycle",
+    "upcycle": "lib.api.upcycle",
     "z_loss": "lib.models.balance",
 }
 

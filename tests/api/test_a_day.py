@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from small_classifier import images_and_labels, loader, vit
 
@@ -18,7 +16,7 @@ def test_a_day_of_a_model():
     dense = lib.finetune(vit(), train, val, epochs=2, lr=1e-3)
     pruned = lib.prune(dense, train, keep=0.5)
     extracted = lib.extract(dense, train, active=0.5, count=3)
-    mixture = lib.upcycle(copy.deepcopy(dense), SPEC)
+    mixture = lib.upcycle(dense, SPEC)
     tuned = lib.finetune(mixture, train, val, epochs=1, teacher=dense)
     dropped = lib.drop_experts(tuned, train, keep=0.5)
     again = lib.finetune(lib.prune(dropped, train, parts=("experts",), score="taylor"), train)

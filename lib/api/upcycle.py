@@ -1,0 +1,47 @@
+"""Swaps MLPs of a model for MoE layers, in a copy of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..models import upcycle as layers
+from ..models.moe import MoELayer
+from ..spec import MoESpec
+from .modules import note, to_change
+
+
+def upcycle(
+    model: nn.Module,
+    spec: MoESpec | None = None,
+    *,
+    modules: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
+    generator: torch.Generator | None = None,
+    inplace: bool = False,
+    **fields: Any,
+) -> nn.Module:
+    """Swaps the MLPs of the last `layers` blocks, or of `blocks`, for MoE layers; returns the model.
+
+        lib.upcycle(model, layers=2, experts=8)
+        lib.upcycle(model, MoESpec(layers=2, experts=8))
+
+    The model is left as it is unless `inplace`. `model.upcycling` gets a row a layer. What is taken,
+    what the gate is, and what is refused: see `lib.models.upcycle.upcycle`, which does it.
+    """
+    mixed = to_change(model, inplace)
+    before = _moe_layers(mixed)
+    layers.upcycle(mixed, spec, modules=modules, ignore=ignore, generator=generator, **fields)
+    rows = [
+        {"layer": name, "experts": layer.router.experts, "shared": layer.shared is not None}
+        for name, layer in _moe_layers(mixed).items()
+        if name not in before
+    ]
+    return note(mixed, "upcycling", rows)
+
+
+def _moe_layers(model: nn.Module) -> dict[str, MoELayer]:
+    return {name: part for name, part in model.named_modules() if isinstance(part, MoELayer)}
