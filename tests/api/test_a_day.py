@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import torch
-from small_classifier import images_and_labels, loader, vit
+from small_classifier import CLASSES, images_and_labels, loader, vit
 
 import lib
 
@@ -33,3 +36,21 @@ def test_a_day_of_a_model():
     # what was done to a model is told by it
     assert len(again.finetuning) == 3 + 2 + 3 and len(again.dropping) == 2
     assert len(again.pruning) == 4 and len(extracted.extraction) == 2
+
+
+def test_the_day_in_the_readme(tmp_path, monkeypatch):
+    """The block is run as it stands there, on a small model in the place of the large one."""
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.S)
+    [day] = (code for code in blocks if "lib.prune(" in code)
+    day, replaced = re.subn(r"^vit = timm.create_model\(.*$", "vit = small_vit", day, flags=re.M)
+    assert replaced == 1
+    monkeypatch.chdir(tmp_path)
+    batches = {"train": loader(), "val": loader(batch=20), "test": loader(batch=20)}
+    names = [f"class {number}" for number in range(CLASSES)]
+    world = {"small_vit": vit(), "names": names, **batches}
+    exec(day.replace("batches=(1, 32)", "batches=(1,)"), world)
+    images, _ = images_and_labels()
+    with torch.no_grad():
+        assert torch.equal(world["again"](images), world["small"].eval()(images))
+    assert world["again"].class_names == names and list(world["table"].index)[0] == "dense"
