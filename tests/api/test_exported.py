@@ -36,7 +36,7 @@ def equal_when_traced(model, x, y=None):
     batch = None if y is None else ({0: torch.export.Dim("batch", min=1, max=64)},)
     exported = lib.for_export(model)
     program = torch.export.export(exported, (x,), dynamic_shapes=batch).module()
-    torch._dynamo.reset()  # it compiles one function for a few kinds of layer and no more
+    torch._dynamo.reset()  # each code object is compiled a few times only
     compiled = torch.compile(exported, fullgraph=True, backend="eager")
     with torch.no_grad():
         for inputs in [x] if y is None else [x, y]:
@@ -61,8 +61,7 @@ def test_models_are_traced(name):
 
 def test_a_module_of_ones_own_and_windows_of_tokens():
     model = Net().eval()
-    generator = torch.Generator().manual_seed(1)
-    lib.upcycle(model.trunk, moe(top_k=2), generator=generator, inplace=True)
+    lib.upcycle(model.trunk, moe(top_k=2), torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert torch.allclose(model(images()), lib.for_export(model)(images()), atol=1e-5)
     layer = CHANGED["upcycled: token"]().get_submodule(LAYER)
