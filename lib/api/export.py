@@ -18,6 +18,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.copies import CopiesLayer
 from ..models.moe import MoELayer
 from ..models.pruned import PrunedLayer
 
@@ -25,7 +26,7 @@ from ..models.pruned import PrunedLayer
 class StaticLayer(nn.Module):
     """Computes what a MoE layer computes at evaluation, by operations of fixed shapes.
 
-    Input and output: (B, ..., D). E / K times the multiply-adds of the layer's experts.
+    Input and output: as the layer's. E / K times the multiply-adds of the layer's experts.
     """
 
     def __init__(self, layer: MoELayer):
@@ -35,20 +36,31 @@ class StaticLayer(nn.Module):
         if isinstance(layer, PrunedLayer):
             numbers = layer.kept.tolist()
         self.place = {expert: place for place, expert in enumerate(numbers)}  # in their stack
+        self.copied, self.channels_first = isinstance(layer, CopiesLayer), layer.channels_first
         self.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Runs x, (B, ..., D), to the same shape."""
-        of_stack = [partial(_expert, self.experts.act, *parts) for parts in self.experts.each()]
+        """Runs x, (B, ..., D) or (B, D, ...), to the same shape."""
+        last = x.movedim(1, -1) if self.channels_first else x  # (B, ..., D)
+        if self.copied:
+            of_stack = [partial(_of_one_image, mlp) for mlp in self.experts.copies]
+        else:
+            of_stack = [partial(_expert, self.experts.act, *parts) for parts in self.experts.each()]
         experts: list[Callable[[Tensor], Tensor] | None] = [
             of_stack[self.place[e]] if e in self.place else None for e in range(self.router.experts)
         ]
-        out = self.router.serve_all(experts, x.flatten(1, -2)).view(x.shape)
+        out = self.router.serve_all(experts, last.flatten(1, -2)).view(last.shape)
+        out = out.movedim(-1, 1) if self.channels_first else out
         return out if self.shared is None else out + self.shared(x)
 
 
 def _expert(act: nn.Module, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, x: Tensor) -> Tensor:
     return F.linear(act(F.linear(x, w1, b1)), w2, b2)
+
+
+def _of_one_image(mlp: nn.Module, rows: Tensor) -> Tensor:
+    """Runs rows (..., D) through a whole copy, as the tokens of one image."""
+    return mlp(rows.flatten(0, -2).unsqueeze(0)).view(rows.shape)
 
 
 def for_export(model: nn.Module) -> nn.Module:
@@ -66,6 +78,11 @@ def for_export(model: nn.Module) -> nn.Module:
             continue
         if reason := layer.router.not_exported:
             raise ValueError(f"{name or 'the layer'}: {reason}: it cannot be exported")
+        if isinstance(layer, CopiesLayer) and not layer.experts.token_wise:
+            raise ValueError(
+                f"{name or 'the layer'}: its experts are whole copies that run on chosen images, "
+                "whose number depends on the data: it cannot be exported"
+            )
         if not name:  # the model is a layer itself
             return StaticLayer(layer)
         copied.set_submodule(name, StaticLayer(layer))

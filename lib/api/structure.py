@@ -18,7 +18,9 @@ import torch
 from torch import nn
 
 from ..models.compete import CompeteLayer
+from ..models.copies import CopiesLayer, WholeCopies
 from ..models.experts import Experts
+from ..models.mlps import maps_of, why_no_neurons
 from ..models.moe import MoELayer
 from ..models.pruned import PrunedLayer
 from ..models.shared_experts import SharedExperts
@@ -176,19 +178,29 @@ def _build_shared_experts(entry: Entry, mlp: nn.Module) -> SharedExperts:
 
 
 def _act_of(mlp: nn.Module) -> nn.Module:
-    act = getattr(mlp, "act", None)
-    if act is None:
+    """The activation that experts take over from the MLP that they were made of."""
+    try:
+        return maps_of(mlp).act
+    except ValueError as error:
         raise ValueError(
             f"experts take over the activation of the MLP that they were made of, and what stands "
-            f"there, a {type(mlp).__name__}, has none: give the module as it was first built"
-        )
-    return act
+            f"there {error}: give the module as it was first built"
+        ) from None
+
+
+def _describe_copies(experts: WholeCopies) -> Entry:
+    return {"width": experts.width, "copies": experts.experts}
+
+
+def _build_copies(entry: Entry, mlp: nn.Module) -> WholeCopies:
+    return WholeCopies(mlp, entry["copies"], entry["width"]).to("meta")
 
 
 # {class name: how to describe such experts, how to build them from an entry and the first MLP}
 EXPERTS: dict[str, tuple[Callable[[Any], Entry], Callable[[Entry, nn.Module], Experts]]] = {
     "Experts": (_describe_experts, _build_experts),
     "SharedExperts": (_describe_shared_experts, _build_shared_experts),
+    "WholeCopies": (_describe_copies, _build_copies),
 }
 
 # ---- routers
@@ -210,9 +222,8 @@ ROUTERS: dict[str, type[Router]] = {
 
 def _build_router(entry: Entry, mlp: nn.Module) -> Router:
     settings = {name: value for name, value in entry.items() if name != "class"}
-    return _known(ROUTERS, entry["class"], "a router").with_settings(
-        settings, getattr(mlp, "act", None)
-    )
+    act = None if why_no_neurons(mlp) else maps_of(mlp).act
+    return _known(ROUTERS, entry["class"], "a router").with_settings(settings, act)
 
 
 # ---- MoE layers
@@ -229,6 +240,7 @@ def _describe_moe(layer: MoELayer) -> Entry:
         "experts": {"class": of_experts} | describe_experts(layer.experts),
         "shared": None if layer.shared is None else _describe_narrowed(layer.shared),
         "dropout": layer.dropout,
+        "channels_first": layer.channels_first,
     }
     if isinstance(layer, CompeteLayer):
         entry["rate"] = layer.rate
@@ -246,15 +258,16 @@ def _build_moe(entry: Entry, mlp: nn.Module) -> MoELayer:
     experts = build_experts(entry["experts"], mlp)
     shared = None if entry["shared"] is None else _build_narrowed(entry["shared"], mlp)
     parts = (_build_router(entry["router"], mlp), experts, shared, entry["dropout"])
+    parts += (entry["channels_first"],)
     return of_layer(entry, parts)
 
 
 def _pruned_layer(entry: Entry, parts: tuple) -> PrunedLayer:
     """Built around plain experts, since E' of some kinds cannot be picked from."""
-    router, experts, shared, dropout = parts
+    router, experts, *others = parts
     numbers = torch.arange(experts.experts)
     stand_in = Experts(experts.experts, experts.width, 1, experts.act)
-    layer = PrunedLayer(MoELayer(router, stand_in, shared, dropout), numbers)
+    layer = PrunedLayer(MoELayer(router, stand_in, *others), numbers)
     layer.experts = experts
     return layer
 
@@ -262,6 +275,7 @@ def _pruned_layer(entry: Entry, parts: tuple) -> PrunedLayer:
 # {class name: how to make such a layer of an entry and of router, experts, shared and dropout}
 _LAYERS: dict[str, Callable[[Entry, tuple], MoELayer]] = {
     "MoELayer": lambda entry, parts: MoELayer(*parts),
+    "CopiesLayer": lambda entry, parts: CopiesLayer(*parts),
     "CompeteLayer": lambda entry, parts: CompeteLayer(*parts, rate=entry["rate"]),
     "PrunedLayer": _pruned_layer,
 }

@@ -24,13 +24,14 @@ def upcycle(
     inplace: bool = False,
     **fields: Any,
 ) -> nn.Module:
-    """Swaps the MLPs of the last `layers` blocks, or of `blocks`, for MoE layers; returns the model.
+    """Swaps the MLPs of the last `layers` blocks, or of `blocks`, for MoE layers.
 
         lib.upcycle(model, layers=2, experts=8)
         lib.upcycle(model, MoESpec(layers=2, experts=8))
 
-    The model is left as it is unless `inplace`. `model.upcycling` gets a row a layer. What is taken,
-    what the gate is, and what is refused: see `lib.models.upcycle.upcycle`, which does it.
+    Returns the changed model; the given one is left as it is unless `inplace`. `model.upcycling`
+    gets a row a layer. What is taken, what the gate is, and what is refused: see
+    `lib.models.upcycle.upcycle`, which does it.
     """
     mixed = to_change(model, inplace)
     before = _moe_layers(mixed)
