@@ -58,11 +58,9 @@ def extract(
     ignore: patterns of names of layers that stay as they are.
     images: calibration images, class-balanced, drawn by `seed` in one pass over the loader.
 
-    A timm VisionTransformer is repaired layer after layer towards its own residual stream, other
-    models all layers at once. The model's modes and types stay as they are, and it is left alone
-    unless `inplace`. `model.extraction` gets a row a layer (`extraction.report`); a layer in which
-    fewer than two clusters were found stays dense and says so. Raises ValueError for what does not
-    fit, by name.
+    Repair, modes, types and `inplace` as in `prune`. `model.extraction` gets a row a layer
+    (`extraction.report`); a layer in which fewer than two clusters were found stays dense and says
+    so. Raises ValueError for what does not fit, by name.
     """
     _check(active, clusters, repair, storage)
     extracted = to_change(model, inplace)
@@ -71,11 +69,9 @@ def extract(
     if names and ignored == names:
         raise ValueError(f"ignore={list(ignore)} leaves no MLP to extract from")
     check_loader(loader)
-    if clusters in AS_PUBLISHED or active == 1:
-        method = "none"
-    else:
-        method = repair or "ridge"
-    in_sequence = clusters not in AS_PUBLISHED and method != "none" and follows_stream(extracted)
+    loses = clusters not in AS_PUBLISHED and active < 1  # something that can be repaired
+    method = (repair or "ridge") if loses else "none"
+    in_sequence = method != "none" and follows_stream(extracted)
     rules = _rules(float(active), clusters, count, method, storage, in_sequence)
     batches = calibration_images(loader, extracted, images, seed)
     rows = extract_layers(
