@@ -216,14 +216,15 @@ def advice(frame: pd.DataFrame, points: float = 2.0, batch: int | None = None) -
 
     If there is none it says so, and which comes nearest: the faster one that loses least, or if
     none is faster the one that takes least time. Faster is a model whose median is below the 10%
-    quantile of the first row, at `batch` images a pass (the largest of the table if None). frame:
-    of `compare`. Raises ValueError for a table with one row, or without times of such a batch.
+    quantile of the first row, in batches of `batch` images (the largest of the table if None).
+    frame: of `compare`. Raises ValueError for a table with one row, or without times of such a
+    batch.
     """
     ms = f"ms_{_checked_batch_of(frame, batch)}"
     first, others = frame.iloc[0], frame.iloc[1:]
     faster = others[others[ms] < first[f"{ms}_q10"]]
     cheap = faster[-faster["difference"] < points]
-    where = f"at {ms.removeprefix('ms_')} images a pass"
+    where = f"in batches of {ms.removeprefix('ms_')}"
     if len(cheap):
         best = cheap.loc[cheap[ms].idxmin()]
         sentence = f"Take {best.name}: on this machine, {where}, {_time(best, first, ms)}"

@@ -23,7 +23,7 @@ def table(**rows):
 def test_the_fastest_within_the_points_is_taken():
     frame = table(slow=(0.5, 0.4, 1.8), good=(-1.0, 0.5, 1.0), lossy=(-9.0, 0.5, 0.5))
     assert lib.advice(frame) == (
-        "Take good: on this machine, at 32 images a pass, it takes 1 ms an image where dense takes "
+        "Take good: on this machine, in batches of 32, it takes 1 ms an image where dense takes "
         "2 (2.00 times as fast), for -1.0 points of top-1 [-1.5, -0.5]."
     )
     assert lib.advice(frame, points=0.5).startswith("Take slow: ")
@@ -39,7 +39,7 @@ def test_a_loss_that_the_images_leave_open_is_said():
 def test_nothing_within_the_points():
     frame = table(static=(-3.1, 0.5, 1.25), lossy=(-9.0, 0.5, 0.5), slower=(0.5, 0.1, 2.5))
     assert lib.advice(frame) == (
-        "On this machine, at 32 images a pass, nothing here makes dense faster at under 2 points: "
+        "On this machine, in batches of 32, nothing here makes dense faster at under 2 points: "
         "static comes nearest, as it takes 1.25 ms an image where dense takes 2 (1.60 times as "
         "fast), for -3.1 points of top-1 [-3.6, -2.6]."
     )
