@@ -4,8 +4,7 @@ A kind of layer is a line in `KINDS`, a kind of experts a line in `EXPERTS`, a r
 `ROUTERS`: each is described by numbers and words, and built again from them without weights, which
 are loaded afterwards.
 
-Axis letters: **D** width, **H** hidden width, **E** experts, **E'** those that stay, **U** neurons
-of a store.
+Axis letters: **E** experts, **E'** those that stay.
 """
 
 from __future__ import annotations
@@ -160,16 +159,18 @@ def _build_experts(entry: Entry, mlp: nn.Module) -> Experts:
 
 
 def _describe_shared_experts(experts: SharedExperts) -> Entry:
-    of_store = {"store": len(experts.fc1.bias), "own_output_weights": experts.own_output_weights}
+    rows = [len(experts.fc1.weight), len(experts.fc2.weight)]
+    of_store = {"rows_of_maps": rows, "own_output_weights": experts.own_output_weights}
     return _describe_experts(experts) | of_store
 
 
 def _build_shared_experts(entry: Entry, mlp: nn.Module) -> SharedExperts:
-    width, widths, stored = entry["width"], entry["widths"], entry["store"]
-    output_weights = torch.empty(width, stored)
+    width, widths = entry["width"], entry["widths"]
+    rows_of_first, rows_of_last = entry["rows_of_maps"]
+    output_weights = torch.empty(width, rows_of_last)
     if entry["own_output_weights"]:
         output_weights = [torch.empty(width, neurons) for neurons in widths]
-    store = (torch.empty(stored, width), torch.empty(stored), output_weights)
+    store = (torch.empty(rows_of_first, width), torch.empty(rows_of_first), output_weights)
     neurons_of_experts = [torch.empty(neurons, dtype=torch.long) for neurons in widths]
     return SharedExperts(store, neurons_of_experts, torch.empty(len(widths), width), _act_of(mlp))
 
