@@ -75,11 +75,11 @@ class WholeCopies(nn.Module):
 class CopiesLayer(MoELayer):
     """Is a MoE layer whose experts are `WholeCopies`."""
 
-    def serve_images(self, x: Tensor, routing: Routing) -> Tensor:
-        """Carries out a Routing: x, (B, ..., D) -> (B, ..., D)."""
+    def serve_images(self, tokens: Tensor, routing: Routing, shape: torch.Size) -> Tensor:
+        """Carries out a Routing: tokens, (B, N, D) -> (B, ..., D), which is `shape`."""
         if self.experts.token_wise:
-            return super().serve_images(x, routing)
-        return self.experts.of_images(x, routing, self.channels_first)
+            return super().serve_images(tokens, routing, shape)
+        return self.experts.of_images(tokens.view(shape), routing, self.channels_first)
 
 
 def _with_idle(out: Tensor, mlp: nn.Module) -> Tensor:

@@ -139,7 +139,7 @@ class MoELayer(nn.Module):
             passes = torch.rand(b, device=x.device) >= self.dropout
             image_of_assignment = routing.token // tokens.shape[1]
             routing = replace(routing, weight=routing.weight * passes[image_of_assignment])
-        out = self.serve_images(last, routing)
+        out = self.serve_images(tokens, routing, last.shape)
         out = out.movedim(-1, 1) if self.channels_first else out
         return out if self.shared is None else out + self.shared(x)
 
@@ -147,9 +147,9 @@ class MoELayer(nn.Module):
         """Decides on tokens, (B, N, D); the Routing goes to the tape."""
         return self.router(tokens)
 
-    def serve_images(self, x: Tensor, routing: Routing) -> Tensor:
-        """Carries out a Routing: x, (B, ..., D) -> (B, ..., D)."""
-        return self.serve(x.reshape(-1, x.shape[-1]), routing).view(x.shape)
+    def serve_images(self, tokens: Tensor, routing: Routing, shape: torch.Size) -> Tensor:
+        """Carries out a Routing: tokens, (B, N, D) -> (B, ..., D), which is `shape`."""
+        return self.serve(tokens.reshape(-1, tokens.shape[-1]), routing).view(shape)
 
     def serve(self, rows: Tensor, routing: Routing) -> Tensor:
         """Carries out a Routing: rows, (T, D) -> (T, D)."""

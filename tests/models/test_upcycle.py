@@ -106,7 +106,6 @@ def test_mean_pool_for_models_without_class_token():
     [
         ("resnet18", {}, r"ResNet has no block MLP: a timm ViT"),
         ("mixer_s32_224", {}, r"no block MLP called .mlp; name .* modules=, .*blocks.0.mlp_tokens"),
-        ("mvitv2_tiny", {"expand_attn": False}, r"\(Mlp\) maps 384 channels to 768"),
         ("pvt_v2_b0", {}, r"MlpWithDepthwiseConv\) takes x, feat_size, and an expert gets tokens"),
     ],
 )
