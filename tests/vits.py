@@ -32,7 +32,7 @@ def build(name="vit_tiny_patch16_224", moe=None, **changes):
     torch.manual_seed(0)
     model = timm.create_model(name, **{**VIT, **changes})
     if moe is not None:
-        upcycle(model, moe, torch.Generator().manual_seed(3))
+        upcycle(model, moe, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         # timm starts biases at zero and weights small, which would hide differences
         for parameter in model.parameters():

@@ -5,37 +5,26 @@ Axis letters: **D** width, **S** neurons that stay, **E** experts.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 from ..models.experts import Experts
+from ..models.mlps import MlpWeights, maps_of
 from ..models.moe import MoELayer
 from ..models.shared_experts import SharedExperts
 from ..routers.hard import HardRouter
-from .correction import MlpWeights, weights_of
+from .correction import kept_weights
 
 
-def narrow_mlp(mlp: Mlp, weights: MlpWeights) -> Mlp:
+def narrow_mlp(mlp: nn.Module, weights: MlpWeights) -> nn.Module:
     """Copies an MLP and gives the copy these weights, of another hidden width."""
-    narrow = copy.deepcopy(mlp)
-    for linear, weight, bias in (
-        (narrow.fc1, weights.w1, weights.b1),
-        (narrow.fc2, weights.w2, weights.b2),
-    ):
-        linear.weight, linear.bias = (
-            None if tensor is None else nn.Parameter(tensor.detach().clone().contiguous())
-            for tensor in (weight, bias)
-        )
-        linear.out_features, linear.in_features = weight.shape
-    return narrow
+    return maps_of(mlp).with_weights(weights)
 
 
 def mixture(
-    mlp: Mlp,
+    mlp: nn.Module,
     weights: Sequence[MlpWeights],
     kept_neurons: Sequence[Tensor],
     router: HardRouter,
@@ -47,18 +36,19 @@ def mixture(
     weights, kept_neurons: of each expert. common: of the part that every token passes. storage: as
     in `ExtractSpec`.
     """
+    maps = maps_of(mlp)
     if storage == "copies":
-        experts = Experts.of(weights, mlp.act)
+        experts = Experts.of(weights, maps.act)
     else:
         store = torch.cat(list(kept_neurons)).unique()  # (U,) neurons of any expert
-        whole = weights_of(mlp)
-        output_weights = whole.w2[:, store]
+        w1, b1, output_weights, _ = kept_weights(mlp, store)
         if storage == "inputs":
             output_weights = [expert.w2 for expert in weights]
         experts = SharedExperts(
-            (whole.w1[store], whole.b1[store], output_weights),
+            (w1, b1, output_weights),
             [torch.searchsorted(store, neurons) for neurons in kept_neurons],
             torch.stack([expert.b2 for expert in weights]),
-            mlp.act,
+            maps.act,
         )
-    return MoELayer(router, experts, None if common is None else narrow_mlp(mlp, common))
+    shared = None if common is None else narrow_mlp(mlp, common)
+    return MoELayer(router, experts, shared, channels_first=maps.channels_first)

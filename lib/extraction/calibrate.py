@@ -6,20 +6,20 @@ Axis letters: **B** images, **N** tokens of an image, **n** recorded tokens, **D
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ..models.mlps import layer_scale_of
 from ..models.upcycle import before_blocks
 from ..spec import ExtractSpec
 from .closed_form import Moments, moments_of
 from .correction import weights_of
-from .neurons import layer_scale_of, neurons_by_added_error, neurons_by_layer, variance_scores
+from .neurons import neurons_by_added_error, neurons_by_layer, variance_scores
 from .record import LayerCalibration, RecordedTokens, mlps_of, record_tokens
 
 
@@ -27,7 +27,7 @@ class AtOnce:
     """Calibrates every layer on the tokens of the dense model, recorded in one pass.
 
     active_neurons: {layer: neurons that a token passes, or None}. sampling: keyword arguments of
-    `record_tokens`.
+    `record_tokens`. modules: patterns of MLPs, as `mlps_of` takes them.
     """
 
     def __init__(
@@ -36,8 +36,9 @@ class AtOnce:
         batches: Iterable[Tensor],
         rules: ExtractSpec,
         sampling: Mapping[str, int],
+        modules: Sequence[str] | None = None,
     ):
-        self.mlps = mlps_of(model)
+        self.mlps = mlps_of(model, modules=modules)
         self.tokens = record_tokens(model, batches, self.mlps, **sampling)
         scores = {}
         if rules.neurons.budget == "model":
@@ -137,7 +138,7 @@ def streams_of(vit: VisionTransformer, batches: Iterable[Tensor]) -> tuple[Strea
     return Stream(dense, start), Stream(vit, start)
 
 
-def _output(mlp: Mlp, tokens: RecordedTokens) -> Tensor:
+def _output(mlp: nn.Module, tokens: RecordedTokens) -> Tensor:
     """(n, D) what an MLP gives on its tokens."""
     weights = weights_of(mlp)
     return F.linear(tokens.hidden, weights.w2, weights.b2)

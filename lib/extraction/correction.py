@@ -12,41 +12,36 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..models.mlps import MlpWeights, maps_of, rows_of_neurons
 from ..spec import ExtractSpec
 from .closed_form import ridge_regression
 from .neurons import ExpertTokens, choose_neurons
 
 
-class MlpWeights(NamedTuple):
-    """Weights of one expert: w1 (S, D), b1 (S,), w2 (D, S), b2 (D,).
-
-    A bias is None in the state of a layer that has none and stayed as it was.
-    """
-
-    w1: Tensor
-    b1: Tensor | None
-    w2: Tensor
-    b2: Tensor | None
-
-
-def weights_of(mlp: Mlp) -> MlpWeights:
+def weights_of(mlp: nn.Module) -> MlpWeights:
     """Returns the weights of a whole MLP, S = H, without gradients, in float32.
 
     A bias that it lacks is zero: what is made of it may need one.
     """
+    w1, b1, w2, b2 = maps_of(mlp).weights()
     parts = []
-    for linear in (mlp.fc1, mlp.fc2):
-        weight = linear.weight.detach().float()
-        bias = linear.bias
-        parts += [weight, weight.new_zeros(len(weight)) if bias is None else bias.detach().float()]
+    for weight, bias in ((w1, b1), (w2, b2)):
+        weight = weight.float()
+        parts += [weight, weight.new_zeros(len(weight)) if bias is None else bias.float()]
     return MlpWeights(*parts)
 
 
+def kept_weights(mlp: nn.Module, neurons: Tensor) -> MlpWeights:
+    """Returns the weights of some neurons (S,) of an MLP, as `weights_of`."""
+    w1, b1, w2, b2 = weights_of(mlp)
+    rows = rows_of_neurons(neurons, w2.shape[1], maps_of(mlp).gated)
+    return MlpWeights(w1[rows], b1[rows], w2[:, neurons], b2)
+
+
 def corrected_weights(
-    mlp: Mlp,
+    mlp: nn.Module,
     tokens: ExpertTokens,
     kept_neurons: Tensor,
     rules: ExtractSpec,
@@ -57,17 +52,15 @@ def corrected_weights(
     bias_is_elsewhere: the layer's output bias is in a common part already, and without a correction
     the expert gets none.
     """
-    w1, b1, w2, b2 = weights_of(mlp)
+    w1, b1, w2, b2 = kept_weights(mlp, kept_neurons)
     if rules.correction.method == "ridge":
         moments = tokens.moments(kept_neurons)
         w2, b2 = ridge_regression(moments, rules.correction.penalty)
     elif rules.correction.method == "mean":
-        w2 = w2[:, kept_neurons]
         b2 = tokens.target.mean(dim=0) - w2 @ tokens.hidden[:, kept_neurons].mean(dim=0)
     else:
-        w2 = w2[:, kept_neurons]
         b2 = torch.zeros_like(b2) if bias_is_elsewhere else b2
-    return MlpWeights(w1[kept_neurons], b1[kept_neurons], w2, b2)
+    return MlpWeights(w1, b1, w2, b2)
 
 
 class CommonPart(NamedTuple):
@@ -82,12 +75,12 @@ class CommonPart(NamedTuple):
     free_neurons: Tensor
 
 
-def common_part(mlp: Mlp, hidden: Tensor, target: Tensor, rules: ExtractSpec) -> CommonPart:
+def common_part(mlp: nn.Module, hidden: Tensor, target: Tensor, rules: ExtractSpec) -> CommonPart:
     """Chooses and corrects the share neurons.common of a layer's neurons, on all of its tokens.
 
     hidden: (n, H). target: (n, D).
     """
-    all_neurons = torch.arange(mlp.fc1.out_features, device=target.device)
+    all_neurons = torch.arange(hidden.shape[1], device=target.device)
     if not rules.neurons.common:
         return CommonPart(None, target, all_neurons)
     all_tokens = torch.arange(len(hidden), device=hidden.device)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -64,12 +63,14 @@ def extract(
             )
             if filed is not None:
                 filed.write(layer, report)
-        model.set_submodule(name, layer.to(mlps[name].fc1.weight).train(mlps[name].training))
+        model.set_submodule(
+            name, layer.to(next(mlps[name].parameters())).train(mlps[name].training)
+        )
         reports.append({"layer": name} | report)
     return reports
 
 
-def check(model: nn.Module, rules: ExtractSpec) -> dict[str, Mlp]:
+def check(model: nn.Module, rules: ExtractSpec) -> dict[str, nn.Module]:
     """Returns {name: MLP} of the layers that `extract` would replace.
 
     Raises ValueError as `mlps_of`, for correction.sequential on anything but a ViT, and for
@@ -114,7 +115,7 @@ class _FiledLayer:
         self.weights = checkpoint.with_name(f"{checkpoint.name}.{name}.safetensors")
         self.report = self.weights.with_suffix(".json")
 
-    def read(self, mlp: Mlp, rules: ExtractSpec) -> tuple[nn.Module, dict[str, Any]] | None:
+    def read(self, mlp: nn.Module, rules: ExtractSpec) -> tuple[nn.Module, dict[str, Any]] | None:
         """Returns the layer and its report; None if they are not there, or set aside with a
         warning."""
         if not (self.weights.exists() and self.report.exists()):

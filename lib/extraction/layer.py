@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 from ..spec import ExtractSpec
@@ -27,7 +26,11 @@ from .token_clusters import centres_and_members, cluster_tokens, router_to
 
 @torch.no_grad()
 def extract_layer(
-    mlp: Mlp, calibration: LayerCalibration, rules: ExtractSpec, active: int | None, seed: int
+    mlp: nn.Module,
+    calibration: LayerCalibration,
+    rules: ExtractSpec,
+    active: int | None,
+    seed: int,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Makes the layer that takes the place of `mlp`; returns it and a report on it.
 
@@ -45,7 +48,11 @@ def extract_layer(
 
 
 def _experts_of_clusters(
-    mlp: Mlp, calibration: LayerCalibration, rules: ExtractSpec, active: int | None, seed: int
+    mlp: nn.Module,
+    calibration: LayerCalibration,
+    rules: ExtractSpec,
+    active: int | None,
+    seed: int,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """An expert for each cluster of tokens, and a router to them (MoEE)."""
     tokens = calibration.tokens
@@ -60,7 +67,7 @@ def _experts_of_clusters(
         expert_of_token = routed_to
     common = common_part(mlp, tokens.hidden, calibration.target, rules)
     experts = _tokens_of_experts(tokens.hidden, common.rest, expert_of_token, len(centres), rules)
-    common_neurons = mlp.fc1.out_features - len(common.free_neurons)
+    common_neurons = tokens.hidden.shape[1] - len(common.free_neurons)
     of_an_expert = None if active is None else active - common_neurons
     kept_neurons = choose_neurons(mlp, experts, rules, of_an_expert, common.free_neurons)
     weights = [
@@ -88,12 +95,12 @@ def _tokens_of_experts(
 
 
 def _narrowed(
-    mlp: Mlp, calibration: LayerCalibration, rules: ExtractSpec, active: int | None
+    mlp: nn.Module, calibration: LayerCalibration, rules: ExtractSpec, active: int | None
 ) -> tuple[nn.Module, dict[str, Any]]:
     """A narrower MLP, the same for all tokens: static pruning."""
     hidden, inputs = calibration.tokens.hidden, calibration.tokens.inputs
     all_tokens = torch.arange(len(hidden), device=hidden.device)
-    all_neurons = torch.arange(mlp.fc1.out_features, device=hidden.device)
+    all_neurons = torch.arange(hidden.shape[1], device=hidden.device)
     tokens = ExpertTokens(hidden, calibration.target, all_tokens, rules)
     kept_neurons = choose_neurons(mlp, [tokens], rules, active, all_neurons)
     layer = narrow_mlp(mlp, corrected_weights(mlp, tokens, kept_neurons[0], rules))

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 from ..models.experts import Experts
+from ..models.mlps import maps_of
 from ..models.moe import MoELayer
 from ..routers.centroid import CentroidRouter
 from ..routers.predictor import PredictorRouter
@@ -36,12 +36,18 @@ def experts_per_token(rules: ExtractSpec) -> int:
 
 
 def moefied(
-    mlp: Mlp, calibration: LayerCalibration, rules: ExtractSpec, seed: int
+    mlp: nn.Module, calibration: LayerCalibration, rules: ExtractSpec, seed: int
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Makes experts of clusters of neurons; returns the layer and a report on it.
 
-    seed: of the clusters and of the router's training.
+    seed: of the clusters and of the router's training. Raises ValueError for a gated MLP.
     """
+    maps = maps_of(mlp)
+    if maps.gated:
+        raise ValueError(
+            f"clusters.of='neurons' compares one input row a neuron, and those of a gated MLP "
+            f"({type(mlp).__name__}) have two: set clusters.of='tokens'"
+        )
     count, k = rules.clusters.count, experts_per_token(rules)
     w1, b1, w2, b2 = weights_of(mlp)
     labels = balanced_kmeans(F.normalize(w1, dim=1), count, seed)
@@ -54,12 +60,13 @@ def moefied(
         router = trained_router(mean_rows, neurons, calibration.tokens, k, seed)
     # a token's output is the sum of K experts: each gives its part of the bias
     weights = [(w1[index], b1[index], w2[:, index], b2 / k) for index in neurons]
-    layer = MoELayer(router, Experts.of(weights, mlp.act))
+    experts = Experts.of(weights, maps.act)
+    layer = MoELayer(router, experts, channels_first=maps.channels_first)
     chosen = router.scores(calibration.tokens.inputs).topk(k, dim=1).indices.flatten()
     report = layer_report(layer, calibration, chosen, neurons, mean_rows, 0)
     # of mean inputs, and of sets that overlap: clusters of neurons have neither
     del report["cosine"], report["overlap"]
-    return layer, report | {"noise": 0.0, "active": k * mlp.fc1.out_features / count}
+    return layer, report | {"noise": 0.0, "active": k * maps.hidden / count}
 
 
 @torch.enable_grad()

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from timm.layers import Mlp
 from torch import Tensor, nn
 
+from ..models.mlps import maps_of
 from ..spec import ExtractSpec
 from .closed_form import (
     Moments,
@@ -81,7 +81,7 @@ def pool_moments(
 
 
 def variance_scores(
-    mlp: Mlp, hidden: Tensor, rules: ExtractSpec, layer_scale: Tensor | None = None
+    mlp: nn.Module, hidden: Tensor, rules: ExtractSpec, layer_scale: Tensor | None = None
 ) -> Tensor:
     """Scores neurons by their variance over hidden (n, H): (H,).
 
@@ -91,14 +91,14 @@ def variance_scores(
     variance = hidden.var(dim=0, unbiased=False)
     if rules.neurons.score == "variance":
         return variance
-    output_weights = mlp.fc2.weight.detach().float()
+    output_weights = maps_of(mlp).weights().w2.float()
     if layer_scale is not None:
         output_weights = output_weights * layer_scale.unsqueeze(-1)
     return variance * output_weights.square().sum(dim=0)
 
 
 def choose_neurons(
-    mlp: Mlp,
+    mlp: nn.Module,
     experts: Sequence[ExpertTokens],
     rules: ExtractSpec,
     count: int | None,
@@ -143,15 +143,8 @@ def _fewest_neurons(scores: Tensor, percent: float) -> Tensor:
 # ---------------------------------------------------------------- over the layers of a model
 
 
-def layer_scale_of(model: nn.Module, name: str) -> Tensor:
-    """Returns (D,) or (1,), the factor of an MLP's output on its way into the residual stream."""
-    block = model.get_submodule(name.rpartition(".")[0])
-    one = model.get_submodule(name).fc2.weight.new_ones(1)
-    return getattr(getattr(block, "ls2", None), "gamma", one).detach().float()
-
-
 def neurons_by_layer(
-    mlps: Mapping[str, Mlp], rules: ExtractSpec, scores: Mapping[str, Tensor]
+    mlps: Mapping[str, nn.Module], rules: ExtractSpec, scores: Mapping[str, Tensor]
 ) -> dict[str, int | None]:
     """Returns how many neurons a token passes in each layer: None with neurons.variance_percent.
 
@@ -162,7 +155,7 @@ def neurons_by_layer(
     if active is None:
         return dict.fromkeys(mlps)
     if rules.neurons.budget != "model":
-        return {name: max(1, round(active * mlp.fc1.out_features)) for name, mlp in mlps.items()}
+        return {name: max(1, round(active * maps_of(mlp).hidden)) for name, mlp in mlps.items()}
     ranked = torch.cat(list(scores.values())).sort(descending=True).values
     lowest = ranked[max(1, round(active * len(ranked))) - 1]
     return {name: max(LEAST, int((score >= lowest).sum())) for name, score in scores.items()}

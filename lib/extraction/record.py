@@ -6,14 +6,14 @@ hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from timm.layers import Mlp
 from torch import Tensor, nn
 
-from ..models.upcycle import block_mlps, check_dropout, why_not_plain
+from ..models.mlps import MlpMaps, maps_of, why_no_neurons, why_not_copied
+from ..models.upcycle import check_dropout, chosen_mlps
 
 
 @dataclass(frozen=True)
@@ -46,20 +46,21 @@ class LayerCalibration:
     target: Tensor
 
 
-def mlps_of(model: nn.Module) -> dict[str, Mlp]:
-    """Returns {name: MLP} of the blocks of a model.
+def mlps_of(
+    model: nn.Module, ignore: Collection[str] = (), *, modules: Sequence[str] | None = None
+) -> dict[str, nn.Module]:
+    """Returns {name: MLP} of the blocks of a model, but of those that are ignored, by name.
 
-    Raises ValueError if there is none, or one that is not timm.layers.Mlp with Linear fc1 and fc2.
+    modules: patterns of names of MLPs to take instead of the blocks' own. Raises ValueError as
+    `chosen_mlps`, and for an MLP whose neurons are not known, that changes the
+    width, or that has dropout inside.
     """
-    mlps = dict(block_mlps(model))
+    mlps = {name: mlp for name, mlp in chosen_mlps(model, modules) if name not in ignore}
     if not mlps:
-        raise ValueError(
-            f"{type(model).__name__} has no block MLP to look into: a timm ViT, DeiT, Swin or "
-            "ConvNeXt has"
-        )
+        raise ValueError(f"no MLP of a {type(model).__name__} is left: {', '.join(ignore)} stay")
     for name, mlp in mlps.items():
-        if reason := why_not_plain(mlp):
-            raise ValueError(f"{name} {reason}: experts are extracted from plain MLPs")
+        if reason := why_no_neurons(mlp) or why_not_copied(mlp):
+            raise ValueError(f"{name} {reason}: no experts are extracted from it")
         check_dropout(name, mlp)
     return mlps
 
@@ -68,7 +69,7 @@ def mlps_of(model: nn.Module) -> dict[str, Mlp]:
 def record_tokens(
     model: nn.Module,
     batches: Iterable[Tensor],
-    mlps: Mapping[str, Mlp] | None = None,
+    mlps: Mapping[str, nn.Module] | None = None,
     *,
     per_image: int,
     limit: int,
@@ -166,7 +167,9 @@ class _Watch:
     """Calls see(name, input (B, ..., D), hidden (B, ..., H), and the norm's input if there is one)
     whenever an MLP is at its second map, until `stop`."""
 
-    def __init__(self, mlps: Mapping[str, Mlp], norms: Mapping[str, nn.Module], see: Callable):
+    def __init__(
+        self, mlps: Mapping[str, nn.Module], norms: Mapping[str, nn.Module], see: Callable
+    ):
         self.see = see
         self.inputs: dict[str, list[Tensor]] = {name: [] for name in mlps}
         self.handles = []
@@ -174,16 +177,18 @@ class _Watch:
             if name in norms:
                 self.handles.append(norms[name].register_forward_pre_hook(self._keep(name)))
             self.handles.append(mlp.register_forward_pre_hook(self._keep(name)))
-            self.handles.append(mlp.fc2.register_forward_pre_hook(self._hand_over(name)))
+            maps = maps_of(mlp)
+            hook = self._hand_over(name, maps)
+            self.handles.append(maps.last_map.register_forward_pre_hook(hook))
 
     def _keep(self, name: str) -> Callable:
         return lambda _, args: self.inputs[name].append(args[0])
 
-    def _hand_over(self, name: str) -> Callable:
+    def _hand_over(self, name: str, maps: MlpMaps) -> Callable:
         def hand_over(_, args) -> None:
             *norm_input, mlp_input = self.inputs[name]
             self.inputs[name] = []
-            self.see(name, mlp_input, args[0], *norm_input)
+            self.see(name, *map(maps.tokens_last, (mlp_input, args[0], *norm_input)))
 
         return hand_over
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
 from torch import Tensor, nn
 
+from ..models.mlps import maps_of
+from ..models.moe import MoELayer
 from ..models.shared_experts import SharedExperts
 from .record import LayerCalibration
 
@@ -66,11 +67,12 @@ def layer_report(
     }
 
 
-def dense_report(mlp: Mlp, clusters: int) -> dict[str, Any]:
+def dense_report(mlp: nn.Module, clusters: int) -> dict[str, Any]:
     """Reports a layer that stays as it is, since fewer than two clusters were found."""
-    neurons = mlp.fc1.out_features
+    maps = maps_of(mlp)
+    neurons = maps.hidden
     return {
-        "width": mlp.fc1.in_features,
+        "width": maps.width,
         "clusters": clusters,
         "dense": True,
         "widths": [neurons],
@@ -87,7 +89,12 @@ def relative_error(layer: nn.Module, calibration: LayerCalibration) -> float:
     """Computes the squared error of a layer's output on its tokens over the target's variance."""
     target = calibration.target
     inputs = calibration.tokens.inputs.split(4096)
-    output = torch.cat([layer(part.unsqueeze(0))[0] for part in inputs])
+    moe = isinstance(layer, MoELayer)
+    if layer.channels_first if moe else maps_of(layer).channels_first:
+        # (n, D) -> (1, D, n, 1) and back
+        output = torch.cat([layer(part.t()[None, ..., None])[0, ..., 0].t() for part in inputs])
+    else:
+        output = torch.cat([layer(part.unsqueeze(0))[0] for part in inputs])
     variance = (target - target.mean(dim=0)).square().sum().clamp_min(1e-30)
     return float((output - target).square().sum() / variance)
 

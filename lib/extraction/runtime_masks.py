@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..models.backbone import write_out_attention
 from .assemble import narrow_mlp
-from .correction import MlpWeights, weights_of
+from .correction import kept_weights
 from .record import mlps_of
 
 CLASS_WEIGHT = 2.0  # of the class token in the score, where all patches together weigh below 1
@@ -69,14 +69,22 @@ def channel_scores(hidden: Tensor, attention: Tensor, pool: str) -> Tensor:
 def check_maskable(model: nn.Module) -> dict[str, Mlp]:
     """Returns {name: MLP} of the layers whose neurons can be chosen at run time.
 
-    Raises ValueError as `mlps_of`, and for anything but a ViT with a class token.
+    Raises ValueError as `mlps_of`, for anything but a ViT with a class token, and for MLPs that are
+    not timm's plain `Mlp`.
     """
     if not isinstance(model, VisionTransformer) or not model.num_prefix_tokens:
         raise ValueError(
             f"channels are scored by the class token and by the attention that it pays: "
             f"{type(model).__name__} has none; take a timm VisionTransformer with a class token"
         )
-    return mlps_of(model)
+    mlps = mlps_of(model)
+    for name, mlp in mlps.items():
+        if not isinstance(mlp, Mlp):
+            raise ValueError(
+                f"{name} is a {type(mlp).__name__}: channels are chosen in timm.layers.Mlp, in the "
+                "place of its norm"
+            )
+    return mlps
 
 
 def mask_channels(model: VisionTransformer, active: float, pool: str) -> dict[str, ChannelMask]:
@@ -104,6 +112,4 @@ def narrow_to_channels(model: VisionTransformer, active: float, images: Tensor) 
     twin(images)
     for name, mask in masks.items():
         mlp, kept = model.get_submodule(name), mask.chosen[0].sort().values
-        whole = weights_of(mlp)
-        weights = MlpWeights(whole.w1[kept], whole.b1[kept], whole.w2[:, kept], whole.b2)
-        model.set_submodule(name, narrow_mlp(mlp, weights))
+        model.set_submodule(name, narrow_mlp(mlp, kept_weights(mlp, kept)))

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 from ..models.experts import Experts
+from ..models.mlps import maps_of
 from ..models.moe import MoELayer
 from ..models.shared_experts import SharedExperts
 from ..routers.centroid import CentroidRouter
@@ -18,8 +18,6 @@ from ..routers.controls import OracleRouter, RandomRouter
 from ..routers.hard import HardRouter
 from ..routers.predictor import PredictorRouter
 from ..spec import ExtractSpec
-from .assemble import narrow_mlp
-from .correction import MlpWeights
 from .moefication import experts_per_token
 from .record import mlps_of
 
@@ -43,43 +41,41 @@ def fit_extracted(model: nn.Module, state: Mapping[str, Tensor], rules: ExtractS
                 "extraction"
             )
         layer = layer_like(mlp, of_layer, rules)
-        model.set_submodule(name, layer.to(mlp.fc1.weight).train(mlp.training))
+        model.set_submodule(name, layer.to(next(mlp.parameters())).train(mlp.training))
     return model
 
 
-def layer_like(mlp: Mlp, state: Mapping[str, Tensor], rules: ExtractSpec) -> nn.Module:
+def layer_like(mlp: nn.Module, state: Mapping[str, Tensor], rules: ExtractSpec) -> nn.Module:
     """Builds a layer with the shapes of `state`: a narrow MLP, or a MoE layer.
 
     state: of the layer alone, so its names start at the layer.
     """
-    if "fc1.weight" in state:
-        return narrow_mlp(mlp, _weights_in(state, ""))
+    maps = maps_of(mlp)
+    if maps.hidden_in(state) is not None:
+        return maps.with_shapes_of(state)
     count = len(state["experts.fc2.bias"])
     if "experts.index" in state:
-        experts = _shared_experts(mlp, state, rules)
+        experts = _shared_experts(maps.act, state, rules)
     else:
         widths = Experts.widths_in(state, "experts.")
-        experts = Experts(count, mlp.fc1.in_features, widths, mlp.act)
+        experts = Experts(count, maps.width, widths, maps.act)
     common = None
-    if "shared.fc1.weight" in state:
-        common = narrow_mlp(mlp, _weights_in(state, "shared."))
-    router = _router(state, count, experts_per_token(rules), mlp.act)
-    return MoELayer(router, experts, common)
+    if maps.hidden_in(state, "shared.") is not None:
+        common = maps.with_shapes_of(state, "shared.")
+    router = _router(state, count, experts_per_token(rules), maps.act)
+    return MoELayer(router, experts, common, channels_first=maps.channels_first)
 
 
-def _weights_in(state: Mapping[str, Tensor], prefix: str) -> MlpWeights:
-    names = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
-    return MlpWeights(*(state.get(prefix + name) for name in names))
-
-
-def _shared_experts(mlp: Mlp, state: Mapping[str, Tensor], rules: ExtractSpec) -> SharedExperts:
+def _shared_experts(
+    act: nn.Module, state: Mapping[str, Tensor], rules: ExtractSpec
+) -> SharedExperts:
     widths = state["experts.rows"].tolist()
     output_weights = state["experts.fc2.weight"].t()  # saved transposed
     if rules.storage == "inputs":
         output_weights = output_weights.split(widths, dim=1)
     store = (state["experts.fc1.weight"], state["experts.fc1.bias"], output_weights)
     neurons = state["experts.index"].split(widths)
-    return SharedExperts(store, neurons, state["experts.fc2.bias"], mlp.act)
+    return SharedExperts(store, neurons, state["experts.fc2.bias"], act)
 
 
 def _router(state: Mapping[str, Tensor], experts: int, k: int, act: nn.Module) -> HardRouter:

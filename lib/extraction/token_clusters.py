@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from timm.layers import Mlp
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..models.mlps import maps_of
 from ..routers.centroid import CentroidRouter
 from ..routers.controls import OracleRouter, RandomRouter
 from ..routers.hard import HardRouter
@@ -102,7 +102,11 @@ def random_directions(tokens: RecordedTokens, count: int, seed: int) -> Tensor:
 
 
 def router_to(
-    centres: Tensor, cluster_of_token: Tensor, mlp: Mlp, tokens: RecordedTokens, rules: ExtractSpec
+    centres: Tensor,
+    cluster_of_token: Tensor,
+    mlp: nn.Module,
+    tokens: RecordedTokens,
+    rules: ExtractSpec,
 ) -> HardRouter:
     """Builds the router that sends a token to the cluster of one of the centres (K, D)."""
     if rules.router == "random":
@@ -112,7 +116,7 @@ def router_to(
             [tokens.hidden[cluster_of_token == k].mean(dim=0) for k in range(len(centres))]
         )
         whole = weights_of(mlp)
-        return OracleRouter(mean_hidden, whole.w1, whole.b1, mlp.act)
+        return OracleRouter(mean_hidden, whole.w1, whole.b1, maps_of(mlp).act)
     return CentroidRouter.of(centres, rules.router, tokens.inputs.mean(dim=0))
 
 

@@ -55,7 +55,7 @@ def build(
             model = model if fit is None else fit(model, parent)
             load_weights(model, parent, f"run {spec.init.id}", parent_grid)
         if spec.moe is not None:
-            upcycle(model, spec.moe, generator)
+            upcycle(model, spec.moe, generator=generator)
         # a parent with experts: after upcycling, since a dense model has no place for them
         if parent is not None and parent_has_moe:
             model = model if fit is None else fit(model, parent)

@@ -32,10 +32,11 @@ class CompeteLayer(MoELayer):
         experts: Experts,
         shared: nn.Module | None = None,
         dropout: float = 0.0,
+        channels_first: bool = False,
         *,
         rate: float,
     ):
-        super().__init__(router, experts, shared, dropout)
+        super().__init__(router, experts, shared, dropout, channels_first)
         if not 0 < rate <= 1:
             raise ValueError(
                 f"rate={rate} is the chance that a training step competes: "

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..routers.base import Routing
+from .mlps import GatedActivation, maps_of
 
 # On CPU the library behind bfloat16 products builds a kernel for each new number of rows, which
 # takes longer than the product. Slices whose lengths are multiples of 16 have few different numbers
@@ -32,6 +33,9 @@ class Experts(nn.Module):
     (sum H,), `fc2.weight` (sum H, D), which is transposed so that an expert's slice is contiguous,
     `fc2.bias` (E, D), and a buffer `rows` (E,) with the widths, without which a saved state could
     not be split into experts again.
+
+    Gated experts (SwiGLU and its like) have a `GatedActivation` as `act`, and `fc1` has 2 H rows an
+    expert, those of the gate first.
 
     hidden: H, or one H an expert; equal ones are stacked. Raises ValueError if a width is below 1,
     if their number is not E, and if a state of other widths is loaded.
@@ -61,11 +65,12 @@ class Experts(nn.Module):
         self.experts, self.width = experts, width
         self.hidden = widths if len(set(widths)) > 1 else widths[0]
         self.act = act if act is not None else nn.GELU()
+        rows = self.rows_of_neuron
         if isinstance(self.hidden, int):
-            self.fc1 = _StackedLinear(experts, self.hidden, width)
+            self.fc1 = _StackedLinear(experts, rows * self.hidden, width)
             self.fc2 = _StackedLinear(experts, width, self.hidden)
             return
-        self.fc1 = FlatLinear((sum(widths), width), (sum(widths),))
+        self.fc1 = FlatLinear((rows * sum(widths), width), (rows * sum(widths),))
         self.fc2 = FlatLinear((sum(widths), width), (experts, width))
         # The device is named, so that a skeleton on the meta device keeps the values.
         self.register_buffer("rows", torch.tensor(widths, device="cpu"))
@@ -81,24 +86,26 @@ class Experts(nn.Module):
     ) -> Experts:
         """Makes experts of copies of the given weights.
 
-        parts: of each expert w1 (H, D), b1 (H,), w2 (D, H), b2 (D,). Raises ValueError if the
-        shapes of a part do not belong together, and as the class itself.
+        parts: of each expert w1 (H, D), b1 (H,), w2 (D, H), b2 (D,); gated: w1 (2 H, D), b1 (2 H,).
+        Raises ValueError if the shapes of a part do not belong together, and as the class itself.
         """
+        rows = 2 if isinstance(act, GatedActivation) else 1
         parts = [tuple(tensor.detach() for tensor in part) for part in parts]
         width = parts[0][3].shape[0] if parts else 0
         for e, (w1, b1, w2, b2) in enumerate(parts):
-            h = b1.shape[0]
-            shapes = tuple(w1.shape), tuple(w2.shape), tuple(b2.shape)
-            if shapes != ((h, width), (width, h), (width,)):
+            h = w2.shape[-1]
+            shapes = tuple(w1.shape), tuple(b1.shape), tuple(w2.shape), tuple(b2.shape)
+            if shapes != ((rows * h, width), (rows * h,), (width, h), (width,)):
                 raise ValueError(
                     f"expert {e} has w1 {tuple(w1.shape)}, b1 {tuple(b1.shape)}, "
                     f"w2 {tuple(w2.shape)}, b2 {tuple(b2.shape)}: "
-                    f"with D={width} and its H={h} these must be (H, D), (H,), (D, H), (D,)"
+                    f"with D={width} and its H={h} these must be (H, D), (H,), (D, H), (D,), and "
+                    "2 H in the place of H in w1 and b1 where experts are gated"
                 )
         # On the meta device nothing is initialised only to be overwritten at once, and nothing is
         # drawn from the global generator.
         with torch.device("meta"):
-            out = cls(len(parts), width, [part[1].shape[0] for part in parts], act)
+            out = cls(len(parts), width, [part[2].shape[1] for part in parts], act)
         w1, b1, w2, b2 = zip(*parts, strict=True)
         if isinstance(out.hidden, int):
             weights = [torch.stack(tensors) for tensors in (w1, b1, w2, b2)]
@@ -111,15 +118,25 @@ class Experts(nn.Module):
 
     @classmethod
     def copies(cls, mlp: nn.Module, experts: int) -> Experts:
-        """Makes E copies of a timm `Mlp` with Linear fc1 and fc2 (sparse upcycling, 2212.05055).
+        """Makes E copies of an MLP that `maps_of` knows (sparse upcycling, 2212.05055).
 
-        A layer without a bias gets one of zeros.
+        A layer without a bias gets one of zeros. Raises ValueError as `maps_of`.
         """
-        biases = [
-            fc.weight.new_zeros(fc.out_features) if fc.bias is None else fc.bias
-            for fc in (mlp.fc1, mlp.fc2)
-        ]
-        return cls.of([(mlp.fc1.weight, biases[0], mlp.fc2.weight, biases[1])] * experts, mlp.act)
+        maps = maps_of(mlp)
+        w1, b1, w2, b2 = maps.weights()
+        b1 = w1.new_zeros(len(w1)) if b1 is None else b1
+        b2 = w2.new_zeros(len(w2)) if b2 is None else b2
+        return cls.of([(w1, b1, w2, b2)] * experts, maps.act)
+
+    @property
+    def gated(self) -> bool:
+        """Says whether a neuron has a gate row beside its value row."""
+        return isinstance(self.act, GatedActivation)
+
+    @property
+    def rows_of_neuron(self) -> int:
+        """Counts the rows of fc1 that a neuron has."""
+        return 2 if self.gated else 1
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -132,15 +149,17 @@ class Experts(nn.Module):
 
         prefix: what the names of their parameters begin with.
         """
-        weight, rows = state.get(f"{prefix}fc1.weight"), state.get(f"{prefix}rows")
+        weight, rows = state.get(f"{prefix}fc2.weight"), state.get(f"{prefix}rows")
         if weight is not None and weight.ndim == 3:
-            return (weight.shape[1],) * weight.shape[0]
+            return (weight.shape[2],) * weight.shape[0]
         return None if weight is None or rows is None else tuple(rows.tolist())
 
     def each(
         self, transform: Callable[[Tensor], Tensor] = lambda parameter: parameter
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Yields w1 (H, D), b1 (H,), w2 (D, H), b2 (D,) of each expert, as views.
+
+        Of gated ones w1 is (2 H, D) and b1 (2 H,), the gate's rows first.
 
         transform: what to do first with each whole parameter (cast it; put its gradient in its
         place); it returns a tensor of the same shape.
@@ -153,7 +172,8 @@ class Experts(nn.Module):
             return zip(w1.unbind(0), b1.unbind(0), w2.unbind(0), b2.unbind(0), strict=True)
         # from (H, D), as it is stored, to (D, H)
         w2_of_experts = [w.t() for w in w2.split(self.hidden)]
-        w1_of_experts, b1_of_experts = w1.split(self.hidden), b1.split(self.hidden)
+        rows = [self.rows_of_neuron * h for h in self.hidden]
+        w1_of_experts, b1_of_experts = w1.split(rows), b1.split(rows)
         return zip(w1_of_experts, b1_of_experts, w2_of_experts, b2.unbind(0), strict=True)
 
     def reset(self, generator: torch.Generator | None = None) -> None:
@@ -172,7 +192,7 @@ class Experts(nn.Module):
         """
         with torch.no_grad():
             for w1, _, w2, _ in self.each():
-                for weight in (w1, w2):
+                for weight in (*w1.chunk(self.rows_of_neuron), w2):
                     # Drawn where the generator lies, usually on the CPU.
                     drawn = torch.empty(weight.shape).normal_(generator=generator)
                     weight.add_(noise * weight.std() * drawn.to(weight.device))
@@ -226,7 +246,8 @@ class Experts(nn.Module):
         In bfloat16 the right-hand side is packed anew for each product, and there are fewer rows
         than weights. With a backward pass nothing is gained by it.
         """
-        hidden = self.act(torch.addmm(b1.unsqueeze(1), w1, x.t()))
+        rows = torch.addmm(b1.unsqueeze(1), w1, x.t())  # (H, T), gated (2 H, T)
+        hidden = self.act(rows, 0) if self.gated else self.act(rows)
         out.copy_(torch.addmm(b2.unsqueeze(1), w2, hidden).t())
 
     def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:

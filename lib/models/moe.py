@@ -103,7 +103,7 @@ class MoELayer(nn.Module):
     Without shared expert y = sum_k w_k E_k(x); with it y = E_s(x) + sum_k w_k E_k(x) (ViMoE, eqs 4
     and 5). dropout: chance that an image passes the layer without its routed experts, in training.
     Input and output: (B, ..., D); the axes between are tokens (one axis in a ViT, two in Swin and
-    ConvNeXt).
+    ConvNeXt); with channels_first they are (B, D, ...), as those of a convolution.
     """
 
     def __init__(
@@ -112,9 +112,11 @@ class MoELayer(nn.Module):
         experts: Experts,
         shared: nn.Module | None = None,
         dropout: float = 0.0,
+        channels_first: bool = False,
     ):
         super().__init__()
         self.router, self.experts, self.shared, self.dropout = router, experts, shared, dropout
+        self.channels_first = channels_first
         self.tape: RoutingTape | None = None
         self.off = False  # see `without_experts`
 
@@ -124,8 +126,9 @@ class MoELayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Runs x, (B, ..., D), to the same shape; hands the Routing to the open tape, if any."""
-        b, d = x.shape[0], x.shape[-1]
-        tokens = x.reshape(b, math.prod(x.shape[1:-1]), d)  # -1 would not do for an empty batch
+        last = x.movedim(1, -1) if self.channels_first else x  # (B, ..., D)
+        b, d = last.shape[0], last.shape[-1]
+        tokens = last.reshape(b, math.prod(last.shape[1:-1]), d)  # -1 fails for an empty batch
         routing = self.decide(tokens)
         if self.tape is not None:
             self.tape.write(self, routing)
@@ -136,12 +139,17 @@ class MoELayer(nn.Module):
             passes = torch.rand(b, device=x.device) >= self.dropout
             image_of_assignment = routing.token // tokens.shape[1]
             routing = replace(routing, weight=routing.weight * passes[image_of_assignment])
-        out = self.serve(tokens.reshape(-1, d), routing).view(x.shape)
+        out = self.serve_images(last, routing)
+        out = out.movedim(-1, 1) if self.channels_first else out
         return out if self.shared is None else out + self.shared(x)
 
     def decide(self, tokens: Tensor) -> Routing:
         """Decides on tokens, (B, N, D); the Routing goes to the tape."""
         return self.router(tokens)
+
+    def serve_images(self, x: Tensor, routing: Routing) -> Tensor:
+        """Carries out a Routing: x, (B, ..., D) -> (B, ..., D)."""
+        return self.serve(x.reshape(-1, x.shape[-1]), routing).view(x.shape)
 
     def serve(self, rows: Tensor, routing: Routing) -> Tensor:
         """Carries out a Routing: rows, (T, D) -> (T, D)."""

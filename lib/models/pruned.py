@@ -33,7 +33,11 @@ class PrunedLayer(MoELayer):
 
     def __init__(self, layer: MoELayer, kept: Tensor):
         super().__init__(
-            layer.router, picked_experts(layer.experts, kept), layer.shared, layer.dropout
+            layer.router,
+            picked_experts(layer.experts, kept),
+            layer.shared,
+            layer.dropout,
+            layer.channels_first,
         )
         self.register_buffer("kept", kept)
         self.train(layer.training)
@@ -58,7 +62,8 @@ class PrunedLayer(MoELayer):
 
 
 def stacks_of(experts: Experts) -> list[Tensor]:
-    """Lists the parameters of `STACKS`: (E, H, D), (E, H), (E, D, H), (E, D).
+    """Lists the parameters of `STACKS`: (E, H, D), (E, H), (E, D, H), (E, D); gated: 2 H for the
+    first two.
 
     Experts of unequal width have no such stacks and are not asked for them.
     """
@@ -71,7 +76,7 @@ def with_stacks(experts: Experts, stacks: Sequence[Tensor]) -> Experts:
     Activation, mode and frozen parameters are those of `experts`.
     """
     with torch.device("meta"):  # no initialisation that is overwritten at once
-        built = Experts(len(stacks[0]), experts.width, stacks[0].shape[1], experts.act)
+        built = Experts(len(stacks[0]), experts.width, stacks[2].shape[2], experts.act)
     for name, stack, old in zip(STACKS, stacks, stacks_of(experts), strict=True):
         layer, parameter = name.split(".")
         new = nn.Parameter(stack.contiguous(), requires_grad=old.requires_grad)

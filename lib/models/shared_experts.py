@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .experts import Experts, FlatLinear
+from .mlps import rows_of_neurons
 
 
 class SharedExperts(Experts):
@@ -24,7 +25,8 @@ class SharedExperts(Experts):
     transposed. It is (U, D) where experts differ by neurons and bias alone, and (sum H, D) where
     each has output weights of its own.
 
-    store: w1 (U, D), b1 (U,), and w2: (D, U), or of each expert (D, H). sets: of each expert the
+    store: w1 (U, D), b1 (U,), and w2: (D, U), or of each expert (D, H); gated: w1 (2 U, D) and b1
+    (2 U,), the gate's rows first. sets: of each expert the
     indices (H,) of its neurons in the store. biases: (E, D).
     """
 
@@ -70,13 +72,14 @@ class SharedExperts(Experts):
         """
         parameters = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
         w1, b1, w2, b2 = map(transform, parameters)
-        sets = self.index.split(self._widths)
+        sets, stored = self.index.split(self._widths), len(b1) // self.rows_of_neuron
         if self.own_output_weights:
             output_weights = w2.split(self._widths)
         else:
             output_weights = (w2[neurons] for neurons in sets)
         for neurons, w2_rows, bias in zip(sets, output_weights, b2.unbind(0), strict=True):
-            yield w1[neurons], b1[neurons], w2_rows.t(), bias
+            rows = rows_of_neurons(neurons, stored, self.gated)
+            yield w1[rows], b1[rows], w2_rows.t(), bias
 
     def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
         # Skips the check of `Experts` for equal widths: here the buffers `index` and `rows`, which

@@ -5,7 +5,8 @@
     from lib import MoESpec, upcycle
 
     vit = timm.create_model("vit_small_patch14_dinov2", img_size=56)
-    model = upcycle(vit, MoESpec(layers=2, experts=8, shared=True))
+    model = upcycle(vit, layers=2, experts=8)  # computes what vit does, until it is trained
+    model = upcycle(vit, MoESpec(layers=2, experts=8, shared=True))  # as printed: it does not
 
 Axis letters: **B** images, **N** tokens of an image, **D** width, **E** experts.
 """
@@ -13,27 +14,30 @@ Axis letters: **B** images, **N** tokens of an image, **D** width, **E** experts
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..routers import ROUTER_CLASSES
 from ..spec import MoESpec
+from ..spec.moe import ROUTERS
 from .compete import CompeteLayer
+from .copies import CopiesLayer, WholeCopies
 from .experts import Experts
+from .mlps import (
+    dropout_inside,
+    takes_channels_first,
+    why_no_neurons,
+    why_not_copied,
+    width_of,
+)
 from .moe import MoELayer
+from .names import matching
 from .tokens import check_batch_of_images, check_class_token
-
-REFUSED = {
-    "GluMlp": "a gated (GLU) MLP",
-    "SwiGLU": "a gated (GLU) MLP",
-    "SwiGLUPacked": "a gated (GLU) MLP",
-    "GatedMlp": "a gated MLP",
-    "ConvMlp": "a convolutional MLP",
-    "GlobalResponseNormMlp": "an MLP with response norm (GRN)",
-}
 
 
 def before_blocks(vit: VisionTransformer, images: Tensor) -> Tensor:
@@ -62,59 +66,147 @@ def _is_block(name: str) -> bool:
     return not makes_bias and not any(part.startswith(("attn_pool", "head")) for part in parts)
 
 
-def upcycle(model: nn.Module, spec: MoESpec, generator: torch.Generator | None = None) -> nn.Module:
-    """Swaps the MLPs of the last `spec.layers` blocks, or of `spec.blocks`, in place; returns the
-    model.
+def chosen_mlps(
+    model: nn.Module, modules: Sequence[str] | None = None, ignore: Sequence[str] = ()
+) -> list[tuple[str, nn.Module]]:
+    """Lists (name, module) of the MLPs that patterns choose, from the input of the model on.
 
-    Works on models of timm whose block MLP is `timm.layers.Mlp` with Linear fc1 and fc2 and no
-    inner norm (ViT, DeiT, BEiT, Swin, ConvNeXt). Routers draw from `generator`, from the global one
-    if None. Raises ValueError if L or a block is beyond the depth, if a block's MLP is of another
-    kind, if image-level routing finds no class token at the head of a block's tokens and
-    `spec.pool` is not "mean", or if a block sees several rows of tokens an image. Nothing is
-    changed when it raises.
+    modules: patterns of names, ["blocks.*.mlp_tokens"], to take instead of the blocks' own `.mlp`;
+    None = those. ignore: patterns of names to leave out. Raises ValueError as `matching`, and where
+    nothing is left.
     """
-    mlps = _chosen_mlps(model, spec)
+    if modules is None:
+        mlps = block_mlps(model)
+    else:
+        names = matching([name for name, _ in model.named_modules() if name], modules, "modules")
+        # * stands for dots, too: what is inside another module that is chosen goes with it
+        outer = [name for name in names if not any(name.startswith(f"{n}.") for n in names)]
+        mlps = [(name, model.get_submodule(name)) for name in outer]
+    # blocks without an MLP have this in its place
+    mlps = [(name, mlp) for name, mlp in mlps if not isinstance(mlp, nn.Identity)]
+    if not mlps:
+        raise ValueError(f"{type(model).__name__} has no block MLP{_advice(model)}")
+    left_out = matching([name for name, _ in mlps], ignore, "ignore")
+    chosen = [(name, mlp) for name, mlp in mlps if name not in left_out]
+    if not chosen:
+        raise ValueError(
+            f"ignore={_listed(ignore)} leaves nothing of {_listed([name for name, _ in mlps])}"
+        )
+    return chosen
+
+
+def _listed(names: Sequence[str], most: int = 12) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _advice(model: nn.Module) -> str:
+    """What to do about a model without block MLPs: MLPs that it has under other names."""
+    others = [name for name, module in model.named_modules() if not why_no_neurons(module)]
+    if not others:
+        return ": a timm ViT, DeiT, BEiT, EVA, Swin or ConvNeXt has"
+    return f" called .mlp; name its MLPs with modules=, it has {_listed(others, 6)}"
+
+
+def upcycle(
+    model: nn.Module,
+    spec: MoESpec | None = None,
+    *,
+    modules: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
+    generator: torch.Generator | None = None,
+    **fields: Any,
+) -> nn.Module:
+    """Swaps the MLPs of the last `layers` blocks, or of `blocks`, in place; returns the model.
+
+        upcycle(model, layers=2, experts=8)
+        upcycle(model, MoESpec(layers=2, experts=8))
+        upcycle(mixer, modules=["blocks.*.mlp_channels"], experts=4, router="token")
+
+    spec, or fields of a MoESpec by name. With fields the gate is "renormalised" unless it is given:
+    the model computes what it did before, until it is trained. With a spec it is the printed one by
+    default, which multiplies the output of an MLP by its gate, 1 / E at first. modules, ignore: see
+    `chosen_mlps`; `layers` and `blocks` count these, and fields that name neither take them all
+    where `modules` is given. generator: that routers draw from, the global one if None.
+
+    MLPs with linear maps or 1x1 convolutions, gated or not, become stacked `Experts`. What has a
+    norm or dropout inside, response norm, a depthwise convolution or a form that is not known is
+    copied whole (`WholeCopies`, slow), with a warning. Raises ValueError if both or neither of spec
+    and fields are given, if L or a block is beyond the depth, if an MLP changes the width, if
+    image-level routing finds no class token at the head of a block's tokens and `pool` is not
+    "mean", or if a block sees several rows of tokens an image. Nothing is changed when it raises.
+    """
+    candidates = chosen_mlps(model, modules, ignore)
+    if spec is None:
+        spec = _spec_of_guest(fields, None if modules is None else len(candidates))
+    elif fields:
+        raise ValueError(
+            f"a MoESpec and {_listed(list(fields))} beside it: give a spec, or its fields by name"
+        )
+    mlps = _of_blocks(type(model).__name__, candidates, spec)
     for name, mlp in mlps:
-        _check(name, mlp)
+        _check(name, mlp, spec)
     names = [name for name, _ in mlps]
     if spec.reads_class_token:
         check_class_token(model, names)
     elif spec.per_image:
         check_batch_of_images(model, names)
+    _warn_of_copies(mlps)
     for name, mlp in mlps:
-        parent = model.get_submodule(name.rpartition(".")[0])
-        parent.mlp = moe_layer(mlp, spec, generator)
+        model.set_submodule(name, moe_layer(mlp, spec, generator))
     return model
+
+
+def _spec_of_guest(fields: dict[str, Any], named: int | None) -> MoESpec:
+    """The spec of fields, whose gate leaves the function as it was.
+
+    named: how many MLPs were named; None if none were.
+    """
+    if not fields and named is None:
+        raise ValueError("upcycle takes a MoESpec, or its fields by name: experts=8, layers=2")
+    defaults: dict[str, Any] = {}
+    if "gate" in ROUTERS.get(fields.get("router", "image"), ROUTERS["image"]).takes:
+        defaults["gate"] = "renormalised"
+    if named is not None and "blocks" not in fields:
+        defaults["layers"] = named
+    return MoESpec(**defaults | fields)
 
 
 def moe_layer(mlp: nn.Module, spec: MoESpec, generator: torch.Generator | None = None) -> MoELayer:
     """Makes a MoE layer from an MLP: E copies or fresh experts, a fresh router, and a copy as
     shared expert if asked for.
 
-    It takes the place of the MLP: in its mode (training or evaluation), on its device, in its type.
+    It takes the place of the MLP: in its mode (training or evaluation), on its device, in its type,
+    with its layout.
     """
-    experts = Experts.copies(mlp, spec.experts)
+    if _why_whole(mlp):
+        experts = WholeCopies(mlp, spec.experts, width_of(mlp))
+    else:
+        experts = Experts.copies(mlp, spec.experts)
     if spec.fresh_experts:
         experts.reset(generator)
     if spec.copy_noise:
         experts.perturb(spec.copy_noise, generator)
     router = ROUTER_CLASSES[spec.router].from_spec(spec, experts.width, generator)
     shared = copy.deepcopy(mlp) if spec.shared else None
-    parts = (router.to(mlp.fc1.weight), experts, shared, spec.expert_dropout)
-    if spec.compete_rate is None:
-        layer = MoELayer(*parts)
-    else:
+    parts = (router.to(next(mlp.parameters())), experts, shared, spec.expert_dropout)
+    parts += (takes_channels_first(mlp),)
+    if spec.compete_rate is not None:
         layer = CompeteLayer(*parts, rate=spec.compete_rate)
+    elif isinstance(experts, WholeCopies):
+        layer = CopiesLayer(*parts)
+    else:
+        layer = MoELayer(*parts)
     return layer.train(mlp.training)
 
 
-def _chosen_mlps(model: nn.Module, spec: MoESpec) -> list[tuple[str, nn.Module]]:
-    """Lists (name, module) of the MLPs that are swapped; ValueError if blocks are not there."""
-    mlps, kind = block_mlps(model), type(model).__name__
-    if not mlps:
-        raise ValueError(
-            f"{kind} has no block MLP to swap: a timm ViT, DeiT, BEiT, Swin or ConvNeXt has"
-        )
+def _of_blocks(
+    kind: str, mlps: list[tuple[str, nn.Module]], spec: MoESpec
+) -> list[tuple[str, nn.Module]]:
+    """Lists (name, module) of the MLPs that are swapped; ValueError if blocks are not there.
+
+    kind: of the model.
+    """
     if spec.layers > len(mlps):
         raise ValueError(
             f"layers={spec.layers} is beyond the depth: {kind} has {len(mlps)} blocks, "
@@ -130,42 +222,54 @@ def _chosen_mlps(model: nn.Module, spec: MoESpec) -> list[tuple[str, nn.Module]]
     return [mlps[number - 1] for number in spec.blocks]
 
 
-def _check(name: str, mlp: nn.Module) -> None:
+def _check(name: str, mlp: nn.Module, spec: MoESpec) -> None:
     """Raises ValueError if the MLP of a block cannot be upcycled."""
     if isinstance(mlp, MoELayer):
         raise ValueError(f"{name} is a MoE layer already: upcycle a model with plain MLPs")
-    if reason := why_not_plain(mlp):
+    if reason := why_not_copied(mlp):
         raise ValueError(f"{name} {reason}: cannot be upcycled")
-    check_dropout(name, mlp)
-
-
-def why_not_plain(mlp: nn.Module) -> str | None:
-    """Says why an MLP is not two linear maps with a function between; None if it is.
-
-    Upcycling, pruning and extraction take the same ones, with biases or without.
-    """
-    kind = type(mlp).__name__
-    if kind in REFUSED:
-        return (
-            f"is {REFUSED[kind]} ({kind}); what is taken is timm.layers.Mlp with Linear fc1 and fc2"
+    asked = [
+        word
+        for word, is_asked in (
+            ("fresh_experts", spec.fresh_experts),
+            ("copy_noise", spec.copy_noise),
+            ("compete_rate", spec.compete_rate),
+            ("router='soft'", ROUTER_CLASSES[spec.router].mixes_tokens),
         )
-    plain = (
-        isinstance(mlp, Mlp)
-        and type(mlp).forward is Mlp.forward
-        and isinstance(mlp.fc1, nn.Linear)
-        and isinstance(mlp.fc2, nn.Linear)
-    )
-    if not plain:
-        return f"({kind}) is not a timm.layers.Mlp with Linear fc1 and fc2 (channels last)"
-    if not isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity):
-        return "has a norm inside the MLP, which depends on all hidden neurons at once"
+        if is_asked
+    ]
+    if asked and (reason := _why_whole(mlp)):
+        raise ValueError(
+            f"{name} {reason}, so its experts are whole copies, which {', '.join(asked)} cannot be "
+            "had for: leave it out"
+        )
+
+
+def _why_whole(mlp: nn.Module) -> str | None:
+    """Says why the experts of an MLP are whole copies; None if they are stacked weights."""
+    if reason := why_no_neurons(mlp):
+        return reason
+    if chances := dropout_inside(mlp):
+        return f"has dropout inside (p={', '.join(map(str, chances))})"
     return None
 
 
-def check_dropout(name: str, mlp: Mlp) -> None:
+def _warn_of_copies(mlps: list[tuple[str, nn.Module]]) -> None:
+    """Warns once of all MLPs that become whole copies."""
+    reasons = {name: reason for name, mlp in mlps if (reason := _why_whole(mlp))}
+    if reasons:
+        name, reason = next(iter(reasons.items()))
+        warnings.warn(
+            f"experts of {_listed(list(reasons), 3)} are whole copies, which is slow and cannot be "
+            f"pruned: {name} {reason}",
+            stacklevel=3,
+        )
+
+
+def check_dropout(name: str, mlp: nn.Module) -> None:
     """Raises ValueError for an MLP with dropout inside, which no expert made of it would carry."""
-    if getattr(mlp, "drop1", None) is not None and (mlp.drop1.p or mlp.drop2.p):
+    if chances := dropout_inside(mlp):
         raise ValueError(
-            f"{name} has dropout inside the MLP (p={mlp.drop1.p}, {mlp.drop2.p}), "
+            f"{name} has dropout inside the MLP (p={', '.join(map(str, chances))}), "
             "which experts do not carry: build the model with proj_drop=0"
         )

@@ -29,6 +29,7 @@ from lib.extraction.closed_form import (
 )
 from lib.extraction.record import LayerCalibration, RecordedTokens
 from lib.extraction.report import relative_error
+from lib.models.mlps import layer_scale_of
 from lib.models.moe import MoELayer, RoutingTape
 from lib.models.shared_experts import SharedExperts
 from lib.routers.predictor import PredictorRouter
@@ -244,7 +245,7 @@ def test_what_chooses_and_corrects_stays_where_the_tokens_are():
     assert choosing.variance_scores(
         mlp, hidden, rules(neurons={"score": "weighted"}), torch.ones(D, device="meta")
     ).is_meta
-    assert choosing.layer_scale_of(
+    assert layer_scale_of(
         timm.create_model("vit_tiny_patch16_224", depth=1).to("meta"), "blocks.0.mlp"
     ).is_meta
     found = moments_of(hidden, target)

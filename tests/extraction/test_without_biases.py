@@ -145,12 +145,14 @@ def test_a_subclass_counts_by_what_it_computes():
     upcycle(with_mlps(Named), MoESpec(layers=1, experts=2))
     extracted(with_mlps(Named), "copies")
     assert "blocks.0.mlp" in neuron_scores(with_mlps(Named), [(X, torch.arange(4))])
+    with pytest.warns(UserWarning, match=r"whole copies.*\(Other\) is no MLP whose"):
+        whole = upcycle(with_mlps(Other), layers=1, experts=2)
+    torch.testing.assert_close(whole(X), with_mlps(Other)(X))
     for call in (
-        lambda: upcycle(with_mlps(Other), MoESpec(layers=1, experts=2)),
         lambda: extracted(with_mlps(Other), "copies"),
         lambda: neuron_scores(with_mlps(Other), [(X, torch.arange(4))]),
     ):
-        with pytest.raises(ValueError, match=r"\(Other\) is not a timm.layers.Mlp"):
+        with pytest.raises(ValueError, match=r"\(Other\) is no MLP whose .*timm.layers.Mlp"):
             call()
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ...models.experts import Experts
 from ...models.moe import MoELayer
 from ...models.pruned import PrunedLayer, picked_experts
 from ...routers.base import LinearRouter
@@ -48,6 +49,11 @@ def routed(model: nn.Module) -> dict[str, MoELayer]:
             raise ValueError(
                 f"{name} has a {type(layer.router).__name__}: expert pruning needs a linear "
                 "router, with one row an expert"
+            )
+        if not isinstance(layer.experts, Experts):
+            raise ValueError(
+                f"{name} has whole copies of an MLP as experts ({type(layer.experts).__name__}); "
+                "experts are dropped from stacked weights alone: leave the layer as it is"
             )
         if layer.experts.fc1.weight.ndim != 3:
             raise ValueError(

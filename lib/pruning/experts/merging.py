@@ -145,9 +145,14 @@ def dern(model: nn.Module, batches: Iterable[Tensor], share: float) -> nn.Module
     paper clusters an expert's own and foreign segments anew; output biases of dropped experts are
     lost.
 
-    Returns the model. Raises ValueError as `calibrate`, `keep_by_score` and `drop_experts` with
-    "reroute" do.
+    Returns the model. Raises ValueError for gated experts, whose neurons have a gate row besides,
+    and as `calibrate`, `keep_by_score` and `drop_experts` with "reroute" do.
     """
+    if gated := [name for name, layer in routed(model).items() if layer.experts.gated]:
+        raise ValueError(
+            f"{', '.join(gated)}: DERN hands over neurons of one input row, and experts of a gated "
+            "MLP have two: drop experts by a score, or merge them"
+        )
     gate_sums = {
         name: calibration.score(0, 1, 0) for name, calibration in calibrate(model, batches).items()
     }

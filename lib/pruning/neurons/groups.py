@@ -4,7 +4,8 @@ A group is a hidden neuron or a dimension of an attention head. Groups of one la
 with each other form a set; dictionaries of scores and of kept indices have one entry a set:
 
     name of the set           shape    a group holds
-    "blocks.0.mlp"            (H,)     of a dense MLP: fc1 row, fc1 bias entry, fc2 column
+    "blocks.0.mlp"            (H,)     of a dense MLP: fc1 row, fc1 bias entry, fc2 column; of a
+                                       gated one a row and an entry of the gate, too
     "blocks.0.mlp.experts.2"  (H,)     the same of expert 2 of a MoE layer
     "blocks.0.attn.qk"        (A, C)   rows of Q and of K, with their bias entries, of a head
     "blocks.0.attn.vo"        (A, C)   rows of V with their bias entries, columns of proj
@@ -17,33 +18,44 @@ head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
-from timm.layers import Attention, Mlp
+from timm.layers import Attention
 from torch import Tensor, nn
 
 from ...models.experts import Experts
+from ...models.mlps import by_neuron, maps_of, why_no_neurons
 from ...models.moe import MoELayer
-from ...models.upcycle import block_mlps, why_not_plain
+from ...models.upcycle import block_mlps, chosen_mlps
 
 PARTS = ("mlp", "attention", "experts")
 # Name of a set, and the tensors (..., groups, members) that its groups hold.
 NamedSets = Iterator[tuple[str, list[Tensor]]]
 
 
-def prunable(model: nn.Module, parts: Sequence[str] | None = None) -> dict[str, nn.Module]:
+def prunable(
+    model: nn.Module,
+    parts: Sequence[str] | None = None,
+    ignore: Collection[str] = (),
+    *,
+    modules: Sequence[str] | None = None,
+) -> dict[str, nn.Module]:
     """Lists the layers whose neurons can be removed, by name.
 
-    parts: of `PARTS`; None stands for all that the model has. Raises ValueError for an unknown
-    part, for one that the model lacks, and for a layer that cannot be pruned, by name.
+    parts: of `PARTS`; None stands for all that the model has. ignore: names that are left out.
+    modules: patterns of names of MLPs to take instead of the blocks' own, as of `chosen_mlps`.
+    Raises ValueError for an unknown part, for one that the model lacks, for a pattern that fits no
+    name, and for a layer that cannot be pruned, by name.
     """
     if unknown := set(parts or ()) - set(PARTS):
         raise ValueError(
             f"parts={', '.join(sorted(unknown))} is unknown: valid are {', '.join(PARTS)}"
         )
     candidates = [
-        candidate for candidate in _candidates(model) if parts is None or candidate[0] in parts
+        candidate
+        for candidate in _candidates(model, modules)
+        if (parts is None or candidate[0] in parts) and candidate[1] not in ignore
     ]
     present = {part for part, _, _ in candidates}
     if absent := [part for part in parts or () if part not in present]:
@@ -52,7 +64,7 @@ def prunable(model: nn.Module, parts: Sequence[str] | None = None) -> dict[str, 
         if reason := _refusal(part, module):
             raise ValueError(
                 f"{name} ({type(module).__name__}) cannot be pruned: {reason}. Leave it out with "
-                "parts="
+                "parts= or ignore="
             )
     if not candidates:
         raise ValueError(
@@ -69,13 +81,24 @@ def parts_in(model: nn.Module) -> tuple[str, ...]:
 
 
 def supported(model: nn.Module) -> dict[str, nn.Module]:
-    """Lists the layers whose neurons can be removed, by name, and leaves out all others."""
-    return {name: module for part, name, module in _candidates(model) if not _refusal(part, module)}
+    """Lists the layers whose neurons can be removed, by name, and leaves out all others.
+
+    MLPs that are none of the blocks' own are among them: they are pruned where they are named.
+    """
+    of_blocks = {
+        name: module for part, name, module in _candidates(model) if not _refusal(part, module)
+    }
+    others = {name: module for name, module in model.named_modules() if not why_no_neurons(module)}
+    return of_blocks | {name: others[name] for name in others if name not in of_blocks}
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+def _candidates(
+    model: nn.Module, modules: Sequence[str] | None = None
+) -> Iterator[tuple[str, str, nn.Module]]:
     """Yields (part, name, module) of each layer of a kind that is pruned, if only its form fits."""
-    for name, mlp in block_mlps(model):
+    for name, mlp in block_mlps(model) if modules is None else chosen_mlps(model, modules):
+        if isinstance(mlp, nn.Identity):  # a block without an MLP
+            continue
         if not isinstance(mlp, MoELayer):
             yield "mlp", name, mlp
             continue
@@ -90,7 +113,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
 def _refusal(part: str, module: nn.Module) -> str | None:
     """Says why a layer cannot be pruned; None if it can."""
     if part == "mlp":
-        reason = why_not_plain(module)
+        reason = why_no_neurons(module)
         return reason and f"it {reason}"
     if part == "attention":
         return _refusal_of_attention(module)
@@ -122,10 +145,10 @@ def groups_of(
     if isinstance(module, Experts):
         for e, (w1, b1, w2, _) in enumerate(module.each(value)):
             if expert in (None, e):
-                yield f"{name}.{e}", [w1, b1.unsqueeze(-1), w2.t()]
-    elif isinstance(module, Mlp):
-        bias = [] if module.fc1.bias is None else [value(module.fc1.bias).unsqueeze(-1)]
-        yield name, [value(module.fc1.weight), *bias, value(module.fc2.weight).t()]
+                rows = [by_neuron(part, module.gated) for part in (w1, b1)]
+                yield f"{name}.{e}", [*rows, w2.t()]
+    elif not isinstance(module, Attention):
+        yield name, maps_of(module).tensors_of_neurons(value)
     else:
         split = (3, module.num_heads, module.head_dim)
         # (3 A C, D) -> Q, K and V, each a list of tensors (A, C, members).
@@ -156,8 +179,12 @@ def matrices_of(
                 yield f"{name}.{e}.fc1", [w1]
                 yield f"{name}.{e}.fc2", [w2]
         return
-    for layer in ("fc1", "fc2") if isinstance(module, Mlp) else ("qkv", "proj"):
-        yield f"{name}.{layer}", [value(getattr(module, layer).weight)]
+    if isinstance(module, Attention):
+        matrices = [(layer, value(getattr(module, layer).weight)) for layer in ("qkv", "proj")]
+    else:
+        matrices = maps_of(module).matrices(value)
+    for layer, matrix in matrices:
+        yield f"{name}.{layer}", [matrix]
 
 
 def weights_of_groups(modules: Mapping[str, nn.Module]) -> dict[str, int]:

@@ -13,10 +13,11 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from timm.layers import Attention, Mlp
+from timm.layers import Attention
 from torch import Tensor, nn
 
 from ...models.experts import Experts
+from ...models.mlps import maps_of, rows_of_neurons
 from .groups import shapes_of, supported
 
 
@@ -83,12 +84,11 @@ def _narrowed(name: str, module: nn.Module, keep: Mapping[str, Tensor]) -> nn.Mo
     """
     if isinstance(module, Experts):
         return _narrowed_experts(name, module, keep)
-    if isinstance(module, Mlp) and name in keep:
-        rows = keep[name].to(module.fc1.weight.device)
-        _resize(module.fc1, lambda tensor: tensor[rows])
-        _resize(module.fc2, lambda tensor: tensor[:, rows] if tensor.ndim == 2 else tensor)
-    if isinstance(module, Attention) and f"{name}.qk" in keep:
-        _narrow_attention(module, keep[f"{name}.qk"], keep[f"{name}.vo"])
+    if isinstance(module, Attention):
+        if f"{name}.qk" in keep:
+            _narrow_attention(module, keep[f"{name}.qk"], keep[f"{name}.vo"])
+    elif name in keep:
+        maps_of(module).keep(keep[name])
     return module
 
 
@@ -96,18 +96,16 @@ def _narrowed_experts(name: str, experts: Experts, keep: Mapping[str, Tensor]) -
     set_names = [f"{name}.{e}" for e in range(experts.experts)]
     if not any(set_name in keep for set_name in set_names):
         return experts
-    rows_of_experts = [
+    neurons_of_experts = [
         keep.get(set_name, torch.arange(width)).to(experts.fc1.weight.device)
         for set_name, width in zip(set_names, experts.widths, strict=True)
     ]
+    parts = []
     with torch.no_grad():
-        narrowed = Experts.of(
-            [
-                (w1[rows], b1[rows], w2[:, rows], b2)
-                for rows, (w1, b1, w2, b2) in zip(rows_of_experts, experts.each(), strict=True)
-            ],
-            experts.act,
-        )
+        for neurons, (w1, b1, w2, b2) in zip(neurons_of_experts, experts.each(), strict=True):
+            rows = rows_of_neurons(neurons, w2.shape[1], experts.gated)
+            parts.append((w1[rows], b1[rows], w2[:, neurons], b2))
+        narrowed = Experts.of(parts, experts.act)
     for new, old in zip(narrowed.parameters(), experts.parameters(), strict=True):
         new.requires_grad_(old.requires_grad)
     return narrowed.train(experts.training)
@@ -159,7 +157,7 @@ def fit_shapes(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     modules, names = supported(model), {name for name, _ in model.named_modules()}
     for key in state:
         owner, _, layer = key.rpartition(".")[0].rpartition(".")
-        if layer in ("fc1", "qkv") and owner not in names:
+        if layer in ("fc1", "fc1_x", "qkv") and owner not in names:
             raise ValueError(
                 f"{owner}: the state has it and the model does not: build the model as the saved "
                 "one was built, of the same depth and with the same MoE layers, before it was "
@@ -206,26 +204,30 @@ def _shapes_in(state: Mapping[str, Tensor], keys: Sequence[str]) -> str:
 
 def _sizes_in(state: Mapping[str, Tensor], name: str, module: nn.Module) -> dict[str, int]:
     """Maps the name of each set of one module to the number of groups that a state has of it."""
-    layer = "qkv" if isinstance(module, Attention) else "fc1"
-    weight = state.get(f"{name}.{layer}.weight")
-    widths = Experts.widths_in(state, f"{name}.") if isinstance(module, Experts) else ()
-    if weight is None or widths is None:
+    if isinstance(module, Attention):
+        weight = state.get(f"{name}.qkv.weight")
+        size_in_state = None if weight is None else weight.shape[0]
+    elif isinstance(module, Experts):
+        size_in_state = Experts.widths_in(state, f"{name}.")
+    else:
+        size_in_state = maps_of(module).hidden_in(state, f"{name}.")
+    if size_in_state is None:
         raise ValueError(
             f"{name}: the state has no {type(module).__name__} there: build the model as the saved "
             "one was built, of the same depth and with the same MoE layers, before it was pruned"
         )
     if isinstance(module, Experts):
-        if len(widths) != module.experts:
+        if len(size_in_state) != module.experts:
             raise ValueError(
-                f"{name}: the state has {len(widths)} experts, the model {module.experts}"
+                f"{name}: the state has {len(size_in_state)} experts, the model {module.experts}"
             )
-        return {f"{name}.{e}": width for e, width in enumerate(widths)}
-    if isinstance(module, Mlp):
-        return {name: weight.shape[0]}
-    dims, rest = divmod(weight.shape[0], 3 * module.num_heads)
+        return {f"{name}.{e}": width for e, width in enumerate(size_in_state)}
+    if not isinstance(module, Attention):
+        return {name: size_in_state}
+    dims, rest = divmod(size_in_state, 3 * module.num_heads)
     if rest:
         raise ValueError(
-            f"{name}: the state's {weight.shape[0]} rows of qkv are no whole number of dimensions "
+            f"{name}: the state's {size_in_state} rows of qkv are no whole number of dimensions "
             f"for the model's {module.num_heads} heads: build it with the heads of the saved one"
         )
     return {f"{name}.qk": dims, f"{name}.vo": dims}

@@ -13,17 +13,18 @@ head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
+from timm.layers import Attention
 from torch import Tensor, nn
 
 from ...models.experts import Experts
+from ...models.mlps import maps_of
 from ...models.moe import MoELayer
 from ...routers.forced import ForcedRouter
 from .groups import NamedSets, groups_of, prunable, shapes_of, supported
@@ -58,6 +59,8 @@ def neuron_scores(
     kind: str = "taylor",
     *,
     parts: Sequence[str] | None = None,
+    ignore: Collection[str] = (),
+    modules: Sequence[str] | None = None,
     loss: Loss = cross_entropy,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
@@ -67,12 +70,13 @@ def neuron_scores(
     modes are left as they were.
 
     kind: an `Importance`. parts: of "mlp", "attention", "experts"; None is what the model has.
+    ignore: names of layers that are left out. modules: patterns of MLPs, as `prunable` takes them.
     loss(model, images, labels): a scalar; it is called in evaluation mode and outside of any
     autocast, and may enter one. generator: of the random scores. Raises ValueError for an unknown
     kind or part, a layer that cannot be pruned (by name), calibration without images, a loss that
     is not finite or not of these weights, and for random scores without a generator.
     """
-    modules, kind = prunable(model, parts), _known(kind)
+    modules, kind = prunable(model, parts, ignore, modules=modules), _known(kind)
     if kind in _FROM_GRADIENTS:
         return scores_from_gradients(
             model, modules, groups_of, _FROM_GRADIENTS[kind], batches, loss
@@ -118,14 +122,18 @@ def removal_effects(
     falls. Runs in evaluation mode; weights and modes are left as they were. Raises ValueError if
     `name` is no dense MLP that can be pruned, if a neuron is out of range, and without a batch.
     """
-    mlp = supported(model).get(name)
-    if not isinstance(mlp, Mlp):
-        valid = [key for key, module in supported(model).items() if isinstance(module, Mlp)]
+    dense_mlps = {
+        key: module
+        for key, module in supported(model).items()
+        if not isinstance(module, Experts | Attention)
+    }
+    if name not in dense_mlps:
         raise ValueError(
             f"{name} is no dense MLP whose neurons can be removed singly: valid are "
-            f"{', '.join(valid) or 'none'}"
+            f"{', '.join(dense_mlps) or 'none'}"
         )
-    weight, modes = mlp.fc2.weight, {module: module.training for module in model.modules()}
+    weight = maps_of(dense_mlps[name]).last_map.weight
+    modes = {module: module.training for module in model.modules()}
     if wrong := [neuron for neuron in neurons if not 0 <= neuron < weight.shape[1]]:
         raise ValueError(
             f"neurons={wrong} of {name} are out of range: it has 0..{weight.shape[1] - 1}"
