@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.layers import Attention
 from torch import nn
 
 from ..models.compete import CompeteLayer
+from ..models.copies import CopiesLayer, WholeCopies
 from ..models.experts import Experts
+from ..models.mlps import maps_of, why_no_neurons
 from ..models.moe import MoELayer
 from ..models.pruned import PrunedLayer
 from ..models.shared_experts import SharedExperts
@@ -104,15 +107,13 @@ def _kind_of(module: nn.Module) -> str | None:
 # ---- MLPs and attention, of any width
 
 
-# where the classes are defined that pruning narrows
-_NARROWED_IN = ("timm.layers.mlp", "timm.layers.attention")
 # attributes that follow from the shapes of what is narrowed; all others must be those of the file
 _NUMBERS_OF_WIDTHS = {"in_features", "out_features", "in_channels", "out_channels"}
 _NUMBERS_OF_WIDTHS |= {"head_dim", "attn_dim", "scale"}
 
 
 def _is_narrowed(module: nn.Module) -> bool:
-    return type(module).__module__ in _NARROWED_IN
+    return isinstance(module, Attention) or not why_no_neurons(module)
 
 
 def _describe_narrowed(module: nn.Module) -> Entry:
@@ -176,19 +177,27 @@ def _build_shared_experts(entry: Entry, mlp: nn.Module) -> SharedExperts:
 
 
 def _act_of(mlp: nn.Module) -> nn.Module:
-    act = getattr(mlp, "act", None)
-    if act is None:
-        raise ValueError(
-            f"experts take over the activation of the MLP that they were made of, and what stands "
-            f"there, a {type(mlp).__name__}, has none: give the module as it was first built"
-        )
-    return act
+    """The activation that experts take over from the MLP that they were made of."""
+    try:
+        return maps_of(mlp).act
+    except ValueError as error:
+        raise ValueError(f"{error}: give the module as it was first built") from None
+
+
+def _describe_copies(experts: WholeCopies) -> Entry:
+    first = _describe_narrowed(experts.copies[0])
+    return {"width": experts.width, "experts": experts.experts, "copy": first}
+
+
+def _build_copies(entry: Entry, mlp: nn.Module) -> WholeCopies:
+    return WholeCopies(_build_narrowed(entry["copy"], mlp), entry["experts"], entry["width"])
 
 
 # {class name: how to describe such experts, how to build them from an entry and the first MLP}
-EXPERTS: dict[str, tuple[Callable[[Any], Entry], Callable[[Entry, nn.Module], Experts]]] = {
+EXPERTS: dict[str, tuple[Callable[[Any], Entry], Callable[[Entry, nn.Module], nn.Module]]] = {
     "Experts": (_describe_experts, _build_experts),
     "SharedExperts": (_describe_shared_experts, _build_shared_experts),
+    "WholeCopies": (_describe_copies, _build_copies),
 }
 
 # ---- routers
@@ -211,7 +220,7 @@ ROUTERS: dict[str, type[Router]] = {
 def _build_router(entry: Entry, mlp: nn.Module) -> Router:
     settings = {name: value for name, value in entry.items() if name != "class"}
     return _known(ROUTERS, entry["class"], "a router").with_settings(
-        settings, getattr(mlp, "act", None)
+        settings, None if why_no_neurons(mlp) else _act_of(mlp)
     )
 
 
@@ -229,6 +238,7 @@ def _describe_moe(layer: MoELayer) -> Entry:
         "experts": {"class": of_experts} | describe_experts(layer.experts),
         "shared": None if layer.shared is None else _describe_narrowed(layer.shared),
         "dropout": layer.dropout,
+        "channels_first": layer.channels_first,
     }
     if isinstance(layer, CompeteLayer):
         entry["rate"] = layer.rate
@@ -245,24 +255,26 @@ def _build_moe(entry: Entry, mlp: nn.Module) -> MoELayer:
     _, build_experts = _known(EXPERTS, entry["experts"]["class"], "experts")
     experts = build_experts(entry["experts"], mlp)
     shared = None if entry["shared"] is None else _build_narrowed(entry["shared"], mlp)
-    parts = (_build_router(entry["router"], mlp), experts, shared, entry["dropout"])
+    router = _build_router(entry["router"], mlp)
+    parts = (router, experts, shared, entry["dropout"], entry["channels_first"])
     return of_layer(entry, parts)
 
 
 def _pruned_layer(entry: Entry, parts: tuple) -> PrunedLayer:
     """Built around plain experts, since E' of some kinds cannot be picked from."""
-    router, experts, shared, dropout = parts
+    router, experts, *others = parts
     numbers = torch.arange(experts.experts)
     stand_in = Experts(experts.experts, experts.width, 1, experts.act)
-    layer = PrunedLayer(MoELayer(router, stand_in, shared, dropout), numbers)
+    layer = PrunedLayer(MoELayer(router, stand_in, *others), numbers)
     layer.experts = experts
     return layer
 
 
-# {class name: how to make such a layer of an entry and of router, experts, shared and dropout}
+# {class name: how to make such a layer of an entry and of the parts of a MoELayer}
 _LAYERS: dict[str, Callable[[Entry, tuple], MoELayer]] = {
     "MoELayer": lambda entry, parts: MoELayer(*parts),
     "CompeteLayer": lambda entry, parts: CompeteLayer(*parts, rate=entry["rate"]),
+    "CopiesLayer": lambda entry, parts: CopiesLayer(*parts),
     "PrunedLayer": _pruned_layer,
 }
 
