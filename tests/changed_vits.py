@@ -19,6 +19,7 @@ from lib.pruning.experts.dropping import drop_experts
 from lib.pruning.experts.progressive import ProgressiveDrop
 from lib.pruning.neurons.removal import remove
 from lib.routers.forced import ForcedRouter
+from lib.routers.predictor import PredictorRouter
 from lib.spec import ClusterSpec, ExtractSpec
 
 LAYER = "blocks.1.mlp"
@@ -82,6 +83,14 @@ def forced():
     return model
 
 
+def predicted():
+    """Clusters of neurons behind a router that predicts them, here without training."""
+    model = extracted(clusters=OF_NEURONS)
+    for block in model.blocks:
+        block.mlp.router = PredictorRouter(D, 4, block.mlp.router.top_k).eval()
+    return model
+
+
 def without_biases():
     model = build(moe=None)
     for linear in (model.blocks[0].mlp.fc1, model.blocks[1].mlp.fc2):
@@ -125,7 +134,7 @@ CHANGED = {
     "extracted: static": lambda: extracted(clusters=ClusterSpec(of="nothing")),
     "extracted: oracle": lambda: extracted(router="oracle"),
     "extracted: neurons": lambda: extracted(clusters=OF_NEURONS),
-    "extracted: neurons, trained": lambda: extracted(clusters=OF_NEURONS, router="trained"),
+    "extracted: neurons, predicted": predicted,
     "dropped: zero update": lambda: dropped("zero_update"),
     "dropped: reroute": lambda: dropped("reroute"),
     "dropped, then pruned unevenly": lambda: uneven(dropped("zero_update")),

@@ -36,6 +36,7 @@ def equal_when_traced(model, x, y=None):
     batch = None if y is None else ({0: torch.export.Dim("batch", min=1, max=64)},)
     exported = lib.for_export(model)
     program = torch.export.export(exported, (x,), dynamic_shapes=batch).module()
+    torch._dynamo.reset()  # each code object is compiled a few times only
     compiled = torch.compile(exported, fullgraph=True, backend="eager")
     with torch.no_grad():
         for inputs in [x] if y is None else [x, y]:
