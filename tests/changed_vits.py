@@ -66,7 +66,7 @@ def narrowed_then_upcycled(**changes):
     from lib.models.upcycle import upcycle
 
     model = prune(build(), 0.5, "mlp", "attention")
-    return upcycle(model, moe(**changes), torch.Generator().manual_seed(7))
+    return upcycle(model, moe(**changes), generator=torch.Generator().manual_seed(7))
 
 
 def halfway():
