@@ -15,10 +15,11 @@ import copy
 from collections.abc import Callable
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.copies import CopiesLayer
+from ..models.copies import WholeCopies
 from ..models.moe import MoELayer
 from ..models.pruned import PrunedLayer
 
@@ -26,12 +27,14 @@ from ..models.pruned import PrunedLayer
 class StaticLayer(nn.Module):
     """Computes what a MoE layer computes at evaluation, by operations of fixed shapes.
 
-    Input and output: as the layer's. E / K times the multiply-adds of the layer's experts.
+    Input and output: (B, ..., D), or (B, D, ...) with channels first. E / K times the multiply-adds
+    of the layer's experts.
     """
 
     def __init__(self, layer: MoELayer):
         super().__init__()
         self.router, self.experts, self.shared = layer.router, layer.experts, layer.shared
+        self.channels_first = layer.channels_first
         numbers = range(layer.router.experts)  # of the experts that are there
         if isinstance(layer, PrunedLayer):
             numbers = layer.kept.tolist()
@@ -40,10 +43,10 @@ class StaticLayer(nn.Module):
         self.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Runs x, (B, ..., D) or (B, D, ...), to the same shape."""
+        """Runs x to the same shape."""
         last = x.movedim(1, -1) if self.channels_first else x  # (B, ..., D)
-        if self.copied:
-            of_stack = [partial(_of_one_image, mlp) for mlp in self.experts.copies]
+        if isinstance(self.experts, WholeCopies):
+            of_stack = [partial(self._whole_copy, mlp, last.shape) for mlp in self.experts.copies]
         else:
             of_stack = [partial(_expert, self.experts.act, *parts) for parts in self.experts.each()]
         experts: list[Callable[[Tensor], Tensor] | None] = [
@@ -52,6 +55,13 @@ class StaticLayer(nn.Module):
         out = self.router.serve_all(experts, last.flatten(1, -2)).view(last.shape)
         out = out.movedim(-1, 1) if self.channels_first else out
         return out if self.shared is None else out + self.shared(x)
+
+    def _whole_copy(self, mlp: nn.Module, shape: torch.Size, rows: Tensor) -> Tensor:
+        """Runs a copy on whole images: rows, (T, D) -> (T, D). shape: (B, ..., D)."""
+        images = rows.view(shape)
+        if self.channels_first:
+            return mlp(images.movedim(-1, 1)).movedim(1, -1).reshape(rows.shape)
+        return mlp(images).reshape(rows.shape)
 
 
 def _expert(act: nn.Module, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, x: Tensor) -> Tensor:

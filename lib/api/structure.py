@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.layers import Attention
 from torch import nn
 
 from ..models.compete import CompeteLayer
@@ -106,15 +107,13 @@ def _kind_of(module: nn.Module) -> str | None:
 # ---- MLPs and attention, of any width
 
 
-# where the classes are defined that pruning narrows
-_NARROWED_IN = ("timm.layers.mlp", "timm.layers.attention")
 # attributes that follow from the shapes of what is narrowed; all others must be those of the file
 _NUMBERS_OF_WIDTHS = {"in_features", "out_features", "in_channels", "out_channels"}
 _NUMBERS_OF_WIDTHS |= {"head_dim", "attn_dim", "scale"}
 
 
 def _is_narrowed(module: nn.Module) -> bool:
-    return type(module).__module__ in _NARROWED_IN
+    return isinstance(module, Attention) or not why_no_neurons(module)
 
 
 def _describe_narrowed(module: nn.Module) -> Entry:
@@ -182,22 +181,20 @@ def _act_of(mlp: nn.Module) -> nn.Module:
     try:
         return maps_of(mlp).act
     except ValueError as error:
-        raise ValueError(
-            f"experts take over the activation of the MLP that they were made of, and what stands "
-            f"there {error}: give the module as it was first built"
-        ) from None
+        raise ValueError(f"{error}: give the module as it was first built") from None
 
 
 def _describe_copies(experts: WholeCopies) -> Entry:
-    return {"width": experts.width, "copies": experts.experts}
+    first = _describe_narrowed(experts.copies[0])
+    return {"width": experts.width, "experts": experts.experts, "copy": first}
 
 
 def _build_copies(entry: Entry, mlp: nn.Module) -> WholeCopies:
-    return WholeCopies(mlp, entry["copies"], entry["width"]).to("meta")
+    return WholeCopies(_build_narrowed(entry["copy"], mlp), entry["experts"], entry["width"])
 
 
 # {class name: how to describe such experts, how to build them from an entry and the first MLP}
-EXPERTS: dict[str, tuple[Callable[[Any], Entry], Callable[[Entry, nn.Module], Experts]]] = {
+EXPERTS: dict[str, tuple[Callable[[Any], Entry], Callable[[Entry, nn.Module], nn.Module]]] = {
     "Experts": (_describe_experts, _build_experts),
     "SharedExperts": (_describe_shared_experts, _build_shared_experts),
     "WholeCopies": (_describe_copies, _build_copies),
@@ -222,8 +219,9 @@ ROUTERS: dict[str, type[Router]] = {
 
 def _build_router(entry: Entry, mlp: nn.Module) -> Router:
     settings = {name: value for name, value in entry.items() if name != "class"}
-    act = None if why_no_neurons(mlp) else maps_of(mlp).act
-    return _known(ROUTERS, entry["class"], "a router").with_settings(settings, act)
+    return _known(ROUTERS, entry["class"], "a router").with_settings(
+        settings, None if why_no_neurons(mlp) else _act_of(mlp)
+    )
 
 
 # ---- MoE layers
@@ -257,8 +255,8 @@ def _build_moe(entry: Entry, mlp: nn.Module) -> MoELayer:
     _, build_experts = _known(EXPERTS, entry["experts"]["class"], "experts")
     experts = build_experts(entry["experts"], mlp)
     shared = None if entry["shared"] is None else _build_narrowed(entry["shared"], mlp)
-    parts = (_build_router(entry["router"], mlp), experts, shared, entry["dropout"])
-    parts += (entry["channels_first"],)
+    router = _build_router(entry["router"], mlp)
+    parts = (router, experts, shared, entry["dropout"], entry["channels_first"])
     return of_layer(entry, parts)
 
 
@@ -272,11 +270,12 @@ def _pruned_layer(entry: Entry, parts: tuple) -> PrunedLayer:
     return layer
 
 
-# {class name: how to make such a layer of an entry and of router, experts, shared and dropout}
+# {class name: how to make such a layer of an entry and of the parts of a MoELayer}
 _LAYERS: dict[str, Callable[[Entry, tuple], MoELayer]] = {
     "MoELayer": lambda entry, parts: MoELayer(*parts),
     "CopiesLayer": lambda entry, parts: CopiesLayer(*parts),
     "CompeteLayer": lambda entry, parts: CompeteLayer(*parts, rate=entry["rate"]),
+    "CopiesLayer": lambda entry, parts: CopiesLayer(*parts),
     "PrunedLayer": _pruned_layer,
 }
 
