@@ -39,7 +39,6 @@ class StaticLayer(nn.Module):
         if isinstance(layer, PrunedLayer):
             numbers = layer.kept.tolist()
         self.place = {expert: place for place, expert in enumerate(numbers)}  # in their stack
-        self.copied, self.channels_first = isinstance(layer, CopiesLayer), layer.channels_first
         self.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,11 +67,6 @@ def _expert(act: nn.Module, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, x: T
     return F.linear(act(F.linear(x, w1, b1)), w2, b2)
 
 
-def _of_one_image(mlp: nn.Module, rows: Tensor) -> Tensor:
-    """Runs rows (..., D) through a whole copy, as the tokens of one image."""
-    return mlp(rows.flatten(0, -2).unsqueeze(0)).view(rows.shape)
-
-
 def for_export(model: nn.Module) -> nn.Module:
     """Returns a copy of a model, in evaluation mode, that exporters can follow.
 
@@ -88,11 +82,6 @@ def for_export(model: nn.Module) -> nn.Module:
             continue
         if reason := layer.router.not_exported:
             raise ValueError(f"{name or 'the layer'}: {reason}: it cannot be exported")
-        if isinstance(layer, CopiesLayer) and not layer.experts.token_wise:
-            raise ValueError(
-                f"{name or 'the layer'}: its experts are whole copies that run on chosen images, "
-                "whose number depends on the data: it cannot be exported"
-            )
         if not name:  # the model is a layer itself
             return StaticLayer(layer)
         copied.set_submodule(name, StaticLayer(layer))

@@ -273,7 +273,6 @@ def _pruned_layer(entry: Entry, parts: tuple) -> PrunedLayer:
 # {class name: how to make such a layer of an entry and of the parts of a MoELayer}
 _LAYERS: dict[str, Callable[[Entry, tuple], MoELayer]] = {
     "MoELayer": lambda entry, parts: MoELayer(*parts),
-    "CopiesLayer": lambda entry, parts: CopiesLayer(*parts),
     "CompeteLayer": lambda entry, parts: CompeteLayer(*parts, rate=entry["rate"]),
     "CopiesLayer": lambda entry, parts: CopiesLayer(*parts),
     "PrunedLayer": _pruned_layer,
