@@ -169,12 +169,25 @@ def summary(outcome: Compressed, files: Mapping[str, Path], points: float = 2.0)
 
     points: of accuracy that a faster model may cost.
     """
-    parts = [outcome.table.to_string(), *(f"{k}: {why}" for k, why in outcome.refused.items())]
+    parts = [_columns(outcome.table), *(f"{k}: {why}" for k, why in outcome.refused.items())]
     parts.append(outcome.advice(points))
     parts += [f"{name}: {file}" for name, file in files.items()]
     if files:
         parts.append(reloading(next(iter(files.values()))))
     return "\n\n".join(parts)
+
+
+def _columns(table: pd.DataFrame) -> str:
+    """Writes a table of `compare` with a column a model, and a line on how it was measured."""
+    said, large = table.attrs, ("params", "macs")
+    shown = table.drop(columns=["dtype", "device", "load"])
+    shown = shown.assign(**{name: shown[name] / 1e6 for name in large})
+    shown = shown.rename(columns={name: f"{name} (10^6)" for name in large})
+    measured = (
+        f"intervals: {said['intervals']}; ms an image: of {said['repeats']} passes in turn on "
+        f"{said['device']}, threads: {said['threads']}, load before: {said['load'][0]:.1f}"
+    )
+    return f"{shown.T.to_string(float_format='{:.4g}'.format)}\n{measured}"
 
 
 def reloading(file: Path | str) -> str:

@@ -44,7 +44,8 @@ def preprocessing(run: RunSpec, channels: int) -> dict[str, Any]:
     """Says what is done to the images of a run: mean and deviation of pixels in 0..1, and side."""
     mean, std = scale_of(channels, run.backbone)
     return {
-        "mean": mean.flatten().tolist(),
-        "std": std.flatten().tolist(),
+        # as they were written before they were float32
+        "mean": [round(value, 6) for value in mean.flatten().tolist()],
+        "std": [round(value, 6) for value in std.flatten().tolist()],
         "size": run.data.image_size,
     }

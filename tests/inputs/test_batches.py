@@ -43,3 +43,4 @@ def test_what_is_done_to_images_is_said_in_numbers():
     pretrained = RUN.but(backbone={"name": "vit_base_patch16_224", "weights": "timm"})
     said = preprocessing(pretrained, 3)
     assert said["mean"] == said["std"] == [0.5, 0.5, 0.5]  # timm's, of these weights
+    assert preprocessing(RUN, 3)["mean"] == [0.485, 0.456, 0.406]
