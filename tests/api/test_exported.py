@@ -61,7 +61,8 @@ def test_models_are_traced(name):
 
 def test_a_module_of_ones_own_and_windows_of_tokens():
     model = Net().eval()
-    lib.upcycle(model.trunk, moe(top_k=2), generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    lib.upcycle(model.trunk, moe(top_k=2), generator=generator, inplace=True)
     with torch.no_grad():
         assert torch.allclose(model(images()), lib.for_export(model)(images()), atol=1e-5)
     layer = CHANGED["upcycled: token"]().get_submodule(LAYER)
