@@ -14,7 +14,6 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..models.upcycle import upcycle
 from ..spec import MoESpec
 from .compare import advice, compare
 from .drop import drop_experts
@@ -22,6 +21,7 @@ from .extract import extract
 from .finetune import finetune
 from .prune import prune
 from .save import save
+from .upcycle import upcycle
 
 Loader = Iterable[tuple[Tensor, Tensor]]  # images (B, C, h, w) and labels (B,); again and again
 AGAIN = "dense again"  # the control: trained as long as the others, and nothing else
@@ -119,7 +119,7 @@ def _makers(dense: nn.Module, train: Loader, rules: Rules) -> dict[str, Callable
     @functools.cache  # experts are dropped of the same mixture
     def mixture() -> nn.Module:
         generator = torch.Generator().manual_seed(rules.seed)
-        model = upcycle(copy.deepcopy(dense), mixed, generator=generator)
+        model = upcycle(dense, mixed, generator=generator)
         return _tuned(model, dense, train, rules)
 
     def tuned(make: Callable[..., nn.Module], **options: Any) -> nn.Module:
