@@ -238,6 +238,9 @@ def advice(frame: pd.DataFrame, points: float = 2.0, batch: int | None = None) -
     else:
         best = others.loc[others[ms].idxmin()]
         nothing = f"nothing here makes {first.name} faster"
+        if best[ms] < first[ms]:
+            scatter = f"a tenth of the times of {first.name} is below {first[f'{ms}_q10']:.3g} ms"
+            nothing += f" by more than times scatter ({scatter})"
     return (
         f"On this machine, {where}, {nothing}: {best.name} comes nearest, as "
         f"{_time(best, first, ms)}, for {_difference(best)}."
