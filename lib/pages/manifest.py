@@ -102,7 +102,7 @@ def records_now(ids: Iterable[str]) -> dict[str, str | None]:
 def resolved(key: str, name: str) -> dict[str, Any]:
     """Returns a profile's values for a notebook as JSON gives them back: tuples become lists."""
     values = dict(vars(profiles.profile(key, name)))
-    del values["notebook"]
+    del values["notebook"], values["of_base"]  # no parameters
     return json.loads(json.dumps(values))
 
 

@@ -123,7 +123,7 @@ def _said(one: Any) -> str:
 
 def _near(name: str) -> str:
     """Lists fields of specs whose names are like one that is none."""
-    kinds = Spec.__subclasses__()
+    kinds = [kind for kind in Spec.__subclasses__() if kind.__module__.startswith(__package__)]
     fields = {field for kind in kinds for field in kind.model_fields}
     near = get_close_matches(name, sorted(fields))
     return f"; near it: {', '.join(near)}" if near else ""

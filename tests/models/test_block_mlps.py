@@ -12,7 +12,7 @@ from torch import nn
 
 from lib.extraction.record import mlps_of
 from lib.models.upcycle import block_mlps, upcycle
-from lib.pruning.neurons.groups import supported
+from lib.pruning.neurons.groups import prunable
 from lib.spec import MoESpec
 
 
@@ -147,6 +147,6 @@ def test_blocks_of_other_models(make, names):
     model = make()
     assert [name for name, _ in block_mlps(model)] == names
     # all that looks for blocks finds the same ones
-    assert list(mlps_of(model)) == list(supported(model)) == names
+    assert list(mlps_of(model)) == list(prunable(model, ("mlp",))) == names
     upcycle(model, MoESpec(layers=1, experts=2, router="token"))
     assert [name for name, _ in block_mlps(model)] == names

@@ -170,7 +170,7 @@ def test_bad_values_are_refused_by_name(make, message):
         ),
         (
             {"backbone": BackboneSpec(name="resnet18"), "moe": MoESpec()},
-            "ResNet has no block MLP to swap",
+            "ResNet has no block MLP: a timm ViT",
         ),
         (
             {
