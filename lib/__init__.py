@@ -7,7 +7,8 @@ a build, which reads notebooks and compares hashes, never waits for torch. It of
   computing what is missing), `load` (records, never computing), `plan` (the runs of another
   notebook), `model_of` (the model that a run left), `RunSpec`;
 - to a model of one's own: `upcycle`, `prune`, `extract`, `drop_experts` and `finetune`, which take
-  a module and a loader and give a module; `MoESpec`, `RoutingTape` and the losses.
+  a module and a loader and give a module; `compare` and `advice` (accuracy, size and time side by
+  side); `save`, `restore` and `for_export`; `MoESpec`, `RoutingTape` and the losses.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from operator import length_hint
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from ..measure.memory import stored_bytes
 from ..measure.served import ServedExperts
 from ..measure.timing import check_repeats
 from ..models.moe import RoutingTape
+from .loaders import Batch, Loader, check_form, check_loader, length
 
 INTERVALS = (
     "95% over the images: top1 Wilson's, difference paired with the first row, Bonett and Price's"
@@ -35,7 +35,7 @@ INTERVALS = (
 
 def compare(
     models: Mapping[str, nn.Module],
-    loader: Iterable[tuple[Tensor, Tensor]],
+    loader: Loader,
     batches: Sequence[int] = (1, 32),
     *,
     repeats: int = 20,
@@ -64,7 +64,7 @@ def compare(
     device = _checked_device(models)
     batches = _checked_batches(batches)
     check_repeats(repeats)
-    _check_loader(loader)
+    check_loader(loader)
     load = os.getloadavg()
     candidates = [_Candidate(name, model) for name, model in models.items()]
     with _evaluation_mode(models.values()), torch.inference_mode():
@@ -152,21 +152,18 @@ class _Candidate:
 
 
 def _one_pass(
-    candidates: Sequence[_Candidate], loader: Iterable[Any], device: torch.device, keep: int
+    candidates: Sequence[_Candidate], loader: Loader, device: torch.device, keep: int
 ) -> Tensor:
     """Runs all models on all images.
 
     Returns the first `keep` images, over and over if there are fewer.
     """
     first_images: list[Tensor] = []
-    total = length_hint(loader) or None  # a loader of a stream has no length
     # The bar is not given the loader, which it would start a second time.
-    with tqdm(desc="compare", unit="batch", total=total, leave=False, delay=5) as bar:
+    with tqdm(desc="compare", unit="batch", total=length(loader), leave=False, delay=5) as bar:
         for batch in loader:
             images, labels = _checked_batch(batch, device)
             bar.update()
-            if not len(images):
-                continue
             for candidate in candidates:
                 candidate.take(images, labels)
             lacking = keep - sum(map(len, first_images))
@@ -305,38 +302,9 @@ def _checked_batches(batches: Sequence[int]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(sizes))
 
 
-def _check_loader(loader: Any) -> None:
-    if not isinstance(loader, Iterable):
-        raise ValueError(
-            f"loader is a {type(loader).__name__}: give what can be iterated over for pairs of "
-            "images and labels, as a torch DataLoader"
-        )
-    if isinstance(loader, Iterator):  # asked without starting it
-        raise ValueError(
-            f"loader is a {type(loader).__name__}, which can be read only once: give one that "
-            "starts anew each time, as a torch DataLoader or a list of batches"
-        )
-
-
-def _checked_batch(batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+def _checked_batch(batch: Any, device: torch.device) -> Batch:
     """Returns images (B, C, h, w) on the device and labels (B,) on the CPU."""
-    pair = isinstance(batch, tuple | list) and len(batch) == 2
-    if not pair or not all(isinstance(part, Tensor) for part in batch):
-        given = type(batch).__name__
-        if isinstance(batch, tuple | list):
-            given += f" of {', '.join(type(part).__name__ for part in batch)}"
-        raise ValueError(
-            f"the loader gives a {given}: valid are pairs of images (B, C, h, w) and labels (B,), "
-            "both tensors"
-        )
-    images, labels = batch
-    whole = not labels.is_floating_point() and not labels.is_complex()
-    if labels.shape != images.shape[:1] or not whole or not images.is_floating_point():
-        raise ValueError(
-            f"the loader gives images {tuple(images.shape)} of {images.dtype} and labels "
-            f"{tuple(labels.shape)} of {labels.dtype}: valid are images (B, C, h, w) of a floating "
-            "type, scaled as for training, and labels (B,) of whole numbers"
-        )
+    images, labels = check_form(batch)
     if images.device != device:
         raise ValueError(
             f"the loader gives images on {images.device} and the models lie on {device}: move one "

@@ -5,25 +5,24 @@ from __future__ import annotations
 import copy
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..spec import MoESpec
 from .compare import advice, compare
 from .drop import drop_experts
 from .extract import extract
 from .finetune import finetune
+from .loaders import Loader
 from .prune import prune
 from .save import save
 from .upcycle import upcycle
 
-Loader = Iterable[tuple[Tensor, Tensor]]  # images (B, C, h, w) and labels (B,); again and again
 AGAIN = "dense again"  # the control: trained as long as the others, and nothing else
 # method: the name of its model in a table
 METHODS = {
@@ -109,17 +108,12 @@ def compress(
 def _makers(dense: nn.Module, train: Loader, rules: Rules) -> dict[str, Callable[[], nn.Module]]:
     """Lists for each method the function that makes its model, trained further."""
     share, drawn = rules.active, {"images": rules.images, "seed": rules.seed}
-    mixed = MoESpec(
-        layers=rules.layers,
-        experts=rules.experts,
-        router="token",
-        gate="renormalised",  # before further training, the function of the dense model
-    )
 
     @functools.cache  # experts are dropped of the same mixture
     def mixture() -> nn.Module:
         generator = torch.Generator().manual_seed(rules.seed)
-        model = upcycle(dense, mixed, generator=generator)
+        fields = {"layers": rules.layers, "experts": rules.experts, "router": "token"}
+        model = upcycle(dense, generator=generator, **fields)
         return _tuned(model, dense, train, rules)
 
     def tuned(make: Callable[..., nn.Module], **options: Any) -> nn.Module:

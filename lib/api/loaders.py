@@ -106,6 +106,14 @@ def length(loader: Any) -> int | None:
 
 
 def check_batch(batch: Any, model: nn.Module, argument: str = "loader") -> Batch:
+    """Returns the images and labels of a batch for a model; ValueError that says what they must
+    be, where they must lie and of which type."""
+    images, labels = check_form(batch, argument)
+    _check_place(images, labels, model, argument)
+    return images, labels
+
+
+def check_form(batch: Any, argument: str = "loader") -> Batch:
     """Returns the images and labels of a batch; ValueError that says what a batch must be."""
     images, labels = _pair(batch, argument)
     if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
@@ -124,7 +132,6 @@ def check_batch(batch: Any, model: nn.Module, argument: str = "loader") -> Batch
             f"{argument} gave labels of shape {tuple(labels.shape)} and type {labels.dtype} for "
             f"{len(images)} images: they must be whole numbers ({len(images)},), the classes"
         )
-    _check_place(images, labels, model, argument)
     return images, labels.long()
 
 

@@ -12,6 +12,7 @@ from factory import record
 from matplotlib.text import Text
 
 from lib.report import (
+    cost_figures,
     explorer,
     figures,
     maps,
@@ -39,7 +40,7 @@ def tokens(**kwargs):
 
 def points(n):
     return [
-        figures.Point(
+        cost_figures.Point(
             f"method {i}", 22 + 20 * i, 5.5 + 4 * i, Interval(80 + i, 79 + i, 81 + i, 3), i == 0
         )
         for i in range(n)
@@ -77,10 +78,10 @@ FIGURES = {
     "information": lambda: figures.information_by_depth(
         {"image": [record(0, per_image=True)], "token": THREE}, threshold=0.3
     ),
-    "frontier of small models": lambda: figures.frontier(
+    "frontier of small models": lambda: cost_figures.frontier(
         {
             "this build": [
-                figures.Point(
+                cost_figures.Point(
                     str(i),
                     0.2 + 0.03 * i,
                     0.0035 + 0.0004 * i,
@@ -91,10 +92,10 @@ FIGURES = {
             ]
         }
     ),
-    "frontier": lambda: figures.frontier(
+    "frontier": lambda: cost_figures.frontier(
         {"published": points(9), "reproduced": points(2), "this build": []}
     ),
-    "ratio": lambda: figures.cost_ratio(
+    "ratio": lambda: cost_figures.cost_ratio(
         {f"Table 1, row {i}, total": 1 + 0.01 * (i == 3) for i in range(12)}
     ),
     "heatmap": lambda: maps.class_expert_heatmap(THREE[0]),
@@ -326,7 +327,7 @@ def test_equal_figures_are_equal_bytes():
 
 
 def test_no_two_models_of_a_frontier_look_alike():
-    fig = figures.frontier({"reproduced": points(24)})
+    fig = cost_figures.frontier({"reproduced": points(24)})
     looks = [(c.lines[0].get_color(), c.lines[0].get_marker()) for c in fig.axes[0].containers]
     assert len(set(looks)) == len(looks) == 24
 
@@ -410,7 +411,7 @@ def test_depth_information_of_a_sharp_layer():
         (lambda: overlays.token_maps(IMAGES, np.zeros((1, 4, 15), int), [0], 2), "15 tokens"),
         (lambda: overlays.token_maps(IMAGES, np.zeros((1, 3, 17), int), [0], 2), "4 images"),
         (lambda: figures.depth_information(THREE[0], "colour"), "'colour'"),
-        (lambda: figures.cost_ratio({}), "empty"),
+        (lambda: cost_figures.cost_ratio({}), "empty"),
         (
             lambda: overlays.token_maps(np.zeros((4, 2, 2, 7)), np.zeros((1, 4, 17), int), [0], 2),
             "channels|must be",

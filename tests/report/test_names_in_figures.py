@@ -8,7 +8,7 @@ import pytest
 from factory import record
 from matplotlib.text import Text
 
-from lib.report import figures, maps, overlays, relations, routes, schematic, style
+from lib.report import cost_figures, figures, maps, overlays, relations, routes, schematic, style
 from lib.report.class_shares import class_shares
 from lib.report.tables import table
 
@@ -43,7 +43,7 @@ DRAWN = {
     ),
     "legend": lambda: figures.scan({"x": [figures.Curve([1], [4.0], name) for name in NAMES]}),
     "titles": lambda: figures.scan({name: [figures.Curve([1], [4.0], "x")] for name in NAMES}),
-    "costs": lambda: figures.cost_ratio(dict.fromkeys(NAMES, 1.0)),
+    "costs": lambda: cost_figures.cost_ratio(dict.fromkeys(NAMES, 1.0)),
 }
 
 
@@ -67,7 +67,7 @@ def test_names_are_drawn_as_they_are_written(name):
 def test_two_names_that_mathematics_makes_one_look_different():
     pictures = []
     for label in ("$a b$", "$ab$", "ab"):
-        pictures.append(style.png(figures.cost_ratio({label: 1.0})))
+        pictures.append(style.png(cost_figures.cost_ratio({label: 1.0})))
     assert len(set(pictures)) == 3
 
 

@@ -1,0 +1,123 @@
+"""Draws accuracy against size and multiply-adds, and counts of ours against those of a table.
+
+Published values and ours are never drawn into one panel, as in `figures`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from textwrap import fill
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from .errorbars import Value, errorbar
+from .style import COLOURS, figure, legend_above, note, style
+
+
+@dataclass(frozen=True)
+class Point:
+    """Is a model of the frontier.
+
+    params_m: active parameters in millions; macs_g: multiply-adds in 10^9 per image; top1: in
+    percent; highlight: drawn larger and filled, as the method that the page is about.
+    """
+
+    label: str
+    params_m: float
+    macs_g: float
+    top1: Value
+    highlight: bool = False
+
+
+_COSTS = {"params_m": "active parameters (million)", "macs_g": "multiply-adds (10⁹ per image)"}
+
+
+def frontier(panels: dict[str, Sequence[Point]], missing: str = "no record yet") -> Figure:
+    """Draws accuracy against active parameters and multiply-adds, one row of panels a source.
+
+    A label has one look in all rows.
+    """
+    labels = list(dict.fromkeys(p.label for points in panels.values() for p in points))
+    markers = "osD^v<>PX*hp"
+    with style():
+        fig, axes = figure(len(panels), 2, height=0.4 + 2.9 * len(panels), sharey="row")
+        for row, (title, points) in zip(axes, panels.items(), strict=True):
+            for ax, (key, xlabel) in zip(row, _COSTS.items(), strict=True):
+                ax.set(xlabel=xlabel, ylabel="top-1 accuracy (%)", title=fill(title, 32))
+                ax.yaxis.set_tick_params(labelleft=True)
+                drawn, seen = False, set()
+                for p in points:
+                    i = labels.index(p.label)
+                    colour = COLOURS[i % len(COLOURS)]
+                    drawn |= errorbar(
+                        ax,
+                        [getattr(p, key)],
+                        [p.top1],
+                        color=colour,
+                        # one on at each lap, so that no colour has one marker twice
+                        marker=markers[(i + i // len(markers)) % len(markers)],
+                        markersize=9 if p.highlight else 6,
+                        markeredgecolor=colour,
+                        linestyle="",
+                        markerfacecolor=colour if p.highlight else "white",
+                        zorder=4 if p.highlight else 3,
+                        label=None if p.label in seen else p.label,
+                    )
+                    seen.add(p.label)
+                ax.margins(0.12)
+                # small models have long numbers, which must not touch
+                ax.xaxis.set_major_locator(MaxNLocator(nbins=3))
+                ax.ticklabel_format(axis="x", useOffset=False)
+                values = [getattr(p, key) for p in points if p.top1 is not None]
+                if values and max(values) - min(values) < 0.04 * max(values):
+                    # models of one size stay one size to the eye: no axis of millionths
+                    middle = (max(values) + min(values)) / 2
+                    ax.set_xlim(0.95 * middle, 1.05 * middle)
+                if not drawn:
+                    note(ax, missing)
+            if row[1].get_legend_handles_labels()[1]:
+                row[1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.02))
+    return fig
+
+
+def cost_ratio(
+    ratios: dict[str, float], tolerance: float = 0.005, xlabel: str = "ours / paper"
+) -> Figure:
+    """Draws the ratio of our count to the printed one, a dot a cell of a table.
+
+    A dot is filled where it lies within `tolerance` of 1. Raises ValueError without a ratio.
+    """
+    if not ratios:
+        raise ValueError("ratios is empty: give {cell: ours / paper}")
+    names, values = list(ratios), np.array(list(ratios.values()), float)
+    close = np.abs(values - 1) <= tolerance
+    rows = np.arange(len(names))
+    with style():
+        fig, axes = figure(height=1.0 + 0.2 * len(names))
+        ax = axes[0, 0]
+        ax.axvspan(
+            1 - tolerance, 1 + tolerance, color="#dfe6ee", label=f"within {100 * tolerance:g}%"
+        )
+        ax.axvline(1, color="#555555", linewidth=1)
+        ax.plot(values[close], rows[close], "o", color=COLOURS[0], linestyle="", label="agrees")
+        ax.plot(
+            values[~close],
+            rows[~close],
+            "s",
+            color=COLOURS[2],
+            markerfacecolor="white",
+            linestyle="",
+            label="_" if close.all() else "differs",
+        )
+        ax.set(
+            xlabel=xlabel,
+            ylabel="cell of the table",
+            yticks=rows,
+            yticklabels=names,
+            ylim=(len(names) - 0.5, -0.5),
+        )
+        legend_above(fig, [ax], columns=3)
+    return fig
