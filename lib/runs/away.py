@@ -151,13 +151,11 @@ class Queue:
 
 
 def _is_done(spec: RunSpec) -> bool:
-    record = store().peek(spec.id)
-    has_weights = not spec.keep or store().state(spec.id).is_file()
-    return record is not None and record.status == "ok" and has_weights
+    return store().can_be_started_from(spec.id) if spec.keep else store().is_done(spec.id)
 
 
 def _has_parents(spec: RunSpec) -> bool:
-    return all(store().state(parent.id).is_file() for parent in spec.needed_runs)
+    return all(store().can_be_started_from(parent.id) for parent in spec.needed_runs)
 
 
 def _did_not_fit(process: subprocess.Popen, record: Record | None) -> bool:

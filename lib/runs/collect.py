@@ -65,7 +65,7 @@ def collect(
     where = where or store()
     specs = unique(spec for group in grid.values() for spec in group)
     _refuse_records_of_other_data(specs, where)
-    missing = [spec for spec in specs if not _done(where, spec)]
+    missing = [spec for spec in specs if not where.is_done(spec.id)]
     for spec in missing:
         check(spec)
         check_device(spec)
@@ -146,7 +146,7 @@ def missing_runs(grid: Grid, where: Store | None = None) -> list[RunSpec]:
     """Lists what `collect` would compute of a grid, in an order in which parents come first."""
     where = where or store()
     specs = unique(spec for group in grid.values() for spec in group)
-    waves = _waves([spec for spec in specs if not _done(where, spec)], where)
+    waves = _waves([spec for spec in specs if not where.is_done(spec.id)], where)
     return [spec for wave in waves for spec in wave]
 
 
@@ -181,21 +181,15 @@ def unique(specs: Iterable[RunSpec]) -> list[RunSpec]:
     return list(by_id.values())
 
 
-def _done(where: Store, spec: RunSpec) -> bool:
-    # not a read of the page: what a page reads is its grid, when it is complete
-    record = where.peek(spec.id)
-    return record is not None and record.status == "ok"
-
-
 def _waves(missing: list[RunSpec], where: Store) -> list[list[RunSpec]]:
-    """Runs in waves: a wave needs only weights of earlier ones. Parents enter if their weights are
-    not in the cache."""
+    """Runs in waves: a wave needs only weights of earlier ones. Parents enter if their weights or
+    their records are not there."""
     wave_of: dict[str, tuple[int, RunSpec]] = {}
 
     def add(spec: RunSpec) -> int:
         wave = 0
         for needed in spec.needed_runs:
-            if not where.state(needed.id).is_file():
+            if not where.can_be_started_from(needed.id):
                 wave = max(wave, add(needed.but(keep=True)) + 1)
         known_wave, known = wave_of.get(spec.id, (0, spec))
         wishes = {"keep": spec.keep or known.keep, "publish": spec.publish or known.publish}
@@ -325,7 +319,7 @@ def _say_waiting(spec: RunSpec) -> Callable[[], None]:
 
 def _filed(spec: RunSpec, where: Store) -> bool:
     """Whether the record is there, and the weights where they are to be kept."""
-    return _done(where, spec) and not (spec.keep and not where.state(spec.id).is_file())
+    return where.can_be_started_from(spec.id) if spec.keep else where.is_done(spec.id)
 
 
 def file_record(

@@ -107,7 +107,7 @@ def fill(
     waiting, running, outcome = list(plan.items), {}, Outcome()
 
     def ready(item: Item) -> bool:
-        parents_there = all(where.state(run).is_file() for run in item.needs)
+        parents_there = all(where.can_be_started_from(run) for run in item.needs)
         return parents_there and not locks.is_held(where.lock(item.spec.id))
 
     try:

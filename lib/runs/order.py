@@ -221,10 +221,10 @@ def in_order(purposes: Sequence[Purpose], seconds: Mapping[str, float]) -> list[
 
 
 def _chain(spec: RunSpec, where: Store) -> list[RunSpec]:
-    """Lists a run after those that it starts from and whose weights the cache lacks."""
+    """Lists a run after those that it starts from and which are not there."""
     chain = []
     for needed in spec.needed_runs:
-        if not where.state(needed.id).is_file():
+        if not where.can_be_started_from(needed.id):
             chain += _chain(needed.but(keep=True), where)
     return [*collect.unique(chain), spec]
 

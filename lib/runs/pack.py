@@ -67,7 +67,11 @@ def pack(
         files |= {f"code/{file.relative_to(paths.ROOT)}": file for file in modules}
         packed_ids = {spec.id for spec in specs}
         parents = {parent.id for spec in specs for parent in spec.needed_runs} - packed_ids
-        files |= {f"states/{parent}.safetensors": where.state(parent) for parent in parents}
+        for parent in parents:  # its record, too: without one its weights would not be trusted
+            files[f"states/{parent}.safetensors"] = where.state(parent)
+            record = where.peek(parent).file
+            both = (file for file in (record, record.with_suffix(".npz")) if file.is_file())
+            files |= {f"records/{record.parent.name}/{file.name}": file for file in both}
         joined = scratch / "joined.zip"
         with zipfile.ZipFile(joined, "w", zipfile.ZIP_DEFLATED) as archive:
             for member, file in sorted(files.items()):

@@ -107,6 +107,18 @@ class Store:
         """Names the file of a run's final weights, where its spec keeps them."""
         return self.states / f"{run}.safetensors"
 
+    def is_done(self, run: str) -> bool:
+        """Tells whether a run has a finished record, without noting the read."""
+        record = self.peek(run)
+        return record is not None and record.status == "ok"
+
+    def can_be_started_from(self, run: str) -> bool:
+        """Tells whether a run has a finished record and its weights are there.
+
+        Weights without a record are not enough: who wrote them was killed before it was filed.
+        """
+        return self.state(run).is_file() and self.is_done(run)
+
     def find(self, run: str) -> Path | None:
         """Finds the JSON file of a run, published or private."""
         for root in (self.published, self.private / "records"):

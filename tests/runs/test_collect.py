@@ -296,6 +296,37 @@ def test_parent_is_rebuilt_when_its_weights_are_gone_and_its_record_stands(where
     )
 
 
+@pytest.mark.parametrize("left", ["nothing", "failed"])
+@pytest.mark.parametrize("pooled", [False, True])
+def test_weights_without_a_finished_record_are_those_of_a_killed_run(where, made, pooled, left):
+    parent = TINY.but(seed=1)
+    middle = TINY.but(seed=2, init=parent)
+    grid = {"children": of(3, 4, init=middle)}
+    runs.collect({"p": [middle.but(keep=True)]}, where=where)
+    for spec in (parent, middle):  # as a kill leaves it between the weights and the record
+        where.find(spec.id).unlink()
+        if left == "failed":
+            error = {"kind": "ValueError", "message": "bad"}
+            head = {"id": spec.id, "spec": spec.model_dump(mode="json")}
+            where.put(head | {"status": "failed", "error": error}, {}, spec)
+    assert [spec.seed for spec in runs.missing_runs(grid, where)] == [1, 2, 3, 4]
+    del made[:]
+    with ThreadPoolExecutor(4) as pool:
+        records = runs.collect(grid, pool if pooled else None, where)["children"]
+    assert made[:2] == [1, 2] and sorted(made) == [1, 2, 3, 4]
+    assert [where.get(spec).status for spec in (parent, middle)] == ["ok", "ok"]
+    assert [record.weights["parent_differs"] for record in records] == [False, False]
+
+
+def test_a_kept_run_whose_record_was_not_filed_is_computed_again(where, made):
+    kept = TINY.but(seed=1, keep=True)
+    runs.collect({"a": [kept]}, where=where)
+    where.find(kept.id).unlink()
+    assert not where.can_be_started_from(kept.id) and where.state(kept.id).is_file()
+    runs.collect({"a": [kept]}, where=where)
+    assert made == [1, 1] and where.can_be_started_from(kept.id)
+
+
 def test_failing_rebuild_leaves_the_parents_record(where, made):
     parent = TINY.but(seed=1)
     runs.collect({"c": of(2, init=parent)}, where=where)

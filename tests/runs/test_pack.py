@@ -109,17 +109,24 @@ def record_ids(there: Path) -> set[str]:
 
 
 def test_weights_that_are_there_travel_instead_of_their_run(tmp_path, where):
-    where.states.mkdir(parents=True)
-    where.state(PARENT.id).write_bytes(b"weights of the parent")
+    [parent] = collect({"dense": [PARENT.but(keep=True)]}, where=where)["dense"]
     specs = missing_runs({"moe": [CHILD]}, where)
     assert [spec.id for spec in specs] == [CHILD.id]
     *parts, script = pack(specs, tmp_path / "packed", 100_000, where=where)
     assert script.name == "run.py"
     with zipfile.ZipFile(io.BytesIO(b"".join(part.read_bytes() for part in parts))) as archive:
-        assert archive.read(f"states/{PARENT.id}.safetensors") == b"weights of the parent"
+        weights = archive.read(f"states/{PARENT.id}.safetensors")
+        assert weights == where.state(PARENT.id).read_bytes()
         assert [spec["seed"] for spec in json.loads(archive.read("specs.json"))] == [0]
         endings = {Path(name).suffix for name in archive.namelist() if not name.endswith("/")}
-    assert endings == {".py", ".json", ".safetensors"}  # no pickles
+    assert endings == {".py", ".json", ".npz", ".safetensors"}  # no pickles
+    there = tmp_path / "packed"
+    process = away(there, "--workers", "1")
+    said, _ = process.communicate()
+    assert process.returncode == 0 and "1 of 1 runs to do" in said, said
+    assert record_ids(there) == {CHILD.id}  # the record of its parent came along, and stays there
+    merging.merge(sorted((there / "records").iterdir()), GRID, where)
+    assert where.peek(CHILD.id).weights["parent"] == parent.weights["final"]
 
 
 def test_a_package_that_is_absent_has_no_version():
