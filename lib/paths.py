@@ -31,6 +31,7 @@ def _written() -> Path:
 
 PROBES = _written() / "probes"
 RESULTS = _written() / "results"
+MEASURED = RESULTS / "bench"  # what benchmarks wrote for pages to show; no records of runs
 
 
 def cache() -> Path:
