@@ -71,23 +71,20 @@ def _share(outcomes: pd.DataFrame, method: str) -> dict[str, str | int | float]:
 
 
 def families(outcomes: pd.DataFrame) -> pd.DataFrame:
-    """Counts a row a family: its models, and on how many of them each method works."""
-    found = []
-    for family, models in outcomes.groupby("family", sort=True):
-        counts = {method: _count(models[method]) for method in METHODS}
-        found.append({"family": family, "models": len(models), **counts})
-    return pd.DataFrame(found)
-
-
-def _count(outcomes: pd.Series) -> str:
-    """Writes on how many models of a family a method works, and how."""
-    working = outcomes[outcomes.isin(_WORKING)]
-    notes = []
-    if named := int(working.str.endswith(NAMED).sum()):
-        notes.append(f"{named} with modules=")
-    if copied := int(working.str.startswith(COPIES).sum()):
-        notes.append(f"{copied} by copies")
-    return f"{len(working)} ({', '.join(notes)})" if notes else str(len(working))
+    """Counts a row a family: its models, on how many of them each method works, how many need their
+    MLPs named, and how many are upcycled by whole copies."""
+    working = outcomes[list(METHODS)].isin(_WORKING)
+    named = outcomes[list(METHODS)].apply(lambda column: column.str.endswith(NAMED)).any(axis=1)
+    counts = working.assign(
+        **{
+            "models": True,
+            "need modules=": named,
+            "by whole copies": outcomes["upcycling"].str.startswith(COPIES),
+        }
+    )
+    counts = counts.groupby(outcomes["family"], sort=True).sum()
+    order = ["models", "need modules=", "upcycling", "by whole copies", "pruning", "extraction"]
+    return counts[order].reset_index()
 
 
 def refusals(outcomes: pd.DataFrame) -> pd.DataFrame:
