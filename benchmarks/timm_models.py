@@ -139,10 +139,10 @@ def _reason(message: str) -> str:
     """The part of an error that is the same for all models of a kind."""
     for pattern, reason in (
         (r"has no block MLP|has no mlp to prune", "no MLP called .mlp"),
-        (r"\((\w+)\) is no MLP whose", "neurons of {} are not known"),
+        (r"\((\w+)\) is no MLP whose", "no known neurons: {}"),
         (r"norm inside the MLP", "a norm inside the MLP"),
         (r"\((\w+)\) maps \d+ channels", "the MLP changes the width"),
-        (r"\((\w+)\) takes ", "{} takes more than tokens"),
+        (r"\(\w+\) takes ", "the MLP takes more than its tokens"),
         (r"has no linear map", "no linear map"),
     ):
         if match := re.search(pattern, message):

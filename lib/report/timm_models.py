@@ -78,12 +78,12 @@ def families(outcomes: pd.DataFrame) -> pd.DataFrame:
     counts = working.assign(
         **{
             "models": True,
-            "need modules=": named,
-            "by whole copies": outcomes["upcycling"].str.startswith(COPIES),
+            "MLPs named": named,
+            "whole copies": outcomes["upcycling"].str.startswith(COPIES),
         }
     )
     counts = counts.groupby(outcomes["family"], sort=True).sum()
-    order = ["models", "need modules=", "upcycling", "by whole copies", "pruning", "extraction"]
+    order = ["models", "MLPs named", "upcycling", "whole copies", "pruning", "extraction"]
     return counts[order].reset_index()
 
 

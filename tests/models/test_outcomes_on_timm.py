@@ -16,14 +16,14 @@ from lib.report import timm_models as page
         ("mixer_s32_224", ["works with modules="] * 3),
         (
             "convnextv2_atto",
-            ["works by whole copies", *["neurons of GlobalResponseNormMlp are not known"] * 2],
+            ["works by whole copies", *["no known neurons: GlobalResponseNormMlp"] * 2],
         ),
-        ("levit_128s", ["works by whole copies", *["neurons of LevitMlp are not known"] * 2]),
+        ("levit_128s", ["works by whole copies", *["no known neurons: LevitMlp"] * 2]),
         (
             "pvt_v2_b0",
             [
-                "MlpWithDepthwiseConv takes more than tokens",
-                *["neurons of MlpWithDepthwiseConv are not known"] * 2,
+                "the MLP takes more than its tokens",
+                *["no known neurons: MlpWithDepthwiseConv"] * 2,
             ],
         ),
     ],

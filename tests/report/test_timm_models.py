@@ -52,9 +52,9 @@ def test_a_family_has_a_row(outcomes):
     assert list(rows) == [
         "family",
         "models",
-        "need modules=",
+        "MLPs named",
         "upcycling",
-        "by whole copies",
+        "whole copies",
         "pruning",
         "extraction",
     ]
