@@ -185,7 +185,9 @@ def main() -> None:
     with written_whole(page.FILE) as part:
         part.write_text(as_json(rows))
     outcomes = page.read()
-    print(page.in_short(outcomes), page.shares(outcomes), page.refusals(outcomes), sep="\n\n")
+    print(page.in_short(outcomes))
+    for frame in (page.shares(outcomes), page.refusals(outcomes)):
+        print(f"\n{frame.to_string(index=False, float_format='{:.1f}'.format)}")
 
 
 if __name__ == "__main__":

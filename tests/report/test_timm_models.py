@@ -6,6 +6,8 @@ import pytest
 
 from lib import paths
 from lib.report import timm_models
+from lib.runs.estimate import contents_of
+from lib.runs.store import Store
 
 SAID = {
     "timm": "1.0.0",
@@ -119,7 +121,11 @@ def test_a_file_that_is_not_there_is_named_with_the_command_that_writes_it(tmp_p
         timm_models.read(tmp_path / "none.json")
 
 
-def test_the_committed_file_is_whole_and_no_record_of_a_run():
+def test_the_committed_file_is_whole_and_no_record_of_a_run(tmp_path):
     outcomes = timm_models.read()
     assert timm_models.FILE.parent == paths.MEASURED and outcomes["model"].is_unique
     assert (timm_models.shares(outcomes)["in all"] <= len(outcomes)).all()
+    folder = tmp_path / "results" / paths.MEASURED.name
+    folder.mkdir(parents=True)
+    (folder / timm_models.FILE.name).write_bytes(timm_models.FILE.read_bytes())
+    assert contents_of(Store(tmp_path / "results", tmp_path / "cache")) == {}
