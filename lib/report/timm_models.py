@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..paths import MEASURED
+from ..paths import BENCH
 
 __all__ = ["families", "in_short", "read", "refusals", "shares"]
 
-FILE = MEASURED / "timm_models.json"
+FILE = BENCH / "timm" / "models.json"
 COMMAND = "python -m benchmarks.timm_models"
 METHODS = ("upcycling", "pruning", "extraction")
 COLUMNS = ("family", "model", *METHODS)

@@ -13,7 +13,7 @@ from lib import paths
 from lib.pages import profiles
 from lib.runs.store import Record, Store
 
-STUDIES = sorted({file.parent for file in paths.RESULTS.glob("*/*.json")} - {paths.MEASURED})
+STUDIES = sorted({file.parent for file in paths.RESULTS.glob("*/*.json")})
 
 
 @pytest.fixture
