@@ -12,15 +12,16 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .compare import advice, compare
 from .drop import drop_experts
 from .extract import extract
 from .finetune import finetune
 from .loaders import Loader
+from .modules import modes_kept
 from .prune import prune
-from .save import save
+from .save import restore, save
 from .upcycle import upcycle
 
 AGAIN = "dense again"  # the control: trained as long as the others, and nothing else
@@ -152,6 +153,22 @@ def save_all(outcome: Compressed, path: Path, **describes: Any) -> dict[str, Pat
     for name, file in files.items():
         save(outcome.models[name], file, **describes)
     return files
+
+
+def reloaded(outcome: Compressed, files: Mapping[str, Path], images: Tensor) -> pd.DataFrame:
+    """Restores each saved model, and returns a row a model: whether it computes what it did.
+
+    files: by model, of `save_all`; images: (B, channels, height, width). Columns: model; file, its
+    name; mb, its size in 10^6 bytes; equal, whether all logits of the images are equal to the bit.
+    """
+    rows = []
+    for name, file in files.items():
+        kept, again = outcome.models[name], restore(file).to(images.device)
+        with modes_kept(kept), torch.no_grad():
+            equal = torch.equal(again(images), kept.eval()(images))
+        row = {"model": name, "file": file.name, "mb": file.stat().st_size / 1e6, "equal": equal}
+        rows.append(row)
+    return pd.DataFrame(rows, columns=["model", "file", "mb", "equal"])
 
 
 def _file_word(name: str) -> str:

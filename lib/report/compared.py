@@ -26,15 +26,17 @@ def rows(frame: pd.DataFrame) -> pd.DataFrame:
             "model": frame.index,
             "top-1 (%)": _with_interval(frame, "top1", "{:.1f}"),
             "to the first (points)": _with_interval(frame, "difference", "{:+.1f}"),
-            "parameters (10⁶)": (frame["params"] / 1e6).tolist(),
-            "MACs (10⁶)": (frame["macs"] / 1e6).tolist(),
-            "file (MB)": frame["mb"].tolist(),
         }
     )
     for size in frame.attrs["batches"]:
         times = zip(frame[f"ms_{size}"], frame[f"ms_{size}_q10"], strict=True)
         shown[_PASS.format(size)] = [f"{median:.3g} ({low:.3g})" for median, low in times]
-    return shown
+    sizes = {
+        "parameters (10⁶)": frame["params"] / 1e6,
+        "MACs (10⁶)": frame["macs"] / 1e6,
+        "file (MB)": frame["mb"],
+    }
+    return shown.assign(**{name: column.tolist() for name, column in sizes.items()})
 
 
 def _with_interval(frame: pd.DataFrame, name: str, form: str) -> list[str]:

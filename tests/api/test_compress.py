@@ -106,6 +106,26 @@ def test_several_models_get_files_of_their_own_and_one_the_name_given(outcome, t
     }
 
 
+def test_what_is_reloaded_computes_what_it_did_and_another_model_in_its_file_is_seen(
+    outcome, tmp_path
+):
+    _, _, found = outcome
+    files = compress.save_all(found, tmp_path / "small.safetensors")
+    modes = [model.train(name == "extracted").training for name, model in found.models.items()]
+    images, _ = batch(3)
+    rows = compress.reloaded(found, files, images)
+    assert rows["model"].tolist() == list(METHODS.values()) == list(files)
+    assert rows["file"].tolist() == [file.name for file in files.values()]
+    assert rows["mb"].tolist() == [file.stat().st_size / 1e6 for file in files.values()]
+    assert rows["equal"].all()
+    assert [model.training for model in found.models.values()] == modes
+
+    wrong = {"pruned, Taylor": files["pruned, ridge"], "upcycled": files["upcycled"]}
+    assert compress.reloaded(found, wrong, images)["equal"].tolist() == [False, True]
+    none = compress.reloaded(found, {}, images)
+    assert list(none) == ["model", "file", "mb", "equal"] and none.empty
+
+
 def test_the_three_lines_reload_a_model_in_a_fresh_process(outcome, tmp_path):
     _, _, found = outcome
     files = compress.save_all(found, tmp_path / "small.safetensors", class_names=list("abcde"))
