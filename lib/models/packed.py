@@ -26,7 +26,7 @@ from torch.nn.modules import module as torch_module
 
 from ..routers.base import Routing
 from .experts import Experts
-from .rows import Rows
+from .rows import Rows, multiple_for
 
 # Rows that a packed form is made for; it takes any number of them.
 USUAL_ROWS = 256
@@ -219,7 +219,7 @@ class PackedExperts(PackedForward):
         dtype = self.type_for(x)
         if dtype is None:
             return self.plain(x, routing)
-        rows = Rows.of(routing, len(x), rows_multiple(len(routing.expert), self.module.experts))
+        rows = Rows.of(routing, len(x), multiple_for(len(routing.expert), self.module.experts))
         act, outputs = _fused(self.module.act), []
         inputs = rows.gather(x.to(dtype)).split(rows.lengths)
         for part, (w1, b1, w2, b2) in zip(inputs, self.packed(dtype), strict=True):
@@ -242,16 +242,6 @@ KINDS: list[tuple[Callable[[nn.Module], bool], type[PackedForward]]] = [
         PackedMlp,
     ),
 ]
-
-
-def rows_multiple(assignments: int, experts: int) -> int:
-    """Chooses what the numbers of rows of packed experts are rounded up to.
-
-    The library builds a kernel for each new number of rows, so there should be few of them; but on
-    average at most one row in 32 may be filling, which takes half of what is rounded up to.
-    """
-    of_an_expert = assignments / experts
-    return next((m for m in (64, 16, 4) if of_an_expert >= 16 * m), 1)
 
 
 # ---- what torch has
