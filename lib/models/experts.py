@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..routers.base import Routing
 from .mlps import GatedActivation, maps_of
-from .rows import Rows, StackedProduct, multiple_for
+from .rows import Rows, StackedProduct
 
 # On CPU the library behind bfloat16 products builds a kernel for each new number of rows, which
 # takes longer than the product. Slices whose lengths are multiples of 16 have few different numbers
@@ -211,13 +211,11 @@ class Experts(nn.Module):
         """
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        with_gradients, multiple = torch.is_grad_enabled(), 1
-        if dtype == torch.bfloat16:
-            multiple = multiple_for(len(routing.expert), self.experts)
-            multiple = ROWS_MULTIPLE if with_gradients else multiple
-        rows = Rows.of(routing, len(x), multiple)
+        rows = Rows.of(routing, len(x), ROWS_MULTIPLE if dtype == torch.bfloat16 else 1)
         inputs = rows.gather(x.to(dtype))  # (R, D), those of an expert are one slice
-        run = self._rows_with_gradients if with_gradients else self._rows_without_gradients
+        run = self._rows_without_gradients
+        if torch.is_grad_enabled():
+            run = self._rows_with_gradients
         return rows.sum_by_token(run(inputs, rows.lengths), routing.weight.to(dtype))
 
     def _rows_with_gradients(self, x: Tensor, lengths: list[int]) -> Tensor:

@@ -26,7 +26,7 @@ from torch.nn.modules import module as torch_module
 
 from ..routers.base import Routing
 from .experts import Experts
-from .rows import Rows, multiple_for
+from .rows import Rows
 
 # Rows that a packed form is made for; it takes any number of them.
 USUAL_ROWS = 256
@@ -242,6 +242,17 @@ KINDS: list[tuple[Callable[[nn.Module], bool], type[PackedForward]]] = [
         PackedMlp,
     ),
 ]
+
+
+def multiple_for(assignments: int, experts: int) -> int:
+    """Chooses what the numbers of rows of packed experts are rounded up to.
+
+    The library behind products on CPU builds a kernel for each new number of rows, so there should
+    be few of them; but fewer than one row in 16 may be filling, which takes half of what is rounded
+    up to.
+    """
+    of_an_expert = assignments / experts
+    return next((m for m in (64, 16) if of_an_expert >= 16 * m), 4)
 
 
 # ---- what torch has

@@ -81,17 +81,6 @@ class Rows:
         return run(outputs, weight, self.token, self.row, self.start)
 
 
-def multiple_for(assignments: int, experts: int) -> int:
-    """Chooses what the numbers of rows of experts are rounded up to in inference.
-
-    The library behind products on CPU builds a kernel for each new number of rows, so there should
-    be few of them; but fewer than one row in 16 may be filling, which takes half of what is rounded
-    up to.
-    """
-    of_an_expert = assignments / experts
-    return next((m for m in (64, 16) if of_an_expert >= 16 * m), 4)
-
-
 class _Gather(Function):
     """Is x[token]; the gradient of a token is the sum of those of its rows."""
 
