@@ -248,11 +248,10 @@ def multiple_for(assignments: int, experts: int) -> int:
     """Chooses what the numbers of rows of packed experts are rounded up to.
 
     The library behind products on CPU builds a kernel for each new number of rows, so there should
-    be few of them; but fewer than one row in 16 may be filling, which takes half of what is rounded
-    up to.
+    be few of them. Half of what is rounded up to is filling, on average: at most one row in 32.
     """
     of_an_expert = assignments / experts
-    return next((m for m in (64, 16) if of_an_expert >= 16 * m), 4)
+    return next((m for m in (64, 16, 4) if of_an_expert >= 16 * m), 1)
 
 
 # ---- what torch has
