@@ -31,6 +31,8 @@ def _written() -> Path:
 
 PROBES = _written() / "probes"
 RESULTS = _written() / "results"
+# measured speeds, a folder deeper than records, which the store looks for in <study>/<id>.json
+BENCH = RESULTS / "bench"
 
 
 def cache() -> Path:

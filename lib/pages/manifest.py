@@ -1,10 +1,11 @@
 """What an executed notebook was made from, and whether that still holds.
 
-The runner puts a hidden cell before and after a notebook: `watch()` notes which files under
-`data/papers` are opened, `footprint()` prints what the kernel used. From this and from hashes taken
-*before* the run (so that an edit during a long run counts as a change) the runner writes a manifest
-into the executed copy. `reason_to_run` compares a manifest with the files of today: it reads hashes
-only and imports nothing heavy, so that a build with nothing to do takes seconds.
+The runner puts a hidden cell before and after a notebook: `watch()` notes which published values
+and measured speeds are opened (`data/papers`, `data/results/bench`), `footprint()` prints what the
+kernel used. From this and from hashes taken *before* the run (so that an edit during a long run
+counts as a change) the runner writes a manifest into the executed copy. `reason_to_run` compares a
+manifest with the files of today: it reads hashes only and imports nothing heavy, so that a build
+with nothing to do takes seconds.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..paths import PAPERS, ROOT
+from ..paths import BENCH, PAPERS, ROOT
 from . import parameters, profiles
 
 VERSION = 1
@@ -31,16 +32,16 @@ _opened: set[str] = set()
 
 
 def watch() -> None:
-    """Notes each file under data/papers that this process opens.
+    """Notes each published value and each measured speed (PAPERS, BENCH) that is opened.
 
     An audit hook sees every reader, whoever wrote it.
     """
-    papers = str(PAPERS) + os.sep
+    folders = tuple(str(folder) + os.sep for folder in (PAPERS, BENCH))
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         if event == "open" and isinstance(args[0], (str, bytes)):
             path = os.path.abspath(os.fsdecode(args[0]))
-            if path.startswith(papers):
+            if path.startswith(folders):
                 _opened.add(path)
 
     sys.addaudithook(hook)
@@ -77,7 +78,8 @@ def digest(path: Path) -> str | None:
 
 def code_and_papers() -> dict[str, str | None]:
     """Hashes everything that a notebook might use, before it runs."""
-    files = [*(ROOT / "lib").rglob("*.py"), *(p for p in PAPERS.rglob("*") if p.is_file())]
+    values = (path for folder in (PAPERS, BENCH) for path in folder.rglob("*") if path.is_file())
+    files = [*(ROOT / "lib").rglob("*.py"), *values]
     return {path.relative_to(ROOT).as_posix(): digest(path) for path in files}
 
 
