@@ -60,9 +60,13 @@ def test_build_then_nothing_then_only_what_changed(book):
     book.notebook(
         "a/two",
         "text = open(lib.paths.ROOT / 'data/papers/tiny.yaml').read()",
+        "speeds = open(lib.paths.BENCH / 'cpu' / 'short.json').read()",
         "small = lib.load(grid(lib.profile('a/two', 'small')))\nprint(small)",
         "import sys\nprint('a progress ' + 'bar', file=sys.stderr)",
     )
+    speeds = book.root / "data" / "results" / "bench" / "cpu" / "short.json"
+    speeds.parent.mkdir(parents=True)
+    speeds.write_text("{}")
     assert why("a/one") == "never run"
     built = book.build("-W")
     assert built.returncode == 0, built.stdout + built.stderr
@@ -98,7 +102,8 @@ def test_build_then_nothing_then_only_what_changed(book):
     assert "a progress bar" not in json.dumps(book.executed("a/two"))  # chatter goes to the log
     assert "a progress bar" in (book.root / "book" / "notebooks" / "a" / "two.log").read_text()
     two = book.executed("a/two")["metadata"]["moe"]
-    assert list(two["papers"]) == ["data/papers/tiny.yaml"] and "lib/tiny.py" not in two["modules"]
+    assert list(two["papers"]) == ["data/papers/tiny.yaml", "data/results/bench/cpu/short.json"]
+    assert "lib/tiny.py" not in two["modules"]
     assert len(two["records"]) == 2 and set(two["records"].values()) == {None}
 
     stamps = [manifest.executed(key).stat().st_mtime_ns for key in ("a/one", "a/two")]
@@ -109,6 +114,7 @@ def test_build_then_nothing_then_only_what_changed(book):
     assert why("a/one", "smoke") == "was run with profile quick"
     _changed(book.root / "lib" / "tiny.py", "lib/tiny.py changed", None)
     _changed(book.root / "data" / "papers" / "tiny.yaml", None, "data/papers/tiny.yaml changed")
+    _changed(speeds, None, "data/results/bench/cpu/short.json changed")
     record = book.root / "data" / "results" / "foundations" / f"{next(iter(two['records']))}.json"
     record.parent.mkdir(parents=True)
     record.write_text("{}")
