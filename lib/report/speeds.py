@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..verdicts.speed import Ratio
+from ..verdicts.speed import PARTS, Ratio
 from .style import COLOURS, MARKERS, figure, legend_above, style
 from .tables import Table, table
 
@@ -40,16 +40,18 @@ def shares(rows: Sequence[Ratio]) -> Figure:
     A bar leads from the median to the 10% quantile; goals are black ticks. Raises ValueError
     without a measured row.
     """
-    rows = [row for row in rows if row.ratio is not None and (row.dtype, False) in _SERIES]
-    if not rows:
+    drawn = [row for row in rows if row.ratio is not None and (row.dtype, False) in _SERIES]
+    if not drawn:
         raise ValueError("no row was measured: give rows with times, in fp32 or bf16")
-    labels = list(dict.fromkeys(map(label, rows)))
+    drawn.sort(key=lambda row: list(PARTS).index(row.part))
+    labels = list(dict.fromkeys(map(label, drawn)))
+    goals = []
     with style():
         fig, axes = figure(height=1.0 + 0.42 * len(labels))
         ax = axes[0, 0]
         ax.axvline(1, color="#555555", linewidth=1)
         for place, ((dtype, frozen), (name, colour, marker)) in enumerate(_SERIES.items()):
-            chosen = [row for row in rows if (row.dtype, is_frozen(row)) == (dtype, frozen)]
+            chosen = [row for row in drawn if (row.dtype, is_frozen(row)) == (dtype, frozen)]
             if not chosen:
                 continue
             ys = [labels.index(label(row)) + 0.18 * (place - 1.5) for row in chosen]
@@ -58,9 +60,9 @@ def shares(rows: Sequence[Ratio]) -> Figure:
             filled = "white" if frozen else colour
             look = {"color": colour, "marker": marker, "markerfacecolor": filled, "linestyle": ""}
             ax.plot(ratios, ys, label=name, **look)
-            goals = [(row.goal, y) for row, y in zip(chosen, ys, strict=True) if row.goal]
-            if goals:
-                ax.plot(*zip(*goals, strict=True), color="black", label="goal", **_TICK)
+            goals += [(row.goal, y) for row, y in zip(chosen, ys, strict=True) if row.goal]
+        if goals:
+            ax.plot(*zip(*goals, strict=True), color="black", label="goal", **_TICK)
         ax.set(
             xlabel="share of the bound (1: as fast as the bound allows)",
             yticks=range(len(labels)),

@@ -82,7 +82,7 @@ class Ratio:
     def cause(self) -> str:
         """Says in ms what keeps ours from the bound, as far as the same turns measured it."""
         steps = [name for name in STEPS if name in self.beside]
-        if self.ours is None or len(steps) < 2:
+        if self.ours is None or not steps:
             return ""
         times = [self.beside[name].median for name in steps] + [self.ours.median]
         labels = [STEPS[name] for name in steps[1:]] + [LAST_STEP[steps[-1]]]

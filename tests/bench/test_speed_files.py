@@ -41,6 +41,9 @@ def test_a_cause_adds_up_to_the_distance_from_the_bound():
     assert ratio(ours=6.5, beside=beside).cause == (
         "what does not shrink with the neurons +1.0 ms; routing and several experts -0.5 ms"
     )
+    assert ratio(ours=8.0, beside={"static model": Timing(7.0, 7.0)}).cause == (
+        "routing and several experts +1.0 ms"
+    )
     assert ratio().cause == ""
 
 
