@@ -8,7 +8,8 @@ a build, which reads notebooks and compares hashes, never waits for torch. It of
   notebook), `model_of` (the model that a run left), `RunSpec`;
 - to a model of one's own: `upcycle`, `prune`, `extract`, `drop_experts` and `finetune`, which take
   a module and a loader and give a module; `compare` and `advice` (accuracy, size and time side by
-  side); `save`, `restore` and `for_export`; `MoESpec`, `RoutingTape` and the losses.
+  side); `save`, `restore`, `for_export` and `freeze_for_inference`; `MoESpec`, `RoutingTape` and
+  the losses.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ _HOME = {
     "extract": "lib.api.extract",
     "finetune": "lib.api.finetune",
     "for_export": "lib.api.export",
+    "freeze_for_inference": "lib.api.freeze",
     "load": "lib.runs.collect",
     "model_of": "lib.runs.collect",
     "on_device": "lib.api.loaders",

@@ -1,0 +1,47 @@
+"""Freezes a model for inference: its weights are brought, once, into the form that products read.
+
+fast = lib.freeze_for_inference(model)
+with torch.inference_mode():
+    logits = fast(images)
+"""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+
+from ..models.packed import can_pack, pack
+from .modules import to_change
+
+
+def freeze_for_inference(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Packs the weights of linear maps, MLPs and experts, and returns the model, in evaluation
+    mode.
+
+    On CPU a plain weight is packed anew for each product; packed ones take as much memory again.
+    They are used under `torch.inference_mode()` or `torch.no_grad()`, and outputs are equal up to
+    rounding. Where gradients are recorded, after `model.train()`, on another device, under
+    torch.compile or an exporter the model runs as it did. A weight that has changed since (loaded,
+    cast, moved, or written to) is packed again before it is used. State dict, parameters and
+    classes stay as they are; a copy (copy.deepcopy) is frozen as well, a model that `restore` reads
+    is not. Its blocks' convolutions and norms are left alone.
+
+    inplace: change the model itself instead of a copy. Warns if this torch has no packed weights
+    for this processor and the model's type of numbers (float32, and bfloat16 from AVX-512 on):
+    the model then runs as it did.
+    """
+    frozen = to_change(model, inplace).eval()
+    if not pack(frozen):
+        weights = [p for p in frozen.parameters() if p.is_floating_point()]
+        types = sorted({str(p.dtype).removeprefix("torch.") for p in weights})
+        elsewhere = sorted({p.device.type for p in weights} - {"cpu"})
+        why = "it has no linear map, MLP or experts whose weights can be packed"
+        if elsewhere:
+            why = f"its weights lie on {', '.join(elsewhere)}, and packed ones are for the CPU"
+        elif not any(can_pack(p.dtype) for p in weights):
+            why = f"this torch has no packed weights of {', '.join(types)} for this processor"
+        warnings.warn(
+            f"freeze_for_inference left the {type(model).__name__} as it was: {why}", stacklevel=2
+        )
+    return frozen

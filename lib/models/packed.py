@@ -1,0 +1,301 @@
+"""Packed weights: linear maps, MLPs and experts, in the form that the library behind products on
+CPU reads.
+
+A plain weight is brought into that form anew for each product, which for few rows takes longer than
+the product. A packed copy lies beside the parameter, in no state dict, and is made again as soon as
+the parameter has changed. A packed module keeps its class, its parameters and its name; only the
+attribute `forward` of the instance is another one, and wherever that has no answer (training, where
+gradients are recorded, under a tracer, on another device) the class's own forward runs.
+
+Axis letters: **T** tokens, **R** rows that the experts compute, **I** inputs and **O** outputs of a
+linear map, **D** width, **H** hidden width, **E** experts.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from ..routers.base import Routing
+from .experts import Experts
+from .rows import Rows
+
+# Rows that a packed form is made for; it takes any number of them.
+USUAL_ROWS = 256
+# Numbers of a parameter that are compared before each use: a write through `.data`, which torch
+# itself does not count, is seen by them.
+SAMPLES = 64
+NUMBER_TYPES = (torch.float32, torch.bfloat16)
+
+
+@cache
+def can_pack(dtype: torch.dtype) -> bool:
+    """Says whether this torch has packed linear maps of a type for this processor.
+
+    They are no public part of torch, so they are tried out.
+    """
+    if dtype not in NUMBER_TYPES or not torch.backends.mkldnn.is_available():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (
+        torch.randn(shape, generator=generator).to(dtype) for shape in ((5, 16), (8, 16), (8,))
+    )
+    try:
+        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+        with torch.inference_mode():
+            got = _linear(x, _pack(weight), bias, ("gelu", "none"))
+    except (AttributeError, RuntimeError):
+        return False
+    expected = F.gelu(F.linear(x.float(), weight.float(), bias.float()))
+    return torch.allclose(got.float(), expected, rtol=0.02, atol=0.02)
+
+
+def pack(model: nn.Module) -> int:
+    """Gives the linear maps, MLPs and experts of a model, in place, packed weights; returns how
+    many modules have them.
+
+    Only what lies on the CPU, in a type that `can_pack`, is taken; `unpack` takes it back.
+    """
+    modules = [m for m in model.modules() if "forward" not in vars(m) or is_packed(m)]
+    for module in modules:
+        kind = next((kind for fits, kind in KINDS if fits(module)), None)
+        if kind is None or is_packed(module):
+            continue
+        weights = kind.watched(module)
+        if all(w.device.type == "cpu" for w in weights) and can_pack(weights[0].dtype):
+            module.forward = kind(module)
+            module.forward.prepare()
+    return sum(map(is_packed, modules))
+
+
+def unpack(model: nn.Module) -> nn.Module:
+    """Takes packed weights away from a model, in place; returns it."""
+    for module in filter(is_packed, model.modules()):
+        del module.forward
+    return model
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Says whether a module runs with packed weights."""
+    return isinstance(vars(module).get("forward"), PackedForward)
+
+
+class PackedForward:
+    """Stands in the place of a module's `forward`: the contract of the kinds below.
+
+    A copy of the module, by deepcopy or pickle, has its own, and packs its weights anew.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self._packed: dict[torch.dtype, Any] = {}
+        self._state: list[Any] = []
+        self._samples: list[Any] = []
+
+    @staticmethod
+    def watched(module: nn.Module) -> list[Tensor]:
+        """Lists the tensors that the packed form is made of."""
+        raise NotImplementedError
+
+    def make(self, dtype: torch.dtype) -> Any:
+        """Makes the packed form."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Packs for the parameters' own type, before the first use."""
+        with torch.no_grad():
+            self.packed(self.watched(self.module)[0].dtype)
+
+    def packed(self, dtype: torch.dtype) -> Any:
+        """Returns the packed form for a type, made anew if a parameter has changed since."""
+        tensors = self.watched(self.module)
+        state = [_state(tensor) for tensor in tensors]
+        if state != self._state or any(view.tobytes() != seen for view, seen in self._samples):
+            self._packed.clear()
+            self._state = state
+            self._samples = [(view, view.tobytes()) for view in map(_sample, tensors)]
+        if dtype not in self._packed:
+            self._packed[dtype] = self.make(dtype)
+        return self._packed[dtype]
+
+    def type_for(self, x: Tensor) -> torch.dtype | None:
+        """Says in what type x is multiplied; None where the class's own forward is to run."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
+            return None
+        if self.module.training:
+            self._packed.clear()
+            return None
+        weight = self.watched(self.module)[0]
+        if x.device.type != "cpu" or weight.device.type != "cpu" or _is_watched_by_a_mode():
+            return None
+        dtype = weight.dtype
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+        elif x.dtype != dtype:
+            return None  # torch says what is wrong with it
+        return dtype if can_pack(dtype) else None
+
+    def plain(self, *args: Any) -> Any:
+        """Runs the class's own forward."""
+        return type(self.module).forward(self.module, *args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedForward:
+        return type(self)(copy.deepcopy(self.module, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.module,)
+
+
+class PackedLinear(PackedForward):
+    """Runs an `nn.Linear`."""
+
+    @staticmethod
+    def watched(module: nn.Module) -> list[Tensor]:
+        return [module.weight]
+
+    def make(self, dtype: torch.dtype) -> Tensor:
+        return _pack(self.module.weight.to(dtype))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Computes (..., O) from (..., I)."""
+        dtype = self.type_for(x)
+        return self.plain(x) if dtype is None else self.run(x.to(dtype))
+
+    def run(self, x: Tensor, act: tuple[str, str] = ("none", "")) -> Tensor:
+        """Computes the same, in the type of x, and applies an activation of `_fused`."""
+        bias = self.module.bias
+        bias = None if bias is None else bias.to(x.dtype)
+        return _linear(x, self.packed(x.dtype), bias, act)
+
+
+class PackedMlp(PackedForward):
+    """Runs a `timm.layers.Mlp` of packed maps, with the activation applied by the first of them.
+
+    Where somebody listens to its parts (hooks) they are called one by one.
+    """
+
+    @staticmethod
+    def watched(module: nn.Module) -> list[Tensor]:
+        return [module.fc1.weight]
+
+    def make(self, dtype: torch.dtype) -> None:
+        """Makes nothing: the maps have packed weights of their own."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Computes (..., D) from (..., D)."""
+        mlp, dtype = self.module, self.type_for(x)
+        first, last = vars(mlp.fc1).get("forward"), vars(mlp.fc2).get("forward")
+        act = _fused(mlp.act)
+        maps_packed = isinstance(first, PackedLinear) and isinstance(last, PackedLinear)
+        if dtype is None or act is None or not maps_packed or _has_listeners(mlp):
+            return self.plain(x)
+        return last.run(first.run(x.to(dtype), act))
+
+
+class PackedExperts(PackedForward):
+    """Runs `Experts` in stacked, unequal or shared weights."""
+
+    @staticmethod
+    def watched(module: nn.Module) -> list[Tensor]:
+        parameters = [module.fc1.weight, module.fc1.bias, module.fc2.weight, module.fc2.bias]
+        index = module._buffers.get("index")  # of the neurons, where experts share a store
+        return parameters if index is None else [*parameters, index]
+
+    def make(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        weights = self.module.each(lambda parameter: parameter.detach().to(dtype))
+        return [(_pack(w1), b1, _pack(w2), b2) for w1, b1, w2, b2 in weights]
+
+    def __call__(self, x: Tensor, routing: Routing) -> Tensor:
+        """Computes for each token the weighted sum over its assignments: (T, D) -> (T, D)."""
+        dtype = self.type_for(x)
+        if dtype is None:
+            return self.plain(x, routing)
+        rows = Rows.of(routing, len(x), rows_multiple(len(routing.expert), self.module.experts))
+        act, outputs = _fused(self.module.act), []
+        inputs = rows.gather(x.to(dtype)).split(rows.lengths)
+        for part, (w1, b1, w2, b2) in zip(inputs, self.packed(dtype), strict=True):
+            if len(part):
+                if act is None:
+                    hidden = self.module.act(_linear(part, w1, b1, ("none", "")))
+                else:
+                    hidden = _linear(part, w1, b1, act)
+                outputs.append(_linear(hidden, w2, b2, ("none", "")))
+        outputs = torch.cat(outputs) if outputs else x.new_empty(0, x.shape[1], dtype=dtype)
+        return rows.sum_by_token(outputs, routing.weight.to(dtype))
+
+
+# (which modules, how they are run); the first that fits counts
+KINDS: list[tuple[Callable[[nn.Module], bool], type[PackedForward]]] = [
+    (lambda module: type(module) is nn.Linear, PackedLinear),
+    (lambda module: isinstance(module, Experts), PackedExperts),
+    (
+        lambda module: type(module).forward is Mlp.forward and type(module.fc1) is nn.Linear,
+        PackedMlp,
+    ),
+]
+
+
+def rows_multiple(assignments: int, experts: int) -> int:
+    """Chooses what the numbers of rows of packed experts are rounded up to.
+
+    The library builds a kernel for each new number of rows, so there should be few of them; at most
+    about a sixteenth of the rows may be filling.
+    """
+    of_an_expert = assignments / experts
+    return next((m for m in (64, 16, 4) if of_an_expert >= 8 * m), 1)
+
+
+# ---- what torch has
+
+
+def _pack(weight: Tensor) -> Tensor:
+    """Packs a matrix (O, I)."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), USUAL_ROWS)
+
+
+def _linear(x: Tensor, packed: Tensor, bias: Tensor | None, act: tuple[str, str]) -> Tensor:
+    """Computes act(x weight' + bias), (..., I) -> (..., O)."""
+    name, algorithm = act
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, name, [], algorithm)
+
+
+def _fused(act: nn.Module) -> tuple[str, str] | None:
+    """Names an activation that a product can apply; None if it cannot."""
+    if type(act) is nn.GELU:
+        return "gelu", act.approximate
+    return ("relu", "") if type(act) is nn.ReLU else None
+
+
+def _state(tensor: Tensor) -> tuple[Any, ...]:
+    """What torch changes about a tensor when somebody writes to it or replaces it."""
+    version = None if tensor.is_inference() else tensor._version
+    return id(tensor), tensor.data_ptr(), version, tensor.dtype, tensor.shape
+
+
+def _sample(tensor: Tensor) -> Any:
+    """Some numbers of a tensor, spread over it, as a NumPy view of its memory."""
+    flat = tensor.detach().reshape(-1)
+    flat = flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat
+    return flat[:: max(1, len(flat) // SAMPLES)].numpy()
+
+
+def _is_watched_by_a_mode() -> bool:
+    """Says whether something counts or replaces the operations that torch runs."""
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
+
+
+def _has_listeners(mlp: nn.Module) -> bool:
+    """Says whether a hook on a part of an MLP, or on all modules, would go unheard."""
+    hooks = [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
+    for part in mlp.children():
+        hooks += [part._forward_hooks, part._forward_pre_hooks]
+    return any(hooks)
