@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lib.models.packed import can_pack
 from lib.pages.manifest import cores
 from lib.runs.environment import processor
 
@@ -24,7 +25,8 @@ def capabilities() -> dict[str, bool]:
         "amx": cpu._is_amx_tile_supported(),
         "onednn": has_onednn,
         "bf16_products": has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-        "packed_weights": has_onednn and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"),
+        "packed_fp32": can_pack(torch.float32),
+        "packed_bf16": can_pack(torch.bfloat16),
     }
 
 
@@ -33,8 +35,8 @@ def why_not(dtype: str, packed: bool) -> str:
     can = capabilities()
     if dtype != "fp32" and not can["bf16_products"]:
         return "no bf16 products on this processor (AVX-512 or AMX is needed)"
-    if packed and not can["packed_weights"]:
-        return "no packed weights: this torch has no oneDNN for this processor"
+    if packed and not can["packed_fp32" if dtype == "fp32" else "packed_bf16"]:
+        return f"this torch has no packed weights of {dtype} for this processor"
     return ""
 
 
