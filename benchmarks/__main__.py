@@ -29,7 +29,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     repeats = given.repeats or (FULL_REPEATS if given.full else SHORT_REPEATS)
     load, start = os.getloadavg()[0], time.perf_counter()
-    print(f"torch {torch.__version__}, {given.threads} threads, {repeats} interleaved repeats")
+    print(f"torch {torch.__version__}, threads: {given.threads}, {repeats} interleaved repeats")
     for sentence in machine.cannot():
         print(f"cannot measure: {sentence}")
     # A thread that waits for a core holds up each product that it has a share in.

@@ -98,3 +98,17 @@ def test_the_store_takes_no_measurement_for_a_record(tmp_path):
     speed.write(tmp_path / inside, ABOUT, [ratio()])
     assert Store(tmp_path, tmp_path / "private").find("short") is None
     assert [*tmp_path.glob("*/*.json")] == [] and [*tmp_path.glob("*/*/*.json")] != []
+
+
+def test_committed_measurements_are_whole_and_say_where_they_were_made():
+    files = sorted(paths.BENCH.rglob("*.json"))
+    assert speed.file_of("short") in files  # the page on speed shows it
+    for file in files:
+        read = speed.read(file)
+        assert file == speed.file_of(file.stem, file.parent.name)
+        assert {row.part for row in read.rows} <= set(speed.PARTS)
+        assert all(row.ratio is not None or row.note for row in read.rows)
+        about, machine = read.about, read.about["machine"]
+        assert about["command"] == {"short": "make bench", "full": "make bench-full"}[file.stem]
+        assert {"processor", "cores", "threads", "versions", "capabilities"} <= set(machine)
+        assert len(machine["load_average"]) == 2
