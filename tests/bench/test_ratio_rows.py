@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 
-from benchmarks import attention, growth, layers, machine, models, pruning, trainer
+from benchmarks import attention, extraction, growth, layers, machine, models, pruning, trainer
 from benchmarks.__main__ import line
 from benchmarks.dense import EqualChunks, OneMlp, packed
 from benchmarks.layers import PASSES, SHORT, Setting, settings
@@ -29,6 +29,11 @@ def without_bf16(monkeypatch):
     """A machine that multiplies fp32 alone, and cannot pack weights."""
     can = dict.fromkeys(machine.capabilities(), False)
     monkeypatch.setattr(machine, "capabilities", lambda: can)
+
+
+def small_vit():
+    sizes = {"patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    return timm.create_model("vit_tiny_patch16_224", img_size=28, num_classes=3, **sizes).eval()
 
 
 def well_formed(rows):
@@ -148,9 +153,7 @@ def test_rows_of_models(monkeypatch):
     monkeypatch.setattr(models, "DEPTH", 2)
     monkeypatch.setattr(models, "SHORT_DEPTHS", (1, 2))
     monkeypatch.setattr(models, "SHORT_BATCHES", (1, 4))
-    sizes = {"patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    small = timm.create_model("vit_tiny_patch16_224", img_size=28, num_classes=3, **sizes)
-    monkeypatch.setattr(models, "dense_model", small.eval)
+    monkeypatch.setattr(models, "dense_model", small_vit)
     rows = well_formed(models.rows(repeats=3, full=False))
     extracted = [row for row in rows if row.ours_is == "extracted"]
     assert {row.against for row in extracted} == {"whole model", "static model"}
@@ -171,6 +174,17 @@ def test_rows_of_the_full_benchmark(module, monkeypatch):
     for name, value in (("NAME", "vit_tiny_patch16_224"), ("SIDE", 32), ("BATCH", 2)):
         monkeypatch.setattr(module, name, value)
     well_formed(module.rows(3))
+
+
+def test_rows_of_extraction_say_whether_labels_agree_and_what_memory_it_takes(monkeypatch):
+    for name, value in (("TOKENS", 300), ("MANY_TOKENS", 300), ("CLUSTER_SHARE", 0.05)):
+        monkeypatch.setattr(extraction, name, value)
+    monkeypatch.setattr(models, "SIDE", 28)
+    monkeypatch.setattr(extraction, "dense_model", small_vit)
+    clustering, whole = well_formed(extraction.rows(turns=2))
+    assert "adjusted Rand index of the labels 1.000" in clustering.note
+    assert "MiB" in clustering.note and "recording took" in whole.note
+    assert whole.shape == "2 layers, 300 tokens"
 
 
 def test_a_line_says_whether_the_goal_is_reached():
