@@ -25,13 +25,13 @@ class Rows:
 
     lengths: E lengths of the slices. token: (R,) the token of each row; rows that fill a slice up
     are copies of token 0. by_token: (A,) the assignments, as the Routing lists them, in the order
-    of their tokens, and row: (A,) their rows in that order. start: (T,) where the assignments of a
-    token begin in it; None where each token has exactly one.
+    of their tokens; None where they are listed so, one for each token. row: (A,) their rows in that
+    order, and start: (T,) where those of a token begin; None where each has one.
     """
 
     lengths: list[int]
     token: Tensor
-    by_token: Tensor
+    by_token: Tensor | None
     row: Tensor
     start: Tensor | None
 
@@ -42,22 +42,29 @@ class Rows:
         multiple: the lengths of slices are rounded up to a multiple of it.
         """
         by_expert, counts = torch.argsort(routing.expert, stable=True), routing.load()
-        padded = -(-counts // multiple) * multiple
-        filling = padded - counts
-        # The rows of an expert move down by as many rows as fill up the slices before it.
-        shift = filling.cumsum(0) - filling
-        row = torch.arange(len(by_expert), device=counts.device) + shift.repeat_interleave(counts)
-        lengths = padded.tolist()
-        token = row.new_zeros(sum(lengths)).index_copy(0, row, routing.token[by_expert])
+        row = torch.arange(len(by_expert), device=counts.device)
+        one_each = len(row) == tokens and torch.equal(routing.token, row)
+        token = by_expert if one_each else routing.token[by_expert]
+        if multiple == 1:
+            lengths = counts.tolist()
+        else:
+            padded = -(-counts // multiple) * multiple
+            lengths, filling = padded.tolist(), padded - counts
+            # The rows of an expert move down by as many rows as fill up the slices before it.
+            row = row + (filling.cumsum(0) - filling).repeat_interleave(counts)
+            token = row.new_zeros(sum(lengths)).index_copy(0, row, token)
         row_of_assignment = torch.empty_like(row).index_copy(0, by_expert, row)
+        if one_each:  # and in their order
+            return cls(lengths, token, None, row_of_assignment, None)
         by_token = torch.argsort(routing.token, stable=True)
         of_token = torch.bincount(routing.token, minlength=tokens)
-        one_each = len(by_token) == tokens and bool((of_token == 1).all())
-        start = None if one_each else of_token.cumsum(0) - of_token
+        start = of_token.cumsum(0) - of_token
         return cls(lengths, token, by_token, row_of_assignment[by_token], start)
 
     def gather(self, x: Tensor) -> Tensor:
         """Gives each row the features of its token: (T, D) -> (R, D)."""
+        if not torch.is_grad_enabled():
+            return x.index_select(0, self.token)
         return _Gather.apply(x, self.token, self.row, self.start)
 
     def sum_by_token(self, outputs: Tensor, weight: Tensor) -> Tensor:
@@ -66,9 +73,12 @@ class Rows:
         outputs: (R, D). weight: (A,), the factor of each assignment. Returns (T, D).
         """
         # Hard decisions have weights of 1, which need not be multiplied by.
-        ones = not weight.requires_grad and bool((weight == 1).all())
-        weight = None if ones else weight.index_select(0, self.by_token)
-        return _SumByToken.apply(outputs, weight, self.token, self.row, self.start)
+        if not weight.requires_grad and bool((weight == 1).all()):
+            weight = None
+        elif self.by_token is not None:
+            weight = weight.index_select(0, self.by_token)
+        run = _SumByToken.apply if torch.is_grad_enabled() else _SumByToken.forward
+        return run(outputs, weight, self.token, self.row, self.start)
 
 
 class _Gather(Function):
