@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: book test faults bench clean
+.PHONY: book test faults bench bench-full clean
 
 book: $(READY)
 	$(BIN)/jupyter-book build book
@@ -17,8 +17,12 @@ test: $(READY)
 faults: $(READY)
 	$(BIN)/python tests/faults/stress.py $(PARTS)
 
+# one table of ratios, five minutes on two quiet cores; the full one takes an hour or two. Layers of other libraries: pip install -e .[bench]
 bench: $(READY)
 	$(BIN)/python -m benchmarks
+
+bench-full: $(READY)
+	$(BIN)/python -m benchmarks --full
 
 $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)

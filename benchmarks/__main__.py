@@ -1,19 +1,94 @@
-"""Measures the MoE layer against the dense bound, attention in two forms, pruning, extraction and
-the trainer: `python -m benchmarks`."""
+"""Measures speeds against their limits and prints one table of ratios: `python -m benchmarks`.
+
+Without `--full`: the layer, its peers, whole models and growth where goals are set, in less than
+five minutes on two quiet cores. With it: every setting, batch 64, pruning, extraction, attention
+and the trainer, in an hour or two.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
-import platform
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
 
 import torch
 
-from . import attention, extraction, moe, pruning, trainer
+from lib.verdicts import speed
+from lib.verdicts.speed import Ratio
+
+from . import attention, extraction, growth, layers, machine, models, pruning, trainer
+
+FULL_REPEATS, SHORT_REPEATS = 20, 7
 
 
 def main() -> None:
+    given = _options()
+    torch.set_num_threads(given.threads)
+    repeats = given.repeats or (FULL_REPEATS if given.full else SHORT_REPEATS)
+    load, start = os.getloadavg()[0], time.perf_counter()
+    print(f"torch {torch.__version__}, threads: {given.threads}, {repeats} interleaved repeats")
+    for sentence in machine.cannot():
+        print(f"cannot measure: {sentence}")
+    # A thread that waits for a core holds up each product that it has a share in.
+    if load > 1.0:
+        print(f"PROVISIONAL: other work runs on this machine (load average {load:.1f})")
+    print(HEAD)
+    rows = []
+    for row in measured(given.full, repeats):
+        rows.append(row)
+        print(line(row), flush=True)
+    about = {
+        "command": "make bench-full" if given.full else "make bench",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "seconds": round(time.perf_counter() - start),
+        "repeats": repeats,
+        "machine": machine.describe(load),
+    }
+    speed.write(given.out, about, rows)
+    print(f"{len(rows)} rows in {about['seconds']} s, written to {given.out}")
+
+
+def measured(full: bool, repeats: int) -> Iterator[Ratio]:
+    """Measures all rows; each comes as soon as it is measured."""
+    yield from layers.rows(repeats, full)
+    yield from growth.rows(repeats, full)
+    # A model's pass is many products long: fewer repeats vary as little.
+    yield from models.rows(repeats if full else max(3, repeats - 2), full)
+    if full:
+        yield from attention.rows(repeats)
+        yield from pruning.rows(repeats)
+        yield from extraction.rows()
+        yield from trainer.rows(repeats)
+
+
+HEAD = (
+    f"{'what':<32} {'shape':<40} {'dtype':<8} {'ours':<14} {'against':<22} "
+    f"{'ours ms':>16} {'against ms':>16} {'ratio':>12} {'goal':>5}\n"
+    f"{'times and ratios: median (10% quantile)':>60}"
+)
+
+
+def line(row: Ratio) -> str:
+    """Prints a row: times and ratio with their low quantiles, goal, reached or not."""
+    sides = f"{row.what:<32} {row.shape:<40} {row.dtype:<8} {row.ours_is:<14} {row.against:<22}"
+    if row.ratio is None:
+        return f"{sides} {row.note}"
+    times = " ".join(f"{t.median:>8.1f} ({t.low:.1f})".rjust(16) for t in (row.ours, row.other))
+    goal = "" if row.goal is None else f"{row.goal:.2f}"
+    mark = {None: "", True: "reached", False: "SHORT"}[row.reached]
+    cause = row.cause if row.reached is False else ""
+    said = "; ".join(filter(None, (row.note, cause)))
+    ratio = f"{row.ratio:.3f} ({row.low_ratio:.3f})"
+    return f"{sides} {times} {ratio:>14} {goal:>5} {mark:<7} {said}".rstrip()
+
+
+def _options() -> argparse.Namespace:
+    """Reads the command line."""
     options = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    options.add_argument("--full", action="store_true", help="every row, not the short table")
     options.add_argument(
         "--threads",
         type=int,
@@ -21,78 +96,16 @@ def main() -> None:
         help="torch threads (default: torch's own)",
     )
     options.add_argument(
-        "--repeats", type=int, default=20, help="interleaved repeats after warm-up, at least 20"
+        "--repeats",
+        type=int,
+        help=f"interleaved repeats after warm-up (default: {SHORT_REPEATS}; full: {FULL_REPEATS})",
     )
-    options.add_argument("--no-pruning", action="store_true", help="leave out static pruning")
-    options.add_argument(
-        "--no-extraction", action="store_true", help="leave out experts extracted from MLPs"
-    )
-    options.add_argument("--no-trainer", action="store_true", help="leave out the trainer")
+    options.add_argument("--out", type=Path, help="JSON file (default: data/results/bench/cpu/...)")
     given = options.parse_args()
-    torch.set_num_threads(given.threads)
-    print(
-        f"torch {torch.__version__}, {_processor()}, {given.threads} threads; "
-        f"medians of {given.repeats} repeats"
-    )
-    # A thread that waits for a core holds up each product that it has a share in.
-    load = os.getloadavg()[0]
-    if load > 1.0:
-        print(
-            f"NOT VALID as a measurement: other work runs on this machine (load average {load:.1f})"
-        )
-    print(
-        f"MoE layer: B={moe.B} N={moe.N} D={moe.D} H={moe.H} E={moe.E} K=1; "
-        "ratio = dense bound over layer"
-    )
-    print(
-        f"{'pass':<17} {'routing':<8} {'dtype':<9} "
-        f"{'bound ms':>9} {'bound':<9} {'layer ms':>9} {'ratio':>6} {'target':>7}"
-    )
-    for row in moe.rows(given.repeats):
-        print(_line(row), flush=True)
-    ms = attention.step_ms(given.repeats)
-    print(
-        f"bf16 training step, ViT-S/14 at {attention.SIDE} px: "
-        f"fused attention {ms['fused']:.0f} ms, written out {ms['written out']:.0f} ms, "
-        f"ratio {ms['fused'] / ms['written out']:.2f} (above 1: written out is right here)"
-    )
-    if not given.no_pruning:
-        for row in pruning.rows(given.repeats):
-            print(row, flush=True)
-    if not given.no_extraction:
-        for row in extraction.rows(given.repeats):
-            print(row, flush=True)
-    if not given.no_trainer:
-        overhead = trainer.overhead(rounds=max(20, given.repeats))
-        mark = "pass" if overhead.share <= trainer.TARGET else "SHORT"
-        print(
-            f"trainer: bare timm loop {overhead.bare_s:.2f} s, "
-            f"lib.training.loop {overhead.trainer_s:.2f} s, "
-            f"overhead {overhead.share:+.1%} (target at most {trainer.TARGET:.0%})  {mark}"
-        )
-
-
-def _line(row: moe.Row) -> str:
-    target = mark = ""
-    if row.target is not None:
-        target = f">={row.target:.2f}"
-        mark = "pass" if row.ratio >= row.target else "SHORT"
-    text = (
-        f"{row.what:<17} {row.routing:<8} {row.dtype:<9} "
-        f"{row.bound_ms:>9.1f} {row.bound_name:<9} {row.layer_ms:>9.1f} "
-        f"{row.ratio:>6.3f} {target:>7}  {mark:<5} {row.cause}"
-    )
-    return text.rstrip()
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as info:
-            return next(
-                line.split(":", 1)[1].strip() for line in info if line.startswith("model name")
-            )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    if given.repeats is not None and given.repeats < 3:
+        options.error(f"--repeats {given.repeats} gives no median and quantile: at least 3")
+    given.out = given.out or speed.file_of("full" if given.full else "short")
+    return given
 
 
 if __name__ == "__main__":

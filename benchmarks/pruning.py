@@ -20,23 +20,24 @@ import torch_pruning
 from torch import Tensor, nn
 
 from lib.measure import cost
-from lib.measure.timing import compare
 from lib.pruning.neurons.removal import remove
 from lib.pruning.neurons.scores import keep_indices, neuron_scores
+from lib.verdicts.speed import Ratio
 
-from .row import DTYPES, Row, forward
+from .clock import DTYPES, forward, timed
 
 NAME, SIDE, BATCH, CLASSES, SHARE = "vit_small_patch14_dinov2", 224, 16, 100, 0.5
-TARGETS = {"fp32": 0.95}  # least share of the ratio of MACs
+GOALS = {"fp32": 0.95}  # least share of the ratio of MACs
+SHAPE = f"ViT-S/14, {SIDE} px, batch {BATCH}"
 
 
-def rows(repeats: int = 20) -> Iterator[Row]:
+def rows(repeats: int) -> Iterator[Ratio]:
     """Measures all; a row comes as soon as it is measured."""
     yield from speed(repeats)
     yield from pruning(repeats)
 
 
-def speed(repeats: int = 20) -> Iterator[Row]:
+def speed(repeats: int) -> Iterator[Ratio]:
     """Times inference with half of the neurons of each MLP, against the whole model.
 
     The bound is the ratio of MACs.
@@ -46,42 +47,50 @@ def speed(repeats: int = 20) -> Iterator[Row]:
     scores = neuron_scores(pruned, [], "magnitude", parts=["mlp"])
     remove(pruned, {name: keep_indices(score, SHARE) for name, score in scores.items()})
     ideal = cost.count(whole, SIDE).macs / cost.count(pruned, SIDE).macs
-    for dtype, torch_dtype in DTYPES.items():
-        inputs = images.to(torch_dtype)
-        calls = {
-            "whole": forward(whole.to(torch_dtype), inputs),
-            "pruned": forward(pruned.to(torch_dtype), inputs),
-        }
-        timed = compare(calls, repeats)
-        yield Row(
+    for dtype in ("fp32", "bf16"):
+        inputs = images.to(DTYPES[dtype])
+        models = {"whole": whole.to(DTYPES[dtype]), "pruned": pruned.to(DTYPES[dtype])}
+        times = timed({name: forward(model, inputs) for name, model in models.items()}, repeats)
+        yield Ratio(
+            part="other",
             what=f"MLPs pruned by {SHARE:.0%}, forward",
+            shape=SHAPE,
             dtype=dtype,
+            ours_is="pruned model",
             against="whole model",
-            against_ms=timed["whole"].median,
-            ours_ms=timed["pruned"].median,
+            ours=times["pruned"],
+            other=times["whole"],
             ideal=ideal,
-            target=TARGETS.get(dtype),
+            goal=GOALS.get(dtype),
         )
 
 
-def pruning(repeats: int = 20) -> Iterator[Row]:
+def pruning(repeats: int) -> Iterator[Ratio]:
     """Times Taylor scores on one batch and removal of the lowest half of the hidden neurons.
 
     They stand against the gradients alone and against a rival.
     """
     model, batch = _model(), _batch()
-    timed = compare(
+    times = timed(
         {
-            "ours": lambda: _ours(copy.deepcopy(model), batch),
-            "rival": lambda: _rival(copy.deepcopy(model), batch),
-            "gradients": lambda: _gradients(copy.deepcopy(model), batch),
+            "lib": lambda: _ours(copy.deepcopy(model), batch),
+            "torch-pruning": lambda: _rival(copy.deepcopy(model), batch),
+            "gradients alone": lambda: _gradients(copy.deepcopy(model), batch),
         },
         repeats,
     )
-    ms = {name: time.median for name, time in timed.items()}
-    what = f"Taylor, MLPs pruned by {SHARE:.0%}"
-    yield Row(what, "fp32", "gradients alone", ms["gradients"], ms["ours"], 1.0)
-    yield Row(what, "fp32", "torch-pruning", ms["rival"], ms["ours"], None, 1.0)
+    for against, goal in (("gradients alone", None), ("torch-pruning", 1.0)):
+        yield Ratio(
+            part="other",
+            what=f"Taylor scores, MLPs pruned by {SHARE:.0%}",
+            shape=SHAPE,
+            dtype="fp32",
+            ours_is="lib",
+            against=against,
+            ours=times["lib"],
+            other=times[against],
+            goal=goal,
+        )
 
 
 def _model() -> nn.Module:

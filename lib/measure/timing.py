@@ -52,15 +52,25 @@ class Latency:
 def compare(
     candidates: dict[str, Callable[[], object]], repeats: int = 20, warmup: int = 3, settle: int = 0
 ) -> dict[str, Latency]:
-    """Times several functions in turn (a b c a b c ...), so that a drift of the machine meets all
-    of them alike.
+    """Times several functions as `times_of` does, and sums each up.
 
-    repeats: timed calls of each, at least 20, so that the quantiles mean something; after `warmup`
-    untimed turns. settle: untimed calls before each timed one. In service a model follows itself,
-    and finds its weights in the cache as far as they fit there; without settling it follows its
-    rival. Raises ValueError for fewer repeats.
+    repeats: at least 20, so that the quantiles mean something. Raises ValueError for fewer.
     """
     check_repeats(repeats)
+    times = times_of(candidates, repeats, warmup, settle)
+    return {name: _summary(values) for name, values in times.items()}
+
+
+def times_of(
+    candidates: dict[str, Callable[[], object]], repeats: int, warmup: int = 3, settle: int = 0
+) -> dict[str, list[float]]:
+    """Times several functions in turn (a b c a b c ...), so that a drift of the machine meets all
+    of them alike; returns `repeats` times of each, in ms.
+
+    repeats: timed calls of each, after `warmup` untimed turns. settle: untimed calls before each
+    timed one. In service a model follows itself, and finds its weights in the cache as far as they
+    fit there; without settling it follows its rival.
+    """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(warmup + repeats):
         for name, fn in candidates.items():
@@ -72,7 +82,7 @@ def compare(
             _synchronize()
             if turn >= warmup:
                 times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: _summary(values) for name, values in times.items()}
+    return times
 
 
 def check_repeats(repeats: int) -> None:

@@ -1,0 +1,181 @@
+"""Reads and writes measured speeds as ratios to a bound, and says what each shortfall is made of.
+
+A measurement is one JSON file in `data/results/bench/<device>/`, written by `python -m benchmarks`
+and checked on every read. It is no record: the clock is not a function of a run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import paths
+
+VERSION = 1
+PARTS = {
+    "layer": "MoE layer against dense MLPs",
+    "peers": "MoE layer against other libraries",
+    "models": "whole models",
+    "growth": "growth with experts, tokens and depth",
+    "other": "pruning, extraction, attention, trainer",
+}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Holds the median and the 10% quantile of the times of one call, in ms."""
+
+    median: float
+    low: float
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Is one row of the table: the time of ours beside that of something else.
+
+    part: one of PARTS. what, shape: what runs, and its sizes. ours_is, against: the two sides.
+    ours, other: their times; None where they were not measured, which `note` then explains. ideal:
+    the other's time over ours at the limit (the ratio of multiply-adds). goal: the least share of
+    the limit; None: shown, not promised. beside: times of further candidates of the same turns.
+    """
+
+    part: str
+    what: str
+    shape: str
+    dtype: str
+    ours_is: str
+    against: str
+    ours: Timing | None = None
+    other: Timing | None = None
+    ideal: float = 1.0
+    goal: float | None = None
+    note: str = ""
+    beside: dict[str, Timing] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float | None:
+        """Computes the share of the limit that ours reaches, by medians; 1 is the limit."""
+        return self._share("median")
+
+    @property
+    def low_ratio(self) -> float | None:
+        """Computes the same by low quantiles, which other work on the machine moves less."""
+        return self._share("low")
+
+    @property
+    def reached(self) -> bool | None:
+        """Says whether the goal is reached; None without a goal or without times."""
+        if self.goal is None or self.ratio is None:
+            return None
+        return self.ratio >= self.goal
+
+    def _share(self, quantile: str) -> float | None:
+        if self.ours is None or self.other is None:
+            return None
+        return getattr(self.other, quantile) / getattr(self.ours, quantile) / self.ideal
+
+    @property
+    def cause(self) -> str:
+        """Says in ms what keeps ours from the bound, as far as the same turns measured it."""
+        steps = [name for name in STEPS if name in self.beside]
+        if self.ours is None or not steps:
+            return ""
+        times = [self.beside[name].median for name in steps] + [self.ours.median]
+        labels = [STEPS[name] for name in steps[1:]] + [LAST_STEP[steps[-1]]]
+        added = zip(labels, times[1:], times[:-1], strict=True)
+        return "; ".join(f"{label} {after - before:+.1f} ms" for label, after, before in added)
+
+
+# Candidates in the order in which ours is reached from the bound, and what each adds to the one
+# before it; then what ours adds to the last.
+STEPS = {
+    "one MLP": "",
+    "equal chunks": "several weights in place of one",
+    "one MLP, packed": "",
+    "equal chunks, packed": "several weights in place of one",
+    "whole model at the ratio of multiply-adds": "",
+    "static model": "what does not shrink with the neurons",
+}
+LAST_STEP = {
+    "equal chunks": "routing, gather, unequal slices and combine",
+    "equal chunks, packed": "routing, gather, unequal slices and combine",
+    "static model": "routing and several experts",
+}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Holds the rows of one command, and about: command, date, seconds, repeats, machine.
+
+    machine: processor, cores, threads, versions, load average before and after, capabilities, and
+    `cannot`, the sentences that say which rows it cannot measure.
+    """
+
+    about: dict[str, Any]
+    rows: tuple[Ratio, ...]
+
+    @property
+    def disturbed(self) -> bool:
+        """Says whether other work ran: before the start, more than one process wanted a core."""
+        return self.about["machine"]["load_average"][0] > 1.0
+
+    def of(self, part: str) -> list[Ratio]:
+        """Lists the measured rows of a part."""
+        return [row for row in self.rows if row.part == part and row.ratio is not None]
+
+    @property
+    def short(self) -> list[Ratio]:
+        """Lists the rows that fall short of their goal, farthest first."""
+        missed = [row for row in self.rows if row.reached is False]
+        return sorted(missed, key=lambda row: row.ratio / row.goal)
+
+
+def file_of(name: str, device: str = "cpu") -> Path:
+    """Names the file of a measurement: "short" (make bench) or "full" (make bench-full)."""
+    return paths.BENCH / device / f"{name}.json"
+
+
+def write(file: Path, about: Mapping[str, Any], rows: Iterable[Ratio]) -> None:
+    """Writes a measurement whole, with a checksum over its content."""
+    content = {"version": VERSION, "about": dict(about), "rows": [asdict(row) for row in rows]}
+    with paths.written_whole(file) as part:
+        text = json.dumps(content | {"checksum": _checksum(content)}, indent=1, allow_nan=False)
+        part.write_text(text + "\n", encoding="utf-8")
+
+
+def read(file: Path) -> Measurement:
+    """Reads a measurement.
+
+    Raises FileNotFoundError where it is absent, and ValueError where it is damaged, cut off, edited
+    by hand or of another version; either names the file and the command that makes it anew.
+    """
+    again = f"measure anew: make {'bench' if file.stem == 'short' else 'bench-full'}"
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no measurement {file}; {again}")
+    try:
+        content = json.loads(file.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
+        if content.pop("checksum", None) != _checksum(content):
+            raise ValueError("its checksum does not match its content")
+        if content["version"] != VERSION:
+            raise ValueError(f"it is of version {content['version']}, not {VERSION}")
+        return Measurement(content["about"], tuple(_row(row) for row in content["rows"]))
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"measurement {file} is damaged ({error}); {again}") from error
+
+
+def _row(content: dict[str, Any]) -> Ratio:
+    timings = {key: content[key] and Timing(**content[key]) for key in ("ours", "other")}
+    beside = {name: Timing(**timing) for name, timing in content["beside"].items()}
+    return Ratio(**content | timings | {"beside": beside})
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """Computes the SHA-256 over a content of JSON, whatever white space its file has."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,114 @@
+"""Measurements of speed: what a row says, and files that are read only if they are whole."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lib import paths
+from lib.runs.store import Store
+from lib.verdicts import speed
+from lib.verdicts.speed import Ratio, Timing
+
+SIDES = {"what": "forward", "shape": "B=1", "dtype": "fp32", "ours_is": "layer", "against": "bound"}
+MACHINE = {"load_average": [0.4, 2.0]}
+ABOUT = {"command": "make bench", "date": "2026-01-01 00:00 UTC", "machine": MACHINE}
+
+
+def ratio(ours=2.0, other=1.0, **options):
+    times = {"ours": Timing(ours, ours / 2), "other": Timing(other, other)}
+    return Ratio(**{"part": "layer"} | SIDES | times | options)
+
+
+def test_a_ratio_is_the_share_of_its_limit():
+    row = ratio(ours=4.0, other=6.0, ideal=2.0, goal=0.75)
+    assert (row.ratio, row.low_ratio, row.reached) == (0.75, 1.5, True)
+    assert ratio(ours=4.0, other=6.0, ideal=2.0, goal=0.76).reached is False
+    assert ratio().reached is None
+    absent = Ratio(part="peers", goal=1.0, note="not installed", **SIDES)
+    assert (absent.ratio, absent.low_ratio, absent.reached, absent.cause) == (None, None, None, "")
+
+
+def test_a_cause_adds_up_to_the_distance_from_the_bound():
+    beside = {"one MLP": Timing(1.0, 1.0), "equal chunks": Timing(1.5, 1.5)}
+    assert ratio(ours=2.25, beside=beside).cause == (
+        "several weights in place of one +0.5 ms; "
+        "routing, gather, unequal slices and combine +0.8 ms"
+    )
+    beside = {"static model": Timing(7.0, 7.0)}
+    beside["whole model at the ratio of multiply-adds"] = Timing(6.0, 6.0)
+    assert ratio(ours=6.5, beside=beside).cause == (
+        "what does not shrink with the neurons +1.0 ms; routing and several experts -0.5 ms"
+    )
+    assert ratio(ours=8.0, beside={"static model": Timing(7.0, 7.0)}).cause == (
+        "routing and several experts +1.0 ms"
+    )
+    assert ratio().cause == ""
+
+
+def test_a_measurement_is_read_as_it_was_written(tmp_path):
+    absent = Ratio(part="peers", note="not installed", **SIDES)
+    rows = (ratio(goal=0.9, beside={"one MLP": Timing(1.0, 0.9)}), absent, ratio(goal=0.7))
+    speed.write(tmp_path / "short.json", ABOUT, rows)
+    read = speed.read(tmp_path / "short.json")
+    assert read.rows == rows and read.about == ABOUT and not read.disturbed
+    assert read.of("layer") == [rows[0], rows[2]] and read.of("peers") == []
+    assert read.short == [rows[0], rows[2]]  # farthest from its goal first
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda text: text[: len(text) // 2], "damaged"),
+        (lambda text: text.replace('"median": 2.0', '"median": 1.0'), "checksum does not match"),
+        (lambda text: text.replace('"checksum"', '"sum"'), "checksum does not match"),
+        (lambda text: "[]", "no JSON object"),
+        (lambda text: "\xff", "damaged"),
+    ],
+)
+def test_a_damaged_measurement_is_refused_by_name(tmp_path, damage, says):
+    file = tmp_path / "full.json"
+    speed.write(file, ABOUT, [ratio()])
+    file.write_text(damage(file.read_text()), encoding="latin-1")
+    with pytest.raises(ValueError, match=says) as error:
+        speed.read(file)
+    assert str(file) in str(error.value) and "make bench-full" in str(error.value)
+
+
+@pytest.mark.parametrize("change", [{"version": 99}, {"rows": [{"part": "layer"}]}])
+def test_a_measurement_of_another_form_is_refused_by_name(tmp_path, change):
+    file = tmp_path / "short.json"
+    speed.write(file, ABOUT, [ratio()])
+    content = json.loads(file.read_text()) | change
+    del content["checksum"]
+    file.write_text(json.dumps(content | {"checksum": speed._checksum(content)}))
+    with pytest.raises(ValueError, match="damaged") as error:
+        speed.read(file)
+    assert str(file) in str(error.value)
+
+
+def test_an_absent_measurement_says_which_command_makes_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match="short.json; measure anew: make bench$"):
+        speed.read(tmp_path / "short.json")
+
+
+def test_the_store_takes_no_measurement_for_a_record(tmp_path):
+    inside = speed.file_of("short").relative_to(paths.RESULTS)
+    speed.write(tmp_path / inside, ABOUT, [ratio()])
+    assert Store(tmp_path, tmp_path / "private").find("short") is None
+    assert [*tmp_path.glob("*/*.json")] == [] and [*tmp_path.glob("*/*/*.json")] != []
+
+
+def test_committed_measurements_are_whole_and_say_where_they_were_made():
+    files = sorted(paths.BENCH.rglob("*.json"))
+    assert speed.file_of("short") in files  # the page on speed shows it
+    for file in files:
+        read = speed.read(file)
+        assert file == speed.file_of(file.stem, file.parent.name)
+        assert {row.part for row in read.rows} <= set(speed.PARTS)
+        assert all(row.ratio is not None or row.note for row in read.rows)
+        about, machine = read.about, read.about["machine"]
+        assert about["command"] == {"short": "make bench", "full": "make bench-full"}[file.stem]
+        assert {"processor", "cores", "threads", "versions", "capabilities"} <= set(machine)
+        assert len(machine["load_average"]) == 2
