@@ -62,6 +62,7 @@ def prunable(
         raise ValueError(
             f"{type(model).__name__} has no {' and no '.join(absent)} to prune: it has "
             f"{', '.join(parts_in(model)) or 'none of ' + ', '.join(PARTS)}"
+            + ("; MLPs of other names are given by modules=" if "mlp" in absent else "")
         )
     for part, name, module in candidates:
         if reason := _refusal(part, module):
