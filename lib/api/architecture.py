@@ -6,7 +6,9 @@ right if what they build has the same modules, numbers and shapes.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import timm
@@ -163,12 +165,18 @@ def _name_in_timm(model: nn.Module) -> str | None:
 
 def _arguments_of(model: nn.Module, default: nn.Module) -> dict[str, Any]:
     """Reads the arguments in which a model differs from the one that is built without any."""
+    parameters = _parameters(model)
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     arguments = {}
     for name, read in READERS.items():
-        value = _read(read, model)
+        value = _read(read, model) if takes_all or name in parameters else None
         if value is not None and value != _read(read, default):
             arguments[name] = value
     return arguments
+
+
+def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(type(model).__init__).parameters
 
 
 def _read(read: Callable[[Any], Any], model: nn.Module) -> Any:
@@ -208,8 +216,26 @@ def _in_channels(model: nn.Module) -> int:
 
 
 def _image_size(model: Any) -> Any:
-    embedding = getattr(model, "patch_embed", None)
-    return model.img_size if embedding is None else embedding.img_size
+    if hasattr(model, "tokens_spatial_shape"):  # Hiera
+        sides = zip(model.tokens_spatial_shape, model.patch_stride, strict=True)
+        return [tokens * stride for tokens, stride in sides]
+    return next(m.img_size for m in model.modules() if hasattr(m, "img_size"))
+
+
+def _width(model: Any) -> Any:
+    """The width of the blocks, or of each stage (MaxViT, whose attribute is that of the last)."""
+    if hasattr(model, "stages") and "embed_dim" not in _parameters(model):
+        return _widths(model)[-len(model.stages) :]
+    return model.embed_dim if hasattr(model, "embed_dim") else _widths(model)[0]
+
+
+def _widths(model: Any) -> list[int]:
+    return [info["num_chs"] for info in model.feature_info]
+
+
+def _blocks_of_stages(model: Any) -> list[int]:
+    ends = [-1, *model.stage_ends]
+    return [end - before for before, end in pairwise(ends)]
 
 
 def _is_there(module: nn.Module | None) -> bool:
@@ -223,8 +249,11 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "in_chans": _in_channels,
     "img_size": _image_size,
     "patch_size": lambda model: model.patch_embed.patch_size,
-    "embed_dim": lambda model: model.embed_dim,
+    "embed_dim": _width,
+    "dims": lambda model: _widths(model) if "dims" in _parameters(model) else None,
     "depth": _depth,
+    "depth_token_only": lambda model: len(model.blocks_token_only),
+    "stages": _blocks_of_stages,
     "depths": lambda model: [len(stage.blocks) for stage in _stages(model)],
     "num_heads": _heads,
     "global_pool": lambda model: model.global_pool,

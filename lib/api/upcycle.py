@@ -29,6 +29,7 @@ def upcycle(
         lib.upcycle(model, layers=2, experts=8)
         lib.upcycle(model, MoESpec(layers=2, experts=8))
 
+    With fields the function stays as it is until it is trained, or a warning says what changes it.
     Returns the changed model; the given one is left as it is unless `inplace`. `model.upcycling`
     gets a row a layer. What is taken, what the gate is, and what is refused: see
     `lib.models.upcycle.upcycle`, which does it.

@@ -20,8 +20,9 @@ from tqdm.auto import tqdm
 from .. import paths
 from ..inputs.splits import Split
 from ..inputs.weights import sha256_state
+from ..models.mlps import maps_of
 from ..models.tokens import begins_with_class_token
-from ..models.upcycle import block_mlps
+from ..models.upcycle import block_mlps, check_dropout
 from ..pruning.neurons.calibration import calibration
 from ..spec import ExtractSpec, RunSpec
 from .calibrate import AtOnce, InSequence
@@ -107,7 +108,8 @@ def check(
     """Returns {name: MLP} of the layers that `extract` would replace.
 
     ignore, modules: as of `mlps_of`. Raises ValueError as that, for correction.sequential on
-    anything but a ViT, and for clusters.class_token on a model without a class token.
+    anything but a ViT, for clusters.class_token on a model without a class token, for experts of an
+    MLP with dropout inside, and for clusters of the neurons of a gated one.
     """
     class_token = rules.clusters.class_token
     begins = (begins_with_class_token(model, name) for name, _ in block_mlps(model))
@@ -122,7 +124,18 @@ def check(
             "correction.sequential=True compares residual streams before norm2 of each block, as a "
             f"timm VisionTransformer has it: {type(model).__name__} is none"
         )
-    return mlps_of(model, ignore, modules=modules)
+    mlps = mlps_of(model, ignore, modules=modules)
+    if rules.clusters.of != "nothing":  # a narrower MLP carries its dropout
+        for name, mlp in mlps.items():
+            check_dropout(name, mlp)
+    gated = [name for name, mlp in mlps.items() if maps_of(mlp).gated]
+    if rules.clusters.of == "neurons" and gated:
+        raise ValueError(
+            f"{gated[0]} ({type(mlps[gated[0]]).__name__}) is a gated MLP, whose neurons have two "
+            "input rows each, and clusters of neurons (MoEfication) compare one: take clusters of "
+            "tokens, or leave the layer out with ignore="
+        )
+    return mlps
 
 
 def calibration_batches(spec: RunSpec, images: int, split: Split, classes: int) -> Iterator[Tensor]:

@@ -40,14 +40,9 @@ def moefied(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Makes experts of clusters of neurons; returns the layer and a report on it.
 
-    seed: of the clusters and of the router's training. Raises ValueError for a gated MLP.
+    mlp: not gated. seed: of the clusters and of the router's training.
     """
     maps = maps_of(mlp)
-    if maps.gated:
-        raise ValueError(
-            f"clusters.of='neurons' compares one input row a neuron, and those of a gated MLP "
-            f"({type(mlp).__name__}) have two: set clusters.of='tokens'"
-        )
     count, k = rules.clusters.count, experts_per_token(rules)
     w1, b1, w2, b2 = weights_of(mlp)
     labels = balanced_kmeans(F.normalize(w1, dim=1), count, seed)

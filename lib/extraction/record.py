@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.mlps import MlpMaps, maps_of, why_no_neurons, why_not_copied
-from ..models.upcycle import check_dropout, chosen_mlps
+from ..models.upcycle import chosen_mlps
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,17 @@ def mlps_of(
     """Returns {name: MLP} of the blocks of a model, but of those that are ignored, by name.
 
     modules: patterns of names of MLPs to take instead of the blocks' own. Raises ValueError as
-    `chosen_mlps`, and for an MLP whose neurons are not known, that changes the
-    width, or that has dropout inside.
+    `chosen_mlps`, and for an MLP whose neurons are not known, or that changes the width.
     """
     mlps = {name: mlp for name, mlp in chosen_mlps(model, modules) if name not in ignore}
     if not mlps:
         raise ValueError(f"no MLP of a {type(model).__name__} is left: {', '.join(ignore)} stay")
     for name, mlp in mlps.items():
         if reason := why_no_neurons(mlp) or why_not_copied(mlp):
-            raise ValueError(f"{name} {reason}: no experts are extracted from it")
-        check_dropout(name, mlp)
+            raise ValueError(
+                f"{name} {reason}: no experts are extracted from it, and no neuron is pruned. "
+                "Leave it out with ignore="
+            )
     return mlps
 
 

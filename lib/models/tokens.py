@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from inspect import signature
 
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
@@ -142,9 +143,9 @@ def _forward_without_values(model: nn.Module) -> Tensor:
 
 
 def _image_size(model: nn.Module) -> tuple[int, int]:
-    """Gives height and width that a model was built for."""
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if size is None:
-        cfg = getattr(model, "pretrained_cfg", None) or {}
-        size = cfg.get("input_size", (3, 224, 224))[1:]
-    return tuple(size)
+    """Gives height and width that a model, or the trunk inside it, was built for."""
+    for module in model.modules():
+        if size := getattr(module, "img_size", None):
+            return to_2tuple(size)
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return tuple(cfg.get("input_size", (3, 224, 224))[1:])

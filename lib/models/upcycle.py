@@ -19,11 +19,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..routers import ROUTER_CLASSES
 from ..spec import MoESpec
+from ..spec.base import sentence
 from ..spec.moe import ROUTERS
 from .compete import CompeteLayer
 from .copies import CopiesLayer, WholeCopies
@@ -39,6 +41,8 @@ from .moe import MoELayer
 from .names import matching
 from .tokens import check_batch_of_images, check_class_token
 
+# fields that add to what an MLP gave, or change its weights
+_CHANGES_FUNCTION = ("shared", "fresh_experts", "copy_noise")
 LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)  # what modules that repeat are kept in
 
 
@@ -136,10 +140,12 @@ def upcycle(
         upcycle(mixer, modules=["blocks.*.mlp_channels"], experts=4, router="token")
 
     spec, or fields of a MoESpec by name. With fields the gate is "renormalised" unless it is given:
-    the model computes what it did before, until it is trained. With a spec it is the printed one by
-    default, which multiplies the output of an MLP by its gate, 1 / E at first. modules, ignore: see
-    `chosen_mlps`; `layers` and `blocks` count these, and fields that name neither take them all
-    where `modules` is given. generator: that routers draw from, the global one if None.
+    the model computes what it did before, until it is trained. A warning says which fields change
+    that: a shared copy comes on top, and under "expert_choice" and "soft" a token need not pass an
+    expert of its own. With a spec the gate is the printed one by default, which multiplies the
+    output of an MLP by its gate, 1 / E at first. modules, ignore: see `chosen_mlps`; `layers` and
+    `blocks` count these, and fields that name neither take them all where `modules` is given.
+    generator: that routers draw from, the global one if None.
 
     MLPs with linear maps or 1x1 convolutions, gated or not, become stacked `Experts`. What has a
     norm or dropout inside, response norm, a depthwise convolution or a form that is not known is
@@ -149,7 +155,8 @@ def upcycle(
     "mean", or if a block sees several rows of tokens an image. Nothing is changed when it raises.
     """
     candidates = chosen_mlps(model, modules, ignore)
-    if spec is None:
+    is_guest = spec is None
+    if is_guest:
         spec = _spec_of_guest(fields, None if modules is None else len(candidates))
     elif fields:
         raise ValueError(
@@ -164,6 +171,8 @@ def upcycle(
     elif spec.per_image:
         check_batch_of_images(model, names)
     _warn_of_copies(mlps)
+    if is_guest:
+        _warn_of_another_function(spec)
     for name, mlp in mlps:
         model.set_submodule(name, moe_layer(mlp, spec, generator))
     return model
@@ -181,7 +190,23 @@ def _spec_of_guest(fields: dict[str, Any], named: int | None) -> MoESpec:
         defaults["gate"] = "renormalised"
     if named is not None and "blocks" not in fields:
         defaults["layers"] = named
-    return MoESpec(**defaults | fields)
+    try:
+        return MoESpec(**defaults | fields)
+    except ValidationError as error:
+        raise ValueError(f"MoESpec: {sentence(error)}") from None
+
+
+def _warn_of_another_function(spec: MoESpec) -> None:
+    """Warns of fields by which the model does not compute what it did, whatever the gate."""
+    asked = [f"{word}={getattr(spec, word)!r}" for word in _CHANGES_FUNCTION if getattr(spec, word)]
+    if not ROUTERS[spec.router].serves_all:
+        asked.append(f"router={spec.router!r}")
+    if asked:
+        warnings.warn(
+            f"with {_listed(asked)} the model need not compute what it did before, also with a "
+            "renormalised gate: train it, or leave that out",
+            stacklevel=4,
+        )
 
 
 def moe_layer(mlp: nn.Module, spec: MoESpec, generator: torch.Generator | None = None) -> MoELayer:

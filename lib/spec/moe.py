@@ -31,6 +31,7 @@ class RouterWord:
     learns: bool = True  # False: it has nothing that an auxiliary loss could teach
     per_image: bool = False  # one decision for all tokens of an image
     every_expert: bool = False  # top_k must be E
+    serves_all: bool = True  # False: a token may pass no expert, or share one with others
 
 
 _LAYER = frozenset({"shared", "expert_dropout"})
@@ -44,12 +45,12 @@ ROUTERS: dict[str, RouterWord] = {
     "token": RouterWord(_TOP_K | _CAPACITY | _COMPETE | {"members", "single_expert_at"}),
     "image": RouterWord(_TOP_K | {"pool"}, per_image=True),
     "all": RouterWord(_LAYER | {"gate", "top_k"}, learns=False, every_expert=True),
-    "expert_choice": RouterWord(_GATE | {"choices", "group"}),
+    "expert_choice": RouterWord(_GATE | {"choices", "group"}, serves_all=False),
     "priority": RouterWord(_GATE | {"group"}),
     "manual": RouterWord(
         _LAYER | {"groups"}, needs=frozenset({"groups"}), learns=False, per_image=True
     ),
-    "soft": RouterWord(frozenset({"slots"})),
+    "soft": RouterWord(frozenset({"slots"}), serves_all=False),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import timm
 import torch
 from small_classifier import (
     CLASSES,
@@ -18,10 +19,12 @@ from small_classifier import (
     state_of,
     vit,
 )
+from small_models import SMALL, built, images_for
 from timm.layers import Mlp
 from timm.models.mlp_mixer import MlpMixer
 
 import lib
+from lib.models.experts import Experts
 
 IMAGES, _ = images_and_labels()
 
@@ -250,6 +253,47 @@ def test_mlps_without_neurons_of_their_own_are_refused_unless_ignored(score):
         lib.prune(model, loader(), score=score)
     small = lib.prune(model, loader(), score=score, ignore=["blocks.0"])
     assert small.blocks[1].mlp.fc1.out_features == H // 2
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_small_patch16_224", "swin_tiny_patch4_window7_224", "beit_base_patch16_224"]
+)
+@pytest.mark.parametrize("score", ["weighted", "taylor"])
+def test_dropout_inside_is_carried_by_narrower_mlps(name, score):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=CLASSES, proj_drop_rate=0.5, **SMALL[name])
+    without = timm.create_model(name, num_classes=CLASSES, **SMALL[name]).eval()
+    without.load_state_dict(model.state_dict())
+    images = images_for(name, 10)
+    data = [(images, torch.arange(10) % CLASSES)]
+    narrow = lib.prune(model.eval(), data, score=score)
+    assert same_state(narrow, state_of(lib.prune(without, data, score=score)))
+    layer = narrow.get_submodule(narrow.pruning[0]["layer"])
+    assert layer.drop1.p == 0.5 and layer.fc1.out_features == narrow.pruning[0]["after"]
+    again = lib.prune(model.train(), data, score="weighted")  # looked at without dropout
+    assert again.training
+    if score == "weighted":
+        assert same_state(again, state_of(narrow))
+    with pytest.raises(
+        ValueError, match=r"blocks\.0\.mlp has dropout inside .*experts do not carry"
+    ):
+        lib.extract(model, data, count=2)
+
+
+@pytest.mark.parametrize(
+    "modules", ["blocks.*.mlp_channels", "blocks.*.mlp_tokens", "blocks.1.mlp_*"]
+)
+def test_experts_of_other_names(modules):
+    mixer = built("mixer_s32_224")
+    images = images_for("mixer_s32_224", 10)
+    data = [(images, torch.arange(10) % CLASSES)]
+    mixture = lib.upcycle(mixer, modules=[modules], experts=3, router="token")
+    narrow = lib.prune(mixture, data, parts=("experts",), score="taylor", modules=[modules])
+    before, after = ([m for m in x.modules() if isinstance(m, Experts)] for x in (mixture, narrow))
+    assert len(before) == len(after) == 2
+    for wide, thin in zip(before, after, strict=True):
+        assert thin.widths == tuple(width // 2 for width in wide.widths)
+    assert narrow(images).isfinite().all()
 
 
 def test_models_and_labels_that_do_not_fit_are_refused():

@@ -1,8 +1,11 @@
 """`lib.upcycle`: a copy of the model with MoE layers, equal to it until it is trained."""
 
+import warnings
+
 import pytest
 import torch
-from small_classifier import images_and_labels, vit
+from small_classifier import Wrapped, images_and_labels, vit
+from small_models import images_for, modules_of, small
 
 import lib
 from lib.models.moe import MoELayer
@@ -37,3 +40,58 @@ def test_what_fits_no_model_changes_none():
     with pytest.raises(ValueError, match="beyond the depth"):
         lib.upcycle(model, layers=3, experts=2, router="token", inplace=True)
     assert not hasattr(model, "upcycling")
+
+
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        ({"expert": 2}, r"^MoESpec: expert=2: there is no such field; near it: experts"),
+        (
+            {"experts": 2, "router": "best"},
+            r"^MoESpec: router='best': it should be 'token', 'image'",
+        ),
+        ({"experts": 2, "top_k": 3}, r"^MoESpec: top_k=3 needs at least 3 experts, got experts=2$"),
+    ],
+)
+def test_fields_that_do_not_fit_are_refused_in_a_sentence(fields, says):
+    with pytest.raises(ValueError, match=says):
+        lib.upcycle(vit(), **fields)
+
+
+def test_fields_that_change_the_function_say_so():
+    model = vit()
+    wanted = output(model)
+    for fields, word in (
+        ({"router": "token", "shared": True}, "shared=True"),
+        ({"router": "soft"}, "router='soft'"),
+        ({"router": "expert_choice"}, "router='expert_choice'"),
+        ({"copy_noise": 0.5}, "copy_noise=0.5"),
+    ):
+        with pytest.warns(UserWarning, match=f"with {word} the model need not compute"):
+            changed = lib.upcycle(model, experts=3, **fields)
+        assert not torch.allclose(output(changed), wanted, atol=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for fields in ({"router": "token", "top_k": 2}, {"router": "priority"}, {}):
+            same = lib.upcycle(model, experts=3, **fields)
+            torch.testing.assert_close(output(same), wanted, atol=1e-5, rtol=0)
+        lib.upcycle(model, lib.MoESpec(experts=3, shared=True))  # it says itself what it does
+
+
+@pytest.mark.parametrize(
+    "name", ["a trunk of mine", "mixer_s32_224", "vit_base_patch16_siglip_224"]
+)
+def test_the_mean_token_of_models_built_for_small_images(name):
+    if name == "a trunk of mine":
+        model, images = Wrapped(vit()).eval(), images_and_labels()[0]
+    else:
+        model, images = small(name), images_for(name)
+    modules = modules_of(name)
+    with torch.no_grad():
+        wanted = model(images)
+        mixture = lib.upcycle(model, experts=3, pool="mean", layers=1, modules=modules)
+        torch.testing.assert_close(mixture(images), wanted, atol=1e-4, rtol=1e-5)
+    layers = [module for module in mixture.modules() if isinstance(module, MoELayer)]
+    with lib.RoutingTape(mixture) as tape:
+        mixture(images)
+    assert len(layers) == 1 and tape[layers[0]].per_image

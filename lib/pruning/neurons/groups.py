@@ -62,6 +62,7 @@ def prunable(
         raise ValueError(
             f"{type(model).__name__} has no {' and no '.join(absent)} to prune: it has "
             f"{', '.join(parts_in(model)) or 'none of ' + ', '.join(PARTS)}"
+            + ("; MLPs of other names are given by modules=" if "mlp" in absent else "")
         )
     for part, name, module in candidates:
         if reason := _refusal(part, module):
@@ -96,12 +97,17 @@ def parts_in(model: nn.Module) -> tuple[str, ...]:
 def supported(model: nn.Module) -> dict[str, nn.Module]:
     """Lists the layers whose neurons can be removed, by name, and leaves out all others.
 
-    MLPs that are none of the blocks' own are among them: they are pruned where they are named.
+    MLPs that are none of the blocks' own, and experts in their place, are among them: they are
+    pruned where they are named.
     """
     of_blocks = {
         name: module for part, name, module in _candidates(model) if not _refusal(part, module)
     }
-    others = {name: module for name, module in model.named_modules() if not why_no_neurons(module)}
+    others = {
+        name: module
+        for name, module in model.named_modules()
+        if not why_no_neurons(module) or not _refusal("experts", module)
+    }
     return of_blocks | {name: others[name] for name in others if name not in of_blocks}
 
 
