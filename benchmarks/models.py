@@ -127,8 +127,7 @@ def _of_batch(
     limit = ideals["extracted"]
     whole = times["whole model"]
     at_the_limit = Timing(whole.median / limit, whole.low / limit)
-    static = {"static model": times["static model"]}
-    beside = {"whole model": {AT_THE_LIMIT: at_the_limit} | static, "static model": static}
+    beside = {AT_THE_LIMIT: at_the_limit, "static model": times["static model"]}
     goals = {
         # alone it must at least not be slower than the whole one
         ("extracted", "whole model"): 1 / limit if single else WHOLE_GOALS[dtype],
@@ -152,7 +151,7 @@ def _of_batch(
             other=times[against],
             ideal=ideals[name] / ideals[against],
             goal=goals.get((name, against)),
-            beside=beside[against] if is_extracted else {},
+            beside=beside if is_extracted else {},
         )
 
 

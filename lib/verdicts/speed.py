@@ -82,6 +82,8 @@ class Ratio:
     def cause(self) -> str:
         """Says in ms what keeps ours from the bound, as far as the same turns measured it."""
         steps = [name for name in STEPS if name in self.beside]
+        if self.against in steps:
+            steps = steps[steps.index(self.against) :]
         if self.ours is None or not steps:
             return ""
         times = [self.beside[name].median for name in steps] + [self.ours.median]
