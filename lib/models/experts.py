@@ -24,9 +24,9 @@ from .rows import Rows, StackedProduct
 ROWS_MULTIPLE = 16
 
 # Up to this size the hidden activations of all rows are one tensor in a training step, and the
-# gradients of weights need not be stacked: with 7 MB of them, at T = 1,088, a step was faster by
-# 6 % in float32 and by 12 % under autocast. With 25 MB, more than the caches hold, it was slower by
-# 9 %.
+# gradients of weights need not be stacked: with 7 MB of them, at T = 1,088, a step was faster by 2
+# to 6 % in float32 and by 5 to 12 % under autocast. With 25 MB, more than the caches hold, it was
+# slower by 9 %.
 TOGETHER_BYTES = 2**23
 
 

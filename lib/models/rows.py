@@ -8,6 +8,7 @@ experts compute (A, and those that fill slices up), **D** width, **E** experts, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,7 +148,7 @@ class StackedProduct(Function):
         out, kind = rows.new_empty(len(rows), weight.shape[1]), rows.dtype
         parts = zip(rows.split(lengths), weight, bias.to(kind), out.split(lengths), strict=True)
         for inputs, w, b, into in parts:
-            torch.addmm(b, inputs, w.to(kind).t(), out=into)
+            _write(into, torch.addmm, b, inputs, w.to(kind).t())
         return out
 
     @staticmethod
@@ -169,14 +170,23 @@ class StackedProduct(Function):
         if ctx.needs_input_grad[0]:
             of_rows = torch.empty_like(rows)
             for g, w, into in zip(grads, weight, of_rows.split(ctx.lengths), strict=True):
-                torch.mm(g, w.to(g.dtype), out=into)
+                _write(into, torch.mm, g, w.to(g.dtype))
         if ctx.needs_input_grad[1]:
             of_weight = torch.empty_like(weight)
             for g, x, into in zip(grads, inputs, of_weight, strict=True):
-                if into.dtype == g.dtype:
-                    torch.mm(g.t(), x, out=into)
-                else:
-                    into.copy_(torch.mm(g.t(), x))
+                _write(into, torch.mm, g.t(), x)
         if ctx.needs_input_grad[2]:
             of_bias = torch.stack([g.sum(0) for g in grads]).to(ctx.type_of_bias)
         return of_rows, of_weight, of_bias, None
+
+
+def _write(into: Tensor, product: Callable[..., Tensor], *operands: Tensor) -> None:
+    """Writes a product into a tensor, in its type.
+
+    Products of bfloat16 are copied: what computes them on processors that cannot
+    (`training.bfloat16`) knows them by their plain form, without `out`.
+    """
+    if into.dtype == operands[0].dtype != torch.bfloat16:
+        product(*operands, out=into)
+    else:
+        into.copy_(product(*operands))
