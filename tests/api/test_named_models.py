@@ -13,6 +13,7 @@ from small_models import BY_CLASS, CLASSES, OWN, Owner, images_for, modules_of, 
 from torch import nn
 
 import lib
+from lib.extraction import moefication
 from lib.models.mlps import maps_of
 from lib.models.upcycle import chosen_mlps
 
@@ -109,8 +110,9 @@ class Walk:
 
 @pytest.fixture(scope="module", params=OUTCOMES)
 def walk(request):
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.filterwarnings("ignore", ".*whole copies, which is slow")
+        patch.setattr(moefication, "STEPS", 20)  # how well its router learns is not looked at
         return Walk(request.param)
 
 
