@@ -14,6 +14,7 @@ linear map, **D** width, **H** hidden width, **E** experts.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -89,7 +90,7 @@ def is_packed(module: nn.Module) -> bool:
     return isinstance(vars(module).get("forward"), PackedForward)
 
 
-class PackedForward:
+class PackedForward(ABC):
     """Stands in the place of a module's `forward`: the contract of the kinds below.
 
     A copy of the module, by deepcopy or pickle, has its own, and packs its weights anew.
@@ -102,13 +103,13 @@ class PackedForward:
         self._samples: list[Any] = []
 
     @staticmethod
+    @abstractmethod
     def watched(module: nn.Module) -> list[Tensor]:
         """Lists the tensors that the packed form is made of."""
-        raise NotImplementedError
 
+    @abstractmethod
     def make(self, dtype: torch.dtype) -> Any:
         """Makes the packed form."""
-        raise NotImplementedError
 
     def prepare(self) -> None:
         """Packs for the parameters' own type, before the first use."""
