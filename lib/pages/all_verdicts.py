@@ -11,12 +11,14 @@ import json
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 from typing import Any
 
 from ..paths import ROOT, written_whole
 from ..verdicts import WORDS, ledger
 from ..verdicts.papers import load
-from . import manifest
+from . import manifest, verdict_table
+from .verdict_table import word_of
 
 Row = dict[str, Any]
 START, END = "<!-- state of the claims -->", "<!-- end of the state -->"
@@ -113,26 +115,31 @@ def tested(listed: Iterable[Row]) -> list[Row]:
 
 
 def page(keys: Sequence[str]) -> str:
-    """Writes the generated part of the page, Markdown: the state, and a table for each study."""
-    listed, entries = rows(keys), ledger.claims()
-    lines = [state_of(listed), ""]
-    for study in in_order(ledger.studies(), keys):
-        found, paper = [row for row in listed if row["study"] == study], load(study)["paper"]
-        lines += [
-            f"## {paper.get('short', study)}",
-            "",
-            f"*{paper['title']}.* {_chance(found)}",
-            "",
-        ]
-        lines += ["| | claim | published | in our records | verdict |", "| --- " * 5 + "|"]
-        lines += [_line(row, entries[row["id"]]) for row in found if row["reason"] is None]
-        lines.append("")
-        untestable = [row for row in found if row["reason"] is not None]
-        if untestable:
-            lines += ["Not tested here:", ""]
-            lines += [f"- **{r['id']}** {r['statement']} {r['reason']}" for r in untestable]
-            lines.append("")
-    return "\n".join(lines)
+    """Writes the generated part of the page: the state, the headline claims, and the rest of each
+    study, folded. MyST Markdown around tables of HTML."""
+    listed = rows(keys)
+    studies = in_order(ledger.studies(), keys)
+    papers = {study: load(study)["paper"] for study in studies}
+    titles = {study: paper.get("short", study) for study, paper in papers.items()}
+    whole = [row for row in listed if row["part_of"] is None]
+    entries = ledger.claims()
+    headlines = [row for row in whole if entries[row["id"]].headline]
+    offered = json.dumps({"studies": titles, "verdicts": verdict_table.words(whole)})
+    blocks = [
+        f'<div id="verdict-filter" hidden data-offered="{escape(offered)}"></div>',
+        verdict_table.table(headlines, listed, titles),
+    ]
+    for study in studies:
+        found = [row for row in listed if row["study"] == study]
+        others = [row for row in found if row["part_of"] is None and row not in headlines]
+        title, chance = escape(titles[study], quote=False), _chance(found)
+        blocks.append(
+            f'<details class="study" id="{study}"><summary>{title}: {len(others)} further claims '
+            f"and controls</summary><p><i>{escape(papers[study]['title'], quote=False)}.</i> "
+            f"{chance}</p>{verdict_table.table(others, listed, titles)}</details>"
+        )
+    html = "\n".join(blocks)
+    return f"{state_of(listed)}\n\n```{{raw}} html\n{html}\n```\n"
 
 
 def state(keys: Sequence[str]) -> str:
@@ -147,7 +154,7 @@ def state_of(listed: Sequence[Row]) -> str:
     able = tested(documents)
     count = sum(map(decided, able))
     own = len(claims) - len(documents)
-    words = Counter(_word(row) for row in able)
+    words = Counter(word_of(row) for row in able)
     listing = "; ".join(f"{words[word]} *{word}*" for word in words_in_order(words))
     pilots = sum(bool(row["pilot"]) for row in able if decided(row))
     records = len({run for row in listed for run in row["records"]})
@@ -170,14 +177,6 @@ def _place(word: str) -> int:
     return max(fits, default=len(WORDS))
 
 
-def _word(row: Row) -> str:
-    """Says the verdict, and what makes it weaker than it looks."""
-    if row["verdict"] is None:
-        return "not judged yet"
-    alone = holds(row) and not row["after_correction"]
-    return row["verdict"] + (", alone" if alone else "")
-
-
 def _chance(found: Sequence[Row]) -> str:
     """Says how many of a study's claims were tested, and how many false ones to expect."""
     from ..verdicts.many import BY_CHANCE
@@ -192,26 +191,6 @@ def _chance(found: Sequence[Row]) -> str:
         f"correction for their number {after} hold, of which at most {BY_CHANCE * after:.1f} are "
         "expected to be false."
     )
-
-
-def _line(row: Row, entry: ledger.Claim) -> str:
-    from ..report.text import plain, published  # pandas and matplotlib: an idle build needs none
-
-    pilot = ", pilot" if row["pilot"] else ""
-    indent = "&nbsp;&nbsp;" if row["part_of"] else ""
-    link = f"[{row['page']}](notebooks/{row['page']}.ipynb)"
-    where = (
-        "" if row["part_of"] else f" ({'ours' if row['kind'] == 'ours' else row['source']}; {link})"
-    )
-    text = (row["text"] or "").partition(";")[0] if row["effect"] is not None else row["text"] or ""
-    cells = (
-        f"{indent}{row['id']}",
-        plain(row["statement"]) + where,
-        cell(published(entry)),
-        cell(text),
-        f"**{_word(row)}**{pilot}",
-    )
-    return f"| {' | '.join(cells)} |"
 
 
 def read() -> list[Row]:
@@ -241,7 +220,7 @@ def overview(listed: Sequence[Row]) -> str:
     for row in listed:
         if row["reason"] is None and not decided(row):
             seeds = f"n={row['n'] or 0} of {row['planned_n']}"
-            lines.append(f"{row['id']:10} {_word(row):30} {seeds:12} {row['page']}")
+            lines.append(f"{row['id']:10} {word_of(row):30} {seeds:12} {row['page']}")
     return "\n".join(lines)
 
 

@@ -16,6 +16,7 @@ the records. Form of an entry:
   names of these runs there
 - `seeds`: [3] for a pilot whose second stage is open, [3, 8] once it is fixed, a number where all
   seeds were planned at once; 1 for what is counted and has no chance in it
+- `headline: true` for what the page of all verdicts shows first
 - `reason` in place of all that: why it cannot be tested here
 """
 
@@ -99,6 +100,7 @@ class Claim(_Entry):
     runs: str | None = None
     arms: tuple[str, ...] = ()
     seeds: int | tuple[int, ...] = (PILOT,)
+    headline: bool = False
     reason: str | None = None
     part_of: str | None = None
     parts: tuple[Claim, ...] = ()

@@ -4,11 +4,12 @@ the sentences on the state, and the second stage of seeds."""
 from __future__ import annotations
 
 import json
+from html.parser import HTMLParser
 
 import pytest
 
 from lib import paths
-from lib.pages import all_verdicts, manifest, stages
+from lib.pages import all_verdicts, datasets, manifest, stages
 from lib.verdicts import ledger
 
 CLAIM = """
@@ -59,7 +60,7 @@ def book(tmp_path, monkeypatch):
     paths.PAPERS.mkdir(parents=True)
     text = "paper: {short: Doc, title: A document}\nclaims:" + "".join(
         CLAIM.replace("%s", f"A{i}") for i in "1234"
-    )
+    ).replace("source: Table 1", "source: Table 1\n    headline: true", 1)
     (paths.PAPERS / "a.yaml").write_text(text + JOINT)
 
     def page(*claims):
@@ -109,18 +110,72 @@ def test_sentences_on_the_state_are_counted(book):
     assert "1 controls of this book" in state and "are 4 records of runs." in state
 
 
-def test_the_page_shows_published_beside_ours(book):
-    book(said("A1", 0.001, pilot=True), said("A2", 0.012))
-    text = all_verdicts.page(["a/one"])
-    assert (
-        "## Doc" in text
-        and "*A document.* 2 claims" in text
-        and "- **A10** Too large. Not at this scale." in text
-    )
-    line = "| A1 | Claim A1. (Table 1; [a/one](notebooks/a/one.ipynb)) | +2.0 points | +1.0 |"
-    assert f"{line} **holds**, pilot |" in text
-    assert "| &nbsp;&nbsp;A9b | Second. | counts from 1 point |  | **not judged yet** |" in text
-    assert "claims and parts have an interval. If all of them were false, at most 0.1" in text
+def test_the_page_shows_published_beside_ours(book, monkeypatch):
+    monkeypatch.setattr(datasets, "stand_ins", lambda study: {"pictures": "photos & more"})
+    monkeypatch.setattr(datasets, "_data_of", {"run of A1": "pictures", "run of A9a": "x"}.get)
+    parts = [said("A9a", 0.001), said("A9b", 0.3, "undecided")]
+    book(said("A1", 0.001, pilot=True), said("A2", 0.012), said("A9", None, "undecided"), *parts)
+    tables = Tables.of(all_verdicts.page(["a/one"]))
+    headlines, others = tables.rows["A1"], tables.rows["A2"]
+    assert tables.table_of["A1"] != tables.table_of["A2"] == tables.table_of["A9"]
+    link = "notebooks/a/one.html#verdicts"
+    assert link in tables.links and tables.folded == {"a"}
+    assert headlines["Claim"].startswith("Doc A1 Claim A1. (Table 1; a/one )")
+    assert "Records in data/results : run of A1 , shared run" in headlines["Claim"]
+    shown = {name: headlines[name] for name in ("Paper", "Ours", "Verdict", "Seeds", "Data")}
+    assert shown == {
+        "Paper": "+2.0 points", "Ours": "+1.0", "Verdict": "✔ holds", "Seeds": "3, pilot",
+        "Data": "pictures (stand-in for photos & more)",
+    }  # fmt: skip
+    assert others["Verdict"] == "✔ holds, alone" and others["Data"] == ""
+    joint = tables.rows["A9"]
+    assert (joint["Ours"], joint["Verdict"]) == ("1 of 2 parts hold", "? undecided")
+    assert "A9b Second. counts from 1 point +1.0 ? undecided" in joint["Claim"]
+    assert "Not at this scale." in tables.rows["A10"]["Claim"]
+    assert tables.rows["A10"]["Verdict"] == "– not tested"
+    assert tables.rows["A3"]["Verdict"] == "– not judged yet"
+
+
+class Tables(HTMLParser):
+    """Reads the text of each claim's cells by the names of the columns."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.table_of, self.links, self.folded = {}, {}, set(), set()
+        self.row, self.cell, self.tables = None, None, 0
+
+    @classmethod
+    def of(cls, page):
+        tables = cls()
+        tables.feed(page)
+        tables.close()
+        return tables
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag == "table" and attrs["class"] == "verdicts":
+            self.tables += 1
+        if tag == "tr" and attrs.get("class") == "claim":
+            self.row = {}
+        if self.row is not None and tag == "th":
+            self.cell = self.cell or "Claim"
+        if attrs.get("data-name"):
+            self.cell = attrs["data-name"]
+        self.links |= {attrs["href"]} if tag == "a" else set()
+        self.folded |= (
+            {attrs["id"]} if attrs.get("class") == "study" and tag == "details" else set()
+        )
+
+    def handle_data(self, data):
+        if self.row is not None and self.cell:
+            self.row[self.cell] = " ".join(f"{self.row.get(self.cell, '')} {data}".split())
+            self.row.setdefault("Data", "")
+
+    def handle_endtag(self, tag):
+        if tag == "tr" and self.row is not None and "Verdict" in self.row:
+            name = self.row["Claim"].split()[1]
+            self.rows[name], self.table_of[name] = self.row, self.tables
+            self.row = self.cell = None
 
 
 def test_the_json_is_what_the_pages_said(book):

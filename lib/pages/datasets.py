@@ -1,0 +1,67 @@
+"""Names the data behind a claim, and what they stand in for: each profile says which data set of
+the document's a page uses, and which one in its place."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .. import paths
+from ..spec import PACKAGED
+from . import profiles
+
+# data sets by the names that readers know; others are called as their folder is
+NAMES = {
+    "cifar100": "CIFAR-100",
+    "eurosat": "EuroSAT",
+    "imagenet": "ImageNet",
+    "mit-indoor": "MIT Indoor",
+    "solar_pv": "solar panels",
+    PACKAGED: "MNIST",
+}
+
+
+def shown(row: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lists the data of the runs behind a claim and its parts, stand-ins named as such.
+
+    One record of each claim or part is looked at; none are listed where there is no record yet.
+    """
+    found = {}
+    for one in (row, *parts):
+        for run in one["records"][:1]:
+            if name := _data_of(run):
+                found[_called(name, one["page"])] = None
+    return list(found)
+
+
+def _called(name: str, page: str) -> str:
+    original = stand_ins(page.split("/")[0]).get(name, name)
+    own = NAMES.get(name, name)
+    return own if original == name else f"{own} (stand-in for {NAMES.get(original, original)})"
+
+
+@functools.lru_cache(maxsize=4096)
+def _data_of(run: str) -> str | None:
+    """Reads the name of a run's data set from its committed record; None without one."""
+    for file in paths.RESULTS.glob(f"*/{run}.json"):
+        return json.loads(file.read_text(encoding="utf-8"))["spec"]["data"]["name"]
+    return None
+
+
+@functools.lru_cache(maxsize=32)
+def stand_ins(study: str) -> dict[str, str]:
+    """Maps data sets of the published profile of a study to those of its document, by the places
+    that they have in both profiles."""
+    found = {}
+    ours, documents = (profiles.profile_table(name) for name in (profiles.PUBLISHED, "paper"))
+    for key in ours:
+        if not key.startswith(f"{study}/") or key not in documents:
+            continue
+        ours_here, theirs = (profiles.profile(key, name) for name in (profiles.PUBLISHED, "paper"))
+        if ours_here.base_fields and theirs.base_fields:
+            found[ours_here.base.data.name] = theirs.base.data.name
+        if lists := ours[key].get("stand_ins"):
+            found |= dict(zip(lists, documents[key]["stand_ins"], strict=False))
+    return found
