@@ -55,13 +55,12 @@ def stand_ins(study: str) -> dict[str, str]:
     """Maps data sets of the published profile of a study to those of its document, by the places
     that they have in both profiles."""
     found = {}
-    ours, documents = (profiles.profile_table(name) for name in (profiles.PUBLISHED, "paper"))
-    for key in ours:
-        if not key.startswith(f"{study}/") or key not in documents:
+    for key, values in profiles.profile_table(profiles.PUBLISHED).items():
+        if not key.startswith(f"{study}/") or not profiles.has_profile(key, "paper"):
             continue
-        ours_here, theirs = (profiles.profile(key, name) for name in (profiles.PUBLISHED, "paper"))
-        if ours_here.base_fields and theirs.base_fields:
-            found[ours_here.base.data.name] = theirs.base.data.name
-        if lists := ours[key].get("stand_ins"):
-            found |= dict(zip(lists, documents[key]["stand_ins"], strict=False))
+        ours, theirs = (profiles.profile(key, name) for name in (profiles.PUBLISHED, "paper"))
+        if ours.base_fields and theirs.base_fields:
+            found[ours.base.data.name] = theirs.base.data.name
+        if "stand_ins" in values:
+            found |= dict(zip(ours.stand_ins, theirs.stand_ins, strict=False))
     return found

@@ -12,6 +12,7 @@ computed where it is missing). A function of a notebook takes one side and is ca
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +27,23 @@ from ..verdicts.claims import Verdict
 from ..verdicts.costs import cost_rows
 from ..verdicts.evidence import Evidence, verdicts_on
 from ..verdicts.stats import Interval, accuracy_interval, finished
+from . import datasets
 from .parameters import UnknownRuns
-from .profiles import PUBLISHED, Profile, plan, profile, with_further_seeds
+from .profiles import PUBLISHED, Profile, has_profile, plan, profile, with_further_seeds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ..runs.store import Record
+    from ..spec import RunSpec
+
+# what the numbers of a build are worth, wherever they are shown
+BUILD = (
+    "It shows that the page runs; its numbers are of few images and a small model, and are no "
+    "evidence."
+)
+
+SCALES = 3  # kinds of data and model that the head of a page names
 
 Claims = Callable[["Side"], Iterable[Evidence]]
 # names of the runs that are shown, or a condition on them; None = all
@@ -123,14 +134,44 @@ class Page:
         return self.reproduced, self.build
 
     def intro(self, *more: str, describe: Callable[[Profile], str] | None = None) -> Markdown:
-        """Says what either side was computed on, then `more`. describe: by default the base run."""
+        """Says what was computed and on what, `more`, and, folded, what this build is of.
+
+        describe: by default the base run.
+        """
         describe = describe or (lambda p: p.base.describe())
-        sides = (f"**{side.name}:** {describe(side.p)}." for side in self.sides)
-        return text.say(*sides, *more)
+        ours, build = (f"**{side.name}:** {describe(side.p)}." for side in self.sides)
+        fold = f"<details><summary>This build</summary>\n\n{build} {BUILD}\n\n</details>"
+        return text.say(" ".join((ours, *more)) + f"\n\n{fold}")
 
     def answer(self, claims: Claims) -> Markdown:
-        """Lists the first claims by verdict, on the reproduced records: the head of a page."""
-        return text.answer(self.judged(claims, self.reproduced), self.reproduced.name)
+        """Puts the main claims by verdict into a box, on the reproduced records: the head of a
+        page."""
+        judged = self.judged(claims, self.reproduced)
+        return text.answer(judged, self.reproduced.name, self.sure(judged))
+
+    def sure(self, judged: Sequence[Verdict]) -> str:
+        """Says how sure the answer is: seeds, interval, and at what scale, beside the document's.
+
+        A pilot is a claim whose number of seeds is not fixed, or not reached, yet.
+        """
+        seeds = sorted({v.n for v in judged if v.n})
+        if not seeds:
+            return ""
+        first, last = seeds[0], seeds[-1]
+        counted = f"{first} to {last} seeds" if first < last else text.count(last, "seed")
+        pilots = sum(v.pilot for v in judged)
+        stage = f"; {text.count(pilots, 'claim')} with more seeds to come" if pilots else ""
+        intervals = f"{counted}{stage}; 95% intervals over seeds and test images."
+        specs = {r.id: r.spec for name in self.reproduced for r in self.reproduced.done(name)}
+        used = Counter(_scale(specs[run]) for v in judged for run in v.records if run in specs)
+        if not used:
+            return intervals
+        ours = "; ".join(scale for scale, _ in used.most_common(SCALES))
+        there = ""
+        if has_profile(self.p.notebook, "paper"):
+            documents = _scale(profile(self.p.notebook, "paper").base)
+            there = f" The document's own scale: {documents}." if documents != ours else ""
+        return f"{intervals} {ours}.{there}"
 
     def verdicts(self, claims: Claims, caption: str = text.RULE) -> tables.Table:
         """Tabulates the claims of both sides with the numbers behind them."""
@@ -217,6 +258,14 @@ class Page:
     def show(self, figure: Figure, caption: str, alt: str, keys: Keys = None) -> Shown:
         """Puts a figure of both sides on the page; see `Side.show`."""
         return self.reproduced.show(figure, caption, alt, keys)
+
+
+def _scale(run: RunSpec) -> str:
+    """Says in a line on which images a run works, and with which model."""
+    data, backbone = run.data, run.backbone
+    images = "all training images" if data.train is None else f"{data.train:,} training images"
+    model = backbone.weights if backbone.weights not in (None, "timm") else backbone.name
+    return f"{datasets.NAMES.get(data.name, data.name)} at {data.image_size} px, {images}, {model}"
 
 
 def _check_arms(claim: ledger.Claim, piece: Evidence, planned: Grid) -> None:

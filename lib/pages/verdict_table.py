@@ -8,21 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ..verdicts import ledger
+from ..verdicts import MARKS, WORDS, ledger
 from . import datasets
 
 Row = Mapping[str, Any]
 COLUMNS = ("Claim", "Paper", "Ours", "Verdict", "Seeds", "Data")
-# a mark beside each word, so that a verdict is read without its colour
-MARKS = {
-    "holds": "✔",
-    "holds, smaller than published": "◑",
-    "not reproduced": "✘",
-    "opposite": "⇄",
-    "undecided": "?",
-    "not tested": "–",
-    "not judged yet": "–",
-}
 
 
 def table(rows: Sequence[Row], listed: Sequence[Row], titles: Mapping[str, str]) -> str:
@@ -120,7 +110,7 @@ def _cell(text: str, name: str = "") -> str:
 def badge(row: Row) -> str:
     """Writes a verdict with its mark; its class gives the colour."""
     word = word_of(row)
-    mark = MARKS[row["verdict"] or "not judged yet"]
+    mark = MARKS[row["verdict"] or "not tested"]
     kind = word.partition(",")[0].replace(" ", "-")
     return f'<span class="verdict {kind}"><span aria-hidden="true">{mark}</span> {word}</span>'
 
@@ -148,4 +138,4 @@ def published(entry: ledger.Claim) -> str:
 def words(rows: Iterable[Row]) -> list[str]:
     """Lists the verdicts that the rows have, without marks such as "alone"."""
     found = {word_of(row).removesuffix(", alone") for row in rows}
-    return [word for word in MARKS if word in found]
+    return [word for word in (*WORDS, "not judged yet") if word in found]

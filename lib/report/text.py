@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from IPython.display import Markdown
 
-from ..verdicts import DECIDED, WORDS
+from ..verdicts import DECIDED, MARKS, WORDS
 from ..verdicts.claims import Verdict, amount
 from .tables import Table, table
 
@@ -25,9 +25,9 @@ RULE = (
     "claimed side, and is not reproduced if the interval leaves out the published size."
 )
 
-HEAD = 5  # claims that the head of a page lists
+HEAD = 4  # claims that the head of a page lists
 
-__all__ = ["HEAD", "RULE", "answer", "gaps", "published", "say", "verdicts"]
+__all__ = ["HEAD", "RULE", "answer", "boxed", "count", "gaps", "published", "say", "verdicts"]
 
 
 def gaps(records: dict[str, list], command: str) -> str:
@@ -43,6 +43,11 @@ def say(*sentences: str) -> Markdown:
     Pass f-strings over records.
     """
     return Markdown(" ".join(sentences))
+
+
+def count(number: int, noun: str) -> str:
+    """Says how many there are, such as "1 seed" or "3 seeds"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def verdicts(judged: Iterable[Verdict], caption: str = RULE) -> Table:
@@ -70,36 +75,55 @@ def published(entry: Claim | None) -> str:
     return f"{sign}{size:.{entry.decimals}f} {entry.unit}".strip()
 
 
-def answer(judged: Iterable[Verdict], source: str = "Reproduced") -> Markdown:
-    """Lists at most HEAD claims of a page by verdict, for its head, and counts the others.
+def boxed(*answer: str, sure: str = "", metadata: dict[str, Any] | None = None) -> Markdown:
+    """Puts the answer of a page into the box at its head; Markdown works inside.
 
-    source: what the records are; taken off the beginning of the claims. The document's claims come
-    before ours, and of either what is decided before what is not. What is decided has a line with
-    its interval; parts of a joint claim stand inside its line. All claims go with the list as data,
-    which the page of all verdicts reads (`lib.pages.all_verdicts`).
+    answer: sentences, over records. sure: how sure it is, in sentences. metadata: data that goes
+    with it.
+    """
+    parts = [f"**Answer.** {' '.join(answer)}", f"**How sure.** {sure}" if sure else ""]
+    inside = "\n\n".join(filter(None, parts))
+    # empty lines around it, without which Markdown is not read inside HTML
+    return Markdown(f'<div class="answer">\n\n{inside}\n\n</div>', metadata=metadata)
+
+
+def answer(judged: Iterable[Verdict], source: str = "Reproduced", sure: str = "") -> Markdown:
+    """Lists at most HEAD claims of a page by verdict, in its box, and counts the others.
+
+    source: what the records are; taken off the beginning of the claims. sure: how sure it is.
+    Headline claims come before the document's others and those before ours, and of each what is
+    decided before what is not. What is decided has a line with what was published and our interval;
+    parts of a joint claim stand inside its line. All claims go with the list as data, which the
+    page of all verdicts reads (`lib.pages.all_verdicts`).
     """
     judged = [replace(v, claim=v.claim.removeprefix(f"{source}: ")) for v in judged]
     data = {"source": source, "claims": [_plain(v) for v in judged]}
     whole = [v for v in judged if v.entry is None or v.entry.part_of is None]
     untested = sum(v.verdict == "not tested" for v in whole)
     if untested == len(whole):
-        return Markdown(
-            f"**{source}, in short.** None of this page's {untested} claims has its records yet.",
-            metadata=data,
-        )
+        none = f"None of this page's {untested} claims has its records yet."
+        return boxed(none, metadata=data)
     tested = sorted((v for v in whole if v.verdict != "not tested"), key=_rank)
-    lines = [f"**{source}, in short.** The table of verdicts below has all the numbers.", ""]
-    for v in sorted(tested[:HEAD], key=lambda v: WORDS.index(v.verdict)):
-        if v.verdict in DECIDED:
-            lines.append(f"- *{v.word.capitalize()}:* {_sentence(v)}: {numbers(v)}")
-    if undecided := [_sentence(v) for v in tested[:HEAD] if v.verdict == "undecided"]:
-        lines.append(f"- *Undecided:* {'; '.join(undecided)}.")
+    shown = sorted(tested[:HEAD], key=lambda v: WORDS.index(v.verdict))
+    lines = [_line(v) for v in shown if v.verdict in DECIDED]
+    if undecided := [_sentence(v) for v in shown if v.verdict == "undecided"]:
+        lines.append(f"- {MARKS['undecided']} *Undecided:* {'; '.join(undecided)}.")
     if others := Counter(v.verdict for v in tested[HEAD:]):
         counted = "; ".join(f"{word}: {others[word]}" for word in WORDS if others[word])
-        lines.append(f"- *Further claims*, in that table alone: {others.total()} ({counted}).")
+        lines.append(f"- *Further claims*, below: {others.total()} ({counted}).")
     if untested:
         lines.append(f"- *Not tested* for want of records: {untested} of {len(whole)} claims.")
-    return Markdown("\n".join(lines), metadata=data)
+    return boxed("\n\n" + "\n".join(lines), sure=sure, metadata=data)
+
+
+def _line(verdict: Verdict) -> str:
+    """Writes the line of a decided claim: the verdict, the claim, the paper's number and ours."""
+    said = published(verdict.entry)
+    paper = f"paper {said}, ours " if said else ""
+    mark = MARKS[verdict.verdict]
+    return (
+        f"- {mark} *{verdict.word.capitalize()}:* {_sentence(verdict)}: {paper}{numbers(verdict)}"
+    )
 
 
 def plain(text: str) -> str:
@@ -107,10 +131,12 @@ def plain(text: str) -> str:
     return re.sub(r"([\\`*_\[\]|$])", r"\\\1", html.escape(text, quote=False))
 
 
-def _rank(verdict: Verdict) -> tuple[bool, bool]:
-    """Puts the claims of the document before ours, and of either what is decided first."""
-    ours = verdict.entry is not None and verdict.entry.kind == "ours"
-    return ours, verdict.verdict not in DECIDED
+def _rank(verdict: Verdict) -> tuple[bool, bool, bool]:
+    """Puts headline claims first, the document's before ours, and of each what is decided first."""
+    entry = verdict.entry
+    ours = entry is not None and entry.kind == "ours"
+    headline = entry is not None and entry.headline
+    return not headline, ours, verdict.verdict not in DECIDED
 
 
 def _sentence(verdict: Verdict) -> str:

@@ -194,9 +194,13 @@ def test_a_page_that_reads_another_names_that_one(book, records):
 def test_intro_says_what_both_sides_were_computed_on(book, records):
     said = page_of().intro("And more.", "Still more.").data
     small, quick = (profiles.profile("a/one", name).base.describe() for name in ("small", "quick"))
-    assert said == f"**Reproduced:** {small}. **This build:** {quick}. And more. Still more."
+    ours, fold = said.split("\n\n", 1)
+    assert ours == f"**Reproduced:** {small}. And more. Still more."
+    assert fold.startswith("<details><summary>This build</summary>\n\n**This build:** ")
+    assert f"{quick}. It shows that the page runs; its numbers" in fold
     short = page_of().intro(describe=lambda p: f"{len(p.seeds)} seeds").data
-    assert short == "**Reproduced:** 3 seeds. **This build:** 1 seeds."
+    assert short.startswith("**Reproduced:** 3 seeds.\n\n<details>")
+    assert "**This build:** 1 seeds. It" in short
 
 
 @pytest.fixture
@@ -210,8 +214,10 @@ def planned(monkeypatch):
 def test_the_answer_is_on_reproduced_records_and_all_verdicts_read_it(book, records, planned):
     reproduce(records, ["dense", "moe"])
     answer = page_of().answer(claims)
-    assert answer.data.startswith("**Reproduced, in short.**")
-    assert "- *Holds (pilot):* MoE beats dense (A1): +" in answer.data
+    assert answer.data.startswith('<div class="answer">\n\n**Answer.**')
+    assert "- ✔ *Holds (pilot):* MoE beats dense (A1): paper +2.5 points, ours +" in answer.data
+    sure = "**How sure.** 3 seeds; 1 claim with more seeds to come; 95% intervals over seeds"
+    assert sure in answer.data
     assert "- *Not tested* for want of records: 1 of 2 claims." in answer.data
     data, metadata = answer._repr_markdown_()
     cell = {

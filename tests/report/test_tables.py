@@ -109,17 +109,33 @@ def test_plain_table():
 
 def test_the_head_lists_the_claims_of_the_document_before_ours(monkeypatch):
     def verdict(id, kind, word):
-        entry = SimpleNamespace(id=id, kind=kind, parts=(), part_of=None)
+        entry = SimpleNamespace(
+            id=id, kind=kind, parts=(), part_of=None, headline=id == "X.head", size=None
+        )
         return Verdict(f"claim {id}", word, "+2", 3, entry=entry)
 
     monkeypatch.setattr(text, "HEAD", 2)
     ours = verdict("X.one", "ours", "holds")
     judged = [ours, verdict("X1", "document", "undecided"), verdict("X2", "document", "opposite")]
-    assert text.answer(judged).data.split("\n")[2:] == [
-        "- *Opposite:* claim X2 (X2): +2",
-        "- *Undecided:* claim X1 (X1).",
-        "- *Further claims*, in that table alone: 1 (holds: 1).",
+    assert bullets(text.answer(judged)) == [
+        "- ⇄ *Opposite:* claim X2 (X2): +2",
+        "- ? *Undecided:* claim X1 (X1).",
+        "- *Further claims*, below: 1 (holds: 1).",
     ]
+    first = bullets(text.answer([*judged, verdict("X.head", "ours", "holds")]))[0]
+    assert first == "- ✔ *Holds:* claim X.head (X.head): +2"
+
+
+def test_a_box_is_markdown_inside_html():
+    shown = text.boxed("One.", "Two.", sure="Three.", metadata={"a": 1})
+    assert shown.data.split("\n\n") == [
+        '<div class="answer">', "**Answer.** One. Two.", "**How sure.** Three.", "</div>"
+    ]  # fmt: skip
+    assert shown.metadata == {"a": 1} and "How sure" not in text.boxed("One.").data
+
+
+def bullets(shown):
+    return [line for line in shown.data.split("\n") if line.startswith("- ")]
 
 
 def test_gaps_name_the_command():
@@ -138,28 +154,26 @@ def test_answer_sorts_the_claims_by_verdict():
         Verdict("d", "not tested", "", 0),
         Verdict("e", "undecided", "", 1),
     ]
-    lines = text.answer(judged).data
-    assert lines.split("\n")[2:] == [
-        "- *Holds:* a: +1 [0, 2]",
-        "- *Not reproduced (pilot):* c: -1",
-        "- *Undecided:* b; e.",
+    assert bullets(text.answer(judged)) == [
+        "- ✔ *Holds:* a: +1 [0, 2]",
+        "- ✘ *Not reproduced (pilot):* c: -1",
+        "- ? *Undecided:* b; e.",
         "- *Not tested* for want of records: 1 of 5 claims.",
     ]
+    assert "**How sure.** By chance." in text.answer(judged, sure="By chance.").data
     first = text.answer(judged).metadata["claims"][0]
     assert (first["claim"], first["verdict"], first["n"], first["id"]) == ("b", "undecided", 1, "")
     assert first["estimate"] is None and json.dumps(first)
     assert text.answer(judged, "In this model").metadata["source"] == "In this model"
     more = [*judged, *(Verdict(f"f{i}", "holds", "+2", 3) for i in range(3))]
-    assert text.answer(more).data.split("\n")[2:] == [
-        "- *Holds:* a: +1 [0, 2]",
-        *(f"- *Holds:* f{i}: +2" for i in range(3)),
-        "- *Not reproduced (pilot):* c: -1",
-        "- *Further claims*, in that table alone: 2 (undecided: 2).",
+    assert bullets(text.answer(more)) == [
+        "- ✔ *Holds:* a: +1 [0, 2]",
+        *(f"- ✔ *Holds:* f{i}: +2" for i in range(2)),
+        "- ✘ *Not reproduced (pilot):* c: -1",
+        "- *Further claims*, below: 3 (holds: 1; undecided: 2).",
         "- *Not tested* for want of records: 1 of 8 claims.",
     ]
     assert len(text.answer(more).metadata["claims"]) == 8
     untested = [Verdict("Reproduced: a", "not tested", "", 0)] * 2
-    assert (
-        text.answer(untested).data
-        == "**Reproduced, in short.** None of this page's 2 claims has its records yet."
-    )
+    none = "**Answer.** None of this page's 2 claims has its records yet."
+    assert none in text.answer(untested).data

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from lib.report import text
-from lib.verdicts import WORDS, claims
+from lib.verdicts import MARKS, WORDS, claims
 from lib.verdicts.law import Law
 from lib.verdicts.many import BY_CHANCE, corrected
 from lib.verdicts.stats import Difference, Interval
@@ -144,10 +144,12 @@ def test_an_answer_lists_every_word():
     lines = [line for verdict in judged for line in text.answer([verdict]).data.split("\n")]
     for word in set(WORDS) - {"undecided", "not tested"}:
         said = [
-            line for line in lines if line.startswith(f"- *{word.capitalize()}:* claim {word}:")
+            line
+            for line in lines
+            if line.startswith(f"- {MARKS[word]} *{word.capitalize()}:* claim {word}:")
         ]
         assert len(said) == sum(v.verdict == word for v in judged)
-    assert any(line.startswith("- *Undecided:* claim undecided") for line in lines)
+    assert any(line.startswith("- ? *Undecided:* claim undecided") for line in lines)
 
 
 # ---------------------------------------------------------------- joint claims
