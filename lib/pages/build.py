@@ -31,14 +31,16 @@ import yaml
 
 from ..paths import ROOT, written_whole
 from ..runs import locks, processes
-from . import all_verdicts, coverage, executed, manifest, parameters, profiles, status
+from . import all_verdicts, coverage, executed, front, manifest, parameters, profiles, status
 
-# included by status.md, verdicts.md, coverage.md and intro.md; the last one lies beside the pages
+# included by status.md, verdicts.md, coverage.md and, both of them, intro.md; the last one lies
+# beside the pages
 GENERATED = {
     "status_table.md": status.page,
     "verdicts_table.md": all_verdicts.page,
     "coverage_table.md": coverage.page,
     "state.md": all_verdicts.state,
+    "front.md": front.page,
     "claims.json": all_verdicts.as_json,
 }
 HEARTBEAT = 30.0  # seconds between lines about notebooks that take long
