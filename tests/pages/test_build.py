@@ -79,9 +79,13 @@ def test_build_then_nothing_then_only_what_changed(book):
     assert (
         "The documents make 2 claims. 1 can be tested here and 1 of these are decided" in verdicts
     )
-    assert "| A1 | a\\|b (Table 1; [a/one](notebooks/a/one.ipynb)) | +0.50 points |" in verdicts
-    assert "+1.00 [+0.75, +1.25] points, n=3 | **holds** |" in verdicts
-    assert "- **A2** Too large. Not at this scale." in verdicts
+    link = '(Table 1; <a href="notebooks/a/one.html#verdicts">a/one</a>)'
+    assert f'<b>A1</b> a|b <span class="source">{link}</span>' in verdicts
+    assert '<td data-name="Paper">+0.50 points</td>' in verdicts
+    assert '<td data-name="Ours">+1.00 [+0.75, +1.25] points</td>' in verdicts
+    assert '<span class="verdict holds"><span aria-hidden="true">✔</span> holds</span>' in verdicts
+    assert "Too large." in verdicts and "Not at this scale." in verdicts
+    assert (html / "verdicts.html").read_text().count('<table class="verdicts">') == 2
     assert "<strong>State of the claims.</strong>" in (html / "verdicts.html").read_text()
     covered = (html / "coverage.html").read_text()
     assert "2 tables and figures: 1 <strong>whole</strong>, 0 <strong>partly</strong>," in covered
