@@ -10,17 +10,25 @@ Axis letters: **P** probe images, **M** MoE layers from the shallowest to the de
 
 from __future__ import annotations
 
+import base64
+import html
+import io
+import json
 from collections.abc import Sequence
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
+from PIL import Image
 
 from ..verdicts.masks import first_choices
-from .overlays import spread, token_maps, token_view
+from .overlays import as_picture, spread, token_grid, token_maps, token_view
 from .probes import absent_images, probe_images, probe_names
-from .style import Shown, figure, png, show, style
+from .style import Shown, expert_colours, figure, png, show, style, text_colour
 
 __all__ = ["Explorer", "explorer", "of_record"]
+
+MOST_BYTES = 300_000  # of the maps that a page carries; what is beyond are images left out
 
 
 class Explorer:
@@ -118,6 +126,41 @@ class Explorer:
                 of_widget = of_widget[0]
             bundle = {**(of_widget or {}), **bundle}
         return bundle
+
+    @property
+    def on_page(self) -> Shown:
+        """The static figure, and below it what `book/_static/routing.js` makes of the maps: every
+        image and block, by slider, mouse and arrow keys. Without JavaScript the figure is all."""
+        count = len(self.names)
+        while count and len(self._content(count)) > MOST_BYTES:
+            count -= 1
+        box = f'<div class="routing" data-content="{html.escape(self._content(count))}"></div>'
+        return Shown(self.static.html + box, self.static.alt)
+
+    def _content(self, count: int) -> str:
+        """Writes the first images and their maps as JSON."""
+        rows, columns = token_grid(self.token_expert.shape[-1], self.prefix, self.grid)
+        patches = self.token_expert[:, :count, self.prefix :]
+        colours = expert_colours(self.experts)
+        images = [None] * count if self.images is None else map(_data_uri, self.images[:count])
+        content = {
+            "images": list(images),
+            "names": self.names[:count],
+            "blocks": [block + 1 for block in self.blocks],
+            "grid": [rows, columns],
+            "colours": [mpl.colors.to_hex(colour) for colour in colours],
+            "ink": [text_colour(colour) for colour in colours],
+            "experts": patches.tolist(),
+        }
+        return json.dumps(content)
+
+
+def _data_uri(image: np.ndarray) -> str:
+    """Encodes an image as PNG for a page."""
+    out = io.BytesIO()
+    pixels = (255 * as_picture(image)).round().astype(np.uint8)
+    Image.fromarray(pixels).save(out, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
 def explorer(

@@ -1,5 +1,9 @@
 """Figures from synthetic records: labelled, inside the canvas, readable in grey."""
 
+import base64
+import html
+import io
+import json
 import re
 import subprocess
 import sys
@@ -10,6 +14,7 @@ import numpy as np
 import pytest
 from factory import record
 from matplotlib.text import Text
+from PIL import Image
 
 from lib.report import (
     cost_figures,
@@ -521,3 +526,38 @@ def test_explorer_without_widgets(monkeypatch):
         IMAGES, token_expert, blocks, experts, caption="Tokens.", alt="Overlay."
     )
     assert still.widget is None and set(still._repr_mimebundle_()) == {"text/html", "text/plain"}
+
+
+def carried(shown):
+    """The data that a page's explorer of routes is drawn from."""
+    return json.loads(html.unescape(re.search(r'data-content="([^"]*)"', shown.html)[1]))
+
+
+def test_a_page_carries_the_maps_of_all_images(monkeypatch):
+    token_expert, blocks, experts = tokens()
+    given = {"caption": "Tokens.", "alt": "Overlay."}
+    live = explorer.explorer(IMAGES, token_expert, blocks, experts, names=list("abcd"), **given)
+    content = carried(live.on_page)
+    assert content["names"] == ["0: a", "1: b", "2: c", "3: d"]
+    assert content["blocks"] == [block + 1 for block in blocks]
+    assert content["experts"] == np.asarray(token_expert)[:, :, 1:].tolist()
+    rows, columns = content["grid"]
+    assert rows * columns == len(content["experts"][0][0])
+    assert len(content["colours"]) == len(content["ink"]) == experts
+    raw = base64.b64decode(content["images"][2].removeprefix("data:image/png;base64,"))
+    wanted = overlays.as_picture(IMAGES[2])
+    assert np.allclose(np.asarray(Image.open(io.BytesIO(raw))) / 255, wanted, atol=1 / 255)
+    alone = explorer.explorer(None, token_expert, blocks, experts, **given)
+    assert carried(alone.on_page)["images"] == [None] * 4
+    assert live.on_page.html.startswith(live.static.html)
+
+
+def test_a_page_carries_as_many_images_as_fit(monkeypatch):
+    token_expert, blocks, experts = tokens()
+    live = explorer.explorer(
+        IMAGES, token_expert, blocks, experts, caption="Tokens.", alt="Overlay."
+    )
+    monkeypatch.setattr(explorer, "MOST_BYTES", len(live._content(2)))
+    assert len(carried(live.on_page)["images"]) == 2
+    monkeypatch.setattr(explorer, "MOST_BYTES", 10)
+    assert carried(live.on_page)["names"] == []
