@@ -33,14 +33,14 @@ from ..paths import ROOT, written_whole
 from ..runs import locks, processes
 from . import all_verdicts, coverage, executed, front, manifest, parameters, profiles, status
 
-# included by status.md, verdicts.md, coverage.md and, both of them, intro.md; the last one lies
-# beside the pages
+# included by pages; the last one lies beside them
 GENERATED = {
     "status_table.md": status.page,
     "verdicts_table.md": all_verdicts.page,
     "coverage_table.md": coverage.page,
     "state.md": all_verdicts.state,
     "front.md": front.page,
+    "contradictions_table.md": front.contradictions,
     "claims.json": all_verdicts.as_json,
 }
 HEARTBEAT = 30.0  # seconds between lines about notebooks that take long

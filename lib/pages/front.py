@@ -1,5 +1,6 @@
-"""The front page's answers: questions, studies and wishes of readers (`book/front.yaml`), each with
-the verdicts and measured times that answer it. Nothing is judged here.
+"""Answers that no page of a study has by itself: those of the front page (questions, studies and
+wishes of readers) and those on which the documents disagree. What is asked stands in
+`book/front.yaml`; the answers are made of verdicts and measured times. Nothing is judged here.
 """
 
 from __future__ import annotations
@@ -25,17 +26,15 @@ def page(keys: Sequence[str]) -> str:
 
     Raises ValueError for a claim or a page in `book/front.yaml` that is not there.
     """
-    file = ROOT / "book" / "front.yaml"
-    if not file.is_file():
+    front, rows = _read(keys)
+    if not front:
         return ""
-    front = yaml.safe_load(file.read_text(encoding="utf-8"))
-    rows = {row["id"]: row for row in all_verdicts.rows(keys)}
-    _check(front, rows, keys)
     lines = ["## Four questions", ""]
     for question in front["questions"]:
         asked = [rows[claim] for claim in question["claims"]]
         bullets = [_bullet(row, rows) for row in asked]
         lines += [f"**{question['ask']}** {lead(asked)}", "", *bullets, ""]
+    lines += ["The documents answer some questions [differently](contradictions.md).", ""]
     lines += ["## I want to know ...", ""]
     for want in front["wants"]:
         lines += [*_want(want, rows), ""]
@@ -46,9 +45,36 @@ def page(keys: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def contradictions(keys: Sequence[str]) -> str:
+    """Writes the claims of documents that disagree, question by question; see `page`."""
+    front, rows = _read(keys)
+    lines = []
+    for question in front.get("contradictions", []):
+        asked = [rows[claim] for claim in question["claims"]]
+        lines += [f"## {question['ask']}", "", question["about"], ""]
+        for row in asked:
+            study = load(row["study"])["paper"].get("short", row["study"])
+            who = study if row["kind"] == "document" else f"this book, on {study}"
+            lines.append(f"- {who}: {_bullet(row, rows).removeprefix('- ')}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _read(keys: Sequence[str]) -> tuple[dict[str, Any], dict[str, Row]]:
+    """Reads the file, and all claims by their ids; a book without the file asks nothing."""
+    file = ROOT / "book" / "front.yaml"
+    if not file.is_file():
+        return {}, {}
+    front = yaml.safe_load(file.read_text(encoding="utf-8"))
+    rows = {row["id"]: row for row in all_verdicts.rows(keys)}
+    _check(front, rows, keys)
+    return front, rows
+
+
 def _check(front: Mapping[str, Any], rows: Mapping[str, Row], keys: Sequence[str]) -> None:
     """Raises ValueError for what the file names and the book does not have."""
-    claims = [claim for part in ("questions", "wants") for one in front[part]
+    claims = [claim for part in ("questions", "wants", "contradictions")
+              for one in front.get(part, [])
               for claim in one.get("claims", [])]  # fmt: skip
     pages = [page for want in front["wants"] for page in want["pages"]]
     pages += [page for card in front["studies"].values() for page in card.values()]
@@ -67,7 +93,8 @@ def lead(asked: Sequence[Row]) -> str:
     open_claims = sum(row["verdict"] not in DECIDED for row in asked)
     if open_claims == len(asked):
         return "*Open:* none of the claims on it is decided yet."
-    way = "Yes" if held == len(asked) else "No" if not held and not open_claims else "In part"
+    none = "Not so far" if open_claims else "No"
+    way = "Yes" if held == len(asked) else "In part" if held else none
     still = f", {open_claims} still open" if open_claims else ""
     return f"*{way}:* {held} of {len(asked)} claims on it hold{still}."
 

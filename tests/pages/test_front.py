@@ -26,7 +26,7 @@ def row(name, verdict, after=True, **more):
         (["holds", "holds, smaller than published"], "*Yes:* 2 of 2 claims on it hold."),
         (["opposite", "not reproduced"], "*No:* 0 of 2 claims on it hold."),
         (["holds", "undecided", None], "*In part:* 1 of 3 claims on it hold, 2 still open."),
-        (["opposite", "undecided"], "*In part:* 0 of 2 claims on it hold, 1 still open."),
+        (["opposite", "undecided"], "*Not so far:* 0 of 2 claims on it hold, 1 still open."),
         (["undecided", None], "*Open:* none of the claims on it is decided yet."),
     ],
 )
@@ -59,7 +59,11 @@ def test_the_front_page_of_this_book_names_what_is_there():
     keys = [file.removeprefix("notebooks/") for file in files]
     front._check(content, ledger.claims(), keys)
     assert content["studies"].keys() == set(ledger.studies())
-    assert len(content["questions"]) == 4 and len(content["wants"]) == 6
+    assert (
+        len(content["contradictions"]) == 5
+        and len(content["questions"]) == 4
+        and len(content["wants"]) == 6
+    )
 
 
 def measured(tmp_path, monkeypatch, ours, load=0.2):
