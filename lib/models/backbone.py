@@ -97,7 +97,8 @@ def _start(model: nn.Module, spec: RunSpec, parent: dict[str, Tensor] | None) ->
     state = published.state_for(model, backbone)
     if backbone.brings_experts:
         published.check_experts(model, state, spec.moe, backbone.weights)
-    return Start(state, backbone.weights, backbone.grid, backbone.brings_experts)
+    grid = published.grid_of(state, backbone)
+    return Start(state, backbone.weights, grid, backbone.brings_experts)
 
 
 def write_out_attention(model: nn.Module) -> None:

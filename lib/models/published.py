@@ -8,6 +8,7 @@ Axis letters: **E** experts.
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -35,6 +36,19 @@ def state_for(model: nn.Module, spec: BackboneSpec) -> dict[str, Tensor]:
     module = sys.modules[timm.model_entrypoint(spec.name).__module__]
     convert = getattr(module, "checkpoint_filter_fn", None)
     return state if convert is None else renamed(model, state, spec.weights, convert)
+
+
+def grid_of(state: Mapping[str, Tensor], spec: BackboneSpec) -> tuple[int, int] | None:
+    """Tells rows and columns of the positions in a state; None where nothing says so.
+
+    That is the spec's grid, or a square where the publisher trained on square images alone.
+    """
+    squares = (spec.weights or "").startswith(("satmae:", "vmoe:"))
+    if spec.grid is not None or not squares or "pos_embed" not in state:
+        return spec.grid
+    patches = state["pos_embed"].shape[1] - 1  # one is the class token's
+    side = math.isqrt(patches)
+    return (side, side) if side**2 == patches else None
 
 
 def renamed(

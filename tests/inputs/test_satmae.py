@@ -105,8 +105,8 @@ def theirs(state, bands):
     return torch.nn.functional.layer_norm(x, (D,), state["norm.weight"], state["norm.bias"], 1e-6)
 
 
-def run_of(name, **backbone):
-    return RunSpec(data=DataSpec(image_size=28), backbone=SPEC.but(weights=name, **backbone))
+def run_of(name):
+    return RunSpec(data=DataSpec(image_size=28), backbone=SPEC.but(weights=name))
 
 
 def test_the_plain_encoder_is_taken_and_nothing_else(folder):
@@ -115,7 +115,7 @@ def test_the_plain_encoder_is_taken_and_nothing_else(folder):
     found = weights.fetch(name, "")
     assert set(found) == set(encoder)
     assert all(torch.equal(found[key], tensor) for key, tensor in encoder.items())
-    model = build(run_of(name, grid=(4, 4)), 5, 3)
+    model = build(run_of(name), 5, 3)
     assert torch.equal(model.blocks[1].mlp.fc2.weight, encoder["blocks.1.mlp.fc2.weight"])
     assert model.head.weight.shape == (5, D)
 
@@ -123,7 +123,7 @@ def test_the_plain_encoder_is_taken_and_nothing_else(folder):
 def test_positions_are_resampled_like_those_of_others(folder):
     state = plain()
     name = saved(folder, state | decoder())
-    large = build(run_of(name, grid=(4, 4)).but(data={"image_size": 56}), 5, 3)
+    large = build(run_of(name).but(data={"image_size": 56}), 5, 3)
     wanted = resample_abs_pos_embed(state["pos_embed"], new_size=[8, 8], old_size=[4, 4])
     assert torch.equal(large.pos_embed, wanted)
 
@@ -131,7 +131,7 @@ def test_positions_are_resampled_like_those_of_others(folder):
 def test_the_first_group_computes_what_it_did_on_colour_images(folder):
     state = of_groups()
     name = saved(folder, of_groups_with_decoder())
-    model = build(run_of(name, grid=(4, 4)), 5, 3).eval()
+    model = build(run_of(name), 5, 3).eval()
     colours = torch.rand(2, 3, 28, 28, generator=torch.Generator().manual_seed(2))
     bands = torch.full((2, 10, 28, 28), 0.5)
     for band, channel in ((RED, 0), (GREEN, 1), (BLUE, 2)):
@@ -205,7 +205,7 @@ def test_wrong_missing_and_surplus_tensors_of_blocks_are_named(folder, kind, nam
     else:
         state[name] = torch.zeros(shape)
     with pytest.raises(ValueError, match=re.escape(says)):
-        build(run_of(saved(folder, state), grid=(4, 4)), 5, 3)
+        build(run_of(saved(folder, state)), 5, 3)
 
 
 def test_a_model_of_series_of_images_is_refused(folder):

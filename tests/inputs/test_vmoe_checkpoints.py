@@ -10,6 +10,7 @@ import pytest
 import torch
 import vmoe_files as theirs
 from pydantic import ValidationError
+from timm.layers import resample_abs_pos_embed
 
 from lib.inputs import vmoe, weights
 from lib.inputs.splits import scale_of
@@ -26,10 +27,8 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run_of(prefix, sha, moe=MOE, **backbone):
-    spec = BackboneSpec(
-        **SIZES, hidden=theirs.H, weights=f"vmoe:{prefix}@{sha}", grid=(4, 4), **backbone
-    )
+def run_of(prefix, sha, moe=MOE):
+    spec = BackboneSpec(**SIZES, hidden=theirs.H, weights=f"vmoe:{prefix}@{sha}")
     return RunSpec(data=DataSpec(image_size=28), backbone=spec, moe=moe)
 
 
@@ -76,6 +75,25 @@ def test_a_head_behind_another_layer_is_left_out(folder):
 def test_pixels_are_those_that_it_was_trained_with(folder):
     mean, std = scale_of(3, BackboneSpec(weights="vmoe:small@0"))
     assert mean.flatten().tolist() == std.flatten().tolist() == [0.5] * 3
+
+
+def test_positions_are_of_a_square(folder):
+    """4 x 4 could be 2 x 8, but they trained on squares alone."""
+    spec = run_of(*theirs.written(folder, theirs.drawn()))
+    positions = torch.from_numpy(theirs.drawn()["Encoder/posembed_input/pos_embedding"])
+    large = build(spec.but(data={"image_size": 56}), theirs.CLASSES, 3)
+    wanted = resample_abs_pos_embed(positions, new_size=[8, 8], old_size=[4, 4])
+    assert torch.equal(large.pos_embed, wanted)
+
+
+def test_packed_for_another_machine_it_is_the_same(folder, tmp_path, monkeypatch):
+    prefix, sha = theirs.written(folder, theirs.drawn())
+    name = f"vmoe:{prefix}@{sha}"
+    state = weights.fetch(name, "vit_tiny_patch16_224")
+    weights.pack(tmp_path / "there", name, "vit_tiny_patch16_224")
+    monkeypatch.setenv("MOE_WEIGHTS", str(tmp_path / "there"))
+    again = weights.fetch(name, "vit_tiny_patch16_224")
+    assert weights.sha256_state(again) == weights.sha256_state(state)
 
 
 # ---- arrays that do not add up
