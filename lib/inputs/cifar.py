@@ -1,8 +1,8 @@
 """Reads CIFAR-10 and CIFAR-100 as their authors publish them, in the binary version.
 
 A record is a label a byte (CIFAR-10: one; CIFAR-100: the coarse one, then the fine one) and 3,072
-pixels: 1,024 red, 1,024 green, 1,024 blue, row by row. Files are mapped, not read whole. The Python
-version is pickles, which can run code, and is refused.
+pixels: 1,024 red, 1,024 green, 1,024 blue, row by row. Labels are read at once, images when they
+are asked for. The Python version is pickles, which can run code, and is refused.
 
 Axis letters: **n** images of a split.
 """
@@ -88,11 +88,12 @@ def binary(folder: Path, label: str) -> Read:
     names = _names(folder / version.names_of_label[label])
     splits = {}
     for split, files in version.files_of_split.items():
-        records = [_records(folder / name, len(labels)) for name in files]
+        paths = [folder / name for name in files]
         at = labels.index(label)
-        numbers = np.concatenate([part[:, at] for part in records]).astype(np.int64)
+        parts = [_records(path, len(labels))[:, at] for path in paths]
+        numbers = np.concatenate(parts).astype(np.int64)
         _check_labels(numbers, names, f"{folder}, {', '.join(files)}")
-        splits[split] = _rows(numbers, records, len(labels))
+        splits[split] = _rows(numbers, paths, [len(part) for part in parts], len(labels))
     return splits, names
 
 
@@ -150,15 +151,25 @@ def _check_labels(numbers: np.ndarray, names: list[str], where: str) -> None:
         )
 
 
-def _rows(numbers: np.ndarray, records: list[np.ndarray], labels: int) -> Rows:
-    """Gives the rows of a split, file by file."""
-    ends = np.cumsum([len(part) for part in records])
+def _rows(numbers: np.ndarray, files: list[Path], sizes: list[int], labels: int) -> Rows:
+    """Gives the rows of a split, file by file. sizes: records of each file."""
+    ends = np.cumsum(sizes)
 
-    def record(row: int) -> np.ndarray:
+    def place(row: int) -> tuple[Path, int, int]:
+        """Finds the file of a row, its number in it, and how many labels a record has."""
         file = int(np.searchsorted(ends, row, side="right"))
-        return records[file][row - ends[file]]  # counted from the end of the file
+        return files[file], row - int(ends[file]) + sizes[file], labels
 
-    def decode(row: int) -> Tensor:
-        return torch.from_numpy(np.array(record(row)[labels:])).view(3, SIDE, SIDE)
+    return Rows(
+        numbers, lambda row: _image(*place(row)), lambda row: _record(*place(row)).tobytes()
+    )
 
-    return Rows(numbers, decode, lambda row: record(row).tobytes())
+
+def _image(file: Path, number: int, labels: int) -> Tensor:
+    """Reads one image, (3, 32, 32) uint8."""
+    return torch.from_numpy(_record(file, number, labels)[labels:]).view(3, SIDE, SIDE)
+
+
+def _record(file: Path, number: int, labels: int) -> np.ndarray:
+    length = labels + PIXELS
+    return np.fromfile(file, np.uint8, length, offset=number * length)

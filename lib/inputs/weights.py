@@ -100,8 +100,8 @@ def pixel_scale(
 ) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Reads the mean and deviation by channel of the pixels that weights were trained with.
 
-    timm lists them with each architecture, no network is needed. None for weights of another name,
-    which do not say, and for random ones.
+    timm lists them with each architecture, no network is needed; SatMAE's and V-MoE's stand here.
+    None for weights of another name, which do not say, and for random ones.
     """
     word = (name or "").partition(":")[0]
     if word == "satmae":
