@@ -85,7 +85,7 @@ def _slices_of(name: str, shape: tuple[int, ...], shards: int) -> list[tuple[sli
     return [(slice(e, e + step), *whole[1:]) for e in range(0, shape[0], step)]
 
 
-def sorted_tree(arrays: dict[str, np.ndarray]) -> dict:
+def nested(arrays: dict[str, np.ndarray]) -> dict:
     tree: dict = {}
     for name, array in arrays.items():
         *folders, last = name.split("/")
@@ -109,7 +109,7 @@ def written(
     folder: Path, arrays: dict[str, np.ndarray], shards: int = 2, version: str | None = "20220622"
 ) -> tuple[str, str]:
     """Writes PREFIX.index and PREFIX.data-...; returns PREFIX and the SHA-256 of all together."""
-    names = in_order_of_jax(sorted_tree(arrays))
+    names = in_order_of_jax(nested(arrays))
     data: list[dict] = [{"__msgpack_array_chunk_a87ca2__": True} for _ in range(shards)]
     infos, turn = {}, 0
     for number, name in enumerate(names):
@@ -126,7 +126,9 @@ def written(
         shape = msgpack.packb((array.shape, array.dtype.name, False, {}), use_bin_type=True)
         content = (shape, tuple(map(_packed_slices, slices)), tuple(numbers))
         infos[name] = msgpack.ExtType(8, msgpack.packb(content, use_bin_type=True))
-    index = {"shard_count": shards, "index": sorted_tree(infos)}
+    # a tree in a file has any order: arrays are counted by the sorted names
+    tree = nested(dict(reversed(infos.items())))
+    index = {"shard_count": shards, "index": tree}
     index |= {"version": version} if version else {}
     (folder / "small.index").write_bytes(msgpack.packb(index, strict_types=True))
     for number, content in enumerate(data):
