@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
@@ -47,13 +48,14 @@ def reader(folder: Path) -> Callable[[Path], Read] | None:
 # ---------------------------------------------------------------- GEO-Bench
 
 
-def geobench(folder: Path) -> Read:
+def geobench(folder: Path, bands: Sequence[str] = COLOURS) -> Read:
     """Reads a classification set of GEO-Bench 1.0.
 
     It holds SAMPLE.hdf5 files, default_partition.json (splits) and label_map.json (labels). Read
-    are the bands red, green and blue, 8 bits each, as m-forestnet and m-pv4ger have them. Raises
-    ValueError, with the file, for JSON that does not read, a sample without label or file, in two
-    splits or two classes, and bands that are absent, of several dates, or of another type.
+    are three bands by their names, in this order, 8 bits each, as m-forestnet and m-pv4ger have
+    them: red, green and blue; m-forestnet has nir, swir1 and swir2, too. Raises ValueError, with
+    the file, for JSON that does not read, a sample without label or file, in two splits or two
+    classes, and bands that are absent, of several dates, or of another type.
     """
     partition = _lists_by_name(folder / "default_partition.json")
     label_map = _lists_by_name(folder / "label_map.json")
@@ -87,7 +89,7 @@ def geobench(folder: Path) -> Read:
                 )
         files = [folder / f"{sample}.hdf5" for sample in samples]
         labels = np.array([label_of_sample[sample] for sample in samples])
-        splits[split] = rows_in_files(labels, files, _colours_of_sample)
+        splits[split] = rows_in_files(labels, files, partial(_bands_of_sample, names=bands))
     return splits, names
 
 
@@ -131,23 +133,23 @@ def _label_of_sample(file: Path, label_map: dict[str, list], names: list[str]) -
     return label_of_sample
 
 
-def _colours_of_sample(file: Path) -> Tensor:
-    """Reads red, green and blue of one sample as (3, h, w) uint8."""
+def _bands_of_sample(file: Path, names: Sequence[str]) -> Tensor:
+    """Reads three bands of one sample as (3, h, w) uint8. names: in small letters."""
     import h5py
 
     try:
         with h5py.File(file, "r") as sample:
-            names = {
-                colour: [name for name in sample if _colour_of_band(name) == colour]
-                for colour in COLOURS
+            stored_of_name = {
+                name: [stored for stored in sample if _name_of_band(stored) == name]
+                for name in names
             }
-            if wrong := [colour for colour in COLOURS if len(names[colour]) != 1]:
-                counts = ", ".join(f"{len(names[colour])} bands of {colour}" for colour in wrong)
+            if wrong := [name for name in names if len(stored_of_name[name]) != 1]:
+                counts = ", ".join(f"{len(stored_of_name[name])} bands of {name}" for name in wrong)
                 raise ValueError(
                     f"{file} has {counts} among {', '.join(sample)}: "
                     "exactly one of each is needed, of one date"
                 )
-            bands = [_band(sample, names[colour][0], file) for colour in COLOURS]
+            bands = [_band(sample, stored_of_name[name][0], file) for name in names]
     except (OSError, KeyError, RuntimeError) as error:  # what h5py raises on damaged files
         raise ValueError(
             f"{file} does not read as HDF5 ({error}): repair or replace it; "
@@ -197,7 +199,7 @@ def _band(sample: h5py.File, name: str, file: Path) -> np.ndarray:
     return np.asarray(band)
 
 
-def _colour_of_band(name: str) -> str:
+def _name_of_band(name: str) -> str:
     """Takes number and date off a band's name: "04 - Red_2016-01-01" and "Red" are both "red"."""
     without_number = re.sub(r"^\d+\w? - ", "", name)
     return re.sub(r"_\d{4}-\d{2}-\d{2}.*$", "", without_number).strip().lower()
@@ -210,8 +212,9 @@ def mit_indoor(folder: Path) -> Read:
     """Reads MIT Indoor scenes (Quattoni & Torralba, CVPR 2009).
 
     It holds Images/CLASS/FILE.jpg with TrainImages.txt and TestImages.txt. There is no validation
-    split; one is cut from training. Raises ValueError for an empty or absent list, a file that is
-    listed and absent, and one in both lists.
+    split; one is cut from training. Most of the published images are in neither list, and are not
+    read. Raises ValueError for an empty or absent list, a file that is listed and absent, and one
+    that is listed twice.
     """
     images_of_split = {split: _listed(folder, name) for split, name in LISTS.items()}
     if in_both := set(images_of_split["train"]) & set(images_of_split["test"]):
@@ -254,6 +257,9 @@ def _listed(folder: Path, name: str) -> list[str]:
         parts = image.split("/")
         if len(parts) != 2 or "\\" in image or any(part in ("", ".", "..") for part in parts):
             raise ValueError(f"{folder / name} lists {image}: images are listed as CLASS/FILE")
+    if len(set(images)) < len(images):
+        twice = next(image for image in images if images.count(image) > 1)
+        raise ValueError(f"{folder / name} lists {twice} twice: take one line out")
     if absent := [image for image in images if not (folder / "Images" / image).is_file()]:
         raise ValueError(
             f"{folder / name} lists {absent[0]}, which is not in {folder / 'Images'}; "

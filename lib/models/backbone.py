@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from difflib import get_close_matches
+from functools import partial
+from typing import NamedTuple
 
 import timm
 import torch
@@ -12,9 +14,9 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from ..inputs import weights
 from ..routers.base import Router
 from ..spec import BackboneSpec, MoESpec, RunSpec
+from . import published
 from .ensemble import ensemble
 from .mae import MaskedAutoencoder
 from .upcycle import upcycle
@@ -29,9 +31,9 @@ def build(
 ) -> nn.Module:
     """Builds the model of a run before its steps and its training.
 
-    parent: final state of `spec.init`, in place of pretrained weights. Where the parent is dense,
-    its weights are loaded before upcycling, which makes experts of its MLPs; where it has MoE
-    layers, they are loaded after upcycling, which makes the layers that they fit. Of a masked
+    parent: final state of `spec.init`, in place of pretrained weights. Where either is dense, its
+    weights are loaded before upcycling, which makes experts of its MLPs; where it has MoE layers,
+    they are loaded after upcycling, which makes the layers that they fit. Of a masked
     autoencoder the encoder is taken. With another router the parent's router weights stay if they
     fit; a head for other classes is not taken over. fit: gives the model the structure of a parent
     that was changed by steps (`step.Step`), before the parent's weights are loaded.
@@ -44,24 +46,19 @@ def build(
         torch.manual_seed(spec.seed)
         generator = torch.Generator().manual_seed(spec.seed)
         model = create(spec.backbone, spec.data.image_size, classes, channels)
-        if parent is not None:
-            parent = _weights_for_child(parent, spec, heads_of(model))
-            parent_grid = square_grid(model, spec.init.data.image_size)
-        parent_has_moe = spec.init is not None and spec.init.moe is not None
-        if spec.init is None and spec.backbone.weights:
-            pretrained = weights.fetch(spec.backbone.weights, spec.backbone.name)
-            load_weights(model, pretrained, spec.backbone.weights, spec.backbone.grid)
-        # a dense parent: before upcycling, since the experts are made of its MLPs
-        if parent is not None and not parent_has_moe:
-            model = model if fit is None else fit(model, parent)
-            load_weights(model, parent, f"run {spec.init.id}", parent_grid)
+        start = _start(model, spec, parent)
+        fit = fit if parent is not None else None
+        # dense weights: before upcycling, since the experts are made of their MLPs
+        if start is not None and not start.has_experts:
+            model = model if fit is None else fit(model, start.state)
+            load_weights(model, start.state, start.origin, start.grid)
         if spec.moe is not None:
             upcycle(model, spec.moe, generator=generator)
-        # a parent with experts: after upcycling, since a dense model has no place for them
-        if parent is not None and parent_has_moe:
-            model = model if fit is None else fit(model, parent)
-            parent = _with_routers_of(model, parent)
-            load_weights(model, parent, f"run {spec.init.id}", parent_grid)
+        # weights with experts: after upcycling, since a dense model has no place for them
+        if start is not None and start.has_experts:
+            model = model if fit is None else fit(model, start.state)
+            state = start.state if parent is None else _with_routers_of(model, start.state)
+            load_weights(model, state, start.origin, start.grid)
         if spec.fresh_routers:
             for module in model.modules():
                 if isinstance(module, Router):
@@ -73,6 +70,35 @@ def build(
     if spec.dtype == "bfloat16" and spec.device == "cpu":
         write_out_attention(model)
     return model
+
+
+class Start(NamedTuple):
+    """Holds the weights that a run starts from, and what must be known to load them.
+
+    origin: where they come from, for messages; grid: see `load_weights`; has_experts: whether they
+    are of a model with MoE layers.
+    """
+
+    state: dict[str, Tensor]
+    origin: str
+    grid: tuple[int, int] | None
+    has_experts: bool
+
+
+def _start(model: nn.Module, spec: RunSpec, parent: dict[str, Tensor] | None) -> Start | None:
+    """Gives the weights of a parent, or else those that the backbone names; None if none."""
+    if parent is not None:
+        state = _weights_for_child(parent, spec, heads_of(model))
+        grid = square_grid(model, spec.init.data.image_size)
+        return Start(state, f"run {spec.init.id}", grid, spec.init.moe is not None)
+    backbone = spec.backbone
+    if spec.init is not None or not backbone.weights:
+        return None
+    state = published.state_for(model, backbone)
+    if backbone.brings_experts:
+        published.check_experts(model, state, spec.moe, backbone.weights)
+    grid = published.grid_of(state, backbone)
+    return Start(state, backbone.weights, grid, backbone.brings_experts)
 
 
 def write_out_attention(model: nn.Module) -> None:
@@ -158,6 +184,8 @@ def create(spec: BackboneSpec, image_size: int, classes: int, channels: int) -> 
         given["mlp_ratio"] = (spec.hidden + 0.5) / spec.width
     if _has_fixed_input_size(spec.name):
         given["img_size"] = image_size
+    if spec.brings_experts:
+        given["act_layer"] = "gelu_tanh"  # that of V-MoE; timm's ViT has the exact one
     try:
         model = timm.create_model(
             spec.name,
@@ -203,7 +231,7 @@ def load_weights(
     state = dict(state)
     if isinstance(model, VisionTransformer):
         positions = _resampled_positions(model, state, origin, grid)
-        state = checkpoint_filter_fn(state, model)
+        state = published.renamed(model, state, origin, _convert_vit)
         state |= {} if positions is None else {"pos_embed": positions}
     model_state = model.state_dict()
     heads = heads_of(model)
@@ -218,13 +246,24 @@ def load_weights(
     wrong = [name for name in unfit if not name.startswith(heads)]
     absent = [name for name in model_state if name not in state and not name.startswith(heads)]
     if wrong or absent:
+        shapes = {name: tuple(tensor.shape) for name, tensor in model_state.items()}
+        against = [
+            f"{name} is {tuple(state[name].shape)}, expected {shapes.get(name, 'no such tensor')}"
+            for name in wrong[:3]
+        ]
+        lacking = [f"{name} {shapes[name]}" for name in absent[:3]]
         raise ValueError(
             f"weights of {origin} do not fit {type(model).__name__}: "
             f"{len(wrong)} do not match (first {wrong[:3]}), "
-            f"{len(absent)} are absent (first {absent[:3]}). Take weights of this architecture, or "
-            "give the backbone the sizes that they are of"
+            f"{len(absent)} are absent (first {absent[:3]}). By timm's names: "
+            f"{'; '.join([*against, *(f'expected {name}, and it is absent' for name in lacking)])}."
+            " Take weights of this architecture, or give the backbone the sizes that they are of"
         )
     model.load_state_dict(state, strict=False)
+
+
+# DeiT III calls its layer scale gamma_1 and gamma_2, no other ViT does
+_convert_vit = partial(checkpoint_filter_fn, adapt_layer_scale=True)
 
 
 def _resampled_positions(

@@ -189,14 +189,14 @@ def _check_head(dense: RunSpec) -> None:
     """Raises ValueError for a model that is not trained here and whose weights have no head that
     fits the classes of the data."""
     from ..inputs.splits import load_splits
-    from ..inputs.weights import fetch
     from ..models.backbone import create, heads_of
+    from ..models.published import state_for
 
     splits = load_splits(dense.data)
     classes = len(splits.class_names)
     model = create(dense.backbone, dense.data.image_size, classes, splits.channels)
     name = dense.backbone.weights
-    state = {} if name is None else fetch(name, dense.backbone.name)
+    state = {} if name is None else state_for(model, dense.backbone)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     heads = [name for name in shapes if name.startswith(heads_of(model))]
     unfit = [name for name in heads if name not in state or state[name].shape != shapes[name]]

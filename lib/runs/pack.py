@@ -95,10 +95,18 @@ def _cut(joined: Path, folder: Path, part_bytes: int) -> list[Path]:
 
 
 def _pack_images(specs: Sequence[RunSpec], home: Path) -> None:
-    """Writes a file for each data set, with the rows that the runs read."""
+    """Writes a file for each data set, with the rows that the runs read.
+
+    Raises ValueError for images that are not in colour.
+    """
     opened: dict[str, dict[str, Opened]] = {}  # by data set and label column
     rows: dict[str, dict[str, set[int]]] = {}  # by data set and stored split
     for data in {spec.data.id: spec.data for spec in specs}.values():
+        if data.bands is not None:
+            raise ValueError(
+                f"data set {data.name} with bands={data.bands} is not packed, only colour images "
+                "are: copy its folder to MOE_DATA there, and pack the other runs"
+            )
         sources = sources_of(data.name, data.label, paths.data_home())
         opened.setdefault(data.name, {})[data.label] = sources
         rows_of_split = rows.setdefault(data.name, {})

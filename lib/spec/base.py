@@ -39,7 +39,7 @@ def _printable(name: str) -> str:
 
 def _file_name(name: str) -> str:
     """Refuses a name that leads out of a folder, or that no file can have."""
-    parts = re.sub("^(hub|file|pth):", "", name).split("/")
+    parts = re.sub("^(hub|file|pth|satmae|vmoe):", "", name).split("/")
     if {"", ".", ".."} & set(parts):
         raise ValueError(
             "a name is a path below a folder: no / at its start or end, no part that is empty, . "

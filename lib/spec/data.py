@@ -17,7 +17,8 @@ class DataSpec(Spec):
     Subsets are class-balanced and depend on `subset_seed` alone.
     """
 
-    # mnist5k | a folder under MOE_DATA: parquet, classes, GEO-Bench, MIT Indoor | hub:owner/name
+    # mnist5k | a folder under MOE_DATA (parquet, class folders, GEO-Bench, MIT Indoor, CIFAR's
+    # binary version) | hub:owner/name
     name: FileName = PACKAGED
     image_size: Size = 28  # side in pixels that the model sees
     # training images; None = all that are left after the validation split
@@ -30,6 +31,31 @@ class DataSpec(Spec):
     subset_seed: Seed = 0  # chooses the subset; not the training seed
     # first class and one past the last of those that stay, numbered anew from 0; None = all
     classes: tuple[ClassNumber, Annotated[ClassNumber, Field(ge=1)]] | None = None
+
+    # GEO-Bench: three bands by name, in the place of red, green and blue; None = these
+    bands: Annotated[tuple[ColumnName, ColumnName, ColumnName], Field(strict=False)] | None = None
+
+    @model_validator(mode="after")
+    def _bands_fit(self):
+        if self.bands is None:
+            return self
+        names = [name.lower() for name in self.bands]
+        if names == ["red", "green", "blue"] or len(set(names)) < len(names):
+            raise ValueError(
+                f"bands={self.bands}: name three different ones, and leave it at None for red, "
+                "green, blue, so that equal runs have equal ids"
+            )
+        if list(self.bands) != names:
+            raise ValueError(
+                f"bands={self.bands}: write names in small letters, so that equal runs have equal "
+                "ids"
+            )
+        if not self.in_folder:
+            raise ValueError(
+                f"bands={self.bands} are those of a GEO-Bench folder, and {self.name} is none: "
+                "leave it at None"
+            )
+        return self
 
     @model_validator(mode="after")
     def _no_idle_fields(self):

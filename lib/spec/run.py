@@ -156,6 +156,24 @@ class RunSpec(Spec):
         return self
 
     @model_validator(mode="after")
+    def _experts_of_weights_fit(self):
+        if not self.backbone.brings_experts or self.init is not None:
+            return self
+        moe = self.moe
+        if moe is None or moe.router != "token" or moe.members > 1:
+            given = "None" if moe is None else f"router={moe.router!r}, members={moe.members}"
+            raise ValueError(
+                f"weights={self.backbone.weights!r} has experts and routers of tokens: set moe to "
+                f"its layers, with router='token', members=1, got moe={given}"
+            )
+        if moe.shared or moe.fresh_experts or moe.copy_noise:
+            raise ValueError(
+                f"weights={self.backbone.weights!r} brings its experts, so none is copied: leave "
+                "moe.shared, moe.fresh_experts and moe.copy_noise at their defaults"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _probes_fit(self):
         routed = self.extracted or (self.moe is not None and self.moe.members == 1)
         if self.image_loads and not routed:

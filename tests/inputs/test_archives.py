@@ -243,12 +243,24 @@ def test_mit_indoor_folder(home):
             lambda f: (f / "TrainImages.txt").write_text("bakery/1.jpg\n"),
             "class wine cellar has no training image",
         ),
+        (
+            lambda f: (f / "TestImages.txt").write_text("bakery/10.jpg\nbakery/10.jpg\n"),
+            "TestImages.txt lists bakery/10.jpg twice",
+        ),
     ],
 )
 def test_lists_that_do_not_add_up(home, spoil, says):
     spoil(indoor(home))
     with pytest.raises(ValueError, match=says):
         load_splits(DataSpec(name="mit-indoor"))
+
+
+def test_pictures_that_no_list_names_are_not_read(home):
+    (indoor(home) / "Images" / "bakery" / "99.jpg").write_bytes(b"no picture")
+    (home / "mit-indoor" / "Images" / "pantry").mkdir()
+    splits = load_splits(DataSpec(name="mit-indoor", image_size=8))
+    assert [len(s) for s in (splits.train, splits.val, splits.test)] == [18, 2, 4]
+    assert splits.class_names == ["bakery", "wine cellar"]
 
 
 def test_pictures_of_other_kinds_under_the_name_jpg(home):
