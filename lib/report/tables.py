@@ -23,6 +23,7 @@ from . import CAPTION_STYLE
 __all__ = ["COST_DECIMALS", "GROUPS", "Secondary", "Table", "secondary", "table", "three_groups"]
 
 GROUPS = ("published", "reproduced", "this build")
+SETTING = "setting"  # the group of the columns that say what a row is
 MISSING = "–"  # followed by the number of the note with the command
 # Decimals of the columns that speed and size tables share: rates are noisy in their first digits,
 # small models are small.
@@ -68,31 +69,43 @@ class Table:
 
     @property
     def body(self) -> str:
-        """Writes the scrollable table alone."""
+        """Writes the scrollable table alone; what this build computed is folded below it.
+
+        This build shows that a page runs. Beside what was reproduced it would look like evidence.
+        """
+        if self.frame.columns.nlevels < 2:
+            return self._body_of(self.frame)
+        group = self.frame.columns.get_level_values(0)
+        of_build = group == GROUPS[2]
+        shown = self._body_of(self.frame.loc[:, ~of_build])
+        if not of_build.any():
+            return shown
+        folded = self._body_of(self.frame.loc[:, of_build | (group == SETTING)])
+        return f"{shown}<details><summary>{GROUPS[2]}</summary>{folded}</details>"
+
+    def _body_of(self, frame: pd.DataFrame) -> str:
         styler = (
-            self.frame.style.format(escape="html")
-            .format_index(escape="html", axis=1)
-            .hide(axis="index")
+            frame.style.format(escape="html").format_index(escape="html", axis=1).hide(axis="index")
         )
-        styler.set_uuid(self._uuid)
+        styler.set_uuid(self._uuid_of(frame))
         styler.set_table_attributes(
             'class="dataframe" style="border-collapse:collapse'
             f'{"" if self.wrap else ";white-space:nowrap"}"'
         )
         styler.map(_look)
-        many = self.frame.shape[1] > 8  # as many as a page of text is wide at the larger size
+        many = frame.shape[1] > 8  # as many as a page of text is wide at the larger size
         rules = [
             {"selector": "td, th", "props": f"padding:0.15em {0.35 if many else 0.5}em"},
             {"selector": "", "props": f"font-size:{0.78 if many else 0.9}em"},
             # long column names break, so that a table of numbers is as wide as its numbers
             {"selector": "thead th", "props": "white-space:normal;vertical-align:bottom"},
         ]
-        if self.frame.columns.nlevels == 2:
+        if frame.columns.nlevels == 2:
             # A rule between the groups: the eye must not run from one source into the next.
             starts = [
                 i
-                for i in range(1, self.frame.shape[1])
-                if self.frame.columns[i][0] != self.frame.columns[i - 1][0]
+                for i in range(1, frame.shape[1])
+                if frame.columns[i][0] != frame.columns[i - 1][0]
             ]
             rules += [
                 {"selector": f".col{i}", "props": "border-left:2px solid #888"} for i in starts
@@ -102,11 +115,11 @@ class Table:
         body = styler.to_html().replace("<th ", '<th scope="col" ')
         return f'<div style="overflow-x:auto;max-width:100%" tabindex="0">{body}</div>'
 
-    @property
-    def _uuid(self) -> str:
+    def _uuid_of(self, frame: pd.DataFrame) -> str:
         # From the content: tables on one page must not share their style rules, and equal tables
         # must be equal text.
-        return hashlib.sha256(repr(self).encode()).hexdigest()[:10]
+        names = "".join(map(str, frame.columns))
+        return hashlib.sha256(f"{self!r}{names}".encode()).hexdigest()[:10]
 
     def _repr_html_(self) -> str:
         return self.html
@@ -270,7 +283,7 @@ def three_groups(
     rows, below = len(index_frame), Notes()
     cells: dict[tuple[str, str], list[str]] = {}
     for name in index_frame:
-        cells["setting", str(name)] = [_setting(value) for value in index_frame[name]]
+        cells[SETTING, str(name)] = [_setting(value) for value in index_frame[name]]
     for group, columns in zip(GROUPS, (published, reproduced, build), strict=True):
         if not columns and group != "published":
             columns = {next(iter(published), "value"): [None] * rows}

@@ -57,6 +57,12 @@ def test_three_groups_cells():
     )
 
 
+def test_this_build_is_folded_apart_from_what_was_reproduced():
+    shown, folded = three().body.split("<details><summary>this build</summary>")
+    assert "reproduced" in shown and "published" in shown and "60.0" not in shown
+    assert "60.0" in folded and "91.5" not in folded and folded.count(">12<") == 1
+
+
 def test_table_html_scrolls_is_escaped_and_stable():
     text = three().html
     assert (
