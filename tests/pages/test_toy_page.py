@@ -44,7 +44,7 @@ def test_a_new_study_is_built_and_its_own_command_fills_it(book):
     assert "points, n=1</td>" in page and "undecided (pilot)</td>" in page
     assert "Limit: the speed of &#x27;dense&#x27; scaled by multiply-adds." in page
     verdicts = html_of(book, "verdicts")
-    assert "Routing by hash" in verdicts and "<strong>not tested</strong>" in verdicts
+    assert "Routing by hash" in verdicts and "</span> not tested</span>" in verdicts
     records = book.executed(KEY)["metadata"]["moe"]["records"]
     assert sorted(map(bool, records.values())) == [False] * 6 + [True] * 2
     assert {path.parent.name for path in book.root.glob("cache/records/*/*.json")} == {"hash"}
