@@ -224,10 +224,11 @@ def _check_ranks(args: argparse.Namespace) -> None:
             f"{_ranks()} ranks were started (WORLD_SIZE), and they compute runs together by "
             "`run PAGE --records` alone: start every other command once"
         )
-    if args.workers > 1:
-        raise parameters.NotebookError(
-            f"--workers {args.workers}: {_ranks()} ranks compute one run at a time, together"
-        )
+    for option in ("workers", "scheduler", "cluster"):
+        if getattr(args, option, None) not in (None, 1):
+            raise parameters.NotebookError(
+                f"--{option}: {_ranks()} ranks compute one run at a time, together: leave it out"
+            )
 
 
 def _fill(args: argparse.Namespace) -> int:

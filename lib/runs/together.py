@@ -29,8 +29,16 @@ def collect(grid: dict[str, list[RunSpec]]) -> bool:
     whether this is rank 0, which has the records then.
 
     Every rank calls it. Raises what `collect.collect` does, on rank 0; on all ranks ValueError
-    where they disagree on the runs or the code, and LostRank once one of them is gone.
+    where they disagree on the runs or the code, and RuntimeError once one of them is gone.
     """
+    try:
+        return _collect(grid)
+    except ranks.LostRank as error:
+        raise RuntimeError(str(error)) from error
+
+
+def _collect(grid: dict[str, list[RunSpec]]) -> bool:
+    """`collect`, which LostRank ends."""
     from . import collect as runs
 
     with ranks.opened() as all_ranks:
@@ -43,8 +51,6 @@ def collect(grid: dict[str, list[RunSpec]]) -> bool:
             return False
         try:
             runs.collect(grid)
-        except ranks.LostRank:
-            raise
         except Exception:
             all_ranks.from_first(None)  # the others end in order
             raise
@@ -85,8 +91,6 @@ def _follow(all_ranks: ranks.Ranks) -> None:
                 data = spec.data
                 _prepare(all_ranks, spec, fingerprint_of(data.name, data.label, paths.data_home()))
                 _train(all_ranks, spec, model, teacher, masks)
-        except ranks.LostRank:
-            raise
         except Exception as error:  # rank 0 files it
             what = f"{type(error).__name__}: {error}"
             print(f"rank {all_ranks.rank}, run {spec.id}: {what}", file=sys.stderr, flush=True)

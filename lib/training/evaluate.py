@@ -82,9 +82,7 @@ def evaluate(
         batches = batches_that_choose(split.labels, spec)
     predictions, losses, seconds = [], [], 0.0
     with _progress_bar(len(split), spec, ranks) as bar:
-        for number, index in enumerate(batches):
-            if not ranks.has_turn(number):
-                continue
+        for index in ranks.turns(batches):
             images, labels = split.batch(index, spec).to(spec.device), split.labels[index]
             began = time.perf_counter()
             with (

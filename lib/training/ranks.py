@@ -34,8 +34,11 @@ from ..spec import RunSpec
 PATIENCE = datetime.timedelta(days=2)
 
 
-class LostRank(RuntimeError):
-    """A rank is gone: nothing more can be exchanged, and this process is to end."""
+class LostRank(BaseException):
+    """A rank is gone: nothing more can be exchanged, and this process is to end.
+
+    No Exception: it is no failure of the run, which would be filed, and nothing may go on.
+    """
 
 
 class RankFailed(RuntimeError):
@@ -66,9 +69,9 @@ class One:
     def sum_gradients(self, model: nn.Module) -> None:
         """Sums the gradients of all ranks."""
 
-    def has_turn(self, number: int) -> bool:
-        """Tells whether a piece of work, counted from 0, is this rank's."""
-        return True
+    def turns(self, pieces: Sequence) -> Sequence:
+        """Lists the pieces of some work that are this rank's."""
+        return pieces
 
     def in_order(self, results: list) -> list:
         """Puts the results of all ranks' turns into the order of the pieces of work."""
@@ -94,8 +97,13 @@ class Ranks(One):
     """
 
     def __init__(self):
-        from accelerate import PartialState
-
+        try:
+            from accelerate import PartialState
+        except ImportError as error:
+            raise ValueError(
+                "several ranks (WORLD_SIZE in the environment) need the package accelerate, which "
+                'is not installed: pip install -e ".[ranks]"'
+            ) from error
         with warnings.catch_warnings():  # of threads, which the spec of each run sets
             warnings.simplefilter("ignore")
             state = PartialState(cpu=True)
@@ -159,7 +167,7 @@ class Ranks(One):
         try:
             yield
             self.meet()
-        except (LostRank, RankFailed):
+        except RankFailed:
             raise
         except Exception as error:
             self.meet(failure=f"{type(error).__name__}: {' '.join(str(error).split())}")
@@ -255,9 +263,9 @@ class Ranks(One):
 
     # ---- work that is dealt out piece by piece
 
-    def has_turn(self, number: int) -> bool:
-        """Tells whether a piece of work, counted from 0, is this rank's."""
-        return number % self.count == self.rank
+    def turns(self, pieces: Sequence) -> Sequence:
+        """Lists the pieces of some work that are this rank's."""
+        return pieces[self.rank :: self.count]
 
     def in_order(self, results: list) -> list:
         """Puts the results of all ranks' turns into the order of the pieces of work."""
@@ -386,7 +394,7 @@ def _ranks() -> Ranks:
 def check_cards() -> None:
     """Raises ValueError if this machine has fewer graphics cards than ranks."""
     cards, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    if cards < wanted:
+    if cards < wanted > 1:
         raise ValueError(
             f"device='cuda' gives each rank a card of its own: {wanted} ranks were started on a "
             f"machine with {cards}. Start as many as there are cards (--num_processes {cards})"

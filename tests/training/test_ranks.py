@@ -150,7 +150,7 @@ def test_two_ranks_go_on_from_the_checkpoint_of_one_process(both):
 def test_a_killed_rank_ends_the_other_and_one_process_goes_on_from_their_checkpoint(both):
     first, second = both.killed
     assert second.status == -9
-    assert first.status == 1 and "LostRank: another rank is gone" in first.out
+    assert first.status == 1 and "RuntimeError: another rank is gone" in first.out
     assert both.lost.get(KILLED) is None  # no failure of the run
     assert both.lost.checkpoint(KILLED.id).is_file()
     runs.collect({"killed": [KILLED]}, where=both.lost)
