@@ -97,7 +97,8 @@ def _add_run(commands: Any, profile: dict[str, Any]) -> None:
     run.add_argument(
         "--records",
         action="store_true",
-        help="only compute the missing records, here and with progress bars; no notebook",
+        help="only compute the missing records, here and with progress bars; no notebook. Started "
+        "by accelerate launch or torchrun, all processes train each run together",
     )
     run.add_argument(
         "--workers",

@@ -1,4 +1,6 @@
-"""Runs computed by several ranks together (`lib.training.ranks`), all started with one command.
+"""Runs computed by several ranks together (`lib.training.ranks`), all started with one command:
+
+    accelerate launch --num_processes 8 -m lib run PAGE --records
 
 Rank 0 does what one process does: it alone knows the store, its locks, checkpoints and records,
 prepares the model of a run, and measures it in the end. The others wait, and take part when it

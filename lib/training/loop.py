@@ -30,7 +30,7 @@ from .checkpoint import Checkpoint
 from .evaluate import evaluate
 from .losses import losses
 from .optimiser import freeze, optimiser, schedule
-from .ranks import ONE, One, on_cpu
+from .ranks import ONE, One
 
 CURVE_POINTS = 60  # training-loss points kept a run
 LAST_LOSSES = 5  # finite ones that a diverged run reports
@@ -317,8 +317,7 @@ class Trainer:
         """Resumes on rank 0, and on the others from the state that it has then."""
         start = self._resume()
         if self.ranks.count > 1:
-            state = on_cpu(self._state()) if start else None
-            start, state = self.ranks.from_first((start, state))
+            start, state = self.ranks.from_first((start, self._state() if start else None))
             if state is not None and self.ranks.rank > 0:
                 self._load(state)
         return start

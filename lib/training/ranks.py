@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
 from ..spec import RunSpec
 
@@ -77,8 +76,8 @@ class One:
         """Puts the results of all ranks' turns into the order of the pieces of work."""
         return results
 
-    def from_first(self, value: Any = None, device: str = "cpu") -> Any:
-        """Returns the value of rank 0, with its tensors on `device`."""
+    def from_first(self, value: Any = None) -> Any:
+        """Returns the value of rank 0, whatever others give."""
         return value
 
     @contextlib.contextmanager
@@ -88,7 +87,7 @@ class One:
 
 
 class Ranks(One):
-    """The ranks that a launcher has started (accelerate, torchrun, MPI), and this one's number.
+    """The ranks that a launcher has started (accelerate, torchrun), and this one's number.
 
     Collectives go through gloo in memory, and through NCCL on graphics cards. Gradients are summed
     here and not by DistributedDataParallel: the loss of a rank reaches all weights only through
@@ -142,24 +141,22 @@ class Ranks(One):
                         f"{other}. Start all with one command, from one checkout, on one data set"
                     )
 
-    def from_first(self, value: Any = None, device: str = "cpu") -> Any:
-        """Returns the value of rank 0, whatever others give, with its tensors on `device`.
+    def from_first(self, value: Any = None) -> Any:
+        """Returns the value of rank 0, whatever others give, with its tensors in memory.
 
         Rank 0 itself keeps what it gave.
         """
-        self.meet()
-        content = None
+        file = io.BytesIO()
         if self.rank == 0:
-            file = io.BytesIO()
-            torch.save(value, file)
-            content = file.getvalue()
-        message = [content]
+            torch.save(value, file)  # before the roll call: what cannot be saved is not awaited
+        self.meet()
+        message = [file.getvalue()]
         with _all_there():
             torch.distributed.broadcast_object_list(message, src=0, group=self.memory)
         if self.rank == 0:
             return value
         # from a process of this very run, never from a file
-        return torch.load(io.BytesIO(message[0]), map_location=device, weights_only=False)
+        return torch.load(io.BytesIO(message[0]), map_location="cpu", weights_only=False)
 
     @contextlib.contextmanager
     def taking_part(self) -> Iterator[None]:
@@ -402,11 +399,6 @@ def check_cards() -> None:
 
 
 # ---- small parts
-
-
-def on_cpu(value: Any) -> Any:
-    """Copies what lies on a graphics card, inside of dicts and lists, into memory."""
-    return tree_map_only(Tensor, Tensor.cpu, value)
 
 
 @contextlib.contextmanager

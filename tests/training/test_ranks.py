@@ -202,6 +202,26 @@ def test_shares_make_up_the_batch(count):
         assert all(len(range(images)[share]) >= 1 for share in taken)
 
 
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        (
+            [{"code": "a1", "runs": ["x"]}, {"code": "b2", "runs": ["x"]}],
+            "code: .* a1, .* 1 has b2",
+        ),
+        ([{"runs": ["x", "y"]}, {"runs": ["x", "z"]}], "runs: rank 0 has y, rank 1 has z"),
+        ([{"runs": ["x"]}, {"runs": ["x", "z"]}], "runs: rank 0 has none, rank 1 has z"),
+        ([{"data": {"rows": 9}}, {"data": None}], "data: rank 0 has {'rows': 9}, rank 1 has None"),
+    ],
+)
+def test_what_ranks_disagree_on_is_named(monkeypatch, facts, message):
+    rank = rank_of(2, 1)
+    monkeypatch.setattr(rank, "meet", lambda mine: [facts[0], mine])
+    with pytest.raises(ValueError, match=message):
+        rank.agree(**facts[1])
+    rank.agree(**facts[0])
+
+
 def drawn(draw, share: slice | None, images: int, members: int = 1):
     """What is drawn for a share of a batch; for all of it, without the ranks, if None."""
     torch.manual_seed(0)
