@@ -1,4 +1,4 @@
-"""One rank of a test, started as a launcher starts it: python rank_process.py SCENARIO.
+"""One rank of a test, started as a launcher starts it: python rank_process.py.
 
 The runs are small ones whose every part may go wrong on several ranks: what is drawn, the last
 batch, of one image, losses that are no means, what follows a step.
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
-import time
 
 import torch
 
@@ -97,29 +95,21 @@ def no_memory():
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-def equal(rank: int) -> None:
-    """Computes the runs, two that fail among them; then the ranks disagree."""
+def main(rank: int) -> None:
+    """Computes the runs, two that fail among them; then the ranks disagree; then rank 1 is killed
+    in the middle of a run, which is saved after each step."""
     if rank == 1:
         broken_off_at(NO_MEMORY.seed, STOP, no_memory)
-    grid = FAILING | {name: [spec] for name, spec in SPECS.items()} | {"resumed": [RESUMED]}
-    for runs in (grid, {"other": [BASE.but(seed=10 + rank)]}):
+        broken_off_at(KILLED.seed, STOP, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    runs = FAILING | {name: [spec] for name, spec in SPECS.items()} | {"resumed": [RESUMED]}
+    for grid in (runs, {"other": [BASE.but(seed=10 + rank)]}, {"killed": [KILLED]}):
+        if KILLED in grid.get("killed", ()):
+            checkpoint.CHECKPOINT_SECONDS, checkpoint.WRITE_SHARE = 0, 0
         try:
-            together.collect(runs)
+            together.collect(grid)
         except (RuntimeError, ValueError) as error:
             print(f"{type(error).__name__}: {error}", flush=True)
 
 
-def killed(rank: int) -> None:
-    """Kills rank 1 in the middle of a run, which is saved after each step."""
-    checkpoint.CHECKPOINT_SECONDS, checkpoint.WRITE_SHARE = 0, 0
-    if rank == 1:
-        broken_off_at(KILLED.seed, STOP, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    try:
-        together.collect({"killed": [KILLED]})
-    except RuntimeError as error:
-        print(f"{time.monotonic()} {type(error).__name__}: {error}", flush=True)
-        raise
-
-
 if __name__ == "__main__":
-    {"equal": equal, "killed": killed}[sys.argv[1]](int(os.environ["RANK"]))
+    main(int(os.environ["RANK"]))

@@ -43,12 +43,12 @@ def stop():
     raise Stopped
 
 
-def started(scenario: str, cache: Path) -> list[subprocess.Popen]:
-    """Starts the ranks of a scenario, with the variables that torchrun sets."""
+def started(cache: Path) -> list[subprocess.Popen]:
+    """Starts the ranks, with the variables that torchrun sets."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(ROOT / "tests" / "rank_process.py"), scenario]
+    command = [sys.executable, str(ROOT / "tests" / "rank_process.py")]
     shared = {
         "PYTHONPATH": str(ROOT),
         "MOE_CACHE": str(cache),
@@ -94,21 +94,21 @@ def broken_off(spec, file: Path) -> None:
 def both(tmp_path_factory):
     """The stores of one process and of two, after all runs; and what the two said."""
     root = tmp_path_factory.mktemp("ranks")
-    one, two, lost = (Store(root / "none", root / name) for name in ("one", "two", "lost"))
+    one, two = (Store(root / "none", root / name) for name in ("one", "two"))
     file = two.checkpoint(RESUMED.id)
     file.parent.mkdir(parents=True)
     broken_off(RESUMED, file)
-    killed, equal = started("killed", root / "lost"), started("equal", root / "two")
+    processes = started(root / "two")
     try:
         specs = [*SPECS.values(), RESUMED, KILLED]
         runs.collect({"runs": specs}, where=one)
         with pytest.raises(RuntimeError, match="Diverged"):
             runs.collect({"runs": [DIVERGING]}, where=one)
-        said = {"killed": ended(killed), "equal": ended(equal)}
+        said = ended(processes)
     finally:
-        for process in (*killed, *equal):
+        for process in processes:
             process.kill()
-    return SimpleNamespace(one=one, two=two, lost=lost, **said)
+    return SimpleNamespace(one=one, two=two, said=said)
 
 
 def assert_equal_runs(spec, one: Store, two: Store) -> None:
@@ -137,7 +137,7 @@ def test_two_ranks_train_as_one_process(both, name):
 
 
 def test_a_run_that_cannot_be_shared_out_says_so(both):
-    (line,) = [line for line in both.equal[0].err.splitlines() if "alone" in line]
+    (line,) = [line for line in both.said[0].err.splitlines() if "alone" in line]
     assert SPECS["capacity"].id in line and "moe.capacity_factor=1 limits the tokens" in line
 
 
@@ -148,14 +148,14 @@ def test_two_ranks_go_on_from_the_checkpoint_of_one_process(both):
 
 
 def test_a_killed_rank_ends_the_other_and_one_process_goes_on_from_their_checkpoint(both):
-    first, second = both.killed
+    first, second = both.said
     assert second.status == -9
-    assert first.status == 1 and "RuntimeError: another rank is gone" in first.out
-    assert both.lost.get(KILLED) is None  # no failure of the run
-    assert both.lost.checkpoint(KILLED.id).is_file()
-    runs.collect({"killed": [KILLED]}, where=both.lost)
-    assert_equal_runs(KILLED, both.one, both.lost)
-    (row,) = both.lost.get(KILLED).resumed
+    assert first.status == 0 and "RuntimeError: another rank is gone" in first.out
+    assert both.two.get(KILLED) is None  # no failure of the run
+    assert both.two.checkpoint(KILLED.id).is_file()
+    runs.collect({"killed": [KILLED]}, where=both.two)
+    assert_equal_runs(KILLED, both.one, both.two)
+    (row,) = both.two.get(KILLED).resumed
     assert row["step"] == STOP and row["differs"]["ranks"] == [RANKS, 1]
 
 
@@ -164,21 +164,20 @@ def test_an_error_of_one_rank_is_filed_and_the_other_runs_go_on(both):
     assert error["kind"] == "RankFailed"
     assert "rank 1: OutOfMemoryError: CUDA out of memory" in error["message"]
     assert "a smaller train.batch" in error["message"]
-    assert f"rank 1, run {NO_MEMORY.id}: OutOfMemoryError" in both.equal[1].err
+    assert f"rank 1, run {NO_MEMORY.id}: OutOfMemoryError" in both.said[1].err
     # loss and ranks are in step there: both stop by themselves
     diverged = [store.get(DIVERGING).error for store in (both.one, both.two)]
     assert diverged[0]["kind"] == diverged[1]["kind"] == "Diverged"
     assert diverged[0]["step"] == diverged[1]["step"]
-    assert "Runs that failed: 2" in both.equal[0].out
+    assert "Runs that failed: 2" in both.said[0].out
 
 
 def test_ranks_that_disagree_end_with_an_error_that_names_both(both):
     ids = [BASE.but(seed=10 + rank).id for rank in range(RANKS)]
-    for rank in both.equal:
+    for rank in both.said:
         assert (
             f"ValueError: ranks disagree on the runs: rank 0 has {ids[0]}, rank 1 has {ids[1]}"
         ) in rank.out
-        assert rank.status == 0
 
 
 # ---- the parts, in this process
