@@ -19,14 +19,14 @@ import functools
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..spec import RunSpec
+from .draws import DrawsOfWholeBatch
 
 # Others wait while rank 0 measures alone, for hours. A rank that dies closes its connections, which
 # ends the wait of all others at once: this is for one that hangs.
@@ -211,7 +211,7 @@ class Ranks(One):
 
         members: of an ensemble, which repeats the batch so many times.
         """
-        return _DrawsOfWholeBatch(self.share, self.images, members)
+        return DrawsOfWholeBatch(self.share, self.images, members)
 
     def whole(self, shares: Sequence[Tensor]) -> list[Tensor]:
         """Joins tensors of all ranks along their first axis, in the order of the ranks.
@@ -300,47 +300,6 @@ class _Joined(torch.autograd.Function):
     def backward(ctx, *gradients: Tensor):
         """Hands this rank the rows that are its own."""
         return None, None, *(g[rows] for g, rows in zip(gradients, ctx.rows, strict=True))
-
-
-class _DrawsOfWholeBatch(TorchFunctionMode):
-    """Draws random numbers for the whole batch and hands out those of a share.
-
-    The generators of all ranks start a step alike and stay alike, since each draws everything.
-    Known are the calls by which routers, MoE layers, masked autoencoders and timm's DropPath draw:
-    a first axis is that of images, or of their tokens or members, and a number without axes is one
-    for all ranks.
-    """
-
-    def __init__(self, share: slice, images: int, members: int):
-        super().__init__()
-        self.share, self.images, self.members = share, images, members
-
-    def __torch_function__(self, func: Callable, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is torch.rand:
-            shape = tuple(args[0]) if args and not isinstance(args[0], int) else args
-            return self._mine(shape, lambda whole: torch.rand(whole, **kwargs))
-        if func is torch.randn_like:
-            like = args[0]
-            return self._mine(like.shape, lambda whole: torch.randn_like(like.new_empty(whole)))
-        if func is torch.Tensor.bernoulli_:
-            mask, *chance = args
-            drawn = self._mine(
-                mask.shape, lambda whole: mask.new_empty(whole).bernoulli_(*chance, **kwargs)
-            )
-            return mask.copy_(drawn)
-        return func(*args, **kwargs)
-
-    def _mine(self, shape: Sequence[int], draw: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
-        """Draws a tensor of this rank's shape, (rows of its images, ...), as a part of all."""
-        mine = self.share.stop - self.share.start
-        if not shape or not mine or shape[0] % mine:
-            return draw(tuple(shape))
-        rows = shape[0] // mine  # an image
-        members = self.members if rows % self.members == 0 else 1  # before the batch is repeated
-        whole = draw((rows * self.images, *shape[1:]))
-        by_image = whole.view(members, self.images, rows // members, *shape[1:])
-        return by_image[:, self.share].reshape(tuple(shape))
 
 
 # ---- the ranks of this process

@@ -28,6 +28,7 @@ from lib.runs import collect as runs
 from lib.runs.store import Store
 from lib.spec import MoESpec
 from lib.training import checkpoint, loop, ranks
+from lib.training.draws import DrawsOfWholeBatch
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = 2
@@ -226,7 +227,7 @@ def drawn(draw, share: slice | None, images: int, members: int = 1):
     torch.manual_seed(0)
     if share is None:
         return draw(images)
-    with ranks._DrawsOfWholeBatch(share, images, members):
+    with DrawsOfWholeBatch(share, images, members):
         return draw(share.stop - share.start)
 
 
