@@ -98,8 +98,6 @@ def check_device(spec: RunSpec) -> None:
     this machine has cards; its record, where there is one, needs none."""
     import torch
 
-    from ..training.ranks import check_cards
-
     if spec.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"run {spec.id} is planned for device='cuda' and this machine has none: give "
@@ -107,4 +105,6 @@ def check_device(spec: RunSpec) -> None:
             "take a profile made for the CPU"
         )
     if spec.device == "cuda":
+        from ..training.ranks import check_cards
+
         check_cards()
