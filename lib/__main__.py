@@ -97,7 +97,8 @@ def _add_run(commands: Any, profile: dict[str, Any]) -> None:
     run.add_argument(
         "--records",
         action="store_true",
-        help="only compute the missing records, here and with progress bars; no notebook",
+        help="only compute the missing records, here and with progress bars; no notebook. Started "
+        "by accelerate launch or torchrun, all processes train each run together",
     )
     run.add_argument(
         "--workers",
@@ -193,17 +194,42 @@ def _dry(key: str, profile: str, given: dict[str, Any]) -> int:
 
 
 def _records(key: str, profile: str, given: dict[str, Any], workers: int) -> int:
-    """Computes the runs of a plan that have no record, `workers` at a time."""
+    """Computes the runs of a plan that have no record, `workers` at a time, or over all ranks."""
     from .runs import collect as runs
 
     grid = profiles.plan(key, profile, **given)
     if workers < 1:
         raise parameters.NotebookError(f"--workers {workers}: {AT_LEAST_ONE}")
-    with runs.pool(workers) if workers > 1 else nullcontext() as executor:
-        runs.collect(grid, executor)
+    if _ranks() > 1:
+        from .runs import together
+
+        if not together.collect(grid):
+            return 0  # rank 0 says it
+    else:
+        with runs.pool(workers) if workers > 1 else nullcontext() as executor:
+            runs.collect(grid, executor)
     ids = {spec.id for specs in grid.values() for spec in specs}
     print(f"{key}, {profile}: all {len(ids)} records are there")
     return 0
+
+
+def _ranks() -> int:
+    """Counts the processes that a launcher (accelerate, torchrun) has started with this command."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def _check_ranks(args: argparse.Namespace) -> None:
+    """Raises NotebookError for what several ranks do not do together."""
+    if not getattr(args, "records", False):
+        raise parameters.NotebookError(
+            f"{_ranks()} ranks were started (WORLD_SIZE), and they compute runs together by "
+            "`run PAGE --records` alone: start every other command once"
+        )
+    for option in ("workers", "scheduler", "cluster"):
+        if getattr(args, option, None) not in (None, 1):
+            raise parameters.NotebookError(
+                f"--{option}: {_ranks()} ranks compute one run at a time, together: leave it out"
+            )
 
 
 def _fill(args: argparse.Namespace) -> int:
@@ -321,6 +347,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with interruptible():
             if args.command != "compress":
                 need_checkout(f"the command {args.command}")
+            if _ranks() > 1:
+                _check_ranks(args)
             return args.do(args)
     except RuntimeError as error:  # of a notebook; of `collect`: "run <id>: <kind>: <message>"
         return _failed(str(error), 1)

@@ -21,7 +21,15 @@ from lib import paths
 
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 # what only the book or an extra asks for: figures in notebooks, building, clusters, GradCAM
-OF_THE_BOOK = {"distributed", "grad-cam", "ipython", "ipywidgets", "nbformat", "packaging"}
+OF_THE_BOOK = {
+    "accelerate",
+    "distributed",
+    "grad-cam",
+    "ipython",
+    "ipywidgets",
+    "nbformat",
+    "packaging",
+}
 OF_THE_BOOK |= {"papermill", "sphinx"}
 
 

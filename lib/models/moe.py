@@ -7,7 +7,7 @@ experts per token.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -118,6 +118,11 @@ class RoutingTape:
                 "torch.utils.checkpoint (timm: timm.layers.set_reentrant_ckpt(False)). Where no "
                 "gradient is wanted, open the tape, or read it, under torch.no_grad()"
             )
+
+    def replace(self, routings: Sequence[Routing]) -> None:
+        """Puts others in the place of all routings, from the input of the model on: those of the
+        whole batch, where this process has seen a share of it."""
+        self._entries = dict(zip(self.layers, routings, strict=True))
 
     def routings(self) -> list[Routing]:
         """Lists the routings alone, from the input of the model on."""

@@ -94,8 +94,8 @@ def _check_probes(spec: RunSpec, model: nn.Module) -> None:
 
 
 def check_device(spec: RunSpec) -> None:
-    """ValueError if a run has to be computed on a device that is not there; its record, where there
-    is one, needs none."""
+    """ValueError if a run has to be computed on a device that is not there, or by more ranks than
+    this machine has cards; its record, where there is one, needs none."""
     import torch
 
     if spec.device == "cuda" and not torch.cuda.is_available():
@@ -104,3 +104,7 @@ def check_device(spec: RunSpec) -> None:
             "device='cpu', which makes runs of their own (on a command line -p device cpu), or "
             "take a profile made for the CPU"
         )
+    if spec.device == "cuda":
+        from ..training.ranks import check_cards
+
+        check_cards()

@@ -30,6 +30,11 @@ if TYPE_CHECKING:  # torch is not needed before a run is computed
     from ..inputs.splits import Splits
 
 Arrays = dict[str, np.ndarray]
+MORE_MEMORY = (
+    ". The run does not fit the card: take more cards, each of which gets its share of a batch "
+    "(accelerate launch), or a smaller train.batch, a smaller image_size or dtype='bfloat16', "
+    "which make runs of their own"
+)
 
 
 def execute(
@@ -39,7 +44,8 @@ def execute(
     and final weights.
 
     The parent's weights are read from `state_folder`, the own ones written there if `spec.keep`. A
-    failure is returned as a failed record, never raised, except KeyboardInterrupt.
+    failure is returned as a failed record, never raised, except KeyboardInterrupt and the loss of
+    another rank. Training is shared with the other ranks where there are some (`together`).
     """
     head = {
         "id": spec.id,
@@ -67,9 +73,12 @@ def _reason(error: Exception) -> dict[str, Any]:
 
     diverged = isinstance(error, Diverged)
     at = {"step": error.step, "last": error.last} if diverged else {}
+    kind, message = type(error).__name__, str(error)
+    if "OutOfMemoryError" in f"{kind} {message}":  # on this card, or on that of another rank
+        message += MORE_MEMORY
     return at | {
-        "kind": type(error).__name__,
-        "message": str(error),
+        "kind": kind,
+        "message": message,
         "traceback": traceback.format_exc(limit=-6),
     }
 
@@ -97,7 +106,7 @@ class _Run:
         from ..training.evaluate import evaluate
 
         began = time.perf_counter()
-        _set_up(self.spec)
+        set_up(self.spec)
         splits = load_splits(self.spec.data)
         self.entries = {"classes": splits.class_names, "history": [], "curve": {}, "val": {}}
         data = self.spec.data
@@ -182,15 +191,16 @@ class _Run:
         masks: dict[str, Tensor],
     ) -> nn.Module:
         """Trains in place, with the entries that this makes; returns the model to evaluate."""
+        from ..training import ranks
         from ..training.checkpoint import Checkpoint
-        from ..training.loop import fit
+        from .together import fit
 
-        checkpoint = Checkpoint(self.checkpoint, self.origin | {"data": self.entries.get("data")})
+        together = ranks.of(self.spec, model)
+        origin = self.origin | {"data": self.entries.get("data"), "ranks": together.count}
+        checkpoint = Checkpoint(self.checkpoint, origin)
         spec, began = self.spec, time.perf_counter()
         with _tensorboard(self.states.parent / "tensorboard" / spec.id) as report:
-            model, progress = fit(
-                model, splits.train, splits.val, spec, checkpoint, report, teacher, masks
-            )
+            model, progress = fit(model, splits, spec, checkpoint, report, teacher, masks, together)
         # progress.seconds counts the steps of all processes, without validation: where it is longer
         # than this process was here, the rest was spent before the checkpoint
         self.seconds_before = max(0.0, progress.seconds - (time.perf_counter() - began))
@@ -200,12 +210,14 @@ class _Run:
         names = [name for name in ("top1", "loss") if f"val_{name}" in last]
         val = {"n": len(splits.val)} | {name: last[f"val_{name}"] for name in names}
         self.entries |= {"history": progress.history, "curve": progress.curve, "val": val}
+        if together.count > 1:
+            self.timing["ranks"] = together.count
         self.timing["train_seconds"] = progress.seconds
         self.timing["train_images_per_s"] = progress.images / max(progress.seconds, 1e-9)
         return model
 
 
-def _set_up(spec: RunSpec) -> None:
+def set_up(spec: RunSpec) -> None:
     """Sets what holds for the whole process: threads, arithmetic, and where the peak of its memory
     is counted from."""
     import torch

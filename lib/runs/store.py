@@ -38,10 +38,11 @@ class Record:
     Entries: id, status ("ok" | "failed"), history (a row an epoch), curve (smoothed training loss),
     val and test (n, top1 in percent, loss in nats), moe (a row a MoE layer, shallow to deep), cost,
     memory (MiB of a training step, by kind), prune (prunable weights before and after, pruned runs
-    only), drop (scores of experts by layer, where some were dropped), timing, weights (SHA-256 at
-    start and end), data (the fingerprint of the data set, see `lib.inputs.fingerprint`), resumed
-    (a row each time that training went on with other code or on another machine, see
-    `lib.training.checkpoint`), environment, code, created, error (failed runs only).
+    only), drop (scores of experts by layer, where some were dropped), timing (with `ranks`, where
+    several trained it together), weights (SHA-256 at start and end), data (the fingerprint of the
+    data set, see `lib.inputs.fingerprint`), resumed (a row each time that training went on with
+    other code or on another machine, see `lib.training.checkpoint`), environment, code, created,
+    error (failed runs only).
     """
 
     spec: RunSpec

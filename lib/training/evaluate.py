@@ -25,6 +25,7 @@ from ..routers.base import Routing
 from ..routers.manual import labelled
 from ..spec import RunSpec
 from .losses import autocast
+from .ranks import ONE, One
 
 BATCH = 250  # images that are evaluated at a time
 
@@ -59,12 +60,14 @@ def evaluate(
     spec: RunSpec,
     on_routings: OnRoutings | None = None,
     batch: int = BATCH,
+    ranks: One = ONE,
 ) -> Evaluation:
     """Evaluates a model on a split, without augmentation.
 
     on_routings: is called with the routings of each batch, of an ensemble with labels once a
     member. Where a batch chooses the neurons (spec.channels), it is one of `batches_that_choose`;
-    predictions are in the order of the split all the same.
+    predictions are in the order of the split all the same. ranks: that share the batches out, each
+    of which calls this, without on_routings; all get the whole result.
     """
     model.eval()
     tape, blocks = RoutingTape(model), moe_blocks(model)
@@ -72,12 +75,14 @@ def evaluate(
     # Hidden patches of an evaluation are the same at every epoch, so that its losses can be
     # compared.
     masks = torch.Generator().manual_seed(0) if isinstance(model, MaskedAutoencoder) else None
+    if masks is not None:
+        ranks = ONE  # one generator for all batches: each rank does them all
     batches = torch.arange(len(split)).split(batch)
     if spec.channels is not None and spec.channels.pool == "batch":
         batches = batches_that_choose(split.labels, spec)
     predictions, losses, seconds = [], [], 0.0
-    with _progress_bar(len(split), spec) as bar:
-        for index in batches:
+    with _progress_bar(len(split), spec, ranks) as bar:
+        for index in ranks.turns(batches):
             images, labels = split.batch(index, spec).to(spec.device), split.labels[index]
             began = time.perf_counter()
             with (
@@ -98,7 +103,8 @@ def evaluate(
             logits = out.float().cpu()
             losses.append(F.cross_entropy(logits, labels, reduction="sum").item())
             predictions.append(logits.argmax(dim=-1).to(whole_type(logits.shape[-1], torch.int16)))
-    loss, images_per_s = math.fsum(losses) / len(split), len(split) / seconds
+    losses, predictions = ranks.in_order(losses), ranks.in_order(predictions)
+    loss, images_per_s = math.fsum(losses) / len(split), len(split) / max(seconds, 1e-9)
     if masks is not None:
         return Evaluation(len(split), None, loss, None, images_per_s)
     predicted = torch.cat(predictions)[torch.cat(batches).argsort()]
@@ -124,7 +130,7 @@ def whole_type(count: int, smallest: torch.dtype = torch.int8) -> torch.dtype:
     return next(t for t in types[types.index(smallest) :] if count - 1 <= torch.iinfo(t).max)
 
 
-def _progress_bar(images: int, spec: RunSpec) -> tqdm:
+def _progress_bar(images: int, spec: RunSpec, ranks: One) -> tqdm:
     return tqdm(
         total=images,
         unit="image",
@@ -132,6 +138,7 @@ def _progress_bar(images: int, spec: RunSpec) -> tqdm:
         leave=False,
         delay=5,
         mininterval=1.0,
+        disable=ranks.rank > 0,
     )
 
 

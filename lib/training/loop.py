@@ -30,6 +30,7 @@ from .checkpoint import Checkpoint
 from .evaluate import evaluate
 from .losses import losses
 from .optimiser import freeze, optimiser, schedule
+from .ranks import ONE, One
 
 CURVE_POINTS = 60  # training-loss points kept a run
 LAST_LOSSES = 5  # finite ones that a diverged run reports
@@ -97,18 +98,21 @@ class RunTask(Task):
         val: Split | None,
         spec: RunSpec,
         teacher: nn.Module | None = None,
+        ranks: One = ONE,
     ):
         self.model, self.data, self.val, self.spec = model, data, val, spec
-        self.teacher = teacher
+        self.teacher, self.ranks = teacher, ranks
         self.steps_per_epoch = -(-len(data) // spec.train.batch)  # the last batch may be smaller
         self.order: Tensor | None = None  # of the images in the epoch under way
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Gives the images of a step, augmented, and their labels."""
+        """Gives the images of a step, augmented, and their labels; of several ranks the share."""
         index, spec = self._index(step), self.spec
         augmentation = _generator(spec.seed, AUGMENTATION, step)
-        images = self.data.batch(index, spec, augmentation).to(spec.device)
-        return images, self.data.labels[index].to(spec.device)
+        share = self.ranks.take(len(index))
+        # Of the whole batch: what is drawn for an image depends on those before it.
+        images = self.data.batch(index, spec, augmentation)[share].to(spec.device)
+        return images, self.data.labels[index[share]].to(spec.device)
 
     def _index(self, step: int) -> Tensor:
         """(B,) images of a step: each epoch takes all of them once, in an order of its own."""
@@ -121,13 +125,13 @@ class RunTask(Task):
 
     def losses(self, images: Tensor, labels: Tensor, tape: RoutingTape) -> dict[str, Tensor]:
         """Computes the losses that the spec names."""
-        return losses(self.model, images, labels, self.spec, tape, self.teacher)
+        return losses(self.model, images, labels, self.spec, tape, self.teacher, self.ranks)
 
     def validated(self, model: nn.Module) -> dict[str, float] | None:
         """Evaluates on the validation split: top-1 in percent, if there are classes, and loss."""
         if self.val is None:
             return None
-        result = evaluate(model, self.val, self.spec)
+        result = evaluate(model, self.val, self.spec, ranks=self.ranks)
         top1 = {} if result.top1 is None else {"val_top1": result.top1}
         return top1 | {"val_loss": result.loss}
 
@@ -148,20 +152,21 @@ def fit(
     report: Callable[[dict], None] | None = None,
     teacher: nn.Module | None = None,
     masks: Mapping[str, Tensor] | None = None,
+    ranks: One = ONE,
 ) -> tuple[nn.Module, Progress]:
     """Trains `model` in place as a run says; returns the model to evaluate (the weight average if
     `ema` is set) and its Progress.
 
     checkpoint: a file to resume from and to write to, deleted by the caller; None = none. report:
     called with each epoch's history row. teacher: the dense model whose gates are distilled. masks:
-    of pruned weights, which stay zero. Randomness (order, augmentation, drop path, router noise)
-    depends on `spec.seed` and the step, so that a resumed run ends with the same weights. Raises
-    Diverged if the loss is not finite.
+    of pruned weights, which stay zero. ranks: that train together, each of which calls this, with
+    the same model; checkpoint and report are for rank 0. Randomness (order, augmentation, drop
+    path, router noise) depends on `spec.seed` and the step, so that a resumed run ends with the
+    same weights. Raises Diverged if the loss is not finite.
     """
-    task = RunTask(model, data, val, spec, teacher)
-    trainer = Trainer(
-        model, task, spec.train, spec.seed, f"train {spec.id[:6]}", checkpoint, report, masks
-    )
+    task = RunTask(model, data, val, spec, teacher, ranks)
+    title = f"train {spec.id[:6]}"
+    trainer = Trainer(model, task, spec.train, spec.seed, title, checkpoint, report, masks, ranks)
     trainer.run()
     return trainer.to_evaluate, trainer.progress
 
@@ -182,8 +187,9 @@ class Trainer:
         checkpoint: Checkpoint | None = None,
         report: Callable[[dict], None] | None = None,
         masks: Mapping[str, Tensor] | None = None,
+        ranks: One = ONE,
     ):
-        self.model, self.task, self.train = model, task, train
+        self.model, self.task, self.train, self.ranks = model, task, train, ranks
         self.seed, self.title = seed, title
         self.checkpoint, self.report = checkpoint or Checkpoint(None), report
         self.masks = masks
@@ -210,7 +216,7 @@ class Trainer:
 
     def run(self) -> None:
         """Trains to the end, from the checkpoint where there is one."""
-        start = self._resume()
+        start = self._resume_alike()
         if start == 0 and (validated := self.task.validated(self.model)) is not None:
             self.progress.history.append({"epoch": 0.0} | validated)
         with torch.random.fork_rng(devices=[]), self._progress_bar(start) as bar:
@@ -239,6 +245,7 @@ class Trainer:
             raise Diverged(step, self.recent_losses)
         self.optim.zero_grad(set_to_none=True)
         parts["loss"].backward()
+        self.ranks.sum_gradients(self.model)
         if self.train.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip)
         self.optim.step()
@@ -248,7 +255,7 @@ class Trainer:
         for name, value in parts.items():
             progress.sums[name] = progress.sums.get(name, 0.0) + float(value.detach())
         progress.seconds += time.perf_counter() - began
-        progress.images += len(labels)
+        progress.images += self.ranks.images_of_step(len(labels))
         add_to_curve(progress.curve, step, loss, every=max(1, self.steps // CURVE_POINTS))
         return loss
 
@@ -292,6 +299,7 @@ class Trainer:
             leave=False,
             delay=5,
             mininterval=1.0,
+            disable=self.ranks.rank > 0,
         )
 
     def _state(self) -> dict[str, Any]:
@@ -304,6 +312,15 @@ class Trainer:
             "average": None if self.average is None else self.average.module.state_dict(),
             "drop": None if self.drop is None else self.drop.state_dict(),
         }
+
+    def _resume_alike(self) -> int:
+        """Resumes on rank 0, and on the others from the state that it has then."""
+        start = self._resume()
+        if self.ranks.count > 1:
+            start, state = self.ranks.from_first((start, self._state() if start else None))
+            if state is not None and self.ranks.rank > 0:
+                self._load(state)
+        return start
 
     def _resume(self) -> int:
         """Loads the checkpoint into its owners; returns the step to go on from, 0 without one or

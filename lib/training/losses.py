@@ -6,8 +6,10 @@ Axis letters: **B** images, **M** members of an ensemble, **L** MoE layers.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +19,11 @@ from ..models.balance import batch_variation, sharpness_loss, switch_loss, varia
 from ..models.compete import competition_loss
 from ..models.ensemble import Ensemble
 from ..models.moe import RoutingTape
+from ..routers.base import Routing
 from ..routers.manual import labelled
 from ..spec import MoESpec, RunSpec
 from .bfloat16 import products
+from .ranks import ONE, One, Ranks
 
 
 @contextlib.contextmanager
@@ -42,14 +46,20 @@ def losses(
     spec: RunSpec,
     tape: RoutingTape,
     teacher: nn.Module | None = None,
+    ranks: One = ONE,
 ) -> dict[str, Tensor]:
     """Computes the parts of the training loss, and their weighted sum under `loss`.
 
     images: (B, channels, height, width); labels: (B,). teacher: the parent, where its gates or
-    logits are distilled. An ensemble's loss is the mean of its members' losses.
+    logits are distilled. An ensemble's loss is the mean of its members' losses. ranks: each of
+    which brings its share of the images; all get the losses of the whole batch, and the tape holds
+    the routings of the whole batch afterwards.
     """
-    with tape, autocast(spec), labelled(model, labels):
+    members = model.size if isinstance(model, Ensemble) else 1
+    with tape, autocast(spec), labelled(model, labels), ranks.draws(members):
         out = model.members(images).flatten(0, 1) if isinstance(model, Ensemble) else model(images)
+    if ranks.count > 1:
+        out, labels = _of_all_ranks(out, labels, spec, tape, ranks, members)
     if spec.train.mask is not None:
         parts = {"task_loss": out.loss}
     else:
@@ -60,7 +70,7 @@ def losses(
     total = parts["task_loss"]
     if spec.train.distil_logits:
         with torch.no_grad(), autocast(spec):
-            teacher_logits = teacher(images)
+            (teacher_logits,) = ranks.whole([teacher(images)])
         parts["distil_loss"] = distil_loss(out, teacher_logits)
         total = torch.lerp(total, parts["distil_loss"], spec.train.distil_logits)
     if spec.moe is not None and spec.moe.learns:
@@ -74,9 +84,43 @@ def losses(
             loss_of_layer = torch.stack([auxiliary_loss(routing) for routing in routings])  # (L,)
             total = total + (loss_of_layer * loss_of_layer.new_tensor(weights)).sum()
         if spec.train.distil != "none":
-            parts["distil_loss"] = _distilled(routings, teacher, images, spec)
+            parts["distil_loss"] = _distilled(routings, teacher, images, spec, ranks)
             total = total + parts["distil_loss"]
     return {"loss": total} | parts
+
+
+def _of_all_ranks(
+    out: Any, labels: Tensor, spec: RunSpec, tape: RoutingTape, ranks: Ranks, members: int
+) -> tuple[Any, Tensor]:
+    """Returns the outputs and labels of the whole batch, and puts its routings on the tape.
+
+    out: (M*B, classes) logits of this rank's images, or what a masked autoencoder gives.
+    """
+    if spec.moe is not None and spec.moe.learns:
+        tape.replace(_joined(tape.routings(), ranks))
+    if spec.train.mask is not None:  # every image hides as many patches
+        return replace(out, loss=ranks.mean(out.loss)), labels
+    by_image = out.view(members, len(labels), out.shape[-1]).transpose(0, 1)  # (B, M, classes)
+    out, labels = ranks.whole([by_image, labels])
+    return out.transpose(0, 1).flatten(0, 1), labels
+
+
+def _joined(routings: Sequence[Routing], ranks: Ranks) -> list[Routing]:
+    """Joins the routings of all ranks, a layer each; rows are numbered anew."""
+    names = ("token", "expert", "weight", "probs", "logits", "choice", "dropped")
+    copies = routings[0].shape[0] // max(1, ranks.share.stop - ranks.share.start)  # by an ensemble
+    shares = []
+    for routing in routings:
+        tensors = {name: getattr(routing, name) for name in names}
+        tensors["token"] = routing.token + copies * ranks.share.start * routing.shape[1]
+        shares += tensors.values()
+    joined = ranks.whole(shares)
+    whole = []
+    for number, routing in enumerate(routings):
+        fields = dict(zip(names, joined[number * len(names) :], strict=False))
+        images = len(fields["dropped"]) // routing.shape[1]
+        whole.append(Routing(**fields, shape=(images, routing.shape[1])))
+    return whole
 
 
 def distil_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -106,7 +150,9 @@ def _auxiliary(moe: MoESpec) -> list[tuple[float | tuple[float, ...], Callable]]
     return [(weight, loss) for weight, loss in listed if weight]
 
 
-def _distilled(routings: list, teacher: nn.Module, images: Tensor, spec: RunSpec) -> Tensor:
+def _distilled(
+    routings: list[Routing], teacher: nn.Module, images: Tensor, spec: RunSpec, ranks: One
+) -> Tensor:
     """Computes the mean over layers of the cross-entropy to the teacher's choice, or of the
     divergence from its probabilities, in nats.
 
@@ -115,12 +161,13 @@ def _distilled(routings: list, teacher: nn.Module, images: Tensor, spec: RunSpec
     """
     with torch.no_grad(), RoutingTape(teacher) as tape, autocast(spec):
         teacher(images)
+    targets = ranks.whole([routing.probs for routing in tape.routings()])
     loss_of_layer = []
-    for student, target in zip(routings, tape.routings(), strict=True):
+    for student, target in zip(routings, targets, strict=True):
         if spec.train.distil == "choice":
-            loss = F.cross_entropy(student.logits, target.probs.argmax(dim=-1))
+            loss = F.cross_entropy(student.logits, target.argmax(dim=-1))
         else:
             log_probs = student.logits.log_softmax(dim=-1)
-            loss = F.kl_div(log_probs, target.probs, reduction="batchmean")
+            loss = F.kl_div(log_probs, target, reduction="batchmean")
         loss_of_layer.append(loss)
     return torch.stack(loss_of_layer).mean()
