@@ -9,12 +9,13 @@ Axis letters: **n** rows of a split.
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -377,23 +378,53 @@ def _tables(files_of_split: dict[str, list[str]], image: str) -> datasets.Datase
 
 def _rows(labels: np.ndarray, table: datasets.Dataset, column: str, where: str) -> Rows:
     """Gives the rows of a table. where: begins the messages of the ValueErrors for a bad image."""
-    import datasets
+    encoded = _Encoded(table, column, where)
+    files = tuple(file["filename"] for file in table.cache_files)
 
-    encoded = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    def job(row: int) -> Callable[[], Tensor]:
+        return functools.partial(_decoded, files, column, where, row)
 
-    def stored(row: int) -> bytes:
-        item = encoded[row][column]
+    # one that lies in memory, or was chosen from, is no whole list of files
+    in_files = bool(files) and table._indices is None
+    return Rows(labels, encoded.image, encoded.stored, job if in_files else None)
+
+
+class _Encoded:
+    """The encoded images in the column of a table."""
+
+    def __init__(self, table: datasets.Dataset, column: str, where: str):
+        import datasets
+
+        images = table.select_columns([column])
+        self.table = images.cast_column(column, datasets.Image(decode=False))
+        self.column, self.where = column, where
+
+    def stored(self, row: int) -> bytes:
+        """Reads the stored bytes of a row; ValueError for one without."""
+        item = self.table[row][self.column]
         if item is None:
-            raise ValueError(f"{where}, row {row} has no image: remove it")
+            raise ValueError(f"{self.where}, row {row} has no image: remove it")
         return item["bytes"] or Path(item["path"]).read_bytes()
 
-    def decode(row: int) -> Tensor:
+    def image(self, row: int) -> Tensor:
+        """Decodes the image of a row; ValueError for one that does not."""
         try:
-            return rgb(io.BytesIO(stored(row)))
+            return rgb(io.BytesIO(self.stored(row)))
         except Exception as error:  # PIL raises many kinds on damaged files
             raise ValueError(
-                f"{where}, row {row} does not decode: {error}. Repair or remove the row; images "
-                "are never skipped in silence"
+                f"{self.where}, row {row} does not decode: {error}. Repair or remove the row; "
+                "images are never skipped in silence"
             ) from error
 
-    return Rows(labels, decode, stored)
+
+@functools.lru_cache(maxsize=4)  # of a process that reads for a run
+def _encoded_in(files: tuple[str, ...], column: str, where: str) -> _Encoded:
+    """Opens a table anew, by the files that it lies in on disk."""
+    import datasets
+
+    parts = [datasets.Dataset.from_file(file) for file in files]
+    return _Encoded(datasets.concatenate_datasets(parts), column, where)
+
+
+def _decoded(files: tuple[str, ...], column: str, where: str, row: int) -> Tensor:
+    return _encoded_in(files, column, where).image(row)

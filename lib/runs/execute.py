@@ -39,8 +39,12 @@ def execute(
     and final weights.
 
     The parent's weights are read from `state_folder`, the own ones written there if `spec.keep`. A
-    failure is returned as a failed record, never raised, except KeyboardInterrupt.
+    failure is returned as a failed record, never raised, except KeyboardInterrupt, and ValueError
+    for a number of reading processes (MOE_LOADERS) that is none.
     """
+    from ..inputs.loading import asked_for
+
+    asked_for()
     head = {
         "id": spec.id,
         "spec": spec.model_dump(mode="json"),

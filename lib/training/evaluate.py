@@ -77,8 +77,8 @@ def evaluate(
         batches = batches_that_choose(split.labels, spec)
     predictions, losses, seconds = [], [], 0.0
     with _progress_bar(len(split), spec) as bar:
-        for index in batches:
-            images, labels = split.batch(index, spec).to(spec.device), split.labels[index]
+        for index, images in split.batches(((index, None) for index in batches), spec):
+            labels = split.labels[index]
             began = time.perf_counter()
             with (
                 tape if watched else contextlib.nullcontext(),

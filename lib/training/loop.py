@@ -11,7 +11,7 @@ import copy
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..inputs.splits import Split
+from ..inputs.splits import Split, Wanted
 from ..models.balance import update_choice_bias
 from ..models.moe import RoutingTape
 from ..pruning.experts.progressive import ProgressiveDrop
@@ -101,23 +101,32 @@ class RunTask(Task):
         self.model, self.data, self.val, self.spec = model, data, val, spec
         self.teacher = teacher
         self.steps_per_epoch = -(-len(data) // spec.train.batch)  # the last batch may be smaller
-        self.order: Tensor | None = None  # of the images in the epoch under way
+        self.next_step = -1  # of the batches under way
+        self.batches: Iterator[tuple[Tensor, Tensor]] = iter(())
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Gives the images of a step, augmented, and their labels."""
-        index, spec = self._index(step), self.spec
-        augmentation = _generator(spec.seed, AUGMENTATION, step)
-        images = self.data.batch(index, spec, augmentation).to(spec.device)
-        return images, self.data.labels[index].to(spec.device)
+        """Gives the images of a step, augmented, and their labels.
 
-    def _index(self, step: int) -> Tensor:
-        """(B,) images of a step: each epoch takes all of them once, in an order of its own."""
-        epoch, at = divmod(step, self.steps_per_epoch)
-        if self.order is None or at == 0:
-            generator = _generator(self.spec.seed, ORDER, epoch)
-            self.order = torch.randperm(len(self.data), generator=generator)
-        batch = self.spec.train.batch
-        return self.order[at * batch : (at + 1) * batch]
+        Steps are asked for one after the other: those that follow may be made meanwhile.
+        """
+        if step != self.next_step:
+            self.batches = self.data.batches(self._wanted(step), self.spec)
+        index, images = next(self.batches)
+        self.next_step = step + 1
+        return images, self.data.labels[index].to(self.spec.device)
+
+    def _wanted(self, start: int) -> Iterator[Wanted]:
+        """Yields the images (B,) of each step from `start` on, with the generator that augments.
+
+        Each epoch takes all images once, in an order of its own.
+        """
+        seed, batch = self.spec.seed, self.spec.train.batch
+        order = None
+        for step in range(start, steps_in_all(self.spec.train, self.steps_per_epoch)):
+            epoch, at = divmod(step, self.steps_per_epoch)
+            if order is None or at == 0:
+                order = torch.randperm(len(self.data), generator=_generator(seed, ORDER, epoch))
+            yield order[at * batch : (at + 1) * batch], _generator(seed, AUGMENTATION, step)
 
     def losses(self, images: Tensor, labels: Tensor, tape: RoutingTape) -> dict[str, Tensor]:
         """Computes the losses that the spec names."""
@@ -190,7 +199,7 @@ class Trainer:
         if train.trainable != "all":
             freeze(model, train.trainable)
         self.steps_per_epoch = task.steps_per_epoch
-        self.steps = max(1, round(train.epochs * self.steps_per_epoch))
+        self.steps = steps_in_all(train, self.steps_per_epoch)
         self.drop = None
         if train.single_expert_at:
             self.drop = ProgressiveDrop(model, self.steps, end=train.single_expert_at)
@@ -348,6 +357,11 @@ class Trainer:
 
 
 # ---- small parts
+
+
+def steps_in_all(train: TrainSpec, steps_per_epoch: int) -> int:
+    """Counts the steps of a stage: epochs may be fractions, and one step is taken at least."""
+    return max(1, round(train.epochs * steps_per_epoch))
 
 
 def add_to_curve(curve: dict[str, list[float]], step: int, loss: float, every: int) -> None:
