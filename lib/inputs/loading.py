@@ -142,31 +142,47 @@ def in_processes(requests: Iterable[Request], count: int, pinned: bool) -> Itera
     )
     with _without_main():
         batches = iter(loader)
-    while True:
-        try:
-            batch = next(batches, None)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise RuntimeError(
-                f"a process that reads images was killed ({error}). Systems do so where memory is "
-                f"full, or shared memory is ({_shared_memory()}). {WHAT_TO_DO}"
-            ) from error
-        if batch is None:
-            return
-        if isinstance(batch, Exception):
-            raise batch
-        yield batch
+    try:
+        while (batch := _next(batches)) is not None:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+    finally:
+        del batches  # ends the processes, also where a traceback keeps this frame
+
+
+def _next(batches: Iterator[Tensor | Exception]) -> Tensor | Exception | None:
+    """Takes the next batch, or the error in its place; None after the last one."""
+    try:
+        return next(batches, None)
+    except (RuntimeError, EOFError, OSError) as error:  # the last two: of what it left behind
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        return RuntimeError(
+            f"a process that reads images was killed ({error or type(error).__name__}). Systems do "
+            f"so where memory is full, or shared memory is ({_shared_memory()}). {WHAT_TO_DO}"
+        )
 
 
 class _Pickled:
-    """Hands requests over as bytes: what cannot be pickled is an error here, not in a thread."""
+    """Hands requests over as bytes; one that fails is replaced by its error, which takes its turn.
+
+    A DataLoader pickles in a thread, where an error is lost and the run waits for ever.
+    """
 
     def __init__(self, requests: Iterable[Request]):
         self.requests = requests
 
     def __iter__(self) -> Iterator[bytes]:
-        return map(pickle.dumps, self.requests)
+        requests = iter(self.requests)
+        while True:
+            try:
+                content = pickle.dumps(next(requests))
+            except StopIteration:
+                return
+            except Exception as error:
+                content = pickle.dumps(_sendable(error))
+            yield content
 
 
 class _Batches(Dataset):
@@ -177,7 +193,10 @@ class _Batches(Dataset):
 
     def __getitem__(self, request: bytes) -> Tensor | Exception:
         try:
-            batch = pickle.loads(request).batch()
+            content = pickle.loads(request)
+            if isinstance(content, Exception):
+                return content
+            batch = content.batch()
         except Exception as error:
             return _sendable(error)
         try:
