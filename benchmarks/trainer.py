@@ -89,7 +89,7 @@ def bare(model: nn.Module, data: DecodedImages, spec: RunSpec, steps: int) -> No
         opt="adamw",
         lr=train.lr,
         weight_decay=train.weight_decay,
-        layer_decay=train.layer_decay,
+        layer_decay=None if train.layer_decay == 1 else train.layer_decay,
         fused=True,
     )
     schedule = CosineLRScheduler(

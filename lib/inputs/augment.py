@@ -33,6 +33,11 @@ def augmented(
     return resize(pixels, side)
 
 
+def normalised(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Normalises a batch in its own memory. mean, std: (1, C, 1, 1) of pixels in 0..1."""
+    return pixels.sub_(mean).div_(std)
+
+
 def pass_over(kind: str, count: int, generator: torch.Generator) -> None:
     """Draws what `augmented` draws for `count` images, and does nothing with it."""
     if kind == "resized_crop":

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..spec import RunSpec
-from .augment import augmented
+from .augment import augmented, normalised
 
 VARIABLE = "MOE_LOADERS"
 MOST = 8  # processes a run, if the variable does not say
@@ -65,7 +65,8 @@ class Request(NamedTuple):
             generator = torch.Generator()
             generator.set_state(self.state)
         images = [job() for job in self.jobs]
-        return (augmented(images, self.kind, self.side, generator) - self.mean) / self.std
+        pixels = augmented(images, self.kind, self.side, generator)
+        return normalised(pixels, self.mean, self.std)
 
 
 # ---------------------------------------------------------------- how many

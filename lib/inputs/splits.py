@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import paths
 from ..spec import BackboneSpec, DataSpec, RunSpec
 from . import loading, weights
-from .augment import augmented, pass_over
+from .augment import augmented, normalised, pass_over
 from .sources import Source, sources_of
 
 # of the fixed validation and test splits; changing it would leak test images into training
@@ -65,7 +65,7 @@ class Split:
         kind = data.augment if generator is not None else "none"
         pixels = augmented(images, kind, data.image_size, generator)
         mean, std = scale_of(pixels.shape[1], backbone)
-        return (pixels - mean) / std
+        return normalised(pixels, mean, std)
 
     def batches(self, wanted: Iterable[Wanted], run: RunSpec) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields for each of `wanted` its index (B,) and its `batch`, on the run's device.
