@@ -119,7 +119,7 @@ def _passes(split: Split, run: RunSpec) -> dict[str, Callable[[], float]]:
 
     def wanted() -> Iterator[Wanted]:
         for step, index in enumerate(torch.arange(STEPS * BATCH).split(BATCH)):
-            yield index, torch.Generator().manual_seed(step)
+            yield Wanted(index, torch.Generator().manual_seed(step))
 
     def read(data: Split | DecodedImages, count: int) -> float:
         clock = _Clock(data)

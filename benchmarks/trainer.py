@@ -42,7 +42,7 @@ class DecodedImages:
         return self.images[index]
 
     def batches(self, wanted: Iterable[Wanted], run: RunSpec) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((index, self.batch(index, run.data)) for index, _ in wanted)
+        return ((index, self.batch(index, run.data)) for index, *_ in wanted)
 
 
 def rows(repeats: int, steps: int = 4) -> Iterator[Ratio]:

@@ -41,8 +41,7 @@ def normalised(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def pass_over(kind: str, count: int, generator: torch.Generator) -> None:
     """Draws what `augmented` draws for `count` images, and does nothing with it."""
     if kind == "resized_crop":
-        for _ in range(count):
-            torch.rand(4, generator=generator)
+        torch.rand(count, 4, generator=generator)
     if kind == "auto":
         torch.randint(2**62, (1,), generator=generator)
     if kind in ("shift", "flip_crop", "auto"):

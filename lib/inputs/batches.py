@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..spec import RunSpec
 from .augment import pass_over
-from .splits import Split, scale_of
+from .splits import Split, Wanted, scale_of
 
 
 class Batches:
@@ -38,7 +38,7 @@ class Batches:
             # it draws for batches that are made ahead, of which a pass may not see all
             ahead = torch.Generator()
             ahead.set_state(self._generator.get_state())
-        wanted = ((part, ahead) for part in index.split(self.size))
+        wanted = (Wanted(part, ahead) for part in index.split(self.size))
         for part, images in self.split.batches(wanted, self.run):
             if self.shuffled:
                 pass_over(self.run.data.augment, len(part), self._generator)

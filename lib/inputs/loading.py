@@ -47,25 +47,29 @@ WHAT_TO_DO = (
 class Request(NamedTuple):
     """Says how one batch is made, in any process.
 
-    jobs: a call an image that gives it as (C, h, w) uint8; kind: of augmentation; side: S; state:
-    of the generator that augments, None without; mean, std: (1, C, 1, 1) of pixels in 0..1.
+    jobs: a call an image that gives it as (C, h, w) uint8, None for one that is not handed over and
+    that nothing but draws depends on; kind: of augmentation; side: S; state: of the generator that
+    augments, None without; mean, std: (1, C, 1, 1) of pixels in 0..1; share: of the batch, that is
+    handed over.
     """
 
-    jobs: list[Callable[[], Tensor]]
+    jobs: list[Callable[[], Tensor] | None]
     kind: str
     side: int
     state: Tensor | None
     mean: Tensor
     std: Tensor
+    share: slice = slice(None)
 
     def batch(self) -> Tensor:
-        """Decodes, augments and normalises: (B, C, S, S)."""
+        """Decodes, augments and normalises: (B, C, S, S), or its share."""
         generator = None
         if self.state is not None:
             generator = torch.Generator()
             generator.set_state(self.state)
-        images = [job() for job in self.jobs]
-        pixels = augmented(images, self.kind, self.side, generator)
+        nothing = torch.zeros(self.mean.shape[1], 1, 1, dtype=torch.uint8)
+        images = [nothing if job is None else job() for job in self.jobs]
+        pixels = augmented(images, self.kind, self.side, generator)[self.share]
         return normalised(pixels, self.mean, self.std)
 
 
@@ -201,6 +205,8 @@ class _Batches(Dataset):
         except Exception as error:
             return _sendable(error)
         try:
+            if batch.nbytes < batch.untyped_storage().nbytes():  # a share: not all of it is moved
+                batch = batch.clone()
             return batch.share_memory_()
         except RuntimeError as error:  # not left to the thread that sends, which would lose it
             return RuntimeError(

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,8 +35,16 @@ MEAN = {1: (0.5,), 3: (0.485, 0.456, 0.406)}
 STD = {1: (0.5,), 3: (0.229, 0.224, 0.225)}
 SIZED_ROWS = 16  # images by whose size it is told whether all of a split can be kept decoded
 
-# images of a split (B,), and what draws their augmentation, None for none
-Wanted = tuple[Tensor, torch.Generator | None]
+
+class Wanted(NamedTuple):
+    """Names the images of a batch, (B,), and what draws their augmentation, None for none.
+
+    share: of the batch, that is made. Draws are those of the whole batch.
+    """
+
+    index: Tensor
+    generator: torch.Generator | None = None
+    share: slice = slice(None)
 
 
 @dataclass
@@ -68,7 +77,8 @@ class Split:
         return normalised(pixels, mean, std)
 
     def batches(self, wanted: Iterable[Wanted], run: RunSpec) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields for each of `wanted` its index (B,) and its `batch`, on the run's device.
+        """Yields for each of `wanted` the share of its index (B,) and of its `batch`, which lies on
+        the run's device.
 
         Processes make batches ahead where the images of the split do not all stay decoded in
         memory, or where MOE_LOADERS asks for some (`loading.processes`). Batches are the same.
@@ -78,11 +88,11 @@ class Split:
         if first is None:
             return
         wanted, count = chain([first], wanted), loading.processes(run)
-        if count and loading.asked_for() is None and not self._needs_reading(first[0]):
+        if count and loading.asked_for() is None and not self._needs_reading(first.index):
             count = 0
         if not count:
-            for index, generator in wanted:
-                yield index, self.batch(index, run, generator).to(run.device)
+            for index, generator, share in wanted:
+                yield index[share], self.batch(index, run, generator)[share].to(run.device)
             return
         pinned = torch.device(run.device).type == "cuda"
         under_way: deque[Tensor] = deque()
@@ -101,16 +111,19 @@ class Split:
     def _requests(
         self, wanted: Iterable[Wanted], run: RunSpec, under_way: deque[Tensor]
     ) -> Iterator[loading.Request]:
-        """Yields the requests to other processes; the index of each is added to `under_way`."""
+        """Yields the requests to other processes; what each asks for is added to `under_way`."""
         data, scale = run.data, scale_of(self.source.channels, run.backbone)
-        for index, generator in wanted:
+        for index, generator, share in wanted:
             kind, state = "none", None
             if generator is not None:
                 kind, state = data.augment, generator.get_state()
                 pass_over(kind, len(index), generator)
-            under_way.append(index)
+            under_way.append(index[share])
             jobs = [self.source.job(int(self.rows[i])) for i in index]
-            yield loading.Request(jobs, kind, data.image_size, state, *scale)
+            if kind == "resized_crop":  # each image by itself; others depend on all shapes there
+                made = range(len(jobs))[share]
+                jobs = [job if place in made else None for place, job in enumerate(jobs)]
+            yield loading.Request(jobs, kind, data.image_size, state, *scale, share)
 
 
 def scale_of(channels: int, backbone: BackboneSpec | None) -> tuple[Tensor, Tensor]:

@@ -126,7 +126,8 @@ class RunTask(Task):
             epoch, at = divmod(step, self.steps_per_epoch)
             if order is None or at == 0:
                 order = torch.randperm(len(self.data), generator=_generator(seed, ORDER, epoch))
-            yield order[at * batch : (at + 1) * batch], _generator(seed, AUGMENTATION, step)
+            augmentation = _generator(seed, AUGMENTATION, step)
+            yield Wanted(order[at * batch : (at + 1) * batch], augmentation)
 
     def losses(self, images: Tensor, labels: Tensor, tape: RoutingTape) -> dict[str, Tensor]:
         """Computes the losses that the spec names."""

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 import h5py
@@ -23,7 +24,7 @@ from PIL import Image
 
 from lib.inputs import augment, loading, packed, sources
 from lib.inputs.batches import Batches
-from lib.inputs.splits import load_splits
+from lib.inputs.splits import Wanted, load_splits
 from lib.spec import DataSpec, RunSpec
 
 KINDS = ("none", "flip", "shift", "flip_crop", "resized_crop", "auto")
@@ -53,9 +54,12 @@ def batches(split, run, count: int | None, monkeypatch, size: int = 6) -> list:
     if count is not None:
         monkeypatch.setenv(loading.VARIABLE, str(count))
     parts = torch.arange(len(split)).split(size)  # the last one is smaller
-    generators = [torch.Generator().manual_seed(number) for number in range(len(parts))]
-    augmented = zip(parts, generators, strict=True)
-    return list(split.batches([*augmented, *((part, None) for part in parts)], run))
+    augmented = [Wanted(part, draws_of(number)) for number, part in enumerate(parts)]
+    return list(split.batches([*augmented, *map(Wanted, parts)], run))
+
+
+def draws_of(number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(number)
 
 
 def equal(one: list, other: list) -> bool:
@@ -72,7 +76,7 @@ def test_batches_are_bit_equal_for_0_1_and_4_processes(home, monkeypatch, kind):
     run = run_of("set", kind)
     split = load_splits(run.data).train
     by_hand = [
-        (part, split.batch(part, run, torch.Generator().manual_seed(number)))
+        (part, split.batch(part, run, draws_of(number)))
         for number, part in enumerate(torch.arange(len(split)).split(6))
     ]
     here = batches(split, run, 0, monkeypatch)
@@ -81,6 +85,25 @@ def test_batches_are_bit_equal_for_0_1_and_4_processes(home, monkeypatch, kind):
     for count in (1, 4):
         assert equal(batches(split, run, count, monkeypatch), here)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("kind", ["resized_crop", "flip_crop"])
+def test_shares_of_a_batch_are_cut_out_of_the_whole(home, monkeypatch, kind):
+    pictures(home / "set")
+    run = run_of("set", kind)
+    split = load_splits(run.data).train
+    index = torch.arange(7)
+    whole = split.batch(index, run, draws_of(1))
+    for count in (0, 1):
+        monkeypatch.setenv(loading.VARIABLE, str(count))
+        shares = [Wanted(index, draws_of(1), share) for share in (slice(4), slice(4, 7))]
+        (first, one), (second, other) = split.batches(shares, run)
+        assert first.tolist() == [0, 1, 2, 3] and second.tolist() == [4, 5, 6]
+        assert torch.equal(torch.cat([one, other]), whole)
+        if count:  # the share alone was sent
+            assert one.untyped_storage().nbytes() == one.nbytes
+    [asked] = split._requests(shares[1:], run, deque())
+    assert [job is None for job in asked.jobs] == [kind == "resized_crop"] * 4 + [False] * 3
 
 
 def test_every_layout_is_read_by_another_process(home, monkeypatch):
@@ -189,7 +212,7 @@ def test_damaged_picture_is_named_when_its_turn_comes(home, monkeypatch):
     damaged.write_bytes(damaged.read_bytes()[:200])
     run = run_of("set")
     split, messages = load_splits(run.data).train, []
-    wanted = [(part, None) for part in torch.arange(len(split)).split(6)]
+    wanted = list(map(Wanted, torch.arange(len(split)).split(6)))
     for count in (0, 2):
         monkeypatch.setenv(loading.VARIABLE, str(count))
         ahead = split.batches(wanted, run)
