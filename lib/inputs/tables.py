@@ -9,23 +9,20 @@ Axis letters: **n** rows of a split.
 
 from __future__ import annotations
 
-import functools
 import glob
 import hashlib
-import io
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from .. import paths
-from .pixels import rgb
-from .rows import SPLIT_OF_NAME, Read, Rows
+from .encoded import rows_in_table
+from .rows import SPLIT_OF_NAME, Read
 
 if TYPE_CHECKING:
     import datasets
@@ -93,7 +90,9 @@ def parquet_files(folder: Path, label: str) -> Read:
     image = _image_column(Path(files_of_split["train"][0]))
     read = {}
     for split, table in _tables(files_of_split, image).items():
-        read[split] = _rows(labels_of_split[split], table, image, f"{folder}, split {split}")
+        read[split] = rows_in_table(
+            labels_of_split[split], table, image, f"{folder}, split {split}"
+        )
     return read, names
 
 
@@ -186,7 +185,7 @@ def hub_copy(name: str, label: str) -> Read:
         images = [c for c, of in table.features.items() if isinstance(of, datasets.Image)]
         if not images:
             raise ValueError(_no_images(where, list(table.features)))
-        read[split] = _rows(labels_of_split[split], table, images[0], where)
+        read[split] = rows_in_table(labels_of_split[split], table, images[0], where)
     return read, names
 
 
@@ -374,57 +373,3 @@ def _tables(files_of_split: dict[str, list[str]], image: str) -> datasets.Datase
             f"{Path(first).parent} cannot be read: {error.__cause__ or error}. Its files need the "
             f"same image column {image!r}; get them again, or write them anew"
         ) from error
-
-
-def _rows(labels: np.ndarray, table: datasets.Dataset, column: str, where: str) -> Rows:
-    """Gives the rows of a table. where: begins the messages of the ValueErrors for a bad image."""
-    encoded = _Encoded(table, column, where)
-    files = tuple(file["filename"] for file in table.cache_files)
-
-    def job(row: int) -> Callable[[], Tensor]:
-        return functools.partial(_decoded, files, column, where, row)
-
-    # one that lies in memory, or was chosen from, is no whole list of files
-    in_files = bool(files) and table._indices is None
-    return Rows(labels, encoded.image, encoded.stored, job if in_files else None)
-
-
-class _Encoded:
-    """The encoded images in the column of a table."""
-
-    def __init__(self, table: datasets.Dataset, column: str, where: str):
-        import datasets
-
-        images = table.select_columns([column])
-        self.table = images.cast_column(column, datasets.Image(decode=False))
-        self.column, self.where = column, where
-
-    def stored(self, row: int) -> bytes:
-        """Reads the stored bytes of a row; ValueError for one without."""
-        item = self.table[row][self.column]
-        if item is None:
-            raise ValueError(f"{self.where}, row {row} has no image: remove it")
-        return item["bytes"] or Path(item["path"]).read_bytes()
-
-    def image(self, row: int) -> Tensor:
-        """Decodes the image of a row; ValueError for one that does not."""
-        try:
-            return rgb(io.BytesIO(self.stored(row)))
-        except Exception as error:  # PIL raises many kinds on damaged files
-            raise ValueError(
-                f"{self.where}, row {row} does not decode: {error}. Repair or remove the row; "
-                "images are never skipped in silence"
-            ) from error
-
-
-@functools.lru_cache(maxsize=4)  # of a process that reads for a run
-def _encoded_in(files: tuple[str, ...], column: str, where: str) -> _Encoded:
-    """Opens a table anew, by the files that it lies in on disk."""
-    import datasets
-
-    parts = [datasets.Dataset.from_file(file) for file in files]
-    return _Encoded(datasets.concatenate_datasets(parts), column, where)
-
-
-def _decoded(files: tuple[str, ...], column: str, where: str, row: int) -> Tensor:
-    return _encoded_in(files, column, where).image(row)

@@ -20,7 +20,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..inputs.splits import Split, Wanted
+from ..inputs.splits import Split
 from ..models.balance import update_choice_bias
 from ..models.moe import RoutingTape
 from ..pruning.experts.progressive import ProgressiveDrop
@@ -30,11 +30,10 @@ from .checkpoint import Checkpoint
 from .evaluate import evaluate
 from .losses import losses
 from .optimiser import freeze, optimiser, schedule
+from .order import NOISE, batches_from, mix, steps_in_all, steps_in_epoch
 
 CURVE_POINTS = 60  # training-loss points kept a run
 LAST_LOSSES = 5  # finite ones that a diverged run reports
-# what a random draw is for: each use has numbers of its own
-ORDER, AUGMENTATION, NOISE = 1, 2, 3
 
 
 class Diverged(RuntimeError):
@@ -100,7 +99,7 @@ class RunTask(Task):
     ):
         self.model, self.data, self.val, self.spec = model, data, val, spec
         self.teacher = teacher
-        self.steps_per_epoch = -(-len(data) // spec.train.batch)  # the last batch may be smaller
+        self.steps_per_epoch = steps_in_epoch(spec.train, len(data))
         self.next_step = -1  # of the batches under way
         self.batches: Iterator[tuple[Tensor, Tensor]] = iter(())
 
@@ -109,25 +108,12 @@ class RunTask(Task):
 
         Steps are asked for one after the other: those that follow may be made meanwhile.
         """
+        spec = self.spec
         if step != self.next_step:
-            self.batches = self.data.batches(self._wanted(step), self.spec)
+            self.batches = self.data.batches(batches_from(step, len(self.data), spec), spec)
         index, images = next(self.batches)
         self.next_step = step + 1
-        return images, self.data.labels[index].to(self.spec.device)
-
-    def _wanted(self, start: int) -> Iterator[Wanted]:
-        """Yields the images (B,) of each step from `start` on, with the generator that augments.
-
-        Each epoch takes all images once, in an order of its own.
-        """
-        seed, batch = self.spec.seed, self.spec.train.batch
-        order = None
-        for step in range(start, steps_in_all(self.spec.train, self.steps_per_epoch)):
-            epoch, at = divmod(step, self.steps_per_epoch)
-            if order is None or at == 0:
-                order = torch.randperm(len(self.data), generator=_generator(seed, ORDER, epoch))
-            augmentation = _generator(seed, AUGMENTATION, step)
-            yield Wanted(order[at * batch : (at + 1) * batch], augmentation)
+        return images, self.data.labels[index].to(spec.device)
 
     def losses(self, images: Tensor, labels: Tensor, tape: RoutingTape) -> dict[str, Tensor]:
         """Computes the losses that the spec names."""
@@ -240,7 +226,7 @@ class Trainer:
         """One update of the weights; returns its loss."""
         began = time.perf_counter()
         images, labels = self.task.batch(step)
-        torch.manual_seed(_mix(self.seed, NOISE, step))
+        torch.manual_seed(mix(self.seed, NOISE, step))
         self.schedule.step_update(step + 1)
         self.model.train()
         parts = self.task.losses(images, labels, self.tape)
@@ -360,11 +346,6 @@ class Trainer:
 # ---- small parts
 
 
-def steps_in_all(train: TrainSpec, steps_per_epoch: int) -> int:
-    """Counts the steps of a stage: epochs may be fractions, and one step is taken at least."""
-    return max(1, round(train.epochs * steps_per_epoch))
-
-
 def add_to_curve(curve: dict[str, list[float]], step: int, loss: float, every: int) -> None:
     """Adds a loss to the running means over windows of `every` steps; `step` is the last step of
     the window."""
@@ -375,15 +356,3 @@ def add_to_curve(curve: dict[str, list[float]], step: int, loss: float, every: i
         losses_before = step % every
         curve["step"][-1] = step + 1
         curve["loss"][-1] += (loss - curve["loss"][-1]) / (losses_before + 1)
-
-
-def _mix(*parts: int) -> int:
-    """One seed from several numbers, without the collisions that a sum would have."""
-    seed = 0
-    for part in parts:
-        seed = (seed * 1_000_003 + part + 1) % 2**63
-    return seed
-
-
-def _generator(*parts: int) -> torch.Generator:
-    return torch.Generator().manual_seed(_mix(*parts))

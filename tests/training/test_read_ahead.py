@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from types import SimpleNamespace
 
 import numpy as np
@@ -43,6 +44,7 @@ def outcome(pictures, tmp_path, monkeypatch):
         monkeypatch.setenv(loading.VARIABLE, str(count))
         made, arrays = runs.execute(spec, str(tmp_path / "states"), str(file) if file else None)
         assert made["status"] == "ok", made.get("error")
+        assert not multiprocessing.active_children()
         return {name: value for name, value in made.items() if name not in TIMING} | {
             "content": _content(arrays)
         }
@@ -110,6 +112,7 @@ def test_a_damaged_picture_fails_the_run_by_name(outcome, home, tmp_path, monkey
         monkeypatch.setenv(loading.VARIABLE, count)
         made, _ = runs.execute(SPEC, str(tmp_path / "states"))
         errors.append((made["status"], made["error"]["kind"], made["error"]["message"]))
+        assert not multiprocessing.active_children()
     assert errors[0] == errors[1]
     assert errors[0][:2] == ("failed", "ValueError") and str(damaged) in errors[0][2]
 
