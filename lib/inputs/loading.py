@@ -4,11 +4,13 @@ A whole batch is made by one process: its random draws come from one generator, 
 with the request. So a batch has the same bits whatever the number of processes, which is no part of
 a run: MOE_LOADERS gives it.
 
-- The processes are forked from a server that has no threads and nothing open. A fork of the run
-  itself would copy locks of torch's, a kernel's and a communicator's threads as they are.
-- They hand over float32 pixels: resized ones are no whole numbers any more.
-- Each end of the pipe keeps little: a request names files or rows, and at most BATCHES_AHEAD
-  batches a process wait in shared memory.
+- The processes are forked from a server with none of the run's threads and open files. A fork of
+  the run itself would copy what torch's, a kernel's and a communicator's threads have locked just
+  then, and NCCL and gloo ask not to be forked; a new Python for each process imports torch again.
+- They hand over float32 pixels, since resized ones are no whole numbers. That is a tenth to a
+  quarter of a process's time for an image; bytes would take a fifth of that, but their arithmetic
+  would be the run's.
+- A request names files or rows, and at most BATCHES_AHEAD batches a process wait in shared memory.
 
 Axis letters: **B** images, **C** channels, **S** side in pixels that the model sees.
 """
@@ -240,7 +242,9 @@ def _context() -> multiprocessing.context.BaseContext:
     server = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if server else "spawn")
     if server:
-        context.set_forkserver_preload([__name__])  # imported once, not by each process
+        # imported once, not by each process; the last two if the run reads by them
+        readers = [name for name in ("datasets", "h5py") if name in sys.modules]
+        context.set_forkserver_preload([__name__, *readers])
     return context
 
 
