@@ -1,8 +1,8 @@
 """Measures speeds against their limits and prints one table of ratios: `python -m benchmarks`.
 
 Without `--full`: the layer, its peers, whole models and growth where goals are set, in less than
-five minutes on two quiet cores. With it: every setting, batch 64, pruning, extraction, attention
-and the trainer, in an hour or two.
+five minutes on two quiet cores. With it: every setting, batch 64, pruning, extraction, attention,
+the trainer and its input, in an hour or two.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from lib.verdicts import speed
 from lib.verdicts.speed import Ratio
 
-from . import attention, extraction, growth, layers, machine, models, pruning, trainer
+from . import attention, extraction, growth, inputs, layers, machine, models, pruning, trainer
 
 FULL_REPEATS, SHORT_REPEATS = 20, 7
 
@@ -62,6 +62,7 @@ def measured(full: bool, repeats: int) -> Iterator[Ratio]:
         yield from pruning.rows(repeats)
         yield from extraction.rows()
         yield from trainer.rows(repeats)
+        yield from inputs.rows(repeats)
 
 
 HEAD = (

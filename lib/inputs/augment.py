@@ -33,6 +33,23 @@ def augmented(
     return resize(pixels, side)
 
 
+def normalised(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Normalises a batch in its own memory. mean, std: (1, C, 1, 1) of pixels in 0..1."""
+    return pixels.sub_(mean).div_(std)
+
+
+def pass_over(kind: str, count: int, generator: torch.Generator) -> None:
+    """Draws what `augmented` draws for `count` images, and does nothing with it."""
+    if kind == "resized_crop":
+        torch.rand(count, 4, generator=generator)
+    if kind == "auto":
+        torch.randint(2**62, (1,), generator=generator)
+    if kind in ("shift", "flip_crop", "auto"):
+        torch.randint(0, 3, (2, count), generator=generator)
+    if kind in ("flip", "flip_crop", "auto", "resized_crop"):
+        torch.rand(count, generator=generator)
+
+
 def _one_batch(images: list[Tensor], side: int) -> Tensor:
     """Stacks images of one square shape as they are; others are resized and cropped to S."""
     shapes = {image.shape for image in images}

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..spec import RunSpec
-from .splits import Split, scale_of
+from .augment import pass_over
+from .splits import Split, Wanted, scale_of
 
 
 class Batches:
@@ -31,13 +32,17 @@ class Batches:
         return -(-len(self.split) // self.size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = self._generator if self.shuffled else None
-        index = torch.arange(len(self.split))
-        if generator is not None:
-            index = torch.randperm(len(self.split), generator=generator)
-        for part in index.split(self.size):
-            images, labels = self.split.batch(part, self.run, generator), self.split.labels[part]
-            yield images.to(self.run.device), labels.to(self.run.device)
+        index, ahead = torch.arange(len(self.split)), None
+        if self.shuffled:
+            index = torch.randperm(len(self.split), generator=self._generator)
+            # it draws for batches that are made ahead, of which a pass may not see all
+            ahead = torch.Generator()
+            ahead.set_state(self._generator.get_state())
+        wanted = (Wanted(part, ahead) for part in index.split(self.size))
+        for part, images in self.split.batches(wanted, self.run):
+            if self.shuffled:
+                pass_over(self.run.data.augment, len(part), self._generator)
+            yield images, self.split.labels[part].to(self.run.device)
 
 
 def preprocessing(run: RunSpec, channels: int) -> dict[str, Any]:

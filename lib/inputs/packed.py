@@ -10,8 +10,10 @@ Axis letters: **C** channels, **n** images of a split, **h**, **w** height and w
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -61,8 +63,8 @@ def read(file: Path, label: str) -> tuple[dict[str, Rows], list[str], int]:
 
     Raises ValueError for a label column that was not packed; the decoder does for such a row.
     """
-    handle = safe_open(file, "pt")  # stays open: images are read when they are asked for
-    names, header = set(handle.keys()), handle.metadata()
+    opened = _Packed(file)
+    header = opened.handle.metadata()
     classes = json.loads(header["classes"])
     if label not in classes:
         raise ValueError(
@@ -70,21 +72,38 @@ def read(file: Path, label: str) -> tuple[dict[str, Rows], list[str], int]:
             "pack the runs that read it"
         )
 
-    def decoder(split: str) -> Callable[[int], Tensor]:
-        def decode(row: int) -> Tensor:
-            if f"{split}.{row}" not in names:
-                raise ValueError(
-                    f"{file} has no image of row {row}, split {split}: pack the runs that read it"
-                )
-            return handle.get_tensor(f"{split}.{row}")
-
-        return decode
+    def job(split: str, row: int) -> Callable[[], Tensor]:
+        return partial(_image, file, split, row)
 
     splits = {}
     for split in ("train", "val", "test"):
-        if (of_labels := f"labels.{label}.{split}") in names:
-            splits[split] = Rows(handle.get_tensor(of_labels).numpy(), decoder(split), None)
+        if (of_labels := f"labels.{label}.{split}") in opened.names:
+            labels = opened.handle.get_tensor(of_labels).numpy()
+            splits[split] = Rows(labels, partial(opened.image, split), None, partial(job, split))
     return splits, classes[label], int(header["channels"])
+
+
+class _Packed:
+    """A packed file that stays open: images are read when they are asked for."""
+
+    def __init__(self, file: Path):
+        self.file, self.handle = file, safe_open(file, "pt")
+        self.names = set(self.handle.keys())
+
+    def image(self, split: str, row: int) -> Tensor:
+        """Reads the (C, h, w) uint8 image of a row; ValueError for one that was not packed."""
+        if f"{split}.{row}" not in self.names:
+            raise ValueError(
+                f"{self.file} has no image of row {row}, split {split}: pack the runs that read it"
+            )
+        return self.handle.get_tensor(f"{split}.{row}")
+
+
+_packed_here = functools.lru_cache(maxsize=4)(_Packed)  # of a process that reads for a run
+
+
+def _image(file: Path, split: str, row: int) -> Tensor:
+    return _packed_here(file).image(split, row)
 
 
 def fingerprint_in(file: Path, label: str) -> dict[str, Any] | None:

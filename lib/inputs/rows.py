@@ -6,6 +6,7 @@ Axis letters: **C** channels, **n** rows of a split, **h**, **w** height and wid
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,11 +29,16 @@ SPLIT_OF_NAME = {
 
 
 class Rows(NamedTuple):
-    """Holds a split as it is stored: labels (n,), and by row the image and its stored bytes."""
+    """Holds a split as it is stored: labels (n,), and by row the image and its stored bytes.
+
+    job: gives by row a call that decodes its image in any process, and is pickled to get there: a
+    function of a module with its arguments, no more than that row needs.
+    """
 
     labels: np.ndarray
     decode: Callable[[int], Tensor]  # (C, h, w) uint8
     stored: Callable[[int], bytes] | None  # None where only decoded images are there
+    job: Callable[[int], Callable[[], Tensor]] | None = None  # None where this process alone can
 
 
 Read = tuple[dict[str, Rows], list[str]]  # by split, and the names of the classes
@@ -41,8 +47,16 @@ Read = tuple[dict[str, Rows], list[str]]  # by split, and the names of the class
 def rows_in_files(
     labels: np.ndarray, files: Sequence[Path], decode: Callable[[Path], Tensor]
 ) -> Rows:
-    """Gives the rows of a split that has a file an image. labels: (n,)."""
-    return Rows(labels, lambda row: decode(files[row]), lambda row: files[row].read_bytes())
+    """Gives the rows of a split that has a file an image. labels: (n,).
+
+    decode: a function of a module, since other processes decode, too.
+    """
+    return Rows(
+        labels,
+        lambda row: decode(files[row]),
+        lambda row: files[row].read_bytes(),
+        lambda row: partial(decode, files[row]),
+    )
 
 
 def picture(file: Path) -> Tensor:

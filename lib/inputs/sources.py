@@ -10,7 +10,7 @@ Axis letters: **C** channels, **n** images of a split, **h**, **w** height and w
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ class Source:
     """Holds all rows of one split as it is stored: labels at once, images on demand.
 
     labels: (n,) class of each row; decode: gives the (C, h, w) uint8 image of a row; channels: C;
-    stored: gives the bytes of a row's image as they are stored, None where they are not there.
+    stored: gives the bytes of a row's image as they are stored, None where they are not there; job:
+    as in `Rows`.
     """
 
     def __init__(
@@ -39,9 +40,11 @@ class Source:
         decode: Callable[[int], Tensor],
         channels: int,
         stored: Callable[[int], bytes] | None = None,
+        job: Callable[[int], Callable[[], Tensor]] | None = None,
     ):
         self.labels, self.channels = labels.astype(np.int64), channels
-        self.stored = stored
+        self.stored, self.in_files = stored, job is not None
+        self.job = job or self._job_with_pixels
         self._decode = decode
         self._images: dict[int, Tensor] = {}
         self._bytes_of_images = 0
@@ -55,6 +58,15 @@ class Source:
             self._images[row] = pixels
             self._bytes_of_images += pixels.nbytes
         return pixels
+
+    def _job_with_pixels(self, row: int) -> Callable[[], Tensor]:
+        """Decodes here, for another process: what that one can read is not known."""
+        return functools.partial(torch.from_numpy, self.image(row).numpy())
+
+    def stay_decoded(self, rows: Iterable[int], count: int) -> bool:
+        """Tells whether `count` images of the mean size of these rows may all be kept."""
+        sizes = [self.image(int(row)).nbytes for row in rows]
+        return sum(sizes) / len(sizes) * count <= CACHED_BYTES
 
 
 Opened = tuple[dict[str, Source], list[str]]  # the stored splits, and the names of the classes
@@ -86,7 +98,7 @@ def sources_of(
 
 def _sources(splits: dict[str, Rows], channels: int) -> dict[str, Source]:
     return {
-        split: Source(rows.labels, rows.decode, channels, rows.stored)
+        split: Source(rows.labels, rows.decode, channels, rows.stored, rows.job)
         for split, rows in splits.items()
     }
 

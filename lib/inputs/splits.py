@@ -11,7 +11,11 @@ of a split.
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +23,8 @@ from torch import Tensor
 
 from .. import paths
 from ..spec import BackboneSpec, DataSpec, RunSpec
-from . import weights
-from .augment import augmented
+from . import loading, weights
+from .augment import augmented, normalised, pass_over
 from .sources import Source, sources_of
 
 # of the fixed validation and test splits; changing it would leak test images into training
@@ -29,6 +33,18 @@ SPLIT_SEED = 20240607
 # ImageNet's, with which DINOv2, DeiT and masked autoencoders were trained
 MEAN = {1: (0.5,), 3: (0.485, 0.456, 0.406)}
 STD = {1: (0.5,), 3: (0.229, 0.224, 0.225)}
+SIZED_ROWS = 16  # images by whose size it is told whether all of a split can be kept decoded
+
+
+class Wanted(NamedTuple):
+    """Names the images of a batch, (B,), and what draws their augmentation, None for none.
+
+    share: of the batch, that is made. Draws are those of the whole batch.
+    """
+
+    index: Tensor
+    generator: torch.Generator | None = None
+    share: slice = slice(None)
 
 
 @dataclass
@@ -58,7 +74,56 @@ class Split:
         kind = data.augment if generator is not None else "none"
         pixels = augmented(images, kind, data.image_size, generator)
         mean, std = scale_of(pixels.shape[1], backbone)
-        return (pixels - mean) / std
+        return normalised(pixels, mean, std)
+
+    def batches(self, wanted: Iterable[Wanted], run: RunSpec) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields for each of `wanted` the share of its index (B,) and of its `batch`, which lies on
+        the run's device.
+
+        Processes make batches ahead where the images of the split do not all stay decoded in
+        memory, or where MOE_LOADERS asks for some (`loading.processes`). Batches are the same.
+        """
+        wanted = iter(wanted)
+        first = next(wanted, None)
+        if first is None:
+            return
+        wanted, count = chain([first], wanted), loading.processes(run)
+        if count and loading.asked_for() is None and not self._needs_reading(first.index):
+            count = 0
+        if not count:
+            for index, generator, share in wanted:
+                yield index[share], self.batch(index, run, generator)[share].to(run.device)
+            return
+        pinned = torch.device(run.device).type == "cuda"
+        under_way: deque[Tensor] = deque()
+        requests = self._requests(wanted, run, under_way)
+        for images in loading.in_processes(requests, count, pinned):
+            yield under_way.popleft(), images.to(run.device, non_blocking=pinned)
+
+    def _needs_reading(self, index: Tensor) -> bool:
+        """Tells whether images must be read again and again, and can be by other processes.
+
+        index: of the first batch, whose images are needed in any case.
+        """
+        rows = self.rows[index[:SIZED_ROWS].numpy()]
+        return self.source.in_files and not self.source.stay_decoded(rows, len(self))
+
+    def _requests(
+        self, wanted: Iterable[Wanted], run: RunSpec, under_way: deque[Tensor]
+    ) -> Iterator[loading.Request]:
+        """Yields the requests to other processes; what each asks for is added to `under_way`."""
+        data, scale = run.data, scale_of(self.source.channels, run.backbone)
+        for index, generator, share in wanted:
+            kind, state = "none", None
+            if generator is not None:
+                kind, state = data.augment, generator.get_state()
+                pass_over(kind, len(index), generator)
+            under_way.append(index[share])
+            jobs = [self.source.job(int(self.rows[i])) for i in index]
+            if kind == "resized_crop":  # each image by itself; others depend on all shapes there
+                made = range(len(jobs))[share]
+                jobs = [job if place in made else None for place, job in enumerate(jobs)]
+            yield loading.Request(jobs, kind, data.image_size, state, *scale, share)
 
 
 def scale_of(channels: int, backbone: BackboneSpec | None) -> tuple[Tensor, Tensor]:

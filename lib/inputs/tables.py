@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import io
 import os
 import re
 from collections.abc import Sequence
@@ -20,11 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from .. import paths
-from .pixels import rgb
-from .rows import SPLIT_OF_NAME, Read, Rows
+from .encoded import rows_in_table
+from .rows import SPLIT_OF_NAME, Read
 
 if TYPE_CHECKING:
     import datasets
@@ -92,7 +90,9 @@ def parquet_files(folder: Path, label: str) -> Read:
     image = _image_column(Path(files_of_split["train"][0]))
     read = {}
     for split, table in _tables(files_of_split, image).items():
-        read[split] = _rows(labels_of_split[split], table, image, f"{folder}, split {split}")
+        read[split] = rows_in_table(
+            labels_of_split[split], table, image, f"{folder}, split {split}"
+        )
     return read, names
 
 
@@ -185,7 +185,7 @@ def hub_copy(name: str, label: str) -> Read:
         images = [c for c, of in table.features.items() if isinstance(of, datasets.Image)]
         if not images:
             raise ValueError(_no_images(where, list(table.features)))
-        read[split] = _rows(labels_of_split[split], table, images[0], where)
+        read[split] = rows_in_table(labels_of_split[split], table, images[0], where)
     return read, names
 
 
@@ -373,27 +373,3 @@ def _tables(files_of_split: dict[str, list[str]], image: str) -> datasets.Datase
             f"{Path(first).parent} cannot be read: {error.__cause__ or error}. Its files need the "
             f"same image column {image!r}; get them again, or write them anew"
         ) from error
-
-
-def _rows(labels: np.ndarray, table: datasets.Dataset, column: str, where: str) -> Rows:
-    """Gives the rows of a table. where: begins the messages of the ValueErrors for a bad image."""
-    import datasets
-
-    encoded = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-
-    def stored(row: int) -> bytes:
-        item = encoded[row][column]
-        if item is None:
-            raise ValueError(f"{where}, row {row} has no image: remove it")
-        return item["bytes"] or Path(item["path"]).read_bytes()
-
-    def decode(row: int) -> Tensor:
-        try:
-            return rgb(io.BytesIO(stored(row)))
-        except Exception as error:  # PIL raises many kinds on damaged files
-            raise ValueError(
-                f"{where}, row {row} does not decode: {error}. Repair or remove the row; images "
-                "are never skipped in silence"
-            ) from error
-
-    return Rows(labels, decode, stored)

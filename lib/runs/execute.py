@@ -44,9 +44,13 @@ def execute(
     and final weights.
 
     The parent's weights are read from `state_folder`, the own ones written there if `spec.keep`. A
-    failure is returned as a failed record, never raised, except KeyboardInterrupt and the loss of
-    another rank. Training is shared with the other ranks where there are some (`together`).
+    failure is returned as a failed record, never raised, except KeyboardInterrupt, the loss of
+    another rank, and ValueError for a number of reading processes (MOE_LOADERS) that is none.
+    Training is shared with the other ranks where there are some (`together`).
     """
+    from ..inputs.loading import asked_for
+
+    asked_for()
     head = {
         "id": spec.id,
         "spec": spec.model_dump(mode="json"),

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..inputs.splits import Split
+from ..inputs.splits import Split, Wanted
 from ..models.mae import MaskedAutoencoder
 from ..models.moe import RoutingTape
 from ..models.upcycle import block_mlps
@@ -82,8 +82,8 @@ def evaluate(
         batches = batches_that_choose(split.labels, spec)
     predictions, losses, seconds = [], [], 0.0
     with _progress_bar(len(split), spec, ranks) as bar:
-        for index in ranks.turns(batches):
-            images, labels = split.batch(index, spec).to(spec.device), split.labels[index]
+        for index, images in split.batches(map(Wanted, ranks.turns(batches)), spec):
+            labels = split.labels[index]
             began = time.perf_counter()
             with (
                 tape if watched else contextlib.nullcontext(),

@@ -11,7 +11,7 @@ import copy
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,12 +30,11 @@ from .checkpoint import Checkpoint
 from .evaluate import evaluate
 from .losses import losses
 from .optimiser import freeze, optimiser, schedule
+from .order import NOISE, batches_from, mix, steps_in_all, steps_in_epoch
 from .ranks import ONE, One
 
 CURVE_POINTS = 60  # training-loss points kept a run
 LAST_LOSSES = 5  # finite ones that a diverged run reports
-# what a random draw is for: each use has numbers of its own
-ORDER, AUGMENTATION, NOISE = 1, 2, 3
 
 
 class Diverged(RuntimeError):
@@ -102,26 +101,22 @@ class RunTask(Task):
     ):
         self.model, self.data, self.val, self.spec = model, data, val, spec
         self.teacher, self.ranks = teacher, ranks
-        self.steps_per_epoch = -(-len(data) // spec.train.batch)  # the last batch may be smaller
-        self.order: Tensor | None = None  # of the images in the epoch under way
+        self.steps_per_epoch = steps_in_epoch(spec.train, len(data))
+        self.next_step = -1  # of the batches under way
+        self.batches: Iterator[tuple[Tensor, Tensor]] = iter(())
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Gives the images of a step, augmented, and their labels; of several ranks the share."""
-        index, spec = self._index(step), self.spec
-        augmentation = _generator(spec.seed, AUGMENTATION, step)
-        share = self.ranks.take(len(index))
-        # Of the whole batch: what is drawn for an image depends on those before it.
-        images = self.data.batch(index, spec, augmentation)[share].to(spec.device)
-        return images, self.data.labels[index[share]].to(spec.device)
+        """Gives the images of a step, augmented, and their labels; of several ranks the share.
 
-    def _index(self, step: int) -> Tensor:
-        """(B,) images of a step: each epoch takes all of them once, in an order of its own."""
-        epoch, at = divmod(step, self.steps_per_epoch)
-        if self.order is None or at == 0:
-            generator = _generator(self.spec.seed, ORDER, epoch)
-            self.order = torch.randperm(len(self.data), generator=generator)
-        batch = self.spec.train.batch
-        return self.order[at * batch : (at + 1) * batch]
+        Steps are asked for one after the other: those that follow may be made meanwhile.
+        """
+        spec = self.spec
+        if step != self.next_step:
+            self.batches = self.data.batches(batches_from(step, len(self.data), spec), spec)
+        index, images = next(self.batches)  # whole: what is drawn for one depends on those before
+        self.next_step = step + 1
+        share = self.ranks.take(len(index))
+        return images[share], self.data.labels[index[share]].to(spec.device)
 
     def losses(self, images: Tensor, labels: Tensor, tape: RoutingTape) -> dict[str, Tensor]:
         """Computes the losses that the spec names."""
@@ -196,7 +191,7 @@ class Trainer:
         if train.trainable != "all":
             freeze(model, train.trainable)
         self.steps_per_epoch = task.steps_per_epoch
-        self.steps = max(1, round(train.epochs * self.steps_per_epoch))
+        self.steps = steps_in_all(train, self.steps_per_epoch)
         self.drop = None
         if train.single_expert_at:
             self.drop = ProgressiveDrop(model, self.steps, end=train.single_expert_at)
@@ -236,7 +231,7 @@ class Trainer:
         """One update of the weights; returns its loss."""
         began = time.perf_counter()
         images, labels = self.task.batch(step)
-        torch.manual_seed(_mix(self.seed, NOISE, step))
+        torch.manual_seed(mix(self.seed, NOISE, step))
         self.schedule.step_update(step + 1)
         self.model.train()
         parts = self.task.losses(images, labels, self.tape)
@@ -377,15 +372,3 @@ def add_to_curve(curve: dict[str, list[float]], step: int, loss: float, every: i
         losses_before = step % every
         curve["step"][-1] = step + 1
         curve["loss"][-1] += (loss - curve["loss"][-1]) / (losses_before + 1)
-
-
-def _mix(*parts: int) -> int:
-    """One seed from several numbers, without the collisions that a sum would have."""
-    seed = 0
-    for part in parts:
-        seed = (seed * 1_000_003 + part + 1) % 2**63
-    return seed
-
-
-def _generator(*parts: int) -> torch.Generator:
-    return torch.Generator().manual_seed(_mix(*parts))

@@ -8,7 +8,17 @@ import pytest
 import timm
 import torch
 
-from benchmarks import attention, extraction, growth, layers, machine, models, pruning, trainer
+from benchmarks import (
+    attention,
+    extraction,
+    growth,
+    inputs,
+    layers,
+    machine,
+    models,
+    pruning,
+    trainer,
+)
 from benchmarks.__main__ import line
 from benchmarks.dense import EqualChunks, OneMlp, packed
 from benchmarks.layers import PASSES, SHORT, Setting, settings
@@ -174,6 +184,16 @@ def test_rows_of_the_full_benchmark(module, monkeypatch):
     for name, value in (("NAME", "vit_tiny_patch16_224"), ("SIDE", 32), ("BATCH", 2)):
         monkeypatch.setattr(module, name, value)
     well_formed(module.rows(3))
+
+
+def test_rows_of_the_input_say_how_many_images_a_second(monkeypatch):
+    small = {"NAME": "vit_tiny_patch16_224", "SIDE": 32, "CARD_SECONDS": 0.001}
+    small |= {"PROCESSES": (0, 1), "BATCH": 2, "STEPS": 4, "MODEL_BATCH": 1, "MODEL_STEPS": 4}
+    for name, value in small.items():
+        monkeypatch.setattr(inputs, name, value)
+    rows = well_formed(inputs.rows(3))
+    assert len(rows) == 2 * 4 and all("images/s" in row.note for row in rows)
+    assert {row.ours_is for row in rows} == {"0 processes", "1 process"}
 
 
 def test_rows_of_extraction_say_whether_labels_agree_and_what_memory_it_takes(monkeypatch):

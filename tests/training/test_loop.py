@@ -18,6 +18,7 @@ from lib.runs import collect as runs
 from lib.runs.store import TIMING, _content
 from lib.spec import BackboneSpec, DataSpec, MoESpec, RunSpec, TrainSpec
 from lib.training import checkpoint, loop
+from lib.training.order import mix
 
 # 4 steps an epoch, 12 in all
 BASE = RunSpec(
@@ -110,9 +111,7 @@ def test_global_generators_are_left_alone():
 
 
 def test_seeds_do_not_collide():
-    seeds = {
-        loop._mix(seed, use, step) for seed in range(20) for use in (1, 2, 3) for step in range(500)
-    }
+    seeds = {mix(seed, use, step) for seed in range(20) for use in (1, 2, 3) for step in range(500)}
     assert len(seeds) == 20 * 3 * 500 and all(0 <= seed < 2**63 for seed in seeds)
 
 
