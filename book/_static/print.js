@@ -3,6 +3,7 @@
 (() => {
   const PAPER = 676; // CSS pixels between the margins of print.css: 210 mm less two of 15 mm, rounded down
   const SMALLER = 0.75; // a table shrinks this far before its lines break
+  const FOLDS = ".bd-article details:not([open], .above-input, table details)"; // cells of a table stay as they are
   let undo = [];
 
   const style = (element, values) => {
@@ -31,11 +32,11 @@
 
   function prepare() {
     document.documentElement.classList.add("on-paper");
-    for (const fold of document.querySelectorAll(".bd-article details:not([open]):not(.above-input)")) {
+    for (const fold of document.querySelectorAll(FOLDS)) {
       fold.open = true;
       undo.push(() => (fold.open = false));
     }
-    document.querySelectorAll(".bd-article table").forEach(fit);
+    document.querySelectorAll(".bd-article table:not(table table)").forEach(fit);
     if (location.protocol === "file:") document.querySelectorAll(".bd-article a[href]").forEach(unlink);
   }
 
