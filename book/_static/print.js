@@ -1,5 +1,5 @@
-// Before a page goes to paper: what is folded is opened, and a table that is too wide becomes smaller,
-// and breaks its lines where it would become too small. Afterwards the page is as it was.
+// Before a page goes to paper: the theme is light, what is folded is opened, and a wide table becomes smaller,
+// or breaks its lines where it would become too small. Afterwards the page is as it was.
 (() => {
   const PAPER = 676; // CSS pixels between the margins of print.css: 210 mm less two of 15 mm, rounded down
   const SMALLER = 0.75; // a table shrinks this far before its lines break
@@ -31,7 +31,14 @@
   }
 
   function prepare() {
-    document.documentElement.classList.add("on-paper");
+    const root = document.documentElement;
+    const { theme } = root.dataset;
+    root.dataset.theme = "light"; // paper is white
+    root.classList.add("on-paper");
+    undo.push(() => {
+      root.classList.remove("on-paper");
+      root.dataset.theme = theme;
+    });
     for (const fold of document.querySelectorAll(FOLDS)) {
       fold.open = true;
       undo.push(() => (fold.open = false));
@@ -41,7 +48,6 @@
   }
 
   function restore() {
-    document.documentElement.classList.remove("on-paper");
     for (const step of undo.reverse()) step();
     undo = [];
   }
