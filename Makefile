@@ -5,10 +5,20 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: book test faults bench bench-full clean
+.PHONY: book sphinx test faults bench bench-full clean
 
 book: $(READY)
 	$(BIN)/jupyter-book build book
+
+# the same pages by plain Sphinx, into _build/sphinx, for the day on which Jupyter Book 1 can no longer be installed: book/conf.py
+# is then kept, and `book` calls sphinx-build
+sphinx: book/conf.py
+	$(BIN)/sphinx-build --quiet -d _build/sphinx/doctrees book _build/sphinx/html
+
+book/conf.py: $(READY) _config.yml $(wildcard book/_static/*)
+	$(BIN)/jupyter-book config sphinx book
+	sed "s/'jupyter_book', //" conf.py > $@
+	rm conf.py
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -31,4 +41,4 @@ $(READY): requirements.txt pyproject.toml
 
 # the pages and executed notebooks; not the environment, the cache or the records
 clean:
-	rm -rf _build book/notebooks book/status_table.md book/verdicts_table.md book/coverage_table.md book/state.md book/front.md book/contradictions_table.md book/claims.json
+	rm -rf _build book/notebooks book/status_table.md book/verdicts_table.md book/coverage_table.md book/state.md book/front.md book/contradictions_table.md book/claims.json book/conf.py

@@ -59,6 +59,16 @@ def _parser() -> argparse.ArgumentParser:
     book = commands.add_parser("book", help="build the book; the same as jupyter-book build book")
     book.add_argument("--profile", **profile)
     book.set_defaults(do=_book)
+
+    pdf = commands.add_parser(
+        "pdf",
+        help="print built pages to PDF files, by Chromium",
+        description="Print pages of the last build to PDF files in _build/pdf, by Chromium.",
+    )
+    pdf.add_argument(
+        "pages", nargs="*", metavar="PAGE", help="such as moee/routing or verdicts (default: all)"
+    )
+    pdf.set_defaults(do=_pdf)
     return parser
 
 
@@ -333,6 +343,15 @@ def _book(args: argparse.Namespace) -> int:
     sys.stdout.flush()
     os.chdir(ROOT)
     os.execve(sys.executable, [sys.executable, "-c", code, "build", "book"], env)
+
+
+def _pdf(args: argparse.Namespace) -> int:
+    """Prints built pages to PDF files."""
+    from .pages import build, pdf
+
+    for file in pdf.print_pages(args.pages):
+        print(build.shown(file), flush=True)
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -185,15 +185,17 @@ def _short(error: Exception, limit: str) -> str:
 # -- many notebooks ------------------------------------------------------------
 
 
-def in_book(toc: Path | None = None) -> list[str]:
-    """Returns the keys of the notebooks that the table of contents lists, in its order."""
+def in_toc(toc: Path | None = None) -> list[str]:
+    """Returns the pages that the table of contents lists, in its order, without their endings."""
     toc = toc or ROOT / "_toc.yml"
     files = _files_of(yaml.safe_load(toc.read_text(encoding="utf-8")))
-    keys = [
-        file.removeprefix("notebooks/").removesuffix(".ipynb")
-        for file in files
-        if file.startswith("notebooks/")
-    ]
+    return [file.removesuffix(".ipynb").removesuffix(".md") for file in files]
+
+
+def in_book(toc: Path | None = None) -> list[str]:
+    """Returns the keys of the notebooks that the table of contents lists, in its order."""
+    files = [file for file in in_toc(toc) if file.startswith("notebooks/")]
+    keys = [file.removeprefix("notebooks/") for file in files]
     for key in keys:
         if not (ROOT / "notebooks" / f"{key}.ipynb").is_file():
             raise parameters.NotebookError(
