@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import pickle
 import re
+import sys
 import threading
 import uuid
 import weakref
@@ -28,6 +29,7 @@ from . import needs, states
 from .processes import Interrupted
 
 FOLDERS = ("MOE_DATA", "MOE_CACHE", "MOE_WEIGHTS")  # that a worker has its own of
+WATCH_SECONDS = 30.0  # between two looks whether there are workers at all
 # failures that may be a worker's own: what it lacks, and files of weights that are damaged there
 OF_A_WORKER = re.compile(
     "^(FileNotFound|Permission|OtherCode|OSError|MemoryError|OutOfMemory)|SHA-256|is damaged"
@@ -66,6 +68,8 @@ class Workers:
         # by key; who starts from them holds them
         self._sent: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
         self._guard = threading.RLock()
+        self._closed = threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
 
     def __len__(self) -> int:
         return max(len(self.client.nthreads()), self.asked_for)
@@ -100,6 +104,7 @@ class Workers:
         """Takes back all runs that are not done; those under way end, their checkpoints stay."""
         from . import remote
 
+        self._closed.set()
         with self._guard:
             jobs, self._under_way = list(self._under_way.values()), {}
         for job in jobs:
@@ -110,6 +115,21 @@ class Workers:
             with contextlib.suppress(OSError, CancelledError, RuntimeError):
                 self.client.cancel([job.running for job in jobs])
                 self.client.run(remote.stop, [job.spec.id for job in jobs], on_error="ignore")
+
+    def _watch(self) -> None:
+        """Says when runs wait and no worker is left, which Dask does not: new ones may come."""
+        has_said = False
+        while not self._closed.wait(WATCH_SECONDS) and self.lost is None:
+            with contextlib.suppress(OSError, CancelledError, RuntimeError):
+                is_deserted = bool(self._under_way) and not self.client.nthreads()
+                if is_deserted and not has_said:
+                    print(
+                        f"{self.address} has no worker left: {len(self._under_way)} runs wait for "
+                        "new ones",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                has_said = is_deserted
 
     # ---- on the way to a worker
 

@@ -20,7 +20,7 @@ from distributed import LocalCluster
 
 from lib import paths
 from lib.__main__ import main
-from lib.runs import cluster, deployments, needs
+from lib.runs import cluster, cluster_workers, deployments, needs
 from lib.runs import collect as runs
 from lib.runs import fill as filling
 from lib.runs.cluster_workers import Workers
@@ -400,6 +400,30 @@ def test_a_scheduler_that_goes_away_ends_the_filling(inside, where, one_waits):
     [failure] = outcome.failures  # no more were begun
     assert f"the scheduler {inside} is lost" in failure and one_waits[1].id in failure
     assert set(outcome.filed) <= {one_waits[0].id, one_waits[2].id}
+
+
+def test_workers_that_are_all_gone(where, one_waits, monkeypatch, capsys):
+    """Who waits is told, and what comes later computes."""
+    monkeypatch.setattr(cluster_workers, "WATCH_SECONDS", 0.05)
+    said = []
+
+    def leave_and_come():
+        wait_until(begun.is_set, "a run")
+        dask.scale(0)
+        going.set()
+        wait_until(lambda: said.append(capsys.readouterr().err) or "no worker" in "".join(said), "")
+        dask.scale(1)
+
+    with LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0", protocol="tcp"
+    ) as dask:
+        leaver = threading.Thread(target=leave_and_come)
+        leaver.start()
+        with cluster.opened(dask.scheduler_address) as workers:
+            records = runs.collect({"a": one_waits}, workers, where)["a"]
+        leaver.join()
+    assert [record.status for record in records] == ["ok"] * 3
+    assert f"{dask.scheduler_address} has no worker left" in "".join(said)
 
 
 def test_a_run_that_no_worker_can_take(inside, where):
