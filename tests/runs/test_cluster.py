@@ -572,16 +572,15 @@ def test_a_cluster_that_does_not_start(tmp_path):
             pass
 
 
-def test_a_cluster_of_this_machine(tmp_path, where, monkeypatch):
-    """The example computes, and its workers end with the block."""
+def test_a_cluster_of_this_machine(tmp_path):
+    """The example starts, with what it says of its workers, which end with the block."""
     text = (EXAMPLES / "local.yaml").read_text().replace("n_workers: 2", "n_workers: 1")
-    monkeypatch.setenv("MOE_DATA", str(squares(tmp_path / "home")))
     with cluster.opened(file=written(tmp_path, text)) as workers:
-        assert len(workers) == 1
-        pids = [said["pid"] for said in workers.client.run(_describe).values()]
-        [record] = runs.collect({"a": [SQUARES]}, workers, where)["a"]
-    assert record.status == "ok"
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "their end")
+        [said] = workers.client.run(_describe).values()
+        [worker] = workers.client.scheduler_info()["workers"].values()
+        assert (len(workers), worker["resources"]) == (1, {"MEMORY": 8e9})
+        assert int(said["pid"]) != os.getpid()
+    wait_until(lambda: not Path(f"/proc/{said['pid']}").exists(), "its end")
 
 
 def _describe():
