@@ -67,6 +67,7 @@ class Workers:
         self._marks: dict[Path, Path] = {}  # by folder of weights
         # by key; who starts from them holds them
         self._sent: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+        self._data: dict[tuple[str, str], tuple[Any, str]] = {}  # fingerprints, and who saw them
         self._guard = threading.RLock()
         self._closed = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
@@ -264,6 +265,10 @@ class Workers:
         if result.content["status"] == "failed" and not self._stands(job, result):
             self._send(job)
             return None
+        if result.content["status"] == "ok" and (how := self._other_data(job.spec, result)):
+            from .execute import failed
+
+            return failed(job.spec, ValueError(how))
         if result.weights is not None:
             with paths.written_whole(states.file_of(job.spec, job.states)) as part:
                 part.write_bytes(result.weights)
@@ -290,6 +295,21 @@ class Workers:
             return False
         error["message"] = "no worker can start it. " + " -- ".join(job.given_back.values())
         return True
+
+    def _other_data(self, spec: RunSpec, result: Any) -> str | None:
+        """Says how the data set of a worker differs from the first one's of that name, if it
+        does."""
+        from ..inputs import fingerprint
+
+        seen, address = result.content.get("data"), result.worker["address"]
+        if seen is None:
+            return None
+        first, of_worker = self._data.setdefault((spec.data.name, spec.data.label), (seen, address))
+        how = fingerprint.difference(first, seen)
+        return how and (
+            f"data set {spec.data.name} of worker {address} (MOE_DATA={result.worker['MOE_DATA']}) "
+            f"is not the one of worker {of_worker}: {how}. Give all workers the same data"
+        )
 
     def _lose(self, reason: object) -> None:
         """Notes that the scheduler is lost, and ends all that waits for it."""

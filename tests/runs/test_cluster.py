@@ -460,6 +460,22 @@ def test_resources_go_with_the_run(inside, where, monkeypatch):
     assert asked == [{"MEMORY": needs.of(SQUARES)["MEMORY"]}]
 
 
+def on_other_data(spec, states, checkpoint=None):
+    """A run of which each seed sees another digit of the data set's digest."""
+    content, arrays = made_up(spec, states)
+    seen = {"rows": {"train": 9}, "labels": {"train": [9]}, "digest": str(spec.seed)}
+    return content | {"data": seen}, arrays
+
+
+def test_workers_with_other_data_of_one_name(inside, where, monkeypatch):
+    monkeypatch.setattr(runs, "execute", on_other_data)
+    first, second = sorted((SQUARES.but(seed=seed) for seed in (0, 1)), key=lambda spec: spec.id)
+    with cluster.opened(inside) as workers:
+        with pytest.raises(RuntimeError, match=f"run {second.id}: ValueError: data set squares of"):
+            runs.collect({"a": [first, second]}, workers, where)
+    assert where.is_done(first.id) and not where.is_done(second.id)
+
+
 def gives_it_back(spec, states, checkpoint=None):
     """A run that finds damaged weights wherever it is."""
     error = {"kind": "ValueError", "message": "vit.safetensors has SHA-256 1, expected 2"}
