@@ -15,7 +15,7 @@ from typing import Any
 
 from .pages import parameters, profiles
 from .paths import ROOT, need_checkout
-from .runs import compress
+from .runs import cluster, compress
 
 AT_LEAST_ONE = "at least one run must be computed at a time"
 
@@ -113,9 +113,9 @@ def _add_run(commands: Any, profile: dict[str, Any]) -> None:
     run.add_argument(
         "--workers",
         type=int,
-        default=1,
-        help="with --records: runs computed at a time (default: 1)",
+        help="with --records: runs computed at a time (default: 1); a cluster uses all its workers",
     )
+    cluster.add_options(run)
     run.set_defaults(do=_run)
 
 
@@ -154,14 +154,12 @@ def _add_fill(commands: Any, profile: dict[str, Any]) -> None:
     fill.add_argument(
         "--workers",
         type=int,
-        help="runs computed at a time (default: 1; with --scheduler, the workers that it has)",
+        help="runs computed at a time (default: 1, or as many as a cluster has workers)",
     )
     fill.add_argument(
         "--dry", action="store_true", help="say what would be run, and how long; run nothing"
     )
-    fill.add_argument(
-        "--scheduler", metavar="tcp://...", help="compute on the workers of a Dask cluster"
-    )
+    cluster.add_options(fill)
     fill.set_defaults(do=_fill)
 
 
@@ -175,7 +173,12 @@ def _run(args: argparse.Namespace) -> int:
     if args.dry:
         return _dry(key, args.profile, given)
     if args.records:
-        return _records(key, args.profile, given, args.workers)
+        return _records(key, args.profile, given, args)
+    if args.scheduler or args.cluster:
+        raise parameters.NotebookError(
+            "--scheduler and --cluster are for --records: the notebook itself runs here, and reads "
+            "the records when they are there"
+        )
     from .pages import build
     from .runs import processes
 
@@ -203,20 +206,24 @@ def _dry(key: str, profile: str, given: dict[str, Any]) -> int:
     return 0
 
 
-def _records(key: str, profile: str, given: dict[str, Any], workers: int) -> int:
-    """Computes the runs of a plan that have no record, `workers` at a time, or over all ranks."""
+def _records(key: str, profile: str, given: dict[str, Any], args: argparse.Namespace) -> int:
+    """Computes the runs of a plan that have no record, several at a time where that is asked for,
+    or each over all ranks."""
     from .runs import collect as runs
 
     grid = profiles.plan(key, profile, **given)
-    if workers < 1:
-        raise parameters.NotebookError(f"--workers {workers}: {AT_LEAST_ONE}")
+    _check_workers(args.workers)
     if _ranks() > 1:
         from .runs import together
 
         if not together.collect(grid):
             return 0  # rank 0 says it
     else:
-        with runs.pool(workers) if workers > 1 else nullcontext() as executor:
+        if args.scheduler or args.cluster:
+            opened = cluster.opened(args.scheduler, args.cluster)
+        else:
+            opened = runs.pool(args.workers) if (args.workers or 1) > 1 else nullcontext()
+        with opened as executor:
             runs.collect(grid, executor)
     ids = {spec.id for specs in grid.values() for spec in specs}
     print(f"{key}, {profile}: all {len(ids)} records are there")
@@ -250,8 +257,7 @@ def _fill(args: argparse.Namespace) -> int:
 
     began = time.monotonic()
     profile, budget = profiles.check_profile(args.profile), fill.seconds_of(args.budget)
-    if args.workers is not None and args.workers < 1:
-        raise parameters.NotebookError(f"--workers {args.workers}: {AT_LEAST_ONE}")
+    _check_workers(args.workers)
     book = build.in_book()
     keys = [parameters.key_of(page) for page in args.pages]
     for key in keys:
@@ -261,17 +267,23 @@ def _fill(args: argparse.Namespace) -> int:
                 f"({', '.join(p for p in profiles.PROFILES if profiles.has_profile(key, p))})"
             )
     keys.sort(key=lambda key: book.index(key) if key in book else len(book))
-    plan = missing.plan(profile, keys or book)
     if args.dry:
-        print(missing.listing(plan, budget, args.workers or 1))
+        print(missing.listing(missing.plan(profile, keys or book), budget, args.workers or 1))
         return 0
-    with fill.workers_of(args.scheduler, args.workers) as (executor, workers):
+    with fill.workers_of(args.scheduler, args.workers, args.cluster) as (executor, workers):
+        plan = missing.plan(profile, keys or book, getattr(executor, "has_card", None))
         rest = budget - (time.monotonic() - began)
         outcome = fill.fill(plan, rest, executor, workers, store())
-    print(missing.summary(plan, outcome))
+        print(missing.summary(plan, outcome))
     if outcome.failures:
         raise RuntimeError("\n".join(outcome.failures))
     return 0
+
+
+def _check_workers(workers: int | None) -> None:
+    """Raises NotebookError for a number of --workers below 1."""
+    if workers is not None and workers < 1:
+        raise parameters.NotebookError(f"--workers {workers}: {AT_LEAST_ONE}")
 
 
 def _status(args: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ from .. import paths
 from ..spec import RunSpec
 from . import locks, states
 from .checks import check, check_device
-from .execute import execute
+from .execute import execute, failed
 from .processes import pool as pool  # the name that README gives it
 from .store import Record, Store, store
 
@@ -66,9 +66,11 @@ def collect(
     specs = unique(spec for group in grid.values() for spec in group)
     _refuse_records_of_other_data(specs, where)
     missing = [spec for spec in specs if not where.is_done(spec.id)]
+    # workers of a cluster have devices of their own
+    check_its_device = getattr(executor, "check_device", check_device)
     for spec in missing:
         check(spec)
-        check_device(spec)
+        check_its_device(spec)
     failures: list[str] = []
     bar = tqdm(total=len(missing), unit="run", desc="runs", delay=5, leave=False)
     # closed at once, not when it is forgotten: an interrupt files what is finished
@@ -208,8 +210,8 @@ def _compute(
     where: Store,
     without_parent: list[RunSpec] | None = None,
 ) -> Iterator[Record]:
-    """Yields the records of one wave, as they are filed. A lost worker's runs are computed by the
-    calling process.
+    """Yields the records of one wave, as they are filed. Runs that a pool of this machine has lost
+    with a worker are computed by the calling process.
 
     without_parent: takes the runs that found the weights they start from damaged; None files them
     as failed.
@@ -255,21 +257,23 @@ def _results(
     jobs: dict[Any, RunSpec], lost: list[RunSpec], where: Store
 ) -> Iterator[tuple[RunSpec, tuple[dict[str, Any], dict[str, np.ndarray]]]]:
     """Yields what `execute` returned of each run, as it comes; adds those to `lost` whose worker
-    was lost.
+    was lost with a pool of this machine. One that a cluster has lost has failed: who calls may be
+    a login node, and the worker may have run out of memory.
 
     Broken off, by Ctrl-C for one, it files what is finished and takes back what has not begun.
     """
     waiting = dict(jobs)
     try:
         for job in _completed(jobs):
-            spec = jobs[job]
+            spec, result = jobs[job], None
             try:
                 result = job.result()
-            # execute returns its failures, so this one is the worker's: each executor has its own
-            # kinds
-            except Exception:
+            except BrokenExecutor:  # a pool of this machine
                 lost.append(spec)
-            else:
+            # execute returns its failures, so this one is the worker's: a cluster has tried others
+            except Exception as error:
+                result = failed(spec, error)
+            if result is not None:
                 yield spec, result
             del waiting[job]  # an interrupt before here, while it is filed, files it below
     except BaseException:

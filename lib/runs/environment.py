@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,13 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def code_hash() -> str:
+# of lib: those that decide a result
+ROOMS = ("inputs", "models", "routers", "pruning", "extraction", "training")
+
+
+def code_hash(rooms: Sequence[str] = ROOMS) -> str:
     """Hashes the modules of `lib` that decide a result, to 16 digits; a page shows "computed by an
     older lib" where it differs."""
-    rooms = ("inputs", "models", "routers", "pruning", "extraction", "training")
     lib = Path(__file__).parent.parent
     files = sorted(file for room in rooms for file in (lib / room).rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]

@@ -51,14 +51,7 @@ def execute(
     from ..inputs.loading import asked_for
 
     asked_for()
-    head = {
-        "id": spec.id,
-        "spec": spec.model_dump(mode="json"),
-        "semantics": spec.canonical(),
-        "environment": environment(spec),
-        "code": code_hash(),
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+    head = _head(spec, environment(spec))
     try:
         from ..training.bfloat16 import products
 
@@ -69,6 +62,24 @@ def execute(
         return head | {"status": "ok"} | entries, arrays
     except Exception as error:
         return head | {"status": "failed", "error": _reason(error)}, {}
+
+
+def failed(spec: RunSpec, error: Exception) -> tuple[dict[str, Any], Arrays]:
+    """Returns the failed record of a run that was lost: with its worker, or since that could not
+    start it. Where it ran is left open."""
+    return _head(spec, {}) | {"status": "failed", "error": _reason(error)}, {}
+
+
+def _head(spec: RunSpec, place: dict[str, Any]) -> dict[str, Any]:
+    """The entries that every record has. place: its `environment`."""
+    return {
+        "id": spec.id,
+        "spec": spec.model_dump(mode="json"),
+        "semantics": spec.canonical(),
+        "environment": place,
+        "code": code_hash(),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
 
 
 def _reason(error: Exception) -> dict[str, Any]:

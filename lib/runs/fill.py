@@ -14,10 +14,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Future, InvalidStateError
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from . import collect, locks
+from . import cluster, collect, locks
 from .order import Item, Plan, startable
+from .processes import Interrupted
 from .store import Store
 
 UNWIND_SECONDS = 5.0  # that interrupted runs are given to let go of their locks
@@ -31,11 +33,6 @@ class Outcome:
     filed: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     interrupted: list[str] = field(default_factory=list)
-
-
-class Interrupted(BaseException):
-    """Ends a run from outside. No Exception: `collect` would take it for a lost worker, and go on
-    with the run in this process, where nothing could stop it."""
 
 
 class Workers:
@@ -57,8 +54,9 @@ class Workers:
         self.jobs.add(job)
         try:
             inner = self.executor.submit(function, *arguments)
-        except BrokenExecutor as error:
-            self.reason = f"a worker was lost ({error})"
+        except (BrokenExecutor, Interrupted) as error:
+            lost = isinstance(error, BrokenExecutor)
+            self.reason = f"a worker was lost ({error})" if lost else str(error)
             raise Interrupted(self.reason) from error
         inner.add_done_callback(lambda inner: self._hand_over(inner, job))
         return job
@@ -70,11 +68,12 @@ class Workers:
                 job.set_exception(Interrupted("it was cancelled"))
             elif (error := inner.exception()) is None:
                 job.set_result(inner.result())
-            elif isinstance(error, Exception):  # execute returns its failures: this is the worker's
-                if isinstance(error, BrokenExecutor):
-                    self.reason = self.reason or f"a worker was lost ({error})"
+            elif isinstance(error, BrokenExecutor):  # of this machine: no more are taken
+                self.reason = self.reason or f"a worker was lost ({error})"
                 job.set_exception(Interrupted(f"its worker was lost ({error})"))
             else:
+                if isinstance(error, Interrupted):
+                    self.reason = self.reason or str(error)
                 job.set_exception(error)
 
     def stop(self, reason: str) -> None:
@@ -169,16 +168,19 @@ def _progress(item: Item, failure: str | None, outcome: Outcome, plan: Plan) -> 
 
 
 @contextlib.contextmanager
-def workers_of(scheduler: str | None, count: int | None) -> Iterator[tuple[Any, int]]:
+def workers_of(
+    scheduler: str | None, count: int | None, file: Path | None = None
+) -> Iterator[tuple[Any, int]]:
     """Opens an executor; yields it with the number of runs that it computes at a time.
 
-    scheduler: address of a Dask cluster; None = processes of this machine. count: None = all
-    workers of the cluster, or one process. Local processes end when the block does, whatever they
-    are doing. Raises ValueError where `distributed` is asked for and not installed.
+    scheduler, file: of a Dask cluster, as in `cluster.opened`; without both, processes of this
+    machine. count: None = all workers of the cluster, or one process. Local processes end when the
+    block does, whatever they are doing. Raises ValueError where `distributed` is asked for and not
+    installed.
     """
-    if scheduler is not None:
-        with _dask_client(scheduler) as client:
-            yield client.get_executor(), count or max(1, len(client.nthreads()))
+    if scheduler is not None or file is not None:
+        with cluster.opened(scheduler, file) as workers:
+            yield workers, count or len(workers)
         return
     executor = collect.pool(count or 1)
     try:
@@ -187,17 +189,6 @@ def workers_of(scheduler: str | None, count: int | None) -> Iterator[tuple[Any, 
         if executor._pending_work_items:  # idle workers end by themselves
             executor.stop()
         executor.shutdown(cancel_futures=True)
-
-
-def _dask_client(address: str) -> Any:
-    try:
-        from distributed import Client
-    except ImportError as error:
-        raise ValueError(
-            f"--scheduler {address} needs the package distributed, which is not installed: "
-            'pip install -e ".[cluster]"'
-        ) from error
-    return Client(address)
 
 
 def seconds_of(text: str, what: str = "budget") -> float:

@@ -22,6 +22,11 @@ ENDING = tuple(
 )  # Windows has no SIGHUP
 
 
+class Interrupted(BaseException):
+    """Ends a run from outside. No Exception: `collect` would take it for a lost worker, and go on
+    with the run in this process, where nothing could stop it."""
+
+
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Lets SIGTERM and SIGHUP end a with block as Ctrl-C does, so that its `finally` are carried

@@ -12,7 +12,6 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -333,43 +332,6 @@ def test_what_is_no_budget(text):
 
 
 # ---- workers
-
-
-def test_a_cluster_needs_its_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "distributed", None)  # as if it were not installed
-    with pytest.raises(ValueError, match=r"needs the package distributed.*\[cluster\]"):
-        with filling.workers_of("tcp://host:1", None):
-            pass
-
-
-def test_a_cluster_computes_as_many_runs_as_it_has_workers(monkeypatch, where, computed):
-    executor = ThreadPoolExecutor(2)
-
-    class Client:
-        def __init__(self, address):
-            assert address == "tcp://host:1"
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *reason):
-            executor.shutdown()
-
-        def get_executor(self):
-            return executor
-
-        def nthreads(self):
-            return {"tcp://host:2": 4, "tcp://host:3": 4}
-
-    monkeypatch.setitem(sys.modules, "distributed", SimpleNamespace(Client=Client))
-    with filling.workers_of("tcp://host:1", None) as (workers, count):
-        assert (workers, count) == (executor, 2)
-        plan = planned({str(s): [TINY.but(seed=s)] for s in (1, 2, 3)}, where)
-        outcome = filling.fill(plan, 100.0, workers, count, where, lambda line: None)
-    assert len(outcome.filed) == 3 and sorted(computed) == [1, 2, 3]
-    with filling.workers_of("tcp://host:1", 5) as (_, count):
-        assert count == 5
-
 
 ORPHANS = """
 import os, signal, sys, time
