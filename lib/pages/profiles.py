@@ -8,6 +8,7 @@ to the notebook's `grid`. Neither runs the rest of the notebook or imports torch
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import traceback
 from collections import ChainMap
@@ -108,7 +109,7 @@ def profile_table(name: str) -> dict[str, dict[str, Any]]:
     path = ROOT / "notebooks" / "profiles" / f"{check_profile(name)}.yaml"
     if not path.is_file():
         raise NotebookError(f"profile {name!r} has no file notebooks/profiles/{name}.yaml")
-    table = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    table = _parsed(path.read_text(encoding="utf-8"))
     if not isinstance(table, dict) or not all(
         isinstance(values, dict | None) for values in table.values()
     ):
@@ -116,6 +117,12 @@ def profile_table(name: str) -> dict[str, dict[str, Any]]:
             f"notebooks/profiles/{name}.yaml must map notebooks to {{parameter: value}}"
         )
     return {key: values or {} for key, values in table.items()}
+
+
+@functools.lru_cache(maxsize=32)  # of text, not of a file, so a change is never missed
+def _parsed(text: str) -> Any:
+    """Parses YAML; whoever gets the result leaves it as it is."""
+    return yaml.safe_load(text) or {}
 
 
 def has_profile(key: str, name: str) -> bool:

@@ -36,6 +36,8 @@ DEFAULT_SIZES = (45_000, 5_000, 10_000)
 # A record without `run_seconds` is followed by the next one of its machine. A gap longer than this,
 # in seconds and in multiples of what the record measured, is a pause.
 LONGEST_GAP = (60.0, 8.0)
+# fields of MoESpec that decide how much a layer multiplies; the others decide how it learns
+COUNTED = ("experts", "top_k", "router", "pool", "shared", "members", "group", "choices", "slots")
 # entries of a record without which it says nothing here
 NEEDED = {"created", "environment", "timing", "cost", "test", "val", "history"}
 
@@ -202,11 +204,17 @@ def _macs(backbone: BackboneSpec, image_size: int, moe: MoESpec | None) -> float
     Models that differ in the number of MoE layers share a count of one such layer: a count takes
     half a second, and an estimate needs no better.
     """
+    backbone = backbone.but(weights=None, grid=None, drop_path=0.0)
     dense = _counted(backbone, image_size, None)
     if moe is None:
         return dense
-    one_layer = _counted(backbone, image_size, moe.but(layers=1, blocks=None))
-    return dense + moe.layers * (one_layer - dense)
+    of_layer = {field: getattr(moe, field) for field in COUNTED}
+    one_layer = MoESpec(layers=1, balance="none", groups=moe.groups, **of_layer)
+    # the blocks of these are alike, so what a layer adds shows in a model of one block
+    alike = backbone.name.startswith(("vit_", "deit_"))
+    shallow = backbone.but(depth=1) if alike else backbone
+    without, with_one = (_counted(shallow, image_size, layer) for layer in (None, one_layer))
+    return dense + moe.layers * (with_one - without)
 
 
 @functools.cache
