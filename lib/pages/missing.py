@@ -58,6 +58,19 @@ def listing(plan: Plan, budget: float, workers: int) -> str:
     return "\n".join([*lines, *_rest(plan, done, "then", budget)])
 
 
+def price(plan: Plan, profile: str, keys: Sequence[str], rate: float | None) -> str:
+    """Writes what the missing runs of pages ask for, those for an absent card as well, and what
+    this machine lacks. rate: as in `scale.rates`."""
+    from . import scale
+
+    purposes = (*plan.purposes, *plan.without_card)
+    lacking = {run for purpose in purposes for run in purpose.missing}
+    pages = scale.runs_of(keys, profile)
+    pages = {page: [run for run in runs if run.id in lacking] for page, runs in pages.items()}
+    priced = scale.priced(pages, profile, rate)
+    return "\n".join(["", scale.listing(priced), *scale.here(priced.runs.values(), check=False)])
+
+
 def summary(plan: Plan, outcome: Outcome) -> str:
     """Writes what a fill did, and what is still missing."""
     interrupted = len(outcome.interrupted)

@@ -9,7 +9,6 @@ images through the model, and by its multiply-adds. Records of other processors 
 from __future__ import annotations
 
 import datetime
-import functools
 import math
 import statistics
 from collections import defaultdict
@@ -17,9 +16,10 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..spec import BackboneSpec, MoESpec, RunSpec
+from ..spec import RunSpec
 from ..spec.base import Spec
 from .environment import environment
+from .model_size import model_size
 from .store import DAMAGE, Store, spec_of, verified
 
 BACKWARD = 2  # passes that a backward pass counts for: gradients of inputs and of weights
@@ -36,8 +36,6 @@ DEFAULT_SIZES = (45_000, 5_000, 10_000)
 # A record without `run_seconds` is followed by the next one of its machine. A gap longer than this,
 # in seconds and in multiples of what the record measured, is a pause.
 LONGEST_GAP = (60.0, 8.0)
-# fields of MoESpec that decide how much a layer multiplies; the others decide how it learns
-COUNTED = ("experts", "top_k", "router", "pool", "shared", "members", "group", "choices", "slots")
 # entries of a record without which it says nothing here
 NEEDED = {"created", "environment", "timing", "cost", "test", "val", "history"}
 
@@ -95,7 +93,7 @@ class Estimates:
                 seconds = statistics.median(rates) * self._work(spec, level)
                 return Estimate(seconds, f"{len(rates)} x {KINDS[level]}")
         rate = DEFAULT_RATE[spec.device] * (spec.threads if spec.device == "cpu" else 1)
-        work = self.passes(spec) * _macs(spec.backbone, spec.data.image_size, spec.moe)
+        work = self.passes(spec) * model_size(spec).macs
         work *= max(_left_by_pruning(spec), LEAST_LEFT)
         return Estimate(START_SECONDS + work / rate, "a default rate")
 
@@ -109,11 +107,7 @@ class Estimates:
 
     def passes(self, spec: RunSpec) -> float:
         """Counts the forward passes of single images that training and evaluation are worth."""
-        train, val, test = self.images(spec)
-        if spec.train is None:
-            return test
-        validations = 1 + math.ceil(spec.train.epochs)
-        return (1 + BACKWARD) * spec.train.epochs * train + validations * val + test
+        return passes(spec, self.images(spec))
 
     def images(self, spec: RunSpec) -> tuple[int, int, int]:
         """Returns the numbers of images of training, validation and test."""
@@ -129,8 +123,21 @@ class Estimates:
         # What is left after pruning or extraction only data decide, so nothing is scaled by it.
         if level == 1 or _shrunk(spec):
             return self.passes(spec)
-        macs = macs or _macs(spec.backbone, spec.data.image_size, spec.moe)
+        macs = macs or model_size(spec).macs
         return self.passes(spec) * macs
+
+
+def passes(spec: RunSpec, images: tuple[int, int, int]) -> float:
+    """Counts the forward passes of single images that a run is worth.
+
+    A training image counts 1 + BACKWARD in each epoch, a validation image 1 before the first epoch
+    and 1 after each, a test image 1. images: of training, validation and test.
+    """
+    train, val, test = images
+    if spec.train is None:
+        return test
+    validations = 1 + math.ceil(spec.train.epochs)
+    return (1 + BACKWARD) * spec.train.epochs * train + validations * val + test
 
 
 # ---- kinds of runs, from near to far
@@ -159,7 +166,7 @@ def kinds(spec: RunSpec) -> tuple[Hashable, ...]:
     backbone = (*processor, whole_backbone, spec.data.image_size, goal, router, steps)
     methods = (*backbone, recipe, probes, *(_words(rules) for _, rules in spec.steps))
     model = (*methods, spec.moe, *(rules for _, rules in spec.steps))
-    return _without_seeds(spec).id, model, methods, backbone, processor
+    return without_seeds(spec).id, model, methods, backbone, processor
 
 
 def _shrunk(spec: RunSpec) -> bool:
@@ -186,8 +193,9 @@ def _words(rules: Spec) -> tuple[str, ...]:
     return tuple(words)
 
 
-def _without_seeds(spec: RunSpec) -> RunSpec:
-    init = None if spec.init is None else _without_seeds(spec.init)
+def without_seeds(spec: RunSpec) -> RunSpec:
+    """Returns a run, and those that it starts from, with seed 0."""
+    init = None if spec.init is None else without_seeds(spec.init)
     return spec.but(seed=0, init=init)
 
 
@@ -196,33 +204,6 @@ def _machine(place: Mapping[str, Any], spec: RunSpec) -> tuple[str, str]:
     name may differ in that). place: the `environment` of a record."""
     chip = place.get("accelerator") or place["processor"]
     return chip, place.get("products", spec.dtype)
-
-
-def _macs(backbone: BackboneSpec, image_size: int, moe: MoESpec | None) -> float:
-    """Counts the multiply-adds of an image, before anything is pruned or extracted.
-
-    Models that differ in the number of MoE layers share a count of one such layer: a count takes
-    half a second, and an estimate needs no better.
-    """
-    backbone = backbone.but(weights=None, grid=None, drop_path=0.0)
-    dense = _counted(backbone, image_size, None)
-    if moe is None:
-        return dense
-    of_layer = {field: getattr(moe, field) for field in COUNTED}
-    one_layer = MoESpec(layers=1, balance="none", groups=moe.groups, **of_layer)
-    # the blocks of these are alike, so what a layer adds shows in a model of one block
-    alike = backbone.name.startswith(("vit_", "deit_"))
-    shallow = backbone.but(depth=1) if alike else backbone
-    without, with_one = (_counted(shallow, image_size, layer) for layer in (None, one_layer))
-    return dense + moe.layers * (with_one - without)
-
-
-@functools.cache
-def _counted(backbone: BackboneSpec, image_size: int, moe: MoESpec | None) -> float:
-    from ..measure.cost import count
-    from ..models.backbone import skeleton
-
-    return count(skeleton(backbone, image_size, classes=2, moe=moe), image_size).macs
 
 
 # ---- what records say
