@@ -22,7 +22,7 @@ def plan(profile: str, keys: Sequence[str], card: bool | None = None) -> Plan:
     """
     import torch
 
-    from ..runs.estimate import Estimates, contents_of
+    from ..runs.estimate import Estimates
     from ..runs.order import missing
     from ..runs.store import store
 
@@ -30,9 +30,11 @@ def plan(profile: str, keys: Sequence[str], card: bool | None = None) -> Plan:
     claims = {}
     if profile == profiles.PUBLISHED:  # no other profile's records are judged
         claims = {c.id: (key, c.arms) for key in grids for c in ledger.on_runs_of(key)}
-    estimates = Estimates(contents_of(store()))
+    estimates = Estimates.of_store(store())
     card = torch.cuda.is_available() if card is None else card
-    return missing(grids, store(), estimates, card, claims, all_verdicts.settled())
+    plan = missing(grids, store(), estimates, card, claims, all_verdicts.settled())
+    store().index.save()
+    return plan
 
 
 def rows(items: Sequence[Item]) -> Iterator[str]:

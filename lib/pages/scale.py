@@ -145,7 +145,7 @@ def _sizes():
         if (images := demand.published_sizes(spec)) is not None:
             return images
         if known is None:
-            known = estimate.Estimates(estimate.contents_of(store()))
+            known = estimate.Estimates.of_store(store())
         return known.images(spec), "records"
 
     return sizes
