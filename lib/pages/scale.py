@@ -181,24 +181,24 @@ def listing(plan: Priced) -> str:
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
         for row in rows
     ]
-    used = {(spec.device, spec.dtype) for spec in plan.runs.values()}
     return "\n".join(
         [
             *lines,
             "",
             RULE,
             "Parents are further runs that these start from. Memory is that of the largest run.",
-            "Throughput: " + "; ".join(_said(plan.rates, used)) + ".",
+            f"Throughput: {'; '.join(said_of(plan))}.",
             *_sources(plan),
             *readings(plan),
         ]
     )
 
 
-def _said(throughput: Rates, used: Iterable[tuple[str, str]]) -> list[str]:
-    """Lists what is said of the rates that some runs use."""
-    of_used = [line for line in throughput.said if tuple(line.split(":")[0].split(", ")) in used]
-    return of_used or list(throughput.said)
+def said_of(plan: Priced) -> list[str]:
+    """Lists what is said of the rates that the runs of a plan use."""
+    used = {(spec.device, spec.dtype) for spec in plan.runs.values()}
+    lines = plan.rates.said
+    return [line for line in lines if tuple(line.split(":")[0].split(", ")) in used] or list(lines)
 
 
 def _sources(plan: Priced) -> list[str]:

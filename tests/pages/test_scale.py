@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from lib.__main__ import main
-from lib.pages import build, parameters, profiles, scale
+from lib.pages import build, parameters, profiles, scale, scale_page
 
 DOCUMENTS = ("vimoe", "durham", "leiden", "expert_pruning", "moee")
 
@@ -64,3 +64,24 @@ def test_every_study_of_the_paper_profile_has_its_readings():
     studies = {key.split("/")[0] for key in build.in_book() if profiles.has_profile(key, "paper")}
     assert studies == set(profiles.profile_table("paper")["readings"])
     assert profiles.readings("vimoe", "quick") == []
+
+
+def test_the_page_says_the_sum_first_and_is_counted_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(scale_page, "FILE", tmp_path / "scale_table.md")
+    keys = ["leiden/taylor", "foundations/speed"]
+    text = scale_page.page(keys)
+    lines = text.splitlines()
+    assert lines[0].startswith("% made from ") and lines[2].startswith("**1 runs, and 0 that they")
+    assert "[leiden/taylor](notebooks/leiden/taylor.ipynb)" in text and "6,464" in text
+    assert "MOE_DATA/m-forestnet" in text and "*leiden*" in text
+    # what it was made from is the same: it is read, not counted
+    scale_page.FILE.write_text(text + "read\n")
+    monkeypatch.setattr(scale, "priced", None)
+    assert scale_page.page(keys) == text + "read\n"
+    with pytest.raises(TypeError):
+        scale_page.page(keys[:1])
+
+
+def test_a_book_without_the_profile_needs_no_counting():
+    plan = scale.priced({}, "paper")
+    assert scale_page._text(plan) == ["No page has runs under the profile `paper`."]
