@@ -79,7 +79,11 @@ def _add_run(commands: Any, profile: dict[str, Any]) -> None:
         help="run one notebook and keep its records",
         description="Run one notebook. Records that are there already are read, not computed.",
     )
-    run.add_argument("notebook", help="such as vimoe/layer_scan, or the path of its source")
+    run.add_argument(
+        "notebook",
+        help="such as vimoe/layer_scan, or the path of its source; with --dry or --records also a "
+        "study, such as vimoe",
+    )
     run.add_argument("--profile", **profile)
     run.add_argument(
         "-p",
@@ -102,8 +106,10 @@ def _add_run(commands: Any, profile: dict[str, Any]) -> None:
     run.add_argument(
         "--dry",
         action="store_true",
-        help="say which runs it wants and which are there; run nothing",
+        help="say which runs it wants, which are there, what they take and what is missing here; "
+        "run nothing",
     )
+    _add_rate(run)
     run.add_argument(
         "--records",
         action="store_true",
@@ -117,6 +123,17 @@ def _add_run(commands: Any, profile: dict[str, Any]) -> None:
     )
     cluster.add_options(run)
     run.set_defaults(do=_run)
+
+
+def _add_rate(command: Any) -> None:
+    """Describes the option of a plan that says how fast the machine is."""
+    command.add_argument(
+        "--rate",
+        type=float,
+        metavar="X",
+        help="with --dry: multiply-adds a second of a card, or of a thread, such as 2e13 (default: "
+        "measured by make bench, else assumed)",
+    )
 
 
 def _add_pack_and_merge(commands: Any, profile: dict[str, Any]) -> None:
@@ -159,21 +176,30 @@ def _add_fill(commands: Any, profile: dict[str, Any]) -> None:
     fill.add_argument(
         "--dry", action="store_true", help="say what would be run, and how long; run nothing"
     )
+    _add_rate(fill)
     cluster.add_options(fill)
     fill.set_defaults(do=_fill)
 
 
 def _run(args: argparse.Namespace) -> int:
     """Runs a notebook, or only plans it (--dry), or only computes its records (--records)."""
-    key = parameters.key_of(args.notebook)
     profiles.check_profile(args.profile)
+    keys = parameters.keys_of(args.notebook)
+    if len(keys) > 1 and (args.given or not (args.dry or args.records)):
+        raise parameters.NotebookError(
+            f"{args.notebook} is a study of {len(keys)} pages: plan it with --dry or compute it "
+            "with --records, without -p, or name one page"
+        )
+    key = keys[0]
     given = parameters.from_text(key, dict(args.given))
     if given.pop("profile", args.profile) != args.profile:
         raise parameters.NotebookError("give the profile with --profile, not with -p profile")
     if args.dry:
-        return _dry(key, args.profile, given)
+        return _dry(keys, args.profile, given, args.rate)
     if args.records:
-        return _records(key, args.profile, given, args)
+        for key in keys:
+            _records(key, args.profile, given, args)
+        return 0
     if args.scheduler or args.cluster:
         raise parameters.NotebookError(
             "--scheduler and --cluster are for --records: the notebook itself runs here, and reads "
@@ -195,18 +221,24 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _dry(key: str, profile: str, given: dict[str, Any]) -> int:
-    """Prints the runs of a plan and what is there of each."""
+def _dry(keys: list[str], profile: str, given: dict[str, Any], rate: float | None) -> int:
+    """Prints what pages ask for; of one page also its runs and what is there of each."""
+    from .pages import scale
     from .runs import collect as runs
 
-    for name, specs in profiles.plan(key, profile, **given).items():
-        print(f"{name}: {len(specs)} run{'s' * (len(specs) != 1)}")
-        for spec in specs:
-            print(f"  {spec.id}  {runs.status_of(spec):8} seed {spec.seed}")
+    planned = scale.priced(scale.runs_of(keys, profile, **given), profile, rate)
+    if len(keys) == 1:
+        for name, specs in profiles.plan(keys[0], profile, **given).items():
+            print(f"{name}: {len(specs)} run{'s' * (len(specs) != 1)}")
+            for spec in specs:
+                print(f"  {spec.id}  {runs.status_of(spec):8} seed {spec.seed}")
+        print()
+    print(scale.listing(planned))
+    print("\n".join(scale.here(planned.runs.values())))
     return 0
 
 
-def _records(key: str, profile: str, given: dict[str, Any], args: argparse.Namespace) -> int:
+def _records(key: str, profile: str, given: dict[str, Any], args: argparse.Namespace) -> None:
     """Computes the runs of a plan that have no record, several at a time where that is asked for,
     or each over all ranks."""
     from .runs import collect as runs
@@ -217,7 +249,7 @@ def _records(key: str, profile: str, given: dict[str, Any], args: argparse.Names
         from .runs import together
 
         if not together.collect(grid):
-            return 0  # rank 0 says it
+            return  # rank 0 says it
     else:
         if args.scheduler or args.cluster:
             opened = cluster.opened(args.scheduler, args.cluster)
@@ -227,7 +259,6 @@ def _records(key: str, profile: str, given: dict[str, Any], args: argparse.Names
             runs.collect(grid, executor)
     ids = {spec.id for specs in grid.values() for spec in specs}
     print(f"{key}, {profile}: all {len(ids)} records are there")
-    return 0
 
 
 def _ranks() -> int:
@@ -268,7 +299,9 @@ def _fill(args: argparse.Namespace) -> int:
             )
     keys.sort(key=lambda key: book.index(key) if key in book else len(book))
     if args.dry:
-        print(missing.listing(missing.plan(profile, keys or book), budget, args.workers or 1))
+        plan = missing.plan(profile, keys or book)
+        print(missing.listing(plan, budget, args.workers or 1))
+        print(missing.price(plan, profile, keys or book, args.rate))
         return 0
     with fill.workers_of(args.scheduler, args.workers, args.cluster) as (executor, workers):
         plan = missing.plan(profile, keys or book, getattr(executor, "has_card", None))

@@ -2,8 +2,8 @@
 
 `jupyter-book build book` loads this module as a Sphinx extension. Before Sphinx reads a page, the
 hook runs what is stale in a bounded pool of processes, writes the executed copies to
-`book/notebooks`, and the tables of status, verdicts and coverage beside the pages. Sphinx itself
-executes nothing. A failing notebook ends the build with an error; its partial copy stays as
+`book/notebooks`, and the tables of status, verdicts, coverage and scale beside the pages. Sphinx
+itself executes nothing. A failing notebook ends the build with an error; its partial copy stays as
 `<name>.failed.ipynb`, and what the kernel said to its terminal is in `<name>.log`.
 
 `execute` runs one notebook in this process (the kernel is its child); the pool calls it through
@@ -31,13 +31,24 @@ import yaml
 
 from ..paths import ROOT, written_whole
 from ..runs import locks, processes
-from . import all_verdicts, coverage, executed, front, manifest, parameters, profiles, status
+from . import (
+    all_verdicts,
+    coverage,
+    executed,
+    front,
+    manifest,
+    parameters,
+    profiles,
+    scale_page,
+    status,
+)
 
 # included by pages; the last one lies beside them
 GENERATED = {
     "status_table.md": status.page,
     "verdicts_table.md": all_verdicts.page,
     "coverage_table.md": coverage.page,
+    "scale_table.md": scale_page.page,
     "state.md": all_verdicts.state,
     "front.md": front.page,
     "contradictions_table.md": front.contradictions,

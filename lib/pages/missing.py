@@ -22,7 +22,7 @@ def plan(profile: str, keys: Sequence[str], card: bool | None = None) -> Plan:
     """
     import torch
 
-    from ..runs.estimate import Estimates, contents_of
+    from ..runs.estimate import Estimates
     from ..runs.order import missing
     from ..runs.store import store
 
@@ -30,9 +30,11 @@ def plan(profile: str, keys: Sequence[str], card: bool | None = None) -> Plan:
     claims = {}
     if profile == profiles.PUBLISHED:  # no other profile's records are judged
         claims = {c.id: (key, c.arms) for key in grids for c in ledger.on_runs_of(key)}
-    estimates = Estimates(contents_of(store()))
+    estimates = Estimates.of_store(store())
     card = torch.cuda.is_available() if card is None else card
-    return missing(grids, store(), estimates, card, claims, all_verdicts.settled())
+    plan = missing(grids, store(), estimates, card, claims, all_verdicts.settled())
+    store().index.save()
+    return plan
 
 
 def rows(items: Sequence[Item]) -> Iterator[str]:
@@ -56,6 +58,19 @@ def listing(plan: Plan, budget: float, workers: int) -> str:
     done = {item.spec.id for item in started}
     lines = [*rows(started), ""] if started else ["nothing that is missing ends within the budget"]
     return "\n".join([*lines, *_rest(plan, done, "then", budget)])
+
+
+def price(plan: Plan, profile: str, keys: Sequence[str], rate: float | None) -> str:
+    """Writes what the missing runs of pages ask for, those for an absent card as well, and what
+    this machine lacks. rate: as in `scale.rates`."""
+    from . import scale
+
+    purposes = (*plan.purposes, *plan.without_card)
+    lacking = {run for purpose in purposes for run in purpose.missing}
+    pages = scale.runs_of(keys, profile)
+    pages = {page: [run for run in runs if run.id in lacking] for page, runs in pages.items()}
+    priced = scale.priced(pages, profile, rate)
+    return "\n".join(["", scale.listing(priced), *scale.here(priced.runs.values(), check=False)])
 
 
 def summary(plan: Plan, outcome: Outcome) -> str:

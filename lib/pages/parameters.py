@@ -18,6 +18,7 @@ from __future__ import annotations
 import ast
 import difflib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -92,6 +93,16 @@ def key_of(name: str | Path) -> str:
             return _key(candidate.resolve(), folder.resolve())
     known = sorted(_key(source, folder) for source in folder.glob("*/*.ipynb"))
     raise NotebookError(f"no notebook {str(name)!r}; there are: {', '.join(known) or 'none'}")
+
+
+def keys_of(name: str) -> list[str]:
+    """Returns the keys of a study, which is a folder of notebooks, or the one key of a notebook.
+
+    Those of a study come in alphabetical order.
+    """
+    folder = ROOT / "notebooks"
+    sources = sorted((folder / name).glob("*.ipynb")) if re.fullmatch(r"\w+/?", name) else []
+    return [_key(source, folder) for source in sources] or [key_of(name)]
 
 
 def _key(path: Path, folder: Path) -> str:

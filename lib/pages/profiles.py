@@ -8,6 +8,7 @@ to the notebook's `grid`. Neither runs the rest of the notebook or imports torch
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import traceback
 from collections import ChainMap
@@ -102,13 +103,14 @@ def check_profile(name: Any) -> str:
 def profile_table(name: str) -> dict[str, dict[str, Any]]:
     """Reads the YAML file of a profile: notebook key -> values.
 
-    `defaults` holds values that notebooks share, `base` and `base/...` the runs that grids vary.
+    `defaults` holds values that notebooks share, `base` and `base/...` the runs that grids vary,
+    `readings` what is done where a document's recipe cannot be followed, by study.
     """
     need_checkout("a profile")
     path = ROOT / "notebooks" / "profiles" / f"{check_profile(name)}.yaml"
     if not path.is_file():
         raise NotebookError(f"profile {name!r} has no file notebooks/profiles/{name}.yaml")
-    table = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    table = _parsed(path.read_text(encoding="utf-8"))
     if not isinstance(table, dict) or not all(
         isinstance(values, dict | None) for values in table.values()
     ):
@@ -116,6 +118,26 @@ def profile_table(name: str) -> dict[str, dict[str, Any]]:
             f"notebooks/profiles/{name}.yaml must map notebooks to {{parameter: value}}"
         )
     return {key: values or {} for key, values in table.items()}
+
+
+@functools.lru_cache(maxsize=32)  # of text, not of a file, so a change is never missed
+def _parsed(text: str) -> Any:
+    """Parses YAML; whoever gets the result leaves it as it is."""
+    return yaml.safe_load(text) or {}
+
+
+def readings(study: str, name: str) -> list[str]:
+    """Returns what a profile does where the document of a study cannot be followed, in sentences.
+
+    Raises NotebookError where they are no list of sentences.
+    """
+    sentences = profile_table(name).get("readings", {}).get(study, [])
+    if not isinstance(sentences, list) or not all(isinstance(s, str) for s in sentences):
+        raise NotebookError(
+            f"notebooks/profiles/{name}.yaml: readings of {study} must be a list of sentences, got "
+            f"{sentences!r:.80}"
+        )
+    return sentences
 
 
 def has_profile(key: str, name: str) -> bool:
@@ -192,7 +214,7 @@ def _check_entry(
     """Refuses a profile without an entry for a notebook, or one that sets what it must not."""
     where = f"notebooks/profiles/{name}.yaml"
     if notebook not in table:
-        listed = ", ".join(key for key in table if key != "defaults" and not key.startswith("base"))
+        listed = ", ".join(key for key in table if "/" in key and not key.startswith("base"))
         raise NotebookError(f"{where} has no entry for {notebook!r}; it has {listed or 'none'}")
     for field in table[notebook]:
         default = known_parameter(

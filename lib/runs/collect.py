@@ -25,6 +25,7 @@ from ..spec import RunSpec
 from . import locks, states
 from .checks import check, check_device
 from .execute import execute, failed
+from .index import same_data
 from .processes import pool as pool  # the name that README gives it
 from .store import Record, Store, store
 
@@ -46,11 +47,13 @@ def load(
 
     def record(spec: RunSpec) -> Record | None:
         planned = where.get(spec)
-        if not any_device or spec.device == "cpu" or (planned and planned.status == "ok"):
+        if not any_device or spec.device == "cpu" or (planned and where.is_done(spec.id)):
             return planned
         return where.get(spec.on("cpu")) or planned
 
-    return {name: [record(spec) for spec in specs] for name, specs in grid.items()}
+    records = {name: [record(spec) for spec in specs] for name, specs in grid.items()}
+    where.index.save()
+    return records
 
 
 def collect(
@@ -87,7 +90,9 @@ def collect(
     for spec in specs:
         if spec.publish:
             where.publish(spec)
-    return {name: [where.get(spec) for spec in group] for name, group in grid.items()}
+    records = {name: [where.get(spec) for spec in group] for name, group in grid.items()}
+    where.index.save()
+    return records
 
 
 def _refuse_records_of_other_data(specs: Iterable[RunSpec], where: Store) -> None:
@@ -100,14 +105,20 @@ def _refuse_records_of_other_data(specs: Iterable[RunSpec], where: Store) -> Non
     from ..inputs.sources import fingerprint_of
 
     for spec in unique(ancestor for run in specs for ancestor in run.lineage):
-        record = where.peek(spec.id)
-        before = record.content.get("data") if record is not None else None
-        if before is None:
+        known = where.index.facts(spec.id)
+        if known is not None and known[1]["data"] is None:
+            continue
+        record = where.peek(spec.id) if known is None else None
+        if known is None and (record is None or record.content.get("data") is None):
             continue
         try:
             now = fingerprint_of(spec.data.name, spec.data.label, paths.data_home())
         except FileNotFoundError:
             continue
+        if known is not None and same_data(known[1], now):
+            continue
+        record = record or where.peek(spec.id)
+        before = record.content["data"]
         if now and (how := fingerprint.difference(before, now)):
             raise ValueError(
                 f"data set {spec.data.name} is not the one that run {spec.id} has seen: {how}. "
@@ -140,8 +151,8 @@ def status_of(spec: RunSpec, where: Store | None = None) -> str:
     where = where or store()
     if locks.is_held(where.lock(spec.id)):
         return "running"
-    record = where.peek(spec.id)
-    return "missing" if record is None else {"ok": "done"}.get(record.status, "failed")
+    status = where.status(spec.id)
+    return "missing" if status is None else {"ok": "done"}.get(status, "failed")
 
 
 def missing_runs(grid: Grid, where: Store | None = None) -> list[RunSpec]:

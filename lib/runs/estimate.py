@@ -8,18 +8,21 @@ images through the model, and by its multiply-adds. Records of other processors 
 
 from __future__ import annotations
 
+import bisect
 import datetime
 import functools
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..spec import BackboneSpec, MoESpec, RunSpec
+from ..spec import RunSpec
 from ..spec.base import Spec
 from .environment import environment
+from .index import Facts, digest_of
+from .model_size import model_size
 from .store import DAMAGE, Store, spec_of, verified
 
 BACKWARD = 2  # passes that a backward pass counts for: gradients of inputs and of weights
@@ -55,30 +58,42 @@ class Estimates:
     """
 
     def __init__(self, contents: Mapping[str, Mapping[str, Any]]):
-        finished = {
-            run: content
+        self._specs = {
+            run: spec
             for run, content in contents.items()
-            if content.get("status") == "ok" and content.keys() >= NEEDED
+            if content.get("status") == "ok"
+            and content.keys() >= NEEDED
+            and (spec := spec_of(content)) is not None
         }
-        self._specs = {run: spec for run, c in finished.items() if (spec := spec_of(c)) is not None}
-        self._contents = {run: finished[run] for run in self._specs}
-        self._sizes = _sizes(self._specs, self._contents)
-        self.seconds = whole_seconds(self._contents)
+        self._contents = {run: contents[run] for run in self._specs}
+        self._learn({run: row_of(self._specs[run], c) for run, c in self._contents.items()})
+
+    @classmethod
+    def of_store(cls, where: Store) -> Estimates:
+        """Estimates from all records of a store, most of which the index knows."""
+        estimates = cls({})
+        estimates._learn({run: facts["row"] for run, facts in where.facts() if facts["row"]})
+        return estimates
+
+    def _learn(self, rows: Mapping[str, Mapping[str, Any]]) -> None:
+        """Computes seconds and rates. rows: as `row_of` makes them, by run."""
+        self._sizes = _sizes(rows)
+        self.seconds = whole_seconds(rows)
         # seconds for a unit of work, by kind and run
         self._rates: dict[Hashable, dict[str, float]] = defaultdict(dict)
-        for run, spec in self._specs.items():
-            content = self._contents[run]
-            machine = _machine(content["environment"], spec)
-            for level, kind in enumerate(kinds(spec)):
-                work = self._work(spec, level, content["cost"]["macs"])
-                self._rates[machine, level, kind][run] = self.seconds[run] / work
+        for run, row in rows.items():
+            images = _images(row["images"], self._sizes.get(row["split"]))
+            seen = _passes(row["epochs"], images)
+            for level, kind in enumerate(row["kinds"]):
+                work = _work(level, row["shrunk"], seen, lambda row=row: row["macs"])
+                self._rates[tuple(row["machine"]), level, kind][run] = self.seconds[run] / work
 
     def of(self, spec: RunSpec, machine: Hashable = None, without: str | None = None) -> Estimate:
         """Estimates a run on this machine.
 
         machine: another one, as in `machine_of_record`. without: id of a record that is not used.
         """
-        machine = machine or _machine(environment(spec), spec)
+        machine = machine or _machine(_environment(spec.dtype, spec.device), spec)
         try:
             return self._nearest(spec, machine, without)
         except ValueError:  # its model cannot be built: the run will fail at once and say why
@@ -86,14 +101,15 @@ class Estimates:
 
     def _nearest(self, spec: RunSpec, machine: Hashable, without: str | None) -> Estimate:
         """Estimates from the nearest kind that has records, else from a default rate."""
-        for level, kind in enumerate(kinds(spec)):
+        for level, kind in enumerate(map(digest_of, kinds(spec))):
             known = self._rates.get((machine, level, kind), {})
             rates = [rate for run, rate in known.items() if run != without]
             if rates:
-                seconds = statistics.median(rates) * self._work(spec, level)
+                work = _work(level, _shrunk(spec), self.passes(spec), lambda: model_size(spec).macs)
+                seconds = statistics.median(rates) * work
                 return Estimate(seconds, f"{len(rates)} x {KINDS[level]}")
         rate = DEFAULT_RATE[spec.device] * (spec.threads if spec.device == "cpu" else 1)
-        work = self.passes(spec) * _macs(spec.backbone, spec.data.image_size, spec.moe)
+        work = self.passes(spec) * model_size(spec).macs
         work *= max(_left_by_pruning(spec), LEAST_LEFT)
         return Estimate(START_SECONDS + work / rate, "a default rate")
 
@@ -107,28 +123,41 @@ class Estimates:
 
     def passes(self, spec: RunSpec) -> float:
         """Counts the forward passes of single images that training and evaluation are worth."""
-        train, val, test = self.images(spec)
-        if spec.train is None:
-            return test
-        validations = 1 + math.ceil(spec.train.epochs)
-        return (1 + BACKWARD) * spec.train.epochs * train + validations * val + test
+        return passes(spec, self.images(spec))
 
     def images(self, spec: RunSpec) -> tuple[int, int, int]:
         """Returns the numbers of images of training, validation and test."""
-        known = self._sizes.get(_split(spec), DEFAULT_SIZES)
-        given = (spec.data.train, spec.data.val, spec.data.test)
-        return tuple(k if own is None else own for own, k in zip(given, known, strict=True))
+        return _images(_asked(spec), self._sizes.get(_split(spec)))
 
-    def _work(self, spec: RunSpec, level: int, macs: float | None = None) -> float:
-        """Computes what seconds are proportional to within a kind. macs: of the record's model;
-        None = counted."""
-        if level == 0:
-            return 1.0
-        # What is left after pruning or extraction only data decide, so nothing is scaled by it.
-        if level == 1 or _shrunk(spec):
-            return self.passes(spec)
-        macs = macs or _macs(spec.backbone, spec.data.image_size, spec.moe)
-        return self.passes(spec) * macs
+
+def _images(asked: Sequence[int | None], known: Sequence[int] | None) -> tuple[int, int, int]:
+    """Returns the images of each split: those that are asked for, else known, else the defaults."""
+    known = DEFAULT_SIZES if known is None else known
+    return tuple(k if own is None else own for own, k in zip(asked, known, strict=True))
+
+
+def _work(level: int, shrunk: bool, seen: float, macs: Callable[[], float]) -> float:
+    """Computes what seconds are proportional to within a kind. seen: passes; macs: of an image."""
+    if level == 0:
+        return 1.0
+    # What is left after pruning or extraction only data decide, so nothing is scaled by it.
+    return seen if level == 1 or shrunk else seen * macs()
+
+
+def passes(spec: RunSpec, images: tuple[int, int, int]) -> float:
+    """Counts the forward passes of single images that a run is worth.
+
+    A training image counts 1 + BACKWARD in each epoch, a validation image 1 before the first epoch
+    and 1 after each, a test image 1. images: of training, validation and test.
+    """
+    return _passes(None if spec.train is None else spec.train.epochs, images)
+
+
+def _passes(epochs: float | None, images: tuple[int, int, int]) -> float:
+    train, val, test = images
+    if epochs is None:
+        return test
+    return (1 + BACKWARD) * epochs * train + (1 + math.ceil(epochs)) * val + test
 
 
 # ---- kinds of runs, from near to far
@@ -157,7 +186,7 @@ def kinds(spec: RunSpec) -> tuple[Hashable, ...]:
     backbone = (*processor, whole_backbone, spec.data.image_size, goal, router, steps)
     methods = (*backbone, recipe, probes, *(_words(rules) for _, rules in spec.steps))
     model = (*methods, spec.moe, *(rules for _, rules in spec.steps))
-    return _without_seeds(spec).id, model, methods, backbone, processor
+    return without_seeds(spec).id, model, methods, backbone, processor
 
 
 def _shrunk(spec: RunSpec) -> bool:
@@ -184,8 +213,9 @@ def _words(rules: Spec) -> tuple[str, ...]:
     return tuple(words)
 
 
-def _without_seeds(spec: RunSpec) -> RunSpec:
-    init = None if spec.init is None else _without_seeds(spec.init)
+def without_seeds(spec: RunSpec) -> RunSpec:
+    """Returns a run, and those that it starts from, with seed 0."""
+    init = None if spec.init is None else without_seeds(spec.init)
     return spec.but(seed=0, init=init)
 
 
@@ -194,27 +224,6 @@ def _machine(place: Mapping[str, Any], spec: RunSpec) -> tuple[str, str]:
     name may differ in that). place: the `environment` of a record."""
     chip = place.get("accelerator") or place["processor"]
     return chip, place.get("products", spec.dtype)
-
-
-def _macs(backbone: BackboneSpec, image_size: int, moe: MoESpec | None) -> float:
-    """Counts the multiply-adds of an image, before anything is pruned or extracted.
-
-    Models that differ in the number of MoE layers share a count of one such layer: a count takes
-    half a second, and an estimate needs no better.
-    """
-    dense = _counted(backbone, image_size, None)
-    if moe is None:
-        return dense
-    one_layer = _counted(backbone, image_size, moe.but(layers=1, blocks=None))
-    return dense + moe.layers * (one_layer - dense)
-
-
-@functools.cache
-def _counted(backbone: BackboneSpec, image_size: int, moe: MoESpec | None) -> float:
-    from ..measure.cost import count
-    from ..models.backbone import skeleton
-
-    return count(skeleton(backbone, image_size, classes=2, moe=moe), image_size).macs
 
 
 # ---- what records say
@@ -232,64 +241,93 @@ def contents_of(where: Store) -> dict[str, dict[str, Any]]:
     return contents
 
 
-def whole_seconds(contents: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Returns the wall seconds of finished runs, by id.
+def facts_of(content: Mapping[str, Any], spec: RunSpec | None) -> Facts:
+    """Returns what the index remembers of a verified record: status, data seen, row of estimates.
+
+    The row is None where a record says nothing to estimates.
+    """
+    data = content.get("data")
+    says = spec is not None and content["status"] == "ok" and content.keys() >= NEEDED
+    return {
+        "status": content["status"],
+        "data": None if data is None else digest_of(data),
+        "row": row_of(spec, content) if says else None,
+    }
+
+
+def row_of(spec: RunSpec, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what estimates take from a finished record, as plain values that JSON holds."""
+    timing, place = content["timing"], content["environment"]
+    learnt = spec.train is not None and spec.data.train is None
+    images = timing["train_images_per_s"] * timing["train_seconds"] if learnt else None
+    measured = content["test"]["n"] + len(content["history"]) * content["val"].get("n", 0)
+    return {
+        "kinds": [digest_of(kind) for kind in kinds(spec)],
+        "machine": list(_machine(place, spec)),
+        "clock": digest_of([place["processor"], place.get("accelerator")]),
+        "created": datetime.datetime.fromisoformat(content["created"]).timestamp(),
+        "measured": timing.get("train_seconds", 0.0) + measured / timing["eval_images_per_s"],
+        "run_seconds": timing.get("run_seconds"),
+        "shrunk": _shrunk(spec),
+        "macs": content["cost"]["macs"],
+        "epochs": None if spec.train is None else spec.train.epochs,
+        "images": list(_asked(spec)),
+        "split": _split(spec),
+        # of splits that are taken whole, what the record counted
+        "counted": [
+            None if images is None else round(images / spec.train.epochs),
+            content["val"]["n"] if spec.data.val is None and content["val"] else None,
+            content["test"]["n"] if spec.data.test is None else None,
+        ],
+    }
+
+
+def whole_seconds(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Returns the wall seconds of finished runs, by id. rows: of `row_of`.
 
     A record without `run_seconds` knows its training and its evaluation alone. The rest (steps,
     probes, data) is taken from when the next run on that machine started, as long as no pause is in
     between; with several runs at a time that is a lower bound, too.
     """
     starts = defaultdict(list)
-    for content in contents.values():
-        starts[_clock(content)].append(_created(content))
+    for row in rows.values():
+        starts[row["clock"]].append(row["created"])
     for times in starts.values():
         times.sort()
-    seconds = {}
-    for run, content in contents.items():
-        measured, start = _measured_seconds(content), _created(content)
-        later = (t - start for t in starts[_clock(content)] if t - start >= measured)
-        gap = next(later, math.inf)
-        pause = max(LONGEST_GAP[0], LONGEST_GAP[1] * measured)
-        inferred = gap if gap <= pause else measured
-        seconds[run] = content["timing"].get("run_seconds", inferred)
-    return seconds
+    return {run: _seconds(row, starts[row["clock"]]) for run, row in rows.items()}
 
 
-def _clock(content: Mapping[str, Any]) -> tuple[str, str | None]:
-    place = content["environment"]
-    return place["processor"], place.get("accelerator")
+def _seconds(row: Mapping[str, Any], starts: Sequence[float]) -> float:
+    """Returns the seconds of one run. starts: of all runs of its machine, sorted."""
+    if row["run_seconds"] is not None:
+        return row["run_seconds"]
+    measured = row["measured"]
+    first = bisect.bisect_left(starts, row["created"] + measured)
+    gap = starts[first] - row["created"] if first < len(starts) else math.inf
+    pause = max(LONGEST_GAP[0], LONGEST_GAP[1] * measured)
+    return gap if gap <= pause else measured
 
 
-def _created(content: Mapping[str, Any]) -> float:
-    """Reads when a run started, in seconds."""
-    return datetime.datetime.fromisoformat(content["created"]).timestamp()
+def _asked(spec: RunSpec) -> tuple[int | None, int | None, int | None]:
+    return spec.data.train, spec.data.val, spec.data.test
 
 
-def _measured_seconds(content: Mapping[str, Any]) -> float:
-    """Adds up the training steps and the evaluations of a record."""
-    timing = content["timing"]
-    images = content["test"]["n"] + len(content["history"]) * content["val"].get("n", 0)
-    return timing.get("train_seconds", 0.0) + images / timing["eval_images_per_s"]
+def _split(spec: RunSpec) -> str:
+    return digest_of([spec.data.name, spec.data.label, spec.data.classes])
 
 
-def _split(spec: RunSpec) -> Hashable:
-    return spec.data.name, spec.data.label, spec.data.classes
-
-
-def _sizes(
-    specs: Mapping[str, RunSpec], contents: Mapping[str, Mapping[str, Any]]
-) -> dict[Hashable, tuple[int, int, int]]:
+def _sizes(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int, int, int]]:
     """Returns the images of training, validation and test of each data set, as far as records that
     used them all say it; else the defaults."""
-    sizes: dict[Hashable, list[int]] = defaultdict(lambda: list(DEFAULT_SIZES))
-    for run, spec in specs.items():
-        content, size = contents[run], sizes[_split(spec)]
-        timing = content["timing"]
-        if spec.data.train is None and spec.train is not None:
-            images = timing["train_images_per_s"] * timing["train_seconds"]
-            size[0] = round(images / spec.train.epochs)
-        if spec.data.val is None and content["val"]:
-            size[1] = content["val"]["n"]
-        if spec.data.test is None:
-            size[2] = content["test"]["n"]
+    sizes: dict[str, list[int]] = defaultdict(lambda: list(DEFAULT_SIZES))
+    for row in rows.values():
+        size = sizes[row["split"]]
+        for at, counted in enumerate(row["counted"]):
+            size[at] = size[at] if counted is None else counted
     return {split: tuple(size) for split, size in sizes.items()}
+
+
+@functools.cache
+def _environment(dtype: str, device: str) -> dict[str, Any]:
+    """Describes this machine once: its versions take a while to look up."""
+    return environment(RunSpec(dtype=dtype, device=device))

@@ -5,6 +5,10 @@ is looked up by the id of its spec alone, so two studies share a run. What canno
 damaged record, or where a new one is filed one of another version of the specs) is moved to the
 folder `damaged` of the cache, named in a warning, and counts as absent; it is never deleted and
 never overwritten. Only the record of a failed try gives way to the next try's.
+
+What was verified and has not changed since (`index`) is not opened again before its content is
+asked for. At each read there remain: the marks of both files, and, where the content is read, its
+checksum.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import functools
 import hashlib
 import json
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ import numpy as np
 
 from .. import paths
 from ..spec import RunSpec
+from .index import Facts, Index, marks_of
 
 # entries that may differ where a result is the same
 TIMING = ("timing", "created", "environment", "code", "checksum", "spec", "arrays", "resumed")
@@ -29,11 +34,11 @@ DAMAGE = (OSError, ValueError, RecursionError)
 LONGEST_INTEGER = 19  # digits, of 2**63
 
 
-@dataclass(frozen=True, eq=False)
 class Record:
     """Holds what came out of a run.
 
-    content: the JSON; its top-level entries read as attributes (`record.test["top1"]`).
+    content: the JSON, read when it is first asked for where it is not given; its top-level entries
+    read as attributes (`record.test["top1"]`).
 
     Entries: id, status ("ok" | "failed"), history (a row an epoch), curve (smoothed training loss),
     val and test (n, top1 in percent, loss in nats), moe (a row a MoE layer, shallow to deep), cost,
@@ -45,12 +50,28 @@ class Record:
     error (failed runs only).
     """
 
-    spec: RunSpec
-    content: dict[str, Any] = field(repr=False)
-    file: Path
+    def __init__(self, spec: RunSpec, content: dict[str, Any] | None, file: Path):
+        self.spec, self.file = spec, file
+        if content is not None:
+            self.content = content
+
+    def __repr__(self) -> str:
+        return f"Record(spec={self.spec!r}, file={self.file!r})"
+
+    @functools.cached_property
+    def content(self) -> dict[str, Any]:
+        """Reads and verifies the JSON. Raises RuntimeError where it was sound a moment before."""
+        try:
+            return verified(self.file)
+        except DAMAGE as error:
+            raise RuntimeError(
+                f"record {self.file} has just been damaged ({error}): start again, and its run is "
+                "computed anew"
+            ) from error
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what copy and pickle look for before there is a content
+        # what copy and pickle look for before there is a content, or a file to read it from
+        if name.startswith("__") or name in ("spec", "file"):
             raise AttributeError(name)
         try:
             return self.content[name]
@@ -93,6 +114,7 @@ class Store:
         self.published, self.private = published, private
         self.states = private / "states"
         self.damaged = private / "damaged"
+        self.index = Index(private / "index.json")
         # {id: whether it was there} of all that was read; a notebook's manifest lists it
         self.reads: dict[str, bool] = {}
 
@@ -110,8 +132,17 @@ class Store:
 
     def is_done(self, run: str) -> bool:
         """Tells whether a run has a finished record, without noting the read."""
+        return self.status(run) == "ok"
+
+    def status(self, run: str) -> str | None:
+        """Returns how a run ended, "ok" or "failed", without noting the read; None if it did not.
+
+        A record that the index knows is not opened.
+        """
+        if (known := self.index.facts(run)) is not None:
+            return known[1]["status"]
         record = self.peek(run)
-        return record is not None and record.status == "ok"
+        return None if record is None else record.status
 
     def can_be_started_from(self, run: str) -> bool:
         """Tells whether a run has a finished record and its weights are there.
@@ -132,15 +163,51 @@ class Store:
 
         A record that fails its checksum is moved aside and counts as absent.
         """
-        record = self.peek(spec.id)
+        known = self.index.facts(spec.id)
+        record = self.peek(spec.id) if known is None else Record(spec, None, known[0])
         self.reads[spec.id] = record is not None
         return record
+
+    def facts(self) -> Iterator[tuple[str, Facts]]:
+        """Yields run and facts of every sound record; damaged ones are left out, and stay."""
+        for root in (self.private / "records", self.published):
+            for file in root.glob("*/*.json"):
+                known = self.index.facts(file.stem)
+                if known is None:
+                    known = file, self._read(file)
+                if known[1] is not None:
+                    yield file.stem, known[1]
+
+    def _read(self, file: Path) -> Facts | None:
+        """Reads and verifies a record, remembers its facts and returns them; None if it is not
+        sound."""
+        marks = marks_of(file)
+        try:
+            content = verified(file)
+            _check_arrays(content, file)
+        except DAMAGE:  # or it is just being replaced
+            return None
+        spec = spec_of(content)
+        return self._noted(file, marks, content, spec)
+
+    def _noted(
+        self, file: Path, marks: list[Any] | None, content: dict[str, Any], spec: RunSpec | None
+    ) -> Facts:
+        """Returns the facts of a verified record. Those of finished ones that these specs made are
+        remembered."""
+        from .estimate import facts_of  # which imports this module
+
+        facts = facts_of(content, spec)
+        if facts["status"] == "ok" and spec is not None and spec.id == file.stem:
+            self.index.note(file.stem, file, marks, facts)
+        return facts
 
     def peek(self, run: str) -> Record | None:
         """Reads a record as `get` does, by id and without noting the read."""
         file = self.find(run)
         if file is None:
             return None
+        marks = marks_of(file)
         try:
             content = verified(file)
             _check_arrays(content, file)
@@ -151,6 +218,7 @@ class Store:
             return None
         spec = spec_of(content)
         if spec is not None and spec.id == run:
+            self._noted(file, marks, content, spec)
             return Record(spec, content, file)
         if spec is not None and "semantics" not in content:
             self._set_aside(file, f"is damaged (its spec is that of run {spec.id})")
@@ -173,6 +241,9 @@ class Store:
 
     def publish(self, spec: RunSpec) -> None:
         """Copies a record from the cache to the published ones unless it is there, arrays first."""
+        known = self.index.facts(spec.id)
+        if known is not None and known[0].is_relative_to(self.published):
+            return
         record = self.peek(spec.id)
         if record is None or record.file.is_relative_to(self.published):
             return

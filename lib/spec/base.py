@@ -5,6 +5,7 @@ Which rules keep old hashes valid stands in `lib.spec`.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -73,18 +74,16 @@ class Spec(BaseModel):
     def canonical(self) -> dict[str, Any]:
         """Lists what is hashed: the fields that differ from their default, and every semantics."""
         content: dict[str, Any] = {"semantics": type(self).semantics}
-        for name, field in type(self).model_fields.items():
-            if name in self.unhashed:
-                continue
+        for name, default in _defaults(type(self)).items():
             value = getattr(self, name)
             if isinstance(value, Spec):
                 # in at its default, too: its semantics number belongs to the hash
                 content[name] = value.canonical()
-            elif value != field.get_default(call_default_factory=True):
+            elif value != default:
                 content[name] = value
         return content
 
-    @property
+    @functools.cached_property  # a plan of thousands of runs asks for it again and again
     def id(self) -> str:
         """Names the description: 16 hexadecimal digits of the SHA-256 of its canonical content."""
         text = json.dumps(self.canonical(), sort_keys=True, separators=(",", ":"))
@@ -102,6 +101,16 @@ class Spec(BaseModel):
                 value = old.but(**value)
             fields[name] = value
         return type(self)(**fields)
+
+
+@functools.cache
+def _defaults(kind: type[Spec]) -> dict[str, Any]:
+    """Lists the defaults of the fields that are hashed."""
+    return {
+        name: field.get_default(call_default_factory=True)
+        for name, field in kind.model_fields.items()
+        if name not in kind.unhashed
+    }
 
 
 def sentence(error: ValidationError) -> str:

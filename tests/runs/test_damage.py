@@ -207,7 +207,7 @@ def test_record_whose_methods_have_changed_since_is_left_alone(where, monkeypatc
     file = file_record(where)
     old = SPEC.id
     monkeypatch.setattr(TrainSpec, "semantics", 99)
-    assert SPEC.id != old
+    assert SPEC.but().id != old  # a spec keeps the id that it was made with
     with pytest.warns(UserWarning, match="another version of the specs and is left alone"):
         assert where.peek(old) is None
     assert file.is_file()

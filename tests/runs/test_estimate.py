@@ -12,9 +12,11 @@ from lib.runs.estimate import (
     Estimates,
     contents_of,
     kinds,
+    row_of,
     whole_seconds,
 )
-from lib.runs.store import store
+from lib.runs.model_size import model_size
+from lib.runs.store import Store, store
 from lib.spec import BackboneSpec, DataSpec, MoESpec, PruneSpec, RunSpec, TrainSpec
 
 RUN = RunSpec(
@@ -166,7 +168,7 @@ def test_old_records_are_completed_by_the_start_of_the_next():
         "before a pause": at(30),
         "last": at(200),
     }
-    seconds = whole_seconds(contents)
+    seconds = whole_seconds({name: row_of(RUN, made) for name, made in contents.items()})
     assert seconds == pytest.approx(
         {
             "whole": 5.0,
@@ -197,3 +199,22 @@ def test_most_committed_records_lie_within_a_factor_of_two_of_their_estimate():
         ratios.append(estimate.seconds / known.seconds[run])
     near = sum(0.5 <= ratio <= 2 for ratio in ratios)
     assert len(ratios) > 100 and near / len(ratios) > 0.8
+
+
+def test_a_store_says_what_its_records_say(tmp_path):
+    where = Store(store().published, tmp_path)
+    from_contents = Estimates(contents_of(where))
+    for _ in range(2):  # read from the records, then from the index
+        of_store = Estimates.of_store(where)
+        where.index.save()
+        assert of_store.seconds == from_contents.seconds
+        for run in sorted(of_store.seconds)[::60]:
+            spec, machine = from_contents.spec_of_record(run), from_contents.machine_of_record(run)
+            assert of_store.of(spec, machine, run) == from_contents.of(spec, machine, run)
+
+
+def test_layers_that_differ_in_how_they_learn_share_a_count():
+    weighted = MoESpec(layers=2, experts=4, balance_weights=(0.1, 0.2))
+    plain, taught = (RUN.but(moe=moe) for moe in (MoESpec(layers=2, experts=4), weighted))
+    assert model_size(plain) == model_size(taught)
+    assert estimates(content(RUN, 10.0)).of(taught).basis == "1 x this processor"
