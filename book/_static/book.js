@@ -17,7 +17,7 @@
     button.type = "button";
     button.className = "btn btn-sm code-switch";
     button.title = "Show the code that made this page";
-    button.innerHTML = '<span aria-hidden="true">&lt;/&gt;</span> Code';
+    button.innerHTML = '<span aria-hidden="true">&lt;/&gt;</span><span>Code</span>';
     const tell = () => {
       button.setAttribute("aria-pressed", String(root.dataset.code === "shown"));
       for (const pre of document.querySelectorAll(".cell_input pre"))  // long lines scroll by keys
@@ -40,6 +40,7 @@
     bar.prepend(button);
   }
 
+  const NARROW = 992;  // CSS pixels; below, the theme leaves no margin
   const BOXES = ".bd-article :is(.pst-scrollable-table-container, div:has(> table), div:has(> img))";
 
   function nameOf(box) {
@@ -59,13 +60,15 @@
   function widen(box) {
     const table = box.querySelector(":scope > table");
     const output = box.closest(".output") ?? box;
-    table?.classList.remove("wraps");
-    output.classList.remove("full-width");
-    if (!table || window.innerWidth < 992) return;
-    if (overflows(box)) {
-      output.style.setProperty("--wide", `${widest(output)}px`);
-      output.classList.add("full-width");
+    if (!table || !overflows(box)) return;
+    if (window.innerWidth < NARROW) {
+      table.classList.add("sticks");
+      return;
     }
+    output.style.setProperty("--wide", `${widest(output)}px`);
+    output.classList.add("wide");
+    // the theme folds the contents away beside this class, and fails where there are none
+    if (document.querySelector(".bd-sidebar-secondary")) output.classList.add("full-width");
     if (overflows(box)) table.classList.add("wraps");
     if (overflows(box)) breakNames(table);
   }
@@ -86,8 +89,8 @@
     box.classList.toggle("more-right", more && left + box.clientWidth < box.scrollWidth - 1);
     if (more === box.classList.contains("scrolls")) return;
     box.classList.toggle("scrolls", more);
-    box.parentElement.querySelector(":scope > .scroll-hint")?.remove();
     if (!more) {
+      if (box.previousElementSibling?.matches(".scroll-hint")) box.previousElementSibling.remove();
       for (const name of ["tabindex", "role", "aria-label"]) box.removeAttribute(name);
       return;
     }
@@ -103,6 +106,8 @@
 
   function fit() {
     const boxes = [...document.querySelectorAll(BOXES)];
+    for (const part of document.querySelectorAll(".bd-article :is(.wide, .wraps, .sticks)"))
+      part.classList.remove("wide", "full-width", "wraps", "sticks");
     boxes.forEach(widen);
     boxes.forEach(mark);
   }

@@ -19,8 +19,11 @@ SCRIPT = "book.js"
 DESCRIPTION = 200  # characters of a page's first paragraph, as search engines show
 # Of the theme: no bar with a second search box, no place for advertisements.
 OPTIONS = {"navbar_persistent": [], "primary_sidebar_end": []}
-# Thebe runs cells on another host; its extension is part of Jupyter Book and cannot be left out.
-UNWANTED = ("thebe", "THEBE", "https://", "http://")
+FOREIGN = ("https:", "http:", "//")
+# It runs cells on another host; Jupyter Book loads its extension whatever one asks for.
+THEBE = "thebe"
+# Sphinx calls a bibliography a list, whose entries it does not call items of one
+LIST, NO_LIST = '<div role="list" class="citation-list">', '<div class="citation-list">'
 
 # What readers type into the search box, where a page answers it in other words: single words.
 KEYWORDS = {
@@ -60,6 +63,8 @@ def _add_keywords(app: Any, doctree: Any) -> None:
 
 def _head(app: Any, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
     """Leaves out foreign and repeated scripts and adds the page's description."""
+    if "body" in context:
+        context["body"] = context["body"].replace(LIST, NO_LIST)
     for kind in ("script_files", "css_files"):
         context[kind] = _wanted(context.get(kind, ()))
     if doctree is not None:
@@ -71,10 +76,10 @@ def _wanted(files: Any) -> list[Any]:
     """Keeps the first of equal scripts or styles, and none that is unwanted."""
     kept: dict[str, Any] = {}
     for file in files:
+        name = str(getattr(file, "filename", file) or "")
         body = getattr(file, "attributes", {}).get("body") or ""
-        name = f"{getattr(file, 'filename', file) or ''}{body}"
-        if not any(word in name for word in UNWANTED):
-            kept.setdefault(name, file)
+        if not name.startswith(FOREIGN) and THEBE not in f"{name}{body}".lower():
+            kept.setdefault(f"{name}{body}", file)
     return list(kept.values())
 
 

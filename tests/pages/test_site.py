@@ -10,6 +10,7 @@ from docutils.frontend import get_default_settings
 from docutils.parsers.rst import Parser
 from docutils.utils import new_document
 
+from lib import paths
 from lib.pages import site
 
 WIDGET = """import ipywidgets
@@ -56,6 +57,13 @@ def test_of_equal_scripts_the_first_stays_and_foreign_ones_go():
         "plain.js",
     ]
     assert site._wanted(files) == [first, inline, "plain.js"]
+
+
+def test_words_of_the_search_are_single_and_of_pages_that_are_there():
+    for page, words in site.KEYWORDS.items():
+        folder = paths.ROOT if page.startswith("notebooks/") else paths.ROOT / "book"
+        assert any((folder / f"{page}{end}").is_file() for end in (".ipynb", ".md")), page
+        assert all(word.strip().isalnum() for word in words.split(",")), words
 
 
 def document(text: str) -> nodes.document:
