@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: book sphinx test faults bench bench-full clean
+.PHONY: book sphinx test browser faults bench bench-full clean
 
 book: $(READY)
 	$(BIN)/jupyter-book build book
@@ -22,6 +22,10 @@ book/conf.py: $(READY) _config.yml $(wildcard book/_static/*)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# opens every page of the book that was built last in Chromium: apt-get install --no-install-recommends chromium
+browser: $(READY)
+	$(BIN)/python -m pytest tests/browser/check_*.py
 
 # 50 kills each of grids, pools and builds, flipped bytes, full disks, rival builds: an hour or so; some of it: PARTS="pool disk"
 faults: $(READY)

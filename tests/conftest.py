@@ -54,6 +54,7 @@ class TinyBook:
         for name in ("status.md", "verdicts.md", "coverage.md", "how_to_read.md", "references.bib"):
             (root / "book").mkdir(exist_ok=True)
             shutil.copy(ROOT / "book" / name, root / "book")
+        shutil.copytree(ROOT / "book" / "_static", root / "book" / "_static")
         (root / "lib" / "tiny.py").write_text("FACTOR = 2\n")
         (root / "data" / "papers").mkdir(parents=True)
         (root / "data" / "papers" / "tiny.yaml").write_text("published: 7\n")

@@ -9,6 +9,8 @@ from typing import Any
 
 from . import manifest
 
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
 
 def footprint(notebook: Any) -> dict[str, Any]:
     """Reads what the last hidden cell printed."""
@@ -34,6 +36,7 @@ def cleaned(part: Path, moe: dict[str, Any] | None) -> str:
         cell for cell in notebook.cells if manifest.HIDDEN not in cell.metadata.get("tags", ())
     ]
     notebook.metadata.pop("papermill", None)  # holds the paths
+    notebook.metadata.pop("widgets", None)  # states of progress bars: no widget lives on a page
     for cell in notebook.cells:
         cell.metadata.pop("papermill", None)
         if "injected-parameters" in cell.metadata.get("tags", ()):
@@ -51,6 +54,8 @@ def cleaned(part: Path, moe: dict[str, Any] | None) -> str:
                 for output in cell.outputs
                 if not _is_stderr(output) and not _is_progress_bar(output)
             ]
+            for output in cell.outputs:
+                output.get("data", {}).pop(WIDGET, None)  # its figure stands in for it
     if moe is not None:
         notebook.metadata["moe"] = moe
     return nbformat.writes(notebook)
@@ -62,4 +67,4 @@ def _is_stderr(output: Any) -> bool:
 
 def _is_progress_bar(output: Any) -> bool:
     kinds = output.get("data", {})  # the widget of a figure carries HTML, too
-    return "application/vnd.jupyter.widget-view+json" in kinds and "text/html" not in kinds
+    return WIDGET in kinds and "text/html" not in kinds

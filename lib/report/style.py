@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from PIL import Image
 
 from . import CAPTION_STYLE
 
@@ -43,6 +44,7 @@ __all__ = [
 ]
 
 WIDTH = 7.2  # inches; 691 CSS pixels, the text width of the book
+FEW_COLOURS = 4096  # with the shades of smoothed edges; photographs have tens of thousands
 DPI = 180  # about twice the CSS resolution, sharp on phones and when zoomed
 # CSS pixels to which a narrow screen shrinks a figure and no further: a 7-point label is then 8 px
 # high, and what is wider than the screen scrolls
@@ -166,10 +168,18 @@ def expert_colours(experts: int) -> list[tuple[float, float, float]]:
 
 
 def png(fig: Figure, dpi: int = DPI) -> bytes:
-    """Draws the figure as PNG, without the software's tag: equal figures are equal bytes."""
-    out = io.BytesIO()
+    """Draws the figure as PNG, without the software's tag: equal figures are equal bytes.
+
+    A figure of few colours, thus no photographs, is written with a palette, at half the size.
+    """
+    drawn, out = io.BytesIO(), io.BytesIO()
     with style():
-        fig.savefig(out, format="png", dpi=dpi, metadata={"Software": None})
+        fig.savefig(drawn, format="png", dpi=dpi, metadata={"Software": None})
+    picture = Image.open(drawn).convert("RGB")
+    if picture.getcolors(FEW_COLOURS):
+        # colours of areas stay as they are; some of the many shades at the edges of letters move
+        picture = picture.quantize(256, dither=Image.Dither.NONE)
+    picture.save(out, format="png", dpi=(dpi, dpi))
     return out.getvalue()
 
 

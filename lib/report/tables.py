@@ -144,11 +144,12 @@ def _look(cell: str) -> str:
     A cell of several lines keeps them.
     """
     numeric = cell[:1] in "+-–0123456789" and len(cell) <= 40
+    paler = "color:var(--pst-color-text-muted, #6a6a6a);"  # the theme's, in light and dark
     return (
         ("text-align:right;" if numeric else "text-align:left;")
         + ("white-space:normal;min-width:18em;" if len(cell) > 40 else "")
         + ("white-space:pre;" if "\n" in cell else "")
-        + ("color:#6a6a6a;" if cell.startswith(MISSING) or cell.endswith("†") else "")
+        + (paler if cell.startswith(MISSING) or cell.endswith("†") else "")
     )
 
 
