@@ -13,7 +13,6 @@ from torch import nn
 from lib.extraction.extract import check, extract_layers
 from lib.extraction.head import features_and_logits, fit_head
 
-
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
