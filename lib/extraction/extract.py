@@ -26,6 +26,7 @@ from ..models.upcycle import block_mlps, check_dropout
 from ..pruning.neurons.calibration import calibration
 from ..spec import ExtractSpec, RunSpec
 from .calibrate import AtOnce, InSequence
+from .head import features_and_logits, fit_head, head_of
 from .layer import extract_layer
 from .record import mlps_of
 from .saved import layer_like
@@ -70,6 +71,8 @@ def extract_layers(
     and the layer's name. Raises ValueError as `check`, `record_tokens` and the clusterings do.
     """
     mlps = check(model, rules, ignore, modules)
+    if rules.correction.head is not None:
+        batches = list(batches)  # read before and after the layers change
     sampling = {
         "per_image": rules.calibration.tokens_per_image,
         "limit": rules.calibration.tokens,
@@ -79,7 +82,9 @@ def extract_layers(
         source = InSequence(model, batches, rules, sampling, ignore)
     else:
         source = AtOnce(model, batches, rules, sampling, ignore, modules)
-    reports = []
+    reports, head_penalty = [], rules.correction.head
+    if head_penalty is not None:
+        _, dense_logits = features_and_logits(model, batches)
     for name in tqdm(mlps, unit="layer", desc=title, leave=False, delay=5):
         filed = None if checkpoint is None else _FiledLayer(checkpoint, name)
         done = None if filed is None else filed.read(mlps[name], rules)
@@ -96,6 +101,8 @@ def extract_layers(
             name, layer.to(next(mlps[name].parameters())).train(mlps[name].training)
         )
         reports.append({"layer": name} | report)
+    if head_penalty is not None:
+        fit_head(model, batches, dense_logits, head_penalty)
     return reports
 
 
@@ -108,8 +115,9 @@ def check(
     """Returns {name: MLP} of the layers that `extract` would replace.
 
     ignore, modules: as of `mlps_of`. Raises ValueError as that, for correction.sequential on
-    anything but a ViT, for clusters.class_token on a model without a class token, for experts of an
-    MLP with dropout inside, and for clusters of the neurons of a gated one.
+    anything but a ViT, for correction.head on a model without a linear classifier, for
+    clusters.class_token on a model without a class token, for experts of an MLP with dropout
+    inside, and for clusters of the neurons of a gated one.
     """
     class_token = rules.clusters.class_token
     begins = (begins_with_class_token(model, name) for name, _ in block_mlps(model))
@@ -124,6 +132,8 @@ def check(
             "correction.sequential=True compares residual streams before norm2 of each block, as a "
             f"timm VisionTransformer has it: {type(model).__name__} is none"
         )
+    if rules.correction.head is not None:
+        head_of(model)
     mlps = mlps_of(model, ignore, modules=modules)
     if rules.clusters.of != "nothing":  # a narrower MLP carries its dropout
         for name, mlp in mlps.items():

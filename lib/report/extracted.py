@@ -23,6 +23,7 @@ def rules_row(rules: ExtractSpec) -> dict[str, Any]:
         "weight of all tokens": f"{correction.pooled:g}",
         "penalty": f"{correction.penalty:g}",
         "made up for": f"{correction.catch_up:g}",
+        "head": None if correction.head is None else f"{correction.head:g}",
         "images": rules.calibration.images,
     }
 

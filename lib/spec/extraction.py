@@ -125,6 +125,9 @@ class CorrectionSpec(Spec):
     # sequential: share of the residual stream's error so far that a layer is asked to make up for;
     # most of it is noise to the layer, and a regression on few tokens fits noise
     catch_up: Annotated[float, Field(ge=0, le=1)] = 1.0
+    # penalty of a ridge regression that fits the classifier anew, towards the dense model's logits,
+    # once all layers are changed; in units of the mean variance of its inputs. None = it stays
+    head: Guard | None = None
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -187,9 +190,8 @@ class ExtractSpec(Spec):
                 "clusters.of='neurons' lets a token pass a share of the experts: set "
                 "neurons.active, not variance_percent"
             )
-        if of == "neurons" and (
-            neurons.common or correction.method != "none" or correction.sequential
-        ):
+        corrected = correction.method != "none" or correction.sequential or correction.head
+        if of == "neurons" and (neurons.common or corrected):
             raise ValueError(
                 "clusters.of='neurons' removes no neuron, so there is nothing to correct and no "
                 "common part: leave correction and neurons.common as they are"

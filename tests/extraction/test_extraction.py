@@ -75,7 +75,7 @@ def extracted(**parts):
         ({"router": "random"}, MoELayer),
         ({"clusters": OF_NEURONS, "router": "trained"}, MoELayer),
         ({"neurons": {"common": 0.25}, "correction": {"method": "mean"}}, MoELayer),
-        ({"correction": {"sequential": True, "method": "ridge"}}, MoELayer),
+        ({"correction": {"sequential": True, "method": "ridge", "head": 0.1}}, MoELayer),
         (
             {
                 "correction": {"sequential": True, "method": "ridge"},

@@ -23,9 +23,11 @@ def test_rules_by_column():
         "weight of all tokens": "0",
         "penalty": "0.0001",
         "made up for": "0.5",
+        "head": None,
         "images": 60,
     }
     assert rules_row(rules.but(clusters=ClusterSpec(of="nothing")))["clusters"] is None
+    assert rules_row(rules.but(correction={"head": 0.3}))["head"] == "0.3"
 
 
 def test_active_neurons_by_block_have_the_mean_that_was_asked_for():

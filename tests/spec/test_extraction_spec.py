@@ -51,6 +51,13 @@ EXTRACTED = DENSE.but(init=DENSE, train=None, extract=rules())
             "removes no neuron",
         ),
         (
+            lambda: ExtractSpec(
+                neurons={"active": 0.5}, clusters=OF_NEURONS, correction={"head": 0.1}
+            ),
+            "removes no neuron",
+        ),
+        (lambda: rules(correction={"head": 0.0}), r"correction\.head\n.*greater than or equal"),
+        (
             lambda: ExtractSpec(neurons={"variance_percent": 50.0, "budget": "model"}),
             "need active, not variance_percent",
         ),
