@@ -30,7 +30,7 @@ OF_THE_BOOK = {
     "nbformat",
     "packaging",
 }
-OF_THE_BOOK |= {"papermill", "sphinx"}
+OF_THE_BOOK |= {"docutils", "papermill", "sphinx"}
 
 
 @pytest.fixture(scope="module")

@@ -159,7 +159,7 @@ class Page:
             return ""
         first, last = seeds[0], seeds[-1]
         counted = f"{first} to {last} seeds" if first < last else text.count(last, "seed")
-        pilots = sum(v.pilot for v in judged)
+        pilots = sum(v.pilot for v in judged if v.entry is None or v.entry.part_of is None)
         stage = f"; {text.count(pilots, 'claim')} with more seeds to come" if pilots else ""
         intervals = f"{counted}{stage}; 95% intervals over seeds and test images."
         specs = {r.id: r.spec for name in self.reproduced for r in self.reproduced.done(name)}

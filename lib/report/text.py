@@ -118,8 +118,9 @@ def answer(judged: Iterable[Verdict], source: str = "Reproduced", sure: str = ""
 
 def _line(verdict: Verdict) -> str:
     """Writes the line of a decided claim: the verdict, the claim, the paper's number and ours."""
-    said = published(verdict.entry)
-    paper = f"paper {said}, ours " if said else ""
+    entry = verdict.entry
+    printed = entry is not None and entry.size is not None and entry.published_size is not None
+    paper = f"paper {published(entry)}, ours " if printed else ""
     mark = MARKS[verdict.verdict]
     return (
         f"- {mark} *{verdict.word.capitalize()}:* {_sentence(verdict)}: {paper}{numbers(verdict)}"

@@ -282,12 +282,14 @@ def test_a_killed_process_is_told_with_what_to_do():
 
 # a script without a guard, whose processes must not run it again
 SCRIPT = """
-import multiprocessing, time
+import multiprocessing, signal, time
 from functools import partial
 
 import torch
 from lib.inputs import loading
 
+# a shell that starts a command in the background lets it ignore Ctrl-C
+signal.signal(signal.SIGINT, signal.default_int_handler)
 one = torch.ones(1, 3, 1, 1)
 jobs = [partial(torch.zeros, 3, 8, 8, dtype=torch.uint8)] * 4
 requests = [loading.Request(jobs, "none", 8, None, one, one)] * 1000

@@ -11,7 +11,7 @@ from factory import record
 from lib import paths
 from lib.report import explorer, maps, masks, overlays, probes
 from lib.report.style import style
-from lib.runs.store import store
+from lib.runs.store import Record, store
 from lib.spec import DataSpec, MoESpec, RunSpec
 
 EUROSAT = DataSpec(name="eurosat", image_size=56)
@@ -191,7 +191,7 @@ def committed(name):
 def test_probe_images_are_evenly_spread_over_the_test_split():
     """Where all of a stored test split was used, the place of an image is its row."""
     (run, *_) = committed("solar_pv")
-    run = replace(run)  # of its own, so that the arrays can be changed
+    run = Record(run.spec, run.content, run.file)  # of its own, so that its arrays can be changed
     run.arrays["test_label"] = np.arange(len(run.arrays["test_label"]))
     assert np.array_equal(probes.probe_labels(run), run.arrays["probe_index"])
 

@@ -116,7 +116,13 @@ def test_plain_table():
 def test_the_head_lists_the_claims_of_the_document_before_ours(monkeypatch):
     def verdict(id, kind, word):
         entry = SimpleNamespace(
-            id=id, kind=kind, parts=(), part_of=None, headline=id == "X.head", size=None
+            id=id,
+            kind=kind,
+            parts=(),
+            part_of=None,
+            headline=id == "X.head",
+            size=None,
+            published_size=None,
         )
         return Verdict(f"claim {id}", word, "+2", 3, entry=entry)
 
