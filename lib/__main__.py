@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import signal
 import sys
 import time
@@ -13,7 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from .pages import parameters, profiles
+from .pages import packing, parameters, profiles
 from .paths import ROOT, need_checkout
 from .runs import cluster, compress
 
@@ -54,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     claims.set_defaults(do=_claims)
 
-    _add_pack_and_merge(commands, profile)
+    packing.add(commands, profile)
 
     book = commands.add_parser("book", help="build the book; the same as jupyter-book build book")
     book.add_argument("--profile", **profile)
@@ -134,22 +133,6 @@ def _add_rate(command: Any) -> None:
         help="with --dry: multiply-adds a second of a card, or of a thread, such as 2e13 (default: "
         "measured by make bench, else assumed)",
     )
-
-
-def _add_pack_and_merge(commands: Any, profile: dict[str, Any]) -> None:
-    """Describes the options of both. profile: the settings of --profile."""
-    pack = commands.add_parser("pack", help="pack missing runs for a machine without network")
-    pack.add_argument("notebooks", nargs="+", metavar="PAGE", help="such as vimoe/layer_scan")
-    pack.add_argument("--profile", **profile)
-    pack.add_argument("-o", "--out", type=Path, required=True, help="a new folder")
-    pack.add_argument("--part", default="60M", help="largest size of a file (default: 60M)")
-    pack.add_argument("--wheels", metavar="3.12", help="bring packages for that Python along")
-    pack.set_defaults(do=_pack)
-
-    merge = commands.add_parser("merge", help="file the records that packed runs brought back")
-    merge.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    merge.add_argument("--profile", **profile)
-    merge.set_defaults(do=_merge)
 
 
 def _add_fill(commands: Any, profile: dict[str, Any]) -> None:
@@ -338,46 +321,6 @@ def _claims(args: argparse.Namespace) -> int:
     if args.readme:
         all_verdicts.write_readme(listed)
     print(all_verdicts.overview(listed))
-    return 0
-
-
-def _pack(args: argparse.Namespace) -> int:
-    """Packs the missing runs of some pages for a machine without network."""
-    from .pages import missing
-    from .runs import collect as runs
-    from .runs.pack import pack
-
-    part = re.fullmatch(r"(\d+)([kMG]?)", args.part)
-    if part is None:
-        raise parameters.NotebookError(f"--part {args.part}: give a size such as 60M, 500k or 1G")
-    keys = [parameters.key_of(name) for name in args.notebooks]
-    plans = [profiles.plan(key, args.profile) for key in keys]
-    specs = runs.missing_runs({str(n): sum(plan.values(), []) for n, plan in enumerate(plans)})
-    # what `fill` would compute first, on a machine that has a card; before it what is under way
-    # here, which may be a parent
-    ordered = [item.spec.id for item in missing.plan(args.profile, keys, card=True).items]
-    specs.sort(key=lambda spec: ordered.index(spec.id) if spec.id in ordered else -1)
-    if not specs:
-        print("no run is missing: nothing to pack")
-        return 0
-    part_bytes = int(part[1]) * {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}[part[2]]
-    files = pack(specs, args.out, part_bytes, args.wheels)
-    print(
-        f"{len(specs)} runs in {len(files)} files of {args.out}: copy them, `python run.py` there"
-    )
-    return 0
-
-
-def _merge(args: argparse.Namespace) -> int:
-    """Files the records that packed runs brought back, and says what is missing."""
-    from .pages import build
-    from .runs.merge import merge
-
-    profiles.check_profile(args.profile)
-    pages = [key for key in build.in_book() if profiles.has_profile(key, args.profile)]
-    specs = [sum(profiles.plan(key, args.profile).values(), []) for key in pages]
-    filed, missing = merge(args.files, dict(zip(pages, specs, strict=True)))
-    print(f"{len(filed)} records are there; still missing: {', '.join(missing) or 'none'}")
     return 0
 
 
