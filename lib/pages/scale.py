@@ -124,7 +124,7 @@ def priced(
     demands, throughput = demand.demands_of(runs, _sizes()), rates(rate)
 
     def total(specs: Iterable[RunSpec]) -> Total:
-        wanted = {spec.id for spec in specs}
+        wanted = dict.fromkeys(spec.id for spec in specs)  # in their order: sums are then the same
         family = {run: runs[run] for run in demand.with_parents(runs[run] for run in wanted)}
         of_family = {run: demands[run] for run in family if run in demands}
         return demand.total_of(wanted, family, of_family, throughput.values)

@@ -170,22 +170,22 @@ def total_of(
 ) -> Total:
     """Adds up demands. asked: ids that are no mere parents. rates: multiply-adds a second of a
     thread or a card, by device and dtype."""
-    hours: dict[str, float] = {}
+    hours: dict[str, list[float]] = {}
     for run, demand in demands.items():
         spec = runs[run]
         threads = spec.threads if spec.device == "cpu" else 1
         seconds = demand.macs / (rates[spec.device, spec.dtype] * threads)
-        hours[spec.device] = hours.get(spec.device, 0.0) + seconds / 3600
-    listed = demands.values()
+        hours.setdefault(spec.device, []).append(seconds / 3600)
+    listed = demands.values()  # added up by fsum: the same in any order
     return Total(
         runs=len(asked),
         parents=len(runs) - len(asked),
-        epochs=sum(demand.epochs for demand in listed),
-        trained=sum(demand.trained for demand in listed),
-        macs=sum(demand.macs for demand in listed),
+        epochs=math.fsum(demand.epochs for demand in listed),
+        trained=math.fsum(demand.trained for demand in listed),
+        macs=math.fsum(demand.macs for demand in listed),
         memory=max((demand.memory for demand in listed), default=0.0),
-        hours=hours,
-        disk=sum(demand.disk for demand in listed),
+        hours={device: math.fsum(of_device) for device, of_device in hours.items()},
+        disk=math.fsum(demand.disk for demand in listed),
     )
 
 

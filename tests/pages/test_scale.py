@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 
 import pytest
@@ -33,7 +34,9 @@ def test_the_paper_profile_of_each_document_is_priced(study):
     plan = scale.priced(pages, "paper")
     assert set(plan.demands) == set(plan.runs)  # each model can be built
     assert {demand.basis for demand in plan.demands.values()} == {"published"}
-    assert plan.total.macs == sum(demand.macs for demand in plan.demands.values())
+    assert plan.total.macs == math.fsum(demand.macs for demand in plan.demands.values())
+    backwards = {key: runs[::-1] for key, runs in reversed(pages.items())}
+    assert scale.priced(backwards, "paper").total == plan.total
     text = scale.listing(plan)
     assert all(key in text for key in pages) and "all, each run once" in text
     assert "assumed" in text and "backward" in text
