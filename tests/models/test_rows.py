@@ -176,7 +176,9 @@ def test_second_derivatives(case, way):
         return torch.func.functional_call(experts, state, args)
 
     inputs = (x, weight, experts.fc1.weight.detach().requires_grad_())
-    assert torch.autograd.gradcheck(run, inputs) and torch.autograd.gradgradcheck(run, inputs)
+    # along random directions: each entry by itself takes two minutes
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
 
 
 def test_frozen_parameters_get_no_gradient(way):
