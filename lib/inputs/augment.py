@@ -50,6 +50,16 @@ def pass_over(kind: str, count: int, generator: torch.Generator) -> None:
         torch.rand(count, generator=generator)
 
 
+def places_read(kind: str, count: int, share: slice) -> range:
+    """Lists which of `count` images must be read for a share of their batch; the others may be
+    blank.
+
+    Crops of a random size are made of each image by itself. Else all images are looked at: whether
+    a batch is resized as one depends on all their shapes.
+    """
+    return range(count)[share] if kind == "resized_crop" else range(count)
+
+
 def _one_batch(images: list[Tensor], side: int) -> Tensor:
     """Stacks images of one square shape as they are; others are resized and cropped to S."""
     shapes = {image.shape for image in images}

@@ -12,7 +12,7 @@ of a split.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from torch import Tensor
 from .. import paths
 from ..spec import BackboneSpec, DataSpec, RunSpec
 from . import loading, weights
-from .augment import augmented, normalised, pass_over
+from .augment import augmented, normalised, pass_over, places_read
 from .sources import Source, sources_of
 
 # of the fixed validation and test splits; changing it would leak test images into training
@@ -62,17 +62,25 @@ class Split:
         return len(self.rows)
 
     def batch(
-        self, index: Tensor, spec: RunSpec | DataSpec, generator: torch.Generator | None = None
+        self,
+        index: Tensor,
+        spec: RunSpec | DataSpec,
+        generator: torch.Generator | None = None,
+        share: slice = slice(None),
     ) -> Tensor:
         """Gives the images at `index` (B,) as normalised floats (B, C, S, S), S = image_size.
 
         spec: a run, whose weights say how pixels are normalised, or data alone. They are augmented
-        as the spec says if a generator is given, and not without.
+        as the spec says if a generator is given, and not without. share: of the batch, that is
+        given; as far as the augmentation allows nothing else is read.
         """
         data, backbone = (spec.data, spec.backbone) if isinstance(spec, RunSpec) else (spec, None)
-        images = [self.source.image(int(self.rows[i])) for i in index]
         kind = data.augment if generator is not None else "none"
-        pixels = augmented(images, kind, data.image_size, generator)
+        places = places_read(kind, len(index), share)
+        images = [torch.zeros(self.source.channels, 1, 1, dtype=torch.uint8)] * len(index)
+        for place in places:
+            images[place] = self.source.image(int(self.rows[index[place]]))
+        pixels = augmented(images, kind, data.image_size, generator)[share]
         mean, std = scale_of(pixels.shape[1], backbone)
         return normalised(pixels, mean, std)
 
@@ -92,7 +100,7 @@ class Split:
             count = 0
         if not count:
             for index, generator, share in wanted:
-                yield index[share], self.batch(index, run, generator)[share].to(run.device)
+                yield index[share], self.batch(index, run, generator, share).to(run.device)
             return
         pinned = torch.device(run.device).type == "cuda"
         under_way: deque[Tensor] = deque()
@@ -119,10 +127,9 @@ class Split:
                 kind, state = data.augment, generator.get_state()
                 pass_over(kind, len(index), generator)
             under_way.append(index[share])
-            jobs = [self.source.job(int(self.rows[i])) for i in index]
-            if kind == "resized_crop":  # each image by itself; others depend on all shapes there
-                made = range(len(jobs))[share]
-                jobs = [job if place in made else None for place, job in enumerate(jobs)]
+            jobs: list[Callable[[], Tensor] | None] = [None] * len(index)
+            for place in places_read(kind, len(index), share):
+                jobs[place] = self.source.job(int(self.rows[index[place]]))
             yield loading.Request(jobs, kind, data.image_size, state, *scale, share)
 
 

@@ -11,7 +11,8 @@ import copy
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..inputs.splits import Split
+from ..inputs.splits import Split, Wanted
 from ..models.balance import update_choice_bias
 from ..models.moe import RoutingTape
 from ..pruning.experts.progressive import ProgressiveDrop
@@ -104,6 +105,7 @@ class RunTask(Task):
         self.steps_per_epoch = steps_in_epoch(spec.train, len(data))
         self.next_step = -1  # of the batches under way
         self.batches: Iterator[tuple[Tensor, Tensor]] = iter(())
+        self.sizes: deque[int] = deque()  # images of each whole batch that was asked for
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Gives the images of a step, augmented, and their labels; of several ranks the share.
@@ -112,11 +114,19 @@ class RunTask(Task):
         """
         spec = self.spec
         if step != self.next_step:
-            self.batches = self.data.batches(batches_from(step, len(self.data), spec), spec)
-        index, images = next(self.batches)  # whole: what is drawn for one depends on those before
+            self.sizes.clear()
+            wanted = self._shares(batches_from(step, len(self.data), spec))
+            self.batches = self.data.batches(wanted, spec)
+        index, images = next(self.batches)
         self.next_step = step + 1
-        share = self.ranks.take(len(index))
-        return images[share], self.data.labels[index[share]].to(spec.device)
+        self.ranks.take(self.sizes.popleft())
+        return images, self.data.labels[index].to(spec.device)
+
+    def _shares(self, batches: Iterable[Wanted]) -> Iterator[Wanted]:
+        """Asks for this rank's share of batches, and notes how large they are as a whole."""
+        for whole in batches:
+            self.sizes.append(len(whole.index))
+            yield whole._replace(share=self.ranks.share_of(len(whole.index)))
 
     def losses(self, images: Tensor, labels: Tensor, tape: RoutingTape) -> dict[str, Tensor]:
         """Computes the losses that the spec names."""

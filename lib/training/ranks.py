@@ -49,9 +49,12 @@ class One:
 
     count, rank = 1, 0
 
-    def take(self, images: int) -> slice:
+    def share_of(self, images: int) -> slice:
         """Returns which images of a batch are this rank's."""
         return slice(0, images)
+
+    def take(self, images: int) -> None:
+        """Begins a step whose batch has so many images, over all ranks."""
 
     def images_of_step(self, images: int) -> int:
         """Counts the images of a step over all ranks. images: of this one."""
@@ -186,16 +189,23 @@ class Ranks(One):
 
     # ---- a step of training
 
-    def take(self, images: int) -> slice:
+    def share_of(self, images: int) -> slice:
         """Returns which images of a batch are this rank's: consecutive ones; shares differ by one
         image at most.
 
         Where there are fewer images than ranks some get the first one, since few models run on
         none; nothing of it is joined.
         """
+        share = self._joined_share(images)
+        return share if share.start < share.stop else slice(0, 1)
+
+    def take(self, images: int) -> None:
+        """Begins a step whose batch has so many images, over all ranks."""
+        self.images, self.share = images, self._joined_share(images)
+
+    def _joined_share(self, images: int) -> slice:
         first, end = (images * rank // self.count for rank in (self.rank, self.rank + 1))
-        self.images, self.share = images, slice(first, end)
-        return self.share if first < end else slice(0, 1)
+        return slice(first, end)
 
     def images_of_step(self, images: int) -> int:
         """Counts the images of a step over all ranks. images: of this one."""

@@ -102,6 +102,10 @@ def test_shares_of_a_batch_are_cut_out_of_the_whole(home, monkeypatch, kind):
         assert torch.equal(torch.cat([one, other]), whole)
         if count:  # the share alone was sent
             assert one.untyped_storage().nbytes() == one.nbytes
+    read, image = [], split.source.image
+    monkeypatch.setattr(split.source, "image", lambda row: read.append(row) or image(row))
+    assert torch.equal(split.batch(index, run, draws_of(1), slice(4, 7)), whole[4:])
+    assert read == split.rows[4 if kind == "resized_crop" else 0 : 7].tolist()
     [asked] = split._requests(shares[1:], run, deque())
     assert [job is None for job in asked.jobs] == [kind == "resized_crop"] * 4 + [False] * 3
 

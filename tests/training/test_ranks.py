@@ -195,7 +195,9 @@ def rank_of(count: int, rank: int) -> ranks.Ranks:
 def test_shares_make_up_the_batch(count):
     for images in range(1, 12):
         all_ranks = [rank_of(count, rank) for rank in range(count)]
-        taken = [rank.take(images) for rank in all_ranks]
+        taken = [rank.share_of(images) for rank in all_ranks]
+        for rank in all_ranks:
+            rank.take(images)
         assert [n for rank in all_ranks for n in range(images)[rank.share]] == [*range(images)]
         sizes = [rank.share.stop - rank.share.start for rank in all_ranks]
         assert max(sizes) - min(sizes) <= 1
