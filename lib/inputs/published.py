@@ -59,7 +59,7 @@ DATA_SETS = {
         train=6_464,
         val=989,
         test=993,
-        source="Lacoste et al. 2023, GEO-Bench, table of classification sets",
+        source="Lacoste et al. 2023, GEO-Bench 1.0; not checked against its files",
         get="unpack classification_v1.0/m-forestnet of GEO-Bench 1.0 into MOE_DATA/m-forestnet",
     ),
     "m-pv4ger": DataSet(
@@ -67,7 +67,7 @@ DATA_SETS = {
         train=11_814,
         val=999,
         test=999,
-        source="Lacoste et al. 2023, GEO-Bench, table of classification sets",
+        source="Lacoste et al. 2023, GEO-Bench 1.0; not checked against its files",
         get="unpack classification_v1.0/m-pv4ger of GEO-Bench 1.0 into MOE_DATA/m-pv4ger",
     ),
     "mit-indoor": DataSet(
