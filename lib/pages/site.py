@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import manifest
+from . import cite, manifest, terms
 
 SCRIPT = "book.js"
 DESCRIPTION = 200  # characters of a page's first paragraph, as search engines show
@@ -70,6 +70,18 @@ def _head(app: Any, page: str, template: str, context: dict[str, Any], doctree: 
     if doctree is not None:
         tags = _tags(app.config.html_title, app.config.author, page, context["title"], doctree)
         context["metatags"] = context.get("metatags", "") + tags
+        context["body"] = _finished_body(app.env, page, context)
+
+
+def _finished_body(env: Any, page: str, context: dict[str, Any]) -> str:
+    """Links terms to the glossary and says at the page's foot how it is cited."""
+    body = context["body"]
+    entries, words = terms.glossary(env)
+    if page != entries:
+        body = terms.linked(body, words, context["pathto"](entries) if words else "")
+    if cited := cite.source(Path(manifest.ROOT)):
+        body += cite.block(cited, context["title"], context.get("pageurl") or f"{page}.html")
+    return body
 
 
 def _wanted(files: Any) -> list[Any]:

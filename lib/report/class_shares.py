@@ -60,6 +60,7 @@ def _draw_bars(ax: Axes, shares: np.ndarray) -> None:
                 100 * part,
                 0.8,
                 left=100 * left,
+                label=f"_expert {expert}",
                 color=colours[expert],
                 edgecolor="white",
                 linewidth=0.8,

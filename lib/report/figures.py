@@ -169,8 +169,9 @@ def _draw_seeds_and_mean(
     """
     colour = COLOURS[number % len(COLOURS)]
     if len(curves) > 1:
-        for curve in curves:
-            ax.plot(*curve.T, color=colour, linewidth=0.6, alpha=0.6, marker="", linestyle="-")
+        thin = {"linewidth": 0.6, "alpha": 0.6, "marker": "", "linestyle": "-"}
+        for seed, curve in enumerate(curves, 1):
+            ax.plot(*curve.T, color=colour, label=f"_{label}, seed {seed} of {len(curves)}", **thin)
     shortest = min(map(len, curves))
     mean = np.mean([curve[:shortest] for curve in curves], axis=0)
     ax.plot(

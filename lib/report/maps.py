@@ -213,6 +213,7 @@ def expert_loads(record: Any) -> Figure:
                     100 * share,
                     0.8,
                     bottom=bottom,
+                    label=f"_expert {e}",
                     color=colours[e],
                     edgecolor="white",
                     linewidth=0.8,

@@ -17,6 +17,9 @@ BOOK = Path(os.environ.get("BOOK") or Path(__file__).resolve().parents[2] / "_bu
 ROWS = "[...document.querySelectorAll('tr.claim')].filter(row => !row.hidden).length"
 ROUTES = "notebooks/foundations/moe_layer.html"
 TABLES = "notebooks/vimoe/layer_scan.html"
+MODELS = "notebooks/moee/static_rival.html"
+LINK = "article figcaption a.take-away[href^='data:text/csv']"
+THIS_BUILD = "article details:has(> summary:text-matches('^this build', 'i')) >> nth=0"
 
 pytestmark = pytest.mark.skipif(
     views.CHROMIUM is None,
@@ -86,3 +89,111 @@ def test_a_table_is_taken_away_as_csv(tab):
     assert waiting.value.suggested_filename.endswith(".csv")
     lines = content.splitlines()
     assert len(lines) > 2 and "," in lines[0]
+
+
+def answer(tab: Any) -> str:
+    return tab.inner_text(".pareto .answer")
+
+
+def test_models_are_chosen_by_sliders_and_keys_and_a_sentence_says_which(tab):
+    views.opened(tab, BOOK, MODELS)
+    losses = tab.eval_on_selector(
+        ".pareto", "box => JSON.parse(box.dataset.points).map(p => p.loss)"
+    )
+    number, most = len(losses), int(tab.get_attribute(".pareto input[id$=loss]", "max"))
+    for slider in ("loss", "macs"):
+        tab.focus(f".pareto input[id$={slider}]")
+        tab.keyboard.press("Home")  # nothing is as good as the dense model, or as cheap as nothing
+        none = answer(tab)
+        assert none.startswith(f"None of the {number} models does."), slider
+        tab.keyboard.press("ArrowRight")
+        output = tab.locator(f".pareto label[for$={slider}] output")
+        assert output.inner_text().startswith("0")
+        tab.keyboard.press("End")
+    fits = sum(loss <= most for loss in losses)
+    assert answer(tab).startswith(f"{fits} of {number} models do. The best of them is ")
+    assert tab.locator(".pareto circle.fits").count() == fits > 0
+
+
+def test_models_are_chosen_by_click_and_by_drag(tab):
+    views.opened(tab, BOOK, MODELS)
+    for slider in ("loss", "macs"):
+        tab.locator(f".pareto input[id$={slider}]").scroll_into_view_if_needed()
+        box = tab.locator(f".pareto input[id$={slider}]").bounding_box()
+        middle, right = box["y"] + box["height"] / 2, box["x"] + box["width"] - 3
+        tab.mouse.click(box["x"] + 3, middle)
+        low = answer(tab)
+        assert low.startswith("None of the"), slider
+        tab.mouse.move(box["x"] + 9, middle)
+        tab.mouse.down()
+        tab.mouse.move(right, middle, steps=4)
+        tab.mouse.up()
+        assert float(tab.inner_text(f".pareto label[for$={slider}] output")) > 15
+    assert " models do. The best of them is " in answer(tab)
+
+
+def test_a_model_is_named_where_one_points_and_where_the_focus_is(tab):
+    views.opened(tab, BOOK, MODELS)
+    names = tab.eval_on_selector(
+        ".pareto", "box => JSON.parse(box.dataset.points).map(p => p.name)"
+    )
+    first, last = (tab.locator(".pareto circle").nth(place) for place in (0, len(names) - 1))
+    last.hover(force=True)  # others may lie above it
+    assert told(tab, ".pareto").startswith(tuple(f"{name}: loses " for name in names))
+    first.focus()
+    assert told(tab, ".pareto").startswith(f"{names[0]}: loses ")
+    tab.keyboard.press("Tab")
+    assert told(tab, ".pareto").startswith(f"{names[1]}: loses ")
+
+
+@pytest.mark.parametrize("page", [TABLES, MODELS])
+def test_this_build_unfolds_by_keyboard(tab, page):
+    views.opened(tab, BOOK, page)
+    tab.focus(f"{THIS_BUILD} >> summary")
+    for is_open in (True, False):
+        tab.keyboard.press("Enter")
+        assert tab.eval_on_selector(THIS_BUILD, "part => part.open") is is_open
+
+
+def test_a_page_is_cited_by_keyboard(tab):
+    tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    views.opened(tab, BOOK, TABLES)
+    tab.focus(".cite summary")
+    tab.keyboard.press("Enter")
+    tab.keyboard.press("Tab")
+    copied = []
+    for _ in range(2):  # the sentence, and after the entry itself, which scrolls, its button
+        tab.wait_for_function("document.activeElement.closest('.cite')")
+        if tab.evaluate("!document.activeElement.matches('button')"):
+            tab.keyboard.press("Tab")
+        tab.keyboard.press("Enter")
+        tab.wait_for_function("document.activeElement.nextSibling.textContent === 'Copied.'")
+        copied.append(tab.evaluate("navigator.clipboard.readText()"))
+        tab.keyboard.press("Tab")
+    title = tab.inner_text("article h1").rstrip("#").strip()
+    assert all(title in text and "layer" in text for text in copied), copied
+    assert copied[1].startswith("@misc{") and copied[1].rstrip().endswith("}")
+
+
+def test_the_numbers_of_a_figure_are_taken_away(tab):
+    views.opened(tab, BOOK, TABLES)
+    with tab.expect_download() as waiting:
+        tab.focus(f"{LINK} >> nth=0")
+        tab.keyboard.press("Enter")
+    assert waiting.value.suggested_filename.endswith(".csv")
+    lines = Path(waiting.value.path()).read_text(encoding="utf-8").splitlines()
+    assert len(lines) > 3 and "top-1 accuracy (%)" in lines[0]
+
+
+def test_a_term_leads_to_its_entry(tab):
+    views.opened(tab, BOOK, TABLES)
+    term = tab.locator("article a.term").first
+    assert len(term.get_attribute("title")) > 20
+    anchors = tab.eval_on_selector_all("article a.term", "all => all.map(one => one.hash)")
+    assert len(anchors) == len(set(anchors)) > 3
+    term.focus()
+    tab.keyboard.press("Enter")
+    tab.wait_for_url("**/glossary.html#term-*")
+    entry = tab.locator(":target")
+    assert entry.is_visible() and entry.evaluate("part => part.tagName") == "DT"
+    assert tab.locator("article a.term").count() == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 
 from docutils import nodes
@@ -24,6 +25,11 @@ def test_a_page_has_neither_bars_nor_foreign_scripts_nor_states_of_widgets(tiny)
     content = json.loads(path.read_text())
     content["cells"][-1]["metadata"]["tags"] = ["hide-input"]
     path.write_text(json.dumps(content))
+    shutil.copy(paths.ROOT / "CITATION.cff", tiny.root)
+    entry = "gate\n  A number, with *weight*. It is more.\n\n  And more."
+    (tiny.root / "book" / "glossary.md").write_text(f"# Terms\n\n```{{glossary}}\n{entry}\n```\n")
+    (tiny.root / "book" / "intro.md").write_text("# Tiny\n\nA book of *gates*.\n")
+    tiny.contents("notebooks/a/one", "glossary", "status", "verdicts", "coverage", "how_to_read")
     done = tiny.build(PROFILE="smoke")
     assert done.returncode == 0, done.stderr
 
@@ -37,6 +43,11 @@ def test_a_page_has_neither_bars_nor_foreign_scripts_nor_states_of_widgets(tiny)
     assert page.count("_static/book.js") == 1 and "_static/book.css" in page
     assert '<meta property="og:title" content="Notebook a/one" />' in page
     assert '<meta name="description" content="A book' in (html / "intro.html").read_text()
+    link = '<a class="term" href="glossary.html#term-gate" title="A number, with weight.">gates</a>'
+    intro, glossary = ((html / f"{name}.html").read_text() for name in ("intro", "glossary"))
+    assert f"<p>A book of <em>{link}</em>.</p>" in intro and 'class="term"' not in glossary
+    assert 'id="term-gate"' in glossary
+    assert "In: Mixture of Experts" in page and "notebooks/a/one.html</p>" in page
     day = copy["metadata"]["moe"]["finished"][:10]
     assert f'<meta name="date" content="{day}" />' in page
     assert (html / "_static" / "favicon.svg").is_file()
