@@ -27,7 +27,7 @@ from ..verdicts.claims import Verdict
 from ..verdicts.costs import cost_rows
 from ..verdicts.evidence import Evidence, verdicts_on
 from ..verdicts.stats import Interval, accuracy_interval, finished
-from . import datasets
+from . import datasets, dense_models
 from .parameters import UnknownRuns
 from .profiles import PUBLISHED, Profile, has_profile, plan, profile, with_further_seeds
 
@@ -43,6 +43,11 @@ BUILD = (
     "evidence."
 )
 
+# why one backbone has several accuracies on one data set
+DENSE_MODELS = (
+    "Other pages train their models in other ways: see "
+    f'<a href="../../{dense_models.TABLE}">the dense models of this book</a>.'
+)
 SCALES = 3  # kinds of data and model that the head of a page names
 
 Claims = Callable[["Side"], Iterable[Evidence]]
@@ -123,6 +128,8 @@ class Page:
         planned = with_further_seeds(p.notebook, grid, self.small)
         own = {name: len(runs) for name, runs in grid(self.small).items()}
         wanted = with_further_seeds(p.notebook, grid, p)
+        starts = [past for runs in planned.values() for run in runs for past in run.lineage]
+        self.trains_models = any(map(dense_models.is_whole, starts))
         self.build = Side("This build", p, collect(wanted))
         self.reproduced = Side("Reproduced", self.small, load(planned, any_device=True), own)
 
@@ -139,7 +146,8 @@ class Page:
         describe = describe or (lambda p: p.base.describe())
         ours, build = (f"**{side.name}:** {describe(side.p)}." for side in self.sides)
         fold = f"<details><summary>This build</summary>\n\n{build} {BUILD}\n\n</details>"
-        return text.say(" ".join((ours, *more)) + f"\n\n{fold}")
+        others = DENSE_MODELS if self.trains_models else ""
+        return text.say(" ".join(filter(None, (ours, *more, others))) + f"\n\n{fold}")
 
     def answer(self, claims: Claims) -> Markdown:
         """Puts the main claims by verdict into a box, on the reproduced records: the head of a
