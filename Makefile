@@ -45,4 +45,4 @@ $(READY): requirements.txt pyproject.toml
 
 # the pages and executed notebooks; not the environment, the cache or the records
 clean:
-	rm -rf _build book/notebooks book/status_table.md book/verdicts_table.md book/coverage_table.md book/scale_table.md book/state.md book/front.md book/contradictions_table.md book/claims.json book/conf.py
+	rm -rf _build book/notebooks book/status_table.md book/verdicts_table.md book/coverage_table.md book/scale_table.md book/dense_models_table.md book/state.md book/front.md book/contradictions_table.md book/claims.json book/conf.py

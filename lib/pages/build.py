@@ -34,6 +34,7 @@ from ..runs import locks, processes
 from . import (
     all_verdicts,
     coverage,
+    dense_models,
     executed,
     front,
     manifest,
@@ -49,6 +50,7 @@ GENERATED = {
     "verdicts_table.md": all_verdicts.page,
     "coverage_table.md": coverage.page,
     "scale_table.md": scale_page.page,
+    "dense_models_table.md": dense_models.page,
     "state.md": all_verdicts.state,
     "front.md": front.page,
     "contradictions_table.md": front.contradictions,

@@ -46,10 +46,10 @@ def _counted(item: items.Item, planned: Callable[[str], Grid]) -> Covered:
         return Covered(item, 0, 0)
     runs = planned(item.runs_page)
     arms = item.arms_among(runs)
-    return Covered(item, len(arms), sum(any(map(_finished, runs[arm])) for arm in arms))
+    return Covered(item, len(arms), sum(any(map(has_record, runs[arm])) for arm in arms))
 
 
-def _finished(spec: RunSpec) -> bool:
+def has_record(spec: RunSpec) -> bool:
     """Says whether the reproduced side of a page has the run, on its device or on the CPU."""
     from ..runs.store import store  # numpy, which planning and an import of the build do without
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from IPython.display import Markdown, display
 
-from ..report import tables, text
+from ..report import NOT_YET, tables, text
 from ..report.style import Shown, show
 from ..runs.collect import Grid, collect, load
 from ..verdicts import ledger
@@ -27,7 +27,7 @@ from ..verdicts.claims import Verdict
 from ..verdicts.costs import cost_rows
 from ..verdicts.evidence import Evidence, verdicts_on
 from ..verdicts.stats import Interval, accuracy_interval, finished
-from . import datasets
+from . import datasets, dense_models
 from .parameters import UnknownRuns
 from .profiles import PUBLISHED, Profile, has_profile, plan, profile, with_further_seeds
 
@@ -43,6 +43,11 @@ BUILD = (
     "evidence."
 )
 
+# why one backbone has several accuracies on one data set
+DENSE_MODELS = (
+    "Other pages train their models in other ways: see "
+    f'<a href="../../{dense_models.TABLE}">the dense models of this book</a>.'
+)
 SCALES = 3  # kinds of data and model that the head of a page names
 
 Claims = Callable[["Side"], Iterable[Evidence]]
@@ -53,9 +58,9 @@ Keys = Iterable[str] | Callable[[str], bool] | None
 class Side(Mapping):
     """Holds one side of a page: parameters `p`, and the records of each name of runs, or None.
 
-    name: "Reproduced" or "This build", as sentences and captions begin. fill: the command that
-    computes what is absent. planned: how many runs the page itself plans of each name; beyond them
-    are further seeds of claims, whose absence is no gap. None = all.
+    name: "Reproduced" or "This build", as sentences and captions begin. planned: how
+    many runs the page itself plans of each name; beyond them are further seeds of claims, whose
+    absence is no gap. None = all.
     """
 
     def __init__(
@@ -63,10 +68,9 @@ class Side(Mapping):
         name: str,
         p: Profile,
         records: dict[str, list[Record | None]],
-        fill: str,
         planned: Mapping[str, int] | None = None,
     ):
-        self.name, self.p, self.records, self.fill = name, p, records, fill
+        self.name, self.p, self.records = name, p, records
         self.planned = planned or {}
 
     def __getitem__(self, key: str) -> list[Record | None]:
@@ -89,6 +93,11 @@ class Side(Mapping):
         """Returns the name as a sentence has it inside: "reproduced" or "this build"."""
         return self.name[0].lower() + self.name[1:]
 
+    @property
+    def not_yet(self) -> str:
+        """Says instead of what a side shows that its records are absent; Markdown or a caption."""
+        return f"{self.name}: {NOT_YET}."
+
     def done(self, key: str) -> list[Record]:
         """Returns the finished records of some runs, one a seed; none where no run is planned."""
         return finished(self.get(key, []))
@@ -98,10 +107,10 @@ class Side(Mapping):
         return accuracy_interval(self.get(key, []))
 
     def gaps(self, keys: Keys = None) -> str:
-        """Says in a caption how many records are absent and what fills them; "" if none is."""
+        """Says in a caption how many records are absent; "" if none is."""
         shown = keys if callable(keys) else set(self if keys is None else keys).__contains__
         wanted = {name: group[: self.planned.get(name)] for name, group in self.items()}
-        return text.gaps({name: group for name, group in wanted.items() if shown(name)}, self.fill)
+        return text.gaps({name: group for name, group in wanted.items() if shown(name)})
 
     def show(self, figure: Figure, caption: str, alt: str, keys: Keys = None) -> Shown:
         """Puts a figure on the page; its caption ends with the gaps of the runs that it shows."""
@@ -109,24 +118,20 @@ class Side(Mapping):
 
 
 class Page:
-    """Holds the plumbing of a notebook: both sides, the command that fills them, common parts.
+    """Holds the plumbing of a notebook: both sides, and common parts.
 
     grid: the notebook's function from parameters to runs. p: the parameters of this build.
-    reads: key of the notebook whose records the page shows, where it plans none of its own.
     """
 
-    def __init__(self, grid: Callable[[Profile], Grid], p: Profile, reads: str | None = None):
+    def __init__(self, grid: Callable[[Profile], Grid], p: Profile):
         self.p, self.small = p, profile(p.notebook, PUBLISHED)
         planned = with_further_seeds(p.notebook, grid, self.small)
         own = {name: len(runs) for name, runs in grid(self.small).items()}
-        in_folder = any(run.data.in_folder for runs in planned.values() for run in runs)
-        self.fill = "MOE_DATA=... " if in_folder else ""
-        self.fill += f"python -m lib run {reads or p.notebook} --profile {PUBLISHED} --records"
         wanted = with_further_seeds(p.notebook, grid, p)
-        self.build = Side("This build", p, collect(wanted), self.fill)
-        self.reproduced = Side(
-            "Reproduced", self.small, load(planned, any_device=True), self.fill, own
-        )
+        starts = [past for runs in planned.values() for run in runs for past in run.lineage]
+        self.trains_models = any(map(dense_models.is_whole, starts))
+        self.build = Side("This build", p, collect(wanted))
+        self.reproduced = Side("Reproduced", self.small, load(planned, any_device=True), own)
 
     @property
     def sides(self) -> tuple[Side, Side]:
@@ -141,7 +146,8 @@ class Page:
         describe = describe or (lambda p: p.base.describe())
         ours, build = (f"**{side.name}:** {describe(side.p)}." for side in self.sides)
         fold = f"<details><summary>This build</summary>\n\n{build} {BUILD}\n\n</details>"
-        return text.say(" ".join((ours, *more)) + f"\n\n{fold}")
+        others = DENSE_MODELS if self.trains_models else ""
+        return text.say(" ".join(filter(None, (ours, *more, others))) + f"\n\n{fold}")
 
     def answer(self, claims: Claims) -> Markdown:
         """Puts the main claims by verdict into a box, on the reproduced records: the head of a
@@ -210,16 +216,16 @@ class Page:
         """Sets published values, reproduced ones and those of this build beside each other.
 
         ours: the columns of one side, a cell for each row of `settings`. keys: the runs of each
-        row; an empty reproduced cell then names the fill command only where a record is absent.
+        row; an empty reproduced cell is then marked only where a record is absent.
         options: of `report.tables.three_groups`.
         """
 
-        def fill(row: int, group: str) -> str | None:
+        def is_planned(row: int, group: str) -> bool:
             absent = keys is None or None in self.reproduced.get(keys[row], [])
-            return self.fill if group == self.reproduced.label and absent else None
+            return group == self.reproduced.label and absent
 
         columns = [ours(side) for side in self.sides]
-        return tables.three_groups(settings, published, *columns, fill, **options)
+        return tables.three_groups(settings, published, *columns, is_planned, **options)
 
     def rows(self, of: Callable[[Side], Iterable[Mapping[str, Any]]]) -> pd.DataFrame:
         """Puts the rows that a function gives of either side under each other, by source."""
@@ -285,6 +291,6 @@ def _check_arms(claim: ledger.Claim, piece: Evidence, planned: Grid) -> None:
         )
 
 
-def page(grid: Callable[[Profile], Grid], p: Profile, reads: str | None = None) -> Page:
+def page(grid: Callable[[Profile], Grid], p: Profile) -> Page:
     """Collects the runs of a notebook and returns its `Page`; see there."""
-    return Page(grid, p, reads)
+    return Page(grid, p)

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from . import manifest, missing, profiles
+from . import coverage, manifest, missing, profiles
 
 # -- the page of the book ------------------------------------------------------
 
@@ -74,8 +74,43 @@ def page(keys: Sequence[str]) -> str:
             f"Of them {len(rebuilt)} start from a parent that was trained again and came out with "
             "other weights than those of the parent's own record, as it does on another processor.",
             "",
+            "## What is not computed yet",
+            "",
+            *_to_compute(keys),
+            "",
         ]
     )
+
+
+def _to_compute(keys: Sequence[str]) -> list[str]:
+    """Lists the pages whose reproduced side lacks records, and the commands that compute them."""
+    rows = []
+    for key in keys:
+        if not profiles.has_profile(key, profiles.PUBLISHED):
+            continue
+        plan = profiles.plan(key, profiles.PUBLISHED)
+        runs = {run.id: run for specs in plan.values() for run in specs}
+        absent = [run for run in runs.values() if not coverage.has_record(run)]
+        if absent:
+            folder = "MOE_DATA=... " if any(run.data.in_folder for run in absent) else ""
+            command = f"`{folder}{fill_command(key, profiles.PUBLISHED)}`"
+            rows.append(f"| {key} | {len(absent)} of {len(runs)} | {command} |")
+    if not rows:
+        return ["All records are there that the pages ask for."]
+    return [
+        "Pages share runs, so one command may shorten the others. `MOE_DATA` is the folder in "
+        "which data sets lie. `python -m lib fill` computes first what decides most claims an "
+        'hour; see <a href="reproduce.html">Reproduce at scale</a>.',
+        "",
+        "| page | records that are absent | command |",
+        "| --- | --- | --- |",
+        *rows,
+    ]
+
+
+def fill_command(key: str, profile: str) -> str:
+    """Returns the command that computes what a page lacks under a profile."""
+    return f"python -m lib run {key} --profile {profile} --records"
 
 
 def _present(content: Mapping[str, Any]) -> list[str]:
@@ -152,7 +187,7 @@ def table(keys: Sequence[str], profile: str) -> str:
         running = sum(count["running"] for count in runs.values())
         rows.append([key, word, *map(_share, runs.values()), str(running or "-")])
         notes += [
-            f"  {key}, {name}: python -m lib run {key} --profile {name} --records"
+            f"  {key}, {name}: {fill_command(key, name)}"
             for name, count in runs.items()
             if count["missing"] or count["failed"]
         ]

@@ -8,5 +8,16 @@ draws curves and points, `relations` one quantity against another, `maps` where 
 alternative texts, `explorer` is for live notebooks.
 """
 
+import html
+
 # Set against the theme, whose captions are pale, thin and centred.
 CAPTION_STYLE = "text-align:left;color:inherit;font:inherit;font-size:0.92em;line-height:1.4"
+
+# links from a page in notebooks/STUDY/ to the one page that says how what is absent is computed
+STATUS = '<a href="../../status.html#what-is-not-computed-yet">Status</a>'
+NOT_YET = f"not computed yet (see {STATUS})"
+
+
+def escaped(text: str) -> str:
+    """Escapes a plain text for HTML; only its link to the status page stays a link."""
+    return html.escape(text).replace(html.escape(STATUS), STATUS)

@@ -28,14 +28,15 @@ class Matrix:
 
     values: {settings of the cell, the one that goes across last: value}; rows and columns have the
     order in which they first come. signed: whether numbers have a plus or minus, as differences do.
-    fill: the command that computes a value that is None. A cell stays blank without one, and where
-    values do not have it. folded: whether a click is needed to see the matrix.
+    is_planned: whether a value that is None waits for a record; its cell then has a mark. A cell
+    stays blank otherwise, and where values do not have it. folded: whether a click is needed to see
+    the matrix.
     """
 
     title: str
     values: Mapping[tuple[Any, ...], Value]
     signed: bool = False
-    fill: str | None = None
+    is_planned: bool = False
     folded: bool = False
 
 
@@ -114,7 +115,7 @@ def _text(part: Matrix, cell: tuple[Any, ...], decimals: int, below: Notes) -> s
     """Writes a cell: 57.2, or 57.2 with ±1.1, n=3 below it, or n=1 where there is no interval."""
     value = part.values.get(cell)
     if value is None:
-        return below.missing(part.fill) if part.fill and cell in part.values else ""
+        return below.missing() if part.is_planned and cell in part.values else ""
     below.interval(value)
     mean = value.mean if isinstance(value, Interval) else value
     # + 0.0 makes 0.0 of -0.0, whose sign means nothing

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from PIL import Image
 
-from . import CAPTION_STYLE
+from . import CAPTION_STYLE, escaped
 from .figure_data import csv_link
 
 __all__ = [
@@ -221,7 +221,7 @@ def show(fig: Figure, caption: str, alt: str) -> Shown:
         '<div style="overflow-x:auto;max-width:100%" tabindex="0"><img class="dark-light" '
         f'alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{data}" '
         f'style="width:{width}px;max-width:max(100%,{NARROWEST}px);height:auto;background:#fff"></div>'
-        f'<figcaption style="{CAPTION_STYLE}">{html.escape(caption)}{csv_link(fig, caption)}'
+        f'<figcaption style="{CAPTION_STYLE}">{escaped(caption)}{csv_link(fig, caption)}'
         f"</figcaption>"
         f"</figure>",
         alt,

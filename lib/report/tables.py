@@ -2,13 +2,12 @@
 
 They are HTML that scrolls sideways on a phone. A cell is a number, an Interval (printed with
 interval and n), a text, None (no value) or `secondary(...)`. The cell of a missing record stays
-empty but for a mark; the note below the table says which command fills it.
+empty but for a mark; the note below the table says where to read how it is computed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import html
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +17,13 @@ import numpy as np
 import pandas as pd
 
 from ..verdicts.stats import Interval, format_interval
-from . import CAPTION_STYLE
+from . import CAPTION_STYLE, NOT_YET, escaped
 
 __all__ = ["COST_DECIMALS", "GROUPS", "Secondary", "Table", "secondary", "table", "three_groups"]
 
 GROUPS = ("published", "reproduced", "this build")
 SETTING = "setting"  # the group of the columns that say what a row is
-MISSING = "–"  # followed by the number of the note with the command
+MISSING = "–"  # the cell of a record that is not there
 # Decimals of the columns that speed and size tables share: rates are noisy in their first digits,
 # small models are small.
 COST_DECIMALS = {
@@ -37,7 +36,6 @@ COST_DECIMALS = {
     "parameters (M)": 3,
     "MACs (G)": 4,
 }
-_NUMERALS = "¹²³⁴⁵⁶⁷⁸⁹"
 
 
 @dataclass(frozen=True)
@@ -130,10 +128,10 @@ class Table:
 
 def in_figure(caption: str, body: str, notes: Sequence[str]) -> str:
     """Puts HTML between a caption and notes, which are plain text."""
-    below = "".join(f"<div>{html.escape(note)}</div>" for note in notes)
+    below = "".join(f"<div>{escaped(note)}</div>" for note in notes)
     return (
         f'<figure style="margin:1em 0"><figcaption style="{CAPTION_STYLE}">'
-        f"{html.escape(caption)}</figcaption>{body}"
+        f"{escaped(caption)}</figcaption>{body}"
         f'<div style="font-size:0.85em;line-height:1.5">{below}</div></figure>'
     )
 
@@ -178,19 +176,17 @@ def _setting(value: Any) -> str:
 
 
 class Notes:
-    """Numbers commands and sources in the order in which cells need them."""
+    """Collects what notes must say of cells, sources in the order in which cells need them."""
 
     def __init__(self) -> None:
-        self.commands: list[str] = []
+        self.lacks_records = False
         self.sources: list[str] = []
         self.interval_methods: list[str] = []
 
-    def missing(self, command: str) -> str:
-        """Marks the cell of a missing record with the number of the command that fills it."""
-        if command not in self.commands:
-            self.commands.append(command)
-        i = self.commands.index(command)
-        return MISSING + (_NUMERALS[i] if i < len(_NUMERALS) else f"({i + 1})")
+    def missing(self) -> str:
+        """Marks the cell of a missing record."""
+        self.lacks_records = True
+        return MISSING
 
     def retold(self, source: str) -> str:
         """Marks a retold value with the daggers of its source."""
@@ -210,7 +206,7 @@ class Notes:
         intervals = f"Intervals: {methods} over n seeds; none where n is below 3."
         return [
             *([intervals] if methods else []),
-            *(f"{self.missing(c)} no record yet; filled by: {c}" for c in self.commands),
+            *([f"{MISSING} {NOT_YET}"] if self.lacks_records else []),
             *(f"{self.retold(s)} secondary: as retold in {s}" for s in self.sources),
         ]
 
@@ -249,7 +245,6 @@ def _cell(value: Any, decimals: int, notes: Notes) -> str:
 
 
 Columns = Mapping[str, Sequence[Any]]
-FillCommand = str | Mapping[str, str] | Callable[[int, str], str | None]
 
 
 def three_groups(
@@ -257,7 +252,7 @@ def three_groups(
     published: Columns,
     reproduced: Columns,
     build: Columns,
-    fill_command: FillCommand,
+    is_planned: Callable[[int, str], bool],
     *,
     caption: str = "",
     decimals: int = 1,
@@ -270,16 +265,15 @@ def three_groups(
             {"top-1 (%)": [91.3]},
             {"top-1 (%)": [accuracy_interval(records)]},
             {"top-1 (%)": [None]},
-            "PROFILE=quick make book",
+            lambda row, group: True,
             caption="CIFAR-100 top-1.",
         )
 
     index_frame: the settings, one row each (E, L, shared, ...). published, reproduced, build:
     {column: one cell a row}; an empty mapping leaves the group out of sight for published and gives
-    one empty column for the others. fill_command: what fills an empty cell of the last two groups:
-    one command; {group: command}; or a function of row number and group that returns one, or None
-    where no run is planned (the cell then stays blank). The interval is named in a note wherever
-    one is printed. Raises ValueError for a column of another length, or a group without a command.
+    one empty column for the others. is_planned: says of row number and group whether an empty cell
+    of the last two groups waits for a record, and is marked; the others stay blank. The interval is
+    named in a note wherever one is printed. Raises ValueError for a column of another length.
     """
     rows, below = len(index_frame), Notes()
     cells: dict[tuple[str, str], list[str]] = {}
@@ -295,7 +289,7 @@ def three_groups(
                     "give one cell a row, None where there is no value"
                 )
             cells[group, name] = [
-                _cell_of_group(value, decimals, below, group, row, fill_command)
+                _cell_of_group(value, decimals, below, group, is_planned(row, group))
                 for row, value in enumerate(values)
             ]
     frame = pd.DataFrame(cells, dtype=object)
@@ -304,26 +298,9 @@ def three_groups(
     return Table(frame, caption, (*notes, *below.lines()))
 
 
-def _cell_of_group(
-    value: Any, decimals: int, notes: Notes, group: str, row: int, fill_command: FillCommand
-) -> str:
-    """Writes a cell of `three_groups`; an absent value of a run gets the mark of its command."""
+def _cell_of_group(value: Any, decimals: int, notes: Notes, group: str, is_planned: bool) -> str:
+    """Writes a cell of `three_groups`; an absent value of a run gets a mark."""
     notes.interval(value)
     if not _absent(value) or group == "published":
         return _cell(value, decimals, notes)
-    command = _command(fill_command, row, group)
-    return notes.missing(command) if command else ""
-
-
-def _command(fill_command: FillCommand, row: int, group: str) -> str | None:
-    """Finds the command that fills an empty cell."""
-    if callable(fill_command):
-        return fill_command(row, group)
-    if isinstance(fill_command, str):
-        return fill_command
-    if group not in fill_command:
-        raise ValueError(
-            f"fill_command names no command for group {group!r}: "
-            f"it has {', '.join(fill_command) or 'none'}"
-        )
-    return fill_command[group]
+    return notes.missing() if is_planned else ""

@@ -14,6 +14,7 @@ from IPython.display import Markdown
 
 from ..verdicts import DECIDED, MARKS, WORDS
 from ..verdicts.claims import Verdict, amount
+from . import NOT_YET
 from .tables import Table, table
 
 if TYPE_CHECKING:
@@ -30,11 +31,11 @@ HEAD = 4  # claims that the head of a page lists
 __all__ = ["HEAD", "RULE", "answer", "boxed", "count", "gaps", "published", "say", "verdicts"]
 
 
-def gaps(records: dict[str, list], command: str) -> str:
-    """Says in a sentence for a caption which command fills absent records; "" if all are there."""
+def gaps(records: dict[str, list]) -> str:
+    """Says in a sentence for a caption how many records are absent; "" if all are there."""
     wanted = [record for records_of_arm in records.values() for record in records_of_arm]
     absent, total = sum(record is None for record in wanted), len(wanted)
-    return f" {absent} of {total} records are not there yet; filled by: {command}" if absent else ""
+    return f" {absent} of {total} records are {NOT_YET}." if absent else ""
 
 
 def say(*sentences: str) -> Markdown:

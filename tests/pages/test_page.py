@@ -1,4 +1,4 @@
-"""The page contract: two sides, one fill command, and what every page says in the same way."""
+"""The page contract: two sides, and what every page says in the same way."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from lib import paths
 from lib.pages import all_verdicts, parameters, profiles
 from lib.pages import page as pages
-from lib.report import tables
+from lib.report import NOT_YET, tables
 from lib.verdicts.evidence import compare, judge_count
 
 PARAMETERS = """profile: str = "quick"  # smoke, quick, small or paper
@@ -34,7 +34,6 @@ claims:
     page: a/one
     arms: [wide, dense]
 """
-FILL = "python -m lib run a/one --profile small --records"
 
 
 @pytest.fixture
@@ -130,7 +129,7 @@ def test_a_name_that_is_not_planned_is_an_error_that_lists_those_that_are(book, 
     assert error.value.args == (said,)
     assert "wide" not in build and "moe" in build
     assert build.get("wide") is None and build.done("wide") == [] and build.accuracy("wide") is None
-    nothing = pages.Side("This build", build.p, {}, "")
+    nothing = pages.Side("This build", build.p, {})
     with pytest.raises(KeyError, match="it plans none"):
         nothing["dense"]
 
@@ -150,10 +149,10 @@ def test_done_and_accuracy_count_finished_records_only(book, records):
 
 def test_gaps_name_what_is_absent_among_what_is_shown(book, records):
     page = page_of()  # of 7 reproduced records, seed 0 of dense and moe is there
-    assert page.gaps() == f" 5 of 7 records are not there yet; filled by: {FILL}"
+    assert page.gaps() == f" 5 of 7 records are {NOT_YET}."
     assert page.gaps(["dense", "unplanned"]) == page.reproduced.gaps(["dense"])
-    assert page.gaps(["dense"]).startswith(" 2 of 3 records are not there yet")
-    assert page.gaps(lambda name: name != "dense").startswith(" 3 of 4 records")
+    assert page.gaps(["dense"]).startswith(" 2 of 3 records are not computed yet")
+    assert page.gaps(lambda name: name != "dense").startswith(" 3 of 4 records are")
     assert page.gaps([]) == page.build.gaps() == ""
     reproduce(records, ["wide"])
     assert page_of().gaps(["wide"]) == ""
@@ -171,21 +170,13 @@ def test_a_caption_ends_with_the_gaps_of_its_figure(book, records, monkeypatch):
         ("figure", f"Reproduced.{page.gaps(['moe'])}", "alt"),
         ("figure", "This build.", "alt"),
     ]
-    assert "1 of 1 records" in shown[0][1]
+    assert "1 of 1 records are" in shown[0][1]
 
 
-# ---- the fill command
-
-
-def test_the_fill_command_needs_a_folder_of_data_only_where_data_lie_in_one(book, records):
-    assert page_of().fill == FILL
-    book.profile("small", BASE % "eurosat" + "a/one: {seeds: [0]}\n")
-    assert page_of().fill == f"MOE_DATA=... {FILL}"
-    assert page_of().reproduced.fill == page_of().fill
-
-
-def test_a_page_that_reads_another_names_that_one(book, records):
-    assert page_of(reads="a/two").fill == "python -m lib run a/two --profile small --records"
+def test_a_side_without_records_leads_to_the_status_page(book, records):
+    page = page_of()
+    assert page.reproduced.not_yet == f"Reproduced: {NOT_YET}."
+    assert page.build.not_yet == f"This build: {NOT_YET}."
 
 
 # ---- what every page says
@@ -307,13 +298,13 @@ def test_a_table_sets_both_sides_beside_what_was_published(book, records):
     assert table.caption == "Accuracy."
     dense, wide, unplanned = table.frame.values.tolist()
     assert dense[1] == "91.3" and "n=3" in dense[2] and "n=1" in dense[3]
-    # an empty cell names the command where a record is absent, and is blank where none is planned
-    assert wide[1:] == ["", f"{tables.MISSING}¹", ""] and unplanned[1:] == ["90.0", "", ""]
-    assert table.notes[-1] == f"{tables.MISSING}¹ no record yet; filled by: {FILL}"
+    # an empty cell is marked where a record is absent, and is blank where none is planned
+    assert wide[1:] == ["", tables.MISSING, ""] and unplanned[1:] == ["90.0", "", ""]
+    assert table.notes[-1] == f"{tables.MISSING} {NOT_YET}"
     no_value = page.table(settings, published, lambda side: {"top-1 (%)": [None] * 3}, names)
     assert no_value.frame.values.tolist()[0][2] == ""  # the records of `dense` are all there
     without_keys = page.table(settings, published, ours).frame.values.tolist()
-    assert without_keys[2][1:] == ["90.0", f"{tables.MISSING}¹", ""]
+    assert without_keys[2][1:] == ["90.0", tables.MISSING, ""]
 
 
 def test_rows_of_both_sides_stand_under_each_other(book, records):
@@ -338,11 +329,11 @@ def test_costs_of_both_sides_against_the_limit(book, records):
     assert set(table.frame["limit (images/s)"]) == {"400"}  # all records cost the same
     assert set(table.frame["share of limit"]) == {"1.00"}
     assert "Limit: the speed of 'dense' scaled by multiply-adds." in table.caption
-    assert table.caption.endswith(page.gaps()) and "2 of 7 records" in table.caption
+    assert table.caption.endswith(page.gaps()) and "2 of 7 records are" in table.caption
 
     some = page.costs(keys=["wide"])
     assert some.frame["model"].tolist() == ["wide"] and "Limit" not in some.caption
-    assert "limit (images/s)" not in some.frame and "not there yet" not in some.caption
+    assert "limit (images/s)" not in some.frame and "not computed yet" not in some.caption
 
 
 def test_each_side_is_drawn_the_reproduced_one_first(book, records, monkeypatch):

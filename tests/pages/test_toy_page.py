@@ -3,6 +3,7 @@ line in the table of contents."""
 
 from __future__ import annotations
 
+import re
 import shlex
 
 import pytest
@@ -38,7 +39,11 @@ def test_a_new_study_is_built_and_its_own_command_fills_it(book):
     page = html_of(book, f"notebooks/{KEY}")
     assert "<strong>Reproduced:</strong> mnist5k at 28 px, 64 training images" in page
     assert "None of this page’s 1 claims has its records yet." in page
-    assert page.count(FILL) >= 2  # below the table, and in the caption of the costs
+    assert FILL not in page  # the commands stand on the page of the status, once
+    # below the table, and in the caption of the costs
+    assert page.count('<a href="../../status.html#what-is-not-computed-yet">Status</a>') >= 2
+    state = html_of(book, "status")
+    assert re.sub("<.*?>", "", state).count(FILL) == 1 and 'id="what-is-not-computed-yet"' in state
     assert "This build: Sorting tokens by place beats the dense model" in page
     # one seed claims no order
     assert "points, n=1</td>" in page and "undecided (pilot)</td>" in page

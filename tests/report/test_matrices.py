@@ -2,6 +2,7 @@
 
 import pytest
 
+from lib.report import NOT_YET
 from lib.report.matrices import Matrix, matrices
 from lib.verdicts.stats import Interval
 
@@ -17,7 +18,7 @@ CELLS = {
 def shown():
     parts = [
         Matrix("published", {("no shared", 2, 1): 91.4, ("no shared", 2, 12): 91.25}),
-        Matrix("reproduced", CELLS, fill="fill <it>"),
+        Matrix("reproduced", CELLS, is_planned=True),
         Matrix(
             "difference",
             {("shared", 2, 1): Interval(-0.04, -0.5, 0.3, 5, THREE.method)},
@@ -37,21 +38,21 @@ def test_settings_go_down_and_the_last_one_across(shown):
 
 def test_a_cell_has_half_its_interval_and_n_and_none_with_one_seed(shown):
     _, reproduced, difference, build = (table.frame for table in shown.tables)
-    assert reproduced["L=1"].tolist() == ["57.2\n±1.1, n=3", "–¹"]
+    assert reproduced["L=1"].tolist() == ["57.2\n±1.1, n=3", "–"]
     assert reproduced["L=12"].tolist() == ["9.7\nn=1", ""]  # nothing was asked for
     assert difference["L=1"].tolist() == ["+0.0\n±0.4, n=5"]
     assert build["L=1"].tolist() == [""]
     assert shown.notes == (
         "± is half the width of the interval.",
         "Intervals: hierarchical bootstrap 95% over n seeds; none where n is below 3.",
-        "–¹ no record yet; filled by: fill <it>",
+        f"– {NOT_YET}",
     )
 
 
 def test_html_is_one_figure_whose_folded_part_opens_on_a_click(shown):
     text = shown.html
     assert text.count("<figure") == 1 and text.count("<table") == 4
-    assert "Top-1 &amp; so on." in text and "fill &lt;it&gt;" in text
+    assert "Top-1 &amp; so on." in text and f"<div>– {NOT_YET}</div>" in text
     before, folded = text.split("<details><summary>this build</summary>")
     assert before.count("<table") == 3 and folded.count("<table") == 1
     assert "white-space: pre;" in text  # the two lines of a cell
