@@ -149,8 +149,8 @@ class Table:
 
 
 def folded(name: str, body: str) -> str:
-    """Folds HTML below its name."""
-    return f"<details><summary>{html.escape(name)}</summary>{body}</details>"
+    """Folds HTML below its name, which is HTML, too."""
+    return f"<details><summary>{name}</summary>{body}</details>"
 
 
 def in_figure(caption: str, body: str, notes: Sequence[str]) -> str:
