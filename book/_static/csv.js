@@ -1,6 +1,6 @@
 // Each table can be taken away as CSV, made of what stands in it; a page can be cited.
 document.addEventListener("DOMContentLoaded", () => {
-  const text = (cell) => cell.innerText.trim().replace(/\s+/g, " ");
+  const text = (cell) => cell.textContent.trim().replace(/\s+/g, " ");
   const quoted = (value) => (/[",\n]/.test(value) ? `"${value.replace(/"/g, '""')}"` : value);
   const link = (label, file, content, type) => {
     const made = document.createElement("a");
@@ -17,6 +17,6 @@ document.addEventListener("DOMContentLoaded", () => {
       [...row.cells].flatMap((cell) => [quoted(text(cell)), ...Array(cell.colSpan - 1).fill("")]).join(","),
     );
     const made = link("this table as CSV", `${page}-table-${i + 1}.csv`, lines.join("\n") + "\n", "text/csv");
-    (table.closest("figure") || table.parentElement).append(made);
+    (table.closest("details, figure") || table.parentElement).append(made);
   });
 });

@@ -250,12 +250,15 @@ class Page:
     def each(self, draw: Callable[[Side], Any]) -> None:
         """Displays what a function makes of either side, the reproduced one first.
 
-        None is skipped.
+        None is skipped. What is of this build is folded below what was reproduced.
         """
-        for side in self.sides:
-            drawn = draw(side)
-            if drawn is not None:
-                display(drawn)
+        reproduced, build = (draw(side) for side in self.sides)
+        if reproduced is not None:
+            display(reproduced)
+            if hasattr(build, "_repr_html_"):
+                build = Shown(tables.folded(self.build.label, build._repr_html_()), repr(build))
+        if build is not None:
+            display(build)
 
     def gaps(self, keys: Keys = None) -> str:
         """Says how many reproduced records are absent; see `Side.gaps`."""

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from ..verdicts.stats import Interval
-from .tables import Notes, Table, in_figure
+from .tables import Notes, Table, folded, in_figure
 
 __all__ = ["Matrices", "Matrix", "matrices"]
 
@@ -130,5 +130,5 @@ def _text(part: Matrix, cell: tuple[Any, ...], decimals: int, below: Notes) -> s
 def _part(table: Table, is_folded: bool) -> str:
     title = html.escape(table.caption)
     if is_folded:
-        return f"<details><summary>{title}</summary>{table.body}</details>"
+        return folded(title, table.body)
     return f'<div style="font-weight:600;margin-top:0.6em">{title}</div>{table.body}'

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,11 @@ class Table:
     caption: str
     notes: tuple[str, ...] = ()
     wrap: bool = False  # sentences in cells break over lines instead of scrolling
+    deciding: tuple[int, ...] = ()  # rows that stand in sight; none = all
+
+    def shortened(self, *rows: int) -> Table:
+        """Returns the table with these rows in sight and all of them folded below."""
+        return replace(self, deciding=tuple(row for row in rows if row < len(self.frame)))
 
     @property
     def html(self) -> str:
@@ -71,15 +76,30 @@ class Table:
 
         This build shows that a page runs. Beside what was reproduced it would look like evidence.
         """
-        if self.frame.columns.nlevels < 2:
-            return self._body_of(self.frame)
-        group = self.frame.columns.get_level_values(0)
-        of_build = group == GROUPS[2]
-        shown = self._body_of(self.frame.loc[:, ~of_build])
-        if not of_build.any():
-            return shown
-        folded = self._body_of(self.frame.loc[:, of_build | (group == SETTING)])
-        return f"{shown}<details><summary>{GROUPS[2]}</summary>{folded}</details>"
+        shown, of_build = self._by_source()
+        folds = {}
+        if 0 < len(self.deciding) < len(shown):
+            folds[f"all {len(shown)} rows"] = shown
+            shown = shown.iloc[list(self.deciding)]
+        if of_build is not None:
+            folds[GROUPS[2]] = of_build
+        in_sight = self._body_of(shown) if len(shown) or not folds else ""
+        return in_sight + "".join(
+            folded(name, self._body_of(frame)) for name, frame in folds.items()
+        )
+
+    def _by_source(self) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+        """Parts what this build computed, in columns or in rows, from the rest."""
+        if self.frame.columns.nlevels == 2:
+            group = self.frame.columns.get_level_values(0)
+            of_build = group == GROUPS[2]
+            both = of_build | (group == SETTING)
+            return self.frame.loc[:, ~of_build], self.frame.loc[:, both] if of_build.any() else None
+        if "source" in self.frame:
+            of_build = (self.frame["source"] == GROUPS[2]).to_numpy()
+            if of_build.any():
+                return self.frame[~of_build], self.frame[of_build]
+        return self.frame, None
 
     def _body_of(self, frame: pd.DataFrame) -> str:
         styler = (
@@ -116,7 +136,7 @@ class Table:
     def _uuid_of(self, frame: pd.DataFrame) -> str:
         # From the content: tables on one page must not share their style rules, and equal tables
         # must be equal text.
-        names = "".join(map(str, frame.columns))
+        names = "".join(map(str, [*frame.columns, *frame.index]))
         return hashlib.sha256(f"{self!r}{names}".encode()).hexdigest()[:10]
 
     def _repr_html_(self) -> str:
@@ -124,6 +144,11 @@ class Table:
 
     def __repr__(self) -> str:
         return "\n".join([self.caption, self.frame.to_string(index=False), *self.notes])
+
+
+def folded(name: str, body: str) -> str:
+    """Folds HTML below its name, which is HTML, too."""
+    return f"<details><summary>{name}</summary>{body}</details>"
 
 
 def in_figure(caption: str, body: str, notes: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from lib import paths
 from lib.pages import all_verdicts, parameters, profiles
 from lib.pages import page as pages
 from lib.report import NOT_YET, tables
+from lib.report.style import Shown
 from lib.verdicts.evidence import compare, judge_count
 
 PARAMETERS = """profile: str = "quick"  # smoke, quick, small or paper
@@ -343,3 +344,16 @@ def test_each_side_is_drawn_the_reproduced_one_first(book, records, monkeypatch)
     assert page.each(lambda side: side.label) is None
     page.each(lambda side: side.name if "wide" not in side else None)  # None is skipped
     assert displayed == ["reproduced", "this build", "This build"]
+
+
+def test_what_is_of_this_build_is_folded_below_what_was_reproduced(book, records, monkeypatch):
+    displayed = []
+    monkeypatch.setattr(pages, "display", displayed.append)
+    page = page_of()
+    page.each(lambda side: Shown(f"<b>{side.label}</b>", side.name))
+    first, second = displayed
+    assert first.html == "<b>reproduced</b>" and repr(second) == "This build"
+    assert second.html == "<details><summary>this build</summary><b>this build</b></details>"
+    # nothing was reproduced that it could be taken for
+    page.each(lambda side: None if side is page.reproduced else Shown("<b>alone</b>", ""))
+    assert displayed[2].html == "<b>alone</b>"

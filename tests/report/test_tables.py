@@ -53,6 +53,36 @@ def test_three_groups_cells():
     )
 
 
+def in_sight_and_folded(table):
+    """The texts of the rows that stand in sight, and of each fold below them, by its name."""
+
+    def rows(part):
+        return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in part.split("<tr>")[2:]]
+
+    shown, *folds = table.body.split("<details><summary>")
+    return rows(shown), {name: rows(part) for name, part in (f.split("</summary>") for f in folds)}
+
+
+def test_rows_of_this_build_are_folded_below_the_others():
+    frame = pd.DataFrame({"source": ["reproduced", "this build"], "model": ["a", "b"]})
+    shown, folds = in_sight_and_folded(tables.table(frame, "Two."))
+    assert shown == [["reproduced", "a"]] and folds == {"this build": [["this build", "b"]]}
+    alone = tables.table(frame[1:], "One.").body
+    assert alone.startswith("<details><summary>this build</summary>") and "b</td>" in alone
+    assert "<details>" not in tables.table(frame[:1], "One.").body
+
+
+def test_a_shortened_table_has_all_of_its_rows_folded():
+    frame = pd.DataFrame({"model": list("abcd")})
+    short = tables.table(frame, "Four.").shortened(0, 2, 9)  # there is no tenth row
+    shown, folds = in_sight_and_folded(short)
+    assert shown == [["a"], ["c"]] and folds == {"all 4 rows": [["a"], ["b"], ["c"], ["d"]]}
+    # each part has its own rules of style
+    assert len(set(re.findall(r'<table id="(\w+)"', short.body))) == 2
+    whole = tables.table(frame, "Four.")
+    assert whole.shortened().body == whole.shortened(0, 1, 2, 3).body == whole.body
+
+
 def test_this_build_is_folded_apart_from_what_was_reproduced():
     shown, folded = three().body.split("<details><summary>this build</summary>")
     assert "reproduced" in shown and "published" in shown and "60.0" not in shown

@@ -1,0 +1,46 @@
+"""The order of a page: what answers its question stands below the box, how it was found behind it.
+
+A notebook computes in the order in which it explains, and its reader wants the figure and the table
+that decide first. So the executed copy shows the cells with these tags below the box, and a line in
+their former place leads there. The notebook itself keeps its order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+HEADLINES = {"headline-figure": "figure", "headline-table": "table"}  # tag -> what the cell shows
+BOX_END = "your-model"  # id of the cell below which they go
+
+
+def put_headlines_first(notebook: Any) -> None:
+    """Moves the tagged cells of an executed notebook below its box.
+
+    A label goes along where its Markdown cell has the tag, too; a code cell without output stays.
+    Nothing changes where there is no box, or in a notebook that is in this order already.
+    """
+    ids = {cell.get("id") for cell in notebook.cells}
+    if BOX_END not in ids or ids & set(HEADLINES):
+        return
+    first: list[Any] = []
+    for tag, kind in HEADLINES.items():
+        tagged = [cell for cell in notebook.cells if tag in cell.metadata.get("tags", ())]
+        if any(cell.get("outputs") for cell in tagged):
+            first += [_markdown(tag, f'<div id="{tag}"></div>'), *tagged]
+            line = f'The {kind} stands <a href="#{tag}">at the head of this page</a>.'
+            # the last tagged cell is the code below its label
+            notebook.cells.insert(notebook.cells.index(tagged[-1]), _markdown(f"{tag}-was", line))
+    numbers = {id(cell) for cell in first}
+    cells: list[Any] = []
+    for cell in notebook.cells:
+        if id(cell) not in numbers:
+            cells.append(cell)
+        if cell.get("id") == BOX_END:
+            cells += first
+    notebook.cells = cells
+
+
+def _markdown(name: str, text: str) -> Any:
+    from nbformat.v4 import new_markdown_cell
+
+    return new_markdown_cell(text, id=name)
