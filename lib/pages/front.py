@@ -18,7 +18,8 @@ from . import all_verdicts, datasets
 from .verdict_table import anchor, word_of
 
 Row = Mapping[str, Any]
-CUT = ("extracted", "static model")  # what the sentence on the clock compares to the whole model
+# what the sentence on the clock compares to the whole model, in its words
+CUT = {"extracted": "the extracted mixture", "static model": "a static pruner"}
 
 
 def page(keys: Sequence[str]) -> str:
@@ -32,10 +33,10 @@ def page(keys: Sequence[str]) -> str:
     lines = ["## Four questions", ""]
     for question in front["questions"]:
         asked = [rows[claim] for claim in question["claims"]]
-        bullets = [_bullet(row, rows) for row in asked]
-        lines += [f"**{question['ask']}** {lead(asked)}", "", *bullets, ""]
+        answered = " ".join([*said(question, rows), lead(asked)])
+        lines += [f"**{question['ask']}** {answered}", "", *_behind(asked, rows), ""]
     lines += ["The documents answer some questions [differently](contradictions.md).", ""]
-    lines += ["## I want to know ...", ""]
+    lines += ["## What do you want to do?", ""]
     for want in front["wants"]:
         lines += [*_want(want, rows), ""]
     lines += ["## The five studies", "", "::::{grid} 1 1 2 2", ":gutter: 3", ""]
@@ -76,6 +77,8 @@ def _check(front: Mapping[str, Any], rows: Mapping[str, Row], keys: Sequence[str
     claims = [claim for part in ("questions", "wants", "contradictions")
               for one in front.get(part, [])
               for claim in one.get("claims", [])]  # fmt: skip
+    claims += [claim for part in ("questions", "wants") for one in front.get(part, [])
+               for claim in one.get("says", {})]  # fmt: skip
     pages = [page for want in front["wants"] for page in want["pages"]]
     pages += [page for card in front["studies"].values() for page in card.values()]
     absent = [name for name in claims if name not in rows]
@@ -85,6 +88,30 @@ def _check(front: Mapping[str, Any], rows: Mapping[str, Row], keys: Sequence[str
             f"book/front.yaml names {', '.join(absent)}, which the book does not have: name claims "
             "of the ledger (data/papers) and pages of _toc.yml"
         )
+
+
+def said(asked: Mapping[str, Any], rows: Mapping[str, Row]) -> list[str]:
+    """Answers in a sentence for each claim under `says`: the one for its verdict, with our number.
+
+    A claim that is not decided and has no sentence for that is left to the list below the answer.
+    """
+    sentences = []
+    for claim, words in asked.get("says", {}).items():
+        if sentence := words.get(_outcome(rows[claim])):
+            sentences.append(sentence.format(ours=_numbers(rows[claim])))
+    return sentences
+
+
+def _outcome(row: Row) -> str:
+    """Says whether a claim holds, fails or is open, as `says` in the file names it."""
+    if row["verdict"] not in DECIDED:
+        return "open"
+    return "holds" if word_of(row).startswith("holds") else "fails"
+
+
+def _numbers(row: Row) -> str:
+    """Returns effect, interval and number of seeds; "" without an effect."""
+    return (row["text"] or "").partition("; ")[0] if row["effect"] is not None else ""
 
 
 def lead(asked: Sequence[Row]) -> str:
@@ -99,6 +126,16 @@ def lead(asked: Sequence[Row]) -> str:
     return f"*{way}:* {held} of {len(asked)} claims on it hold{still}."
 
 
+def _behind(asked: Sequence[Row], rows: Mapping[str, Row]) -> list[str]:
+    """Folds the claims behind an answer below it; nothing where there are none."""
+    if not asked:
+        return []
+    bullets = [_bullet(row, rows) for row in asked]
+    noun = "claim" if len(asked) == 1 else "claims"
+    summary = f"<summary>{len(asked)} {noun} behind this</summary>"
+    return [f"<details>{summary}", "", *bullets, "", "</details>"]
+
+
 def _bullet(row: Row, rows: Mapping[str, Row]) -> str:
     """Writes a claim with our number and the verdict, linked to its row of all verdicts.
 
@@ -107,8 +144,7 @@ def _bullet(row: Row, rows: Mapping[str, Row]) -> str:
     from ..report.text import plain
 
     before = f"{rows[row['part_of']]['statement']} " if row["part_of"] else ""
-    text = (row["text"] or "").partition("; ")[0] if row["effect"] is not None else ""
-    ours = f": {text}" if text else ""
+    ours = f": {_numbers(row)}" if _numbers(row) else ""
     mark = MARKS[row["verdict"] or "not tested"]
     name = f'<a href="verdicts.html#{anchor(row)}">{row["id"]}</a>'
     statement = plain(before + row["statement"].removesuffix("."))
@@ -116,51 +152,62 @@ def _bullet(row: Row, rows: Mapping[str, Row]) -> str:
 
 
 def _want(want: Mapping[str, Any], rows: Mapping[str, Row]) -> list[str]:
-    """Writes what a reader wants, the answer, and the pages that have it whole."""
-    told = [want["text"]] if "text" in want else []
+    """Writes what a reader wants, the answer, the claims behind it, and the pages that have it
+    whole."""
+    answer = said(want, rows)
     if "speed_up" in want:
-        told.append(clock(want["speed_up"]))
+        fastest, sentence = clock()
+        answer.append(sentence)
+        if want["speed_up"] > 1:
+            kept = [_outcome(rows[claim]) for claim in want["says"]][:1]
+            answer.insert(0, enough(fastest, want["speed_up"], kept[0] if kept else "open"))
+    answer += [want["text"]] if "text" in want else []
     links = ", ".join(f"[](notebooks/{key}.ipynb)" for key in want["pages"])  # MyST knows titles
     return [
         f"**{want['want']}**",
         "",
-        *(_bullet(rows[claim], rows) for claim in want.get("claims", [])),
+        " ".join([*answer, f"More: {links}."]),
         "",
-        " ".join([*told, f"More: {links}."]),
+        *_behind([rows[claim] for claim in want.get("claims", [])], rows),
     ]
 
 
-def clock(wanted: float) -> str:
-    """Says how much faster cut models are on the clock, and, above 1, whether that is enough.
+def enough(fastest: float | None, wanted: float, accuracy: str) -> str:
+    """Says whether anything here is fast enough and accurate enough.
 
-    wanted: how many times as fast as the whole model.
+    fastest: times as fast as the whole model; None = not measured. accuracy: whether the claim that
+    it is kept holds, fails or is open.
     """
+    if accuracy == "fails" or (fastest is not None and fastest < wanted):
+        return "**Nothing here does that.**"
+    if accuracy == "open" or fastest is None:
+        return "**Not known yet.**"
+    return "**Yes, as measured here.**"
+
+
+def clock() -> tuple[float | None, str]:
+    """Finds how many times as fast cut models are at best, and says it of each kind."""
     try:
         measured = speed.read(speed.file_of("short"))
     except FileNotFoundError:
-        return "No time is measured yet (`make bench`)."
+        return None, "No time is measured yet (`make bench`)."
     rows = [row for row in measured.of("models") if row.against == "whole model"]
-    parts = []
-    for kind in CUT:
-        times = {row.dtype: [] for row in rows}
+    rows = [row for row in rows if row.ours_is in CUT]
+    kinds = []
+    for kind, name in CUT.items():
+        times: dict[str, list[tuple[float, str]]] = {}
         for row in (row for row in rows if row.ours_is == kind):
-            times[row.dtype].append((row.other.median / row.ours.median, row.shape))
-        said = [f"{ratio:.2f} in {dtype} ({shape})" for dtype, found in times.items()
-                for ratio, shape in [max(found)] if found]  # fmt: skip
-        parts.append(f"{'the mixture' if kind == 'extracted' else kind} {', '.join(said)}")
-    best = max(row.other.median / row.ours.median for row in rows if row.ours_is in CUT)
+            ratio = row.other.median / row.ours.median
+            times.setdefault(row.dtype, []).append((ratio, row.shape))
+        best = (f"{ratio:.2f} in {dtype} ({shape})"
+                for dtype, found in times.items() for ratio, shape in [max(found)])  # fmt: skip
+        kinds.append(f"{name} reaches {' and '.join(best)}")
     machine = measured.about["machine"]
-    enough = ""
-    if wanted > 1:
-        enough = (
-            f" That reaches {wanted:g} times; what it costs in accuracy stands above."
-            if best >= wanted
-            else f" **Nothing here is {wanted:g} times as fast.**"
-        )
     caution = " Other work ran beside it, so these are uncertain." if measured.disturbed else ""
-    return (
-        f"At half of the neurons, times as fast as the whole model, at best: {'; '.join(parts)} "
-        f"({machine['processor']}, threads: {machine['threads']}).{enough}{caution}"
+    return max(row.other.median / row.ours.median for row in rows), (
+        f"With half of the MLPs' neurons a ViT-S could run {max(row.ideal for row in rows):.2f} "
+        f"times as fast, by its multiply-adds. Measured at best: {'; '.join(kinds)} "
+        f"({machine['processor']}, threads: {machine['threads']}).{caution}"
     )
 
 

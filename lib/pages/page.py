@@ -181,7 +181,7 @@ class Page:
 
     def verdicts(self, claims: Claims, caption: str = text.RULE) -> tables.Table:
         """Tabulates the claims of both sides with the numbers behind them."""
-        judged = [v.said_of(side.name) for side in self.sides for v in self.judged(claims, side)]
+        judged = {side.label: self.judged(claims, side) for side in self.sides}
         return text.verdicts(judged, caption)
 
     def judged(self, claims: Claims, side: Side) -> list[Verdict]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -102,6 +103,7 @@ class Table:
         return self.frame, None
 
     def _body_of(self, frame: pd.DataFrame) -> str:
+        frame = _without_blank_rows(frame)
         styler = (
             frame.style.format(escape="html").format_index(escape="html", axis=1).hide(axis="index")
         )
@@ -161,12 +163,25 @@ def in_figure(caption: str, body: str, notes: Sequence[str]) -> str:
     )
 
 
+def _without_blank_rows(frame: pd.DataFrame) -> pd.DataFrame:
+    """Leaves out settings without a value or mark in any group, such as those of a build."""
+    if frame.columns.nlevels < 2:
+        return frame
+    values = frame.loc[:, frame.columns.get_level_values(0) != SETTING]
+    filled = (values != "").any(axis=1)
+    return frame[filled] if filled.any() else frame
+
+
+# a number with its unit, interval and n; not "8 experts, 50% active", "+ mean shift" or "3 → 0"
+_NUMERIC = re.compile(r"(?!.*(?:[a-z], (?!n=)|→))(?:[+-]?\d|–)", re.DOTALL)
+
+
 def _look(cell: str) -> str:
     """Styles a cell: numbers to the right, long texts wrapped, missing and retold values paler.
 
     A cell of several lines keeps them.
     """
-    numeric = cell[:1] in "+-–0123456789" and len(cell) <= 40
+    numeric = len(cell) <= 40 and _NUMERIC.match(cell)
     paler = "color:var(--pst-color-text-muted, #6a6a6a);"  # the theme's, in light and dark
     return (
         ("text-align:right;" if numeric else "text-align:left;")

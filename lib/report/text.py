@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -51,17 +51,39 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def verdicts(judged: Iterable[Verdict], caption: str = RULE) -> Table:
-    """Makes a table of claims: what is claimed, what was published, our numbers, the verdict."""
-    rows = [(v.claim, published(v.entry), numbers(v), v.word) for v in judged]
-    frame = pd.DataFrame(rows, columns=["claim", "published", "in our records", "verdict"])
-    return table(frame, caption, wrap=True)
+def verdicts(judged: Mapping[str, Iterable[Verdict]], caption: str = RULE) -> Table:
+    """Makes a table of claims: what is claimed, what was published, our numbers, the verdict.
+
+    judged: the verdicts by the source of their records, such as "reproduced".
+    """
+    rows = [
+        (source, v.claim, published(v.entry), numbers(v), v.word)
+        for source, of_source in judged.items()
+        for v in of_source
+    ]
+    columns = ["source", "claim", "published", "in our records", "verdict"]
+    return table(pd.DataFrame(rows, columns=columns), caption, wrap=True)
 
 
 def numbers(verdict: Verdict) -> str:
-    """Returns the interval behind a verdict, or the words on all parts of a joint claim."""
+    """Returns the interval behind a verdict, or how many parts of a joint claim hold."""
     joint = verdict.entry is not None and verdict.entry.parts
-    return verdict.text if joint else verdict.text.partition(";")[0]
+    return parts_held(verdict.text) if joint else verdict.text.partition(";")[0]
+
+
+def parts_held(text: str) -> str:
+    """Counts the verdicts on parts: "1 of 3 parts holds; 2 not reproduced".
+
+    text: of a joint verdict, "A1a holds; A1b not reproduced (pilot)".
+    """
+    words = [part.partition(" ")[2].removesuffix(" (pilot)") for part in text.split("; ")]
+    others = Counter(word for word in words if not word.startswith("holds"))
+    held = len(words) - others.total()
+    if not others:
+        return f"all {len(words)} parts hold"
+    verb = "holds" if held == 1 else "hold"
+    rest = "; ".join(f"{others[word]} {word}" for word in WORDS if others[word])
+    return f"{held} of {count(len(words), 'part')} {verb}; {rest}"
 
 
 def published(entry: Claim | None) -> str:
@@ -103,6 +125,8 @@ def answer(judged: Iterable[Verdict], source: str = "Reproduced", sure: str = ""
     untested = sum(v.verdict == "not tested" for v in whole)
     if untested == len(whole):
         none = f"None of this page's {untested} claims has its records yet."
+        if untested == 1:
+            none = "The claim of this page has no records yet."
         return boxed(none, metadata=data)
     tested = sorted((v for v in whole if v.verdict != "not tested"), key=_rank)
     shown = sorted(tested[:HEAD], key=lambda v: WORDS.index(v.verdict))

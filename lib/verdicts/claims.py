@@ -31,7 +31,7 @@ joint claim all of whose parts are opposite is opposite itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from .stats import MIN_SEEDS, Difference, Interval, format_interval
@@ -93,10 +93,6 @@ class Verdict:
     def holds(self) -> bool:
         """Says whether the claim holds, at its published size or a smaller one."""
         return self.verdict.startswith("holds")
-
-    def said_of(self, source: str) -> Verdict:
-        """Returns the same verdict, its claim headed by the source that it was judged on."""
-        return replace(self, claim=f"{source}: {self.claim}")
 
 
 def judge(

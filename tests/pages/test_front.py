@@ -44,11 +44,13 @@ def test_a_line_has_verdict_claim_number_and_link():
 
 def test_what_the_book_has_not_is_named():
     content = {
-        "questions": [{"ask": "?", "claims": ["A1", "A7"]}],
+        "questions": [{"ask": "?", "claims": ["A1", "A7"], "says": {"A8": {}}}],
         "wants": [{"want": "x", "pages": ["a/one", "a/none"]}],
         "studies": {"a": {"start": "a/one", "cost": "a/gone"}},
     }
-    with pytest.raises(ValueError, match="names A7, a/none, a/gone, which the book does not have"):
+    with pytest.raises(
+        ValueError, match="names A7, A8, a/none, a/gone, which the book does not have"
+    ):
         front._check(content, {"A1": row("A1", "holds")}, ["a/one"])
 
 
@@ -71,7 +73,7 @@ def measured(tmp_path, monkeypatch, ours, load=0.2):
     monkeypatch.setattr(paths, "BENCH", tmp_path)
     whole = Timing(30.0, 29.0)
     rows = [
-        Ratio("models", "x", "batch 16", "bf16", kind, "whole model", Timing(ms, ms), whole)
+        Ratio("models", "x", "batch 16", "bf16", kind, "whole model", Timing(ms, ms), whole, 1.5)
         for kind, ms in ours.items()
     ]
     machine = {"processor": "a chip", "threads": 2, "load_average": [load, 0.0]}
@@ -81,18 +83,53 @@ def measured(tmp_path, monkeypatch, ours, load=0.2):
     assert json.loads(file.read_text())["rows"]
 
 
-def test_the_clock_says_what_is_fast_enough(tmp_path, monkeypatch):
-    assert front.clock(1.5) != "" and "`make bench`" in absent(tmp_path, monkeypatch)
+def test_the_clock_says_how_fast_each_kind_is(tmp_path, monkeypatch):
+    assert absent(tmp_path, monkeypatch) == (None, "No time is measured yet (`make bench`).")
     measured(tmp_path / "a", monkeypatch, {"extracted": 25.0, "static model": 24.0})
-    said = front.clock(1.5)
-    assert "the mixture 1.20 in bf16 (batch 16); static model 1.25 in bf16" in said
-    assert "(a chip, threads: 2). **Nothing here is 1.5 times as fast.**" in said
-    assert "uncertain" not in said and "Nothing" not in front.clock(1.0)
+    fastest, sentence = front.clock()
+    assert fastest == 1.25 and "could run 1.50 times as fast, by its multiply-adds" in sentence
+    assert "the extracted mixture reaches 1.20 in bf16 (batch 16); a static pruner" in sentence
+    assert sentence.endswith("reaches 1.25 in bf16 (batch 16) (a chip, threads: 2).")
     measured(tmp_path / "b", monkeypatch, {"extracted": 15.0, "static model": 24.0}, load=3.0)
-    said = front.clock(1.5)
-    assert "That reaches 1.5 times" in said and said.endswith("so these are uncertain.")
+    fastest, sentence = front.clock()
+    assert fastest == 2.0 and sentence.endswith("so these are uncertain.")
+
+
+@pytest.mark.parametrize(
+    "fastest, accuracy, answer",
+    [
+        (1.6, "holds", "**Yes, as measured here.**"),
+        (1.4, "holds", "**Nothing here does that.**"),
+        (1.6, "fails", "**Nothing here does that.**"),
+        (None, "fails", "**Nothing here does that.**"),
+        (None, "holds", "**Not known yet.**"),
+        (1.6, "open", "**Not known yet.**"),
+    ],
+)
+def test_a_speed_counts_only_where_accuracy_is_kept(fastest, accuracy, answer):
+    assert front.enough(fastest, 1.5, accuracy) == answer
+
+
+def test_the_sentence_of_an_answer_follows_the_verdict():
+    words = {"holds": "Yes ({ours}).", "fails": "No ({ours})."}
+    asked = {"says": {"A1": words, "A2": words, "A3": words, "A4": words | {"open": "Perhaps."}}}
+    verdicts = {"A1": "holds, smaller than published", "A2": "opposite", "A3": None, "A4": None}
+    rows = {name: row(name, word) for name, word in verdicts.items()}
+    assert front.said(asked, rows) == ["Yes (+1, n=3).", "No (+1, n=3).", "Perhaps."]
+    assert front.said({}, rows) == []
+
+
+def test_a_want_is_answered_before_its_claims(tmp_path, monkeypatch):
+    measured(tmp_path / "a", monkeypatch, {"extracted": 25.0, "static model": 24.0})
+    want = {"want": "Faster?", "pages": ["a/one"], "claims": ["A1"], "speed_up": 1.5}
+    rows = {"A1": row("A1", "opposite")}
+    lines = front._want(want | {"says": {"A1": {"fails": "It loses ({ours})."}}}, rows)
+    assert lines[0] == "**Faster?**"
+    assert lines[2].startswith("**Nothing here does that.** It loses (+1, n=3). With half of the")
+    assert lines[2].endswith("More: [](notebooks/a/one.ipynb).")
+    assert lines[4] == "<details><summary>1 claim behind this</summary>" and "A1" in lines[6]
 
 
 def absent(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "BENCH", tmp_path / "none")
-    return front.clock(1.5)
+    return front.clock()

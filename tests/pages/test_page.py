@@ -226,11 +226,11 @@ def test_the_answer_is_on_reproduced_records_and_all_verdicts_read_it(book, reco
 def test_verdicts_of_both_sides_are_headed_by_their_source(book, records, planned):
     reproduce(records)
     table = page_of().verdicts(claims)
-    assert table.frame[["claim", "published", "verdict"]].values.tolist() == [
-        ["Reproduced: MoE beats dense.", "+2.5 points", "holds (pilot)"],
-        ["Reproduced: wide beats dense", "counts from 1 point", "undecided (pilot)"],
-        ["This build: MoE beats dense.", "+2.5 points", "undecided (pilot)"],
-        ["This build: wide beats dense", "counts from 1 point", "not tested"],
+    assert table.frame[["source", "claim", "published", "verdict"]].values.tolist() == [
+        ["reproduced", "MoE beats dense.", "+2.5 points", "holds (pilot)"],
+        ["reproduced", "wide beats dense", "counts from 1 point", "undecided (pilot)"],
+        ["this build", "MoE beats dense.", "+2.5 points", "undecided (pilot)"],
+        ["this build", "wide beats dense", "counts from 1 point", "not tested"],
     ]
     assert page_of().verdicts(claims, "By hand.").caption == "By hand."
 

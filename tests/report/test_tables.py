@@ -89,6 +89,32 @@ def test_this_build_is_folded_apart_from_what_was_reproduced():
     assert "60.0" in folded and "91.5" not in folded and folded.count(">12<") == 1
 
 
+def test_a_setting_of_this_build_alone_has_no_row_among_the_others():
+    settings = pd.DataFrame({"arm": ["both", "build"]})
+    columns = {"a": [1.5, None]}, {"a": [2.5, None]}, {"a": [None, 3.5]}
+    t = tables.three_groups(settings, *columns, lambda row, group: None)
+    shown, folded = t.body.split("<details><summary>this build</summary>")
+    assert ">both<" in shown and ">build<" not in shown
+    assert ">both<" not in folded and ">build<" in folded and len(t.frame) == 2
+
+
+@pytest.mark.parametrize(
+    "cell, place",
+    [
+        ("+0.0 [-0.4, +0.5] doublings, n=3", "right"),
+        ("57.2\n±1.1, n=3", "right"),
+        ("1939 (sd 0)", "right"),
+        ("–¹", "right"),
+        ("8 experts, 50% active", "left"),
+        ("+ mean shift", "left"),
+        ("3 → 1 → 0", "left"),
+        ("", "left"),
+    ],
+)
+def test_numbers_stand_to_the_right_and_texts_to_the_left(cell, place):
+    assert f"text-align:{place}" in tables._look(cell)
+
+
 def test_table_html_scrolls_is_escaped_and_stable():
     text = three().html
     assert (
@@ -161,6 +187,21 @@ def test_the_head_lists_the_claims_of_the_document_before_ours(monkeypatch):
     ]
     first = bullets(text.answer([*judged, verdict("X.head", "ours", "holds")]))[0]
     assert first == "- ✔ *Holds:* claim X.head (X.head): +2"
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("A1a holds; A1b holds, smaller than published (pilot)", "all 2 parts hold"),
+        ("A1a opposite; A1b opposite (pilot)", "0 of 2 parts hold; 2 opposite"),
+        (
+            "A1a holds; A1b not tested; A1c opposite; A1d not tested",
+            "1 of 4 parts holds; 1 opposite; 2 not tested",
+        ),
+    ],
+)
+def test_parts_of_a_claim_are_counted_by_verdict(words, said):
+    assert text.parts_held(words) == said
 
 
 def test_a_box_is_markdown_inside_html():
