@@ -52,7 +52,8 @@ def contradictions(keys: Sequence[str]) -> str:
     lines = []
     for question in front.get("contradictions", []):
         asked = [rows[claim] for claim in question["claims"]]
-        lines += [f"## {question['ask']}", "", question["about"], ""]
+        answer = " ".join([*said(question, rows), lead(asked)])
+        lines += [f"## {question['ask']}", "", answer, "", question["about"], ""]
         for row in asked:
             study = load(row["study"])["paper"].get("short", row["study"])
             who = study if row["kind"] == "document" else f"this book, on {study}"
@@ -77,7 +78,8 @@ def _check(front: Mapping[str, Any], rows: Mapping[str, Row], keys: Sequence[str
     claims = [claim for part in ("questions", "wants", "contradictions")
               for one in front.get(part, [])
               for claim in one.get("claims", [])]  # fmt: skip
-    claims += [claim for part in ("questions", "wants") for one in front.get(part, [])
+    claims += [claim for part in ("questions", "wants", "contradictions")
+               for one in front.get(part, [])
                for claim in one.get("says", {})]  # fmt: skip
     pages = [page for want in front["wants"] for page in want["pages"]]
     pages += [page for card in front["studies"].values() for page in card.values()]
