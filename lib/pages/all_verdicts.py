@@ -30,7 +30,7 @@ def rows(keys: Sequence[str]) -> list[Row]:
     A part of a joint claim follows it, with the joint one's id in `part_of`. `verdict` is None
     where the page has not run or says nothing of the claim, and for claims with a `reason`.
     """
-    said = {claim["id"]: claim for key in keys for claim in answered(_cells(key))}
+    said = {claim["id"]: claim for key in keys for claim in answered(cells(key))}
     listed = []
     for study in in_order(ledger.studies(), keys):
         entries = (c for whole in ledger.of_study(study) for c in (whole, *whole.parts))
@@ -253,7 +253,7 @@ def as_json(keys: Sequence[str]) -> str:
     return json.dumps(rows(keys), indent=1) + "\n"
 
 
-def _cells(key: str) -> list[dict[str, Any]]:
+def cells(key: str) -> list[dict[str, Any]]:
     """Reads the cells of the executed copy; none where it is not there."""
     path = manifest.executed(key)
     return json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []

@@ -5,6 +5,7 @@ wishes of readers) and those on which the documents disagree. What is asked stan
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,8 @@ from . import all_verdicts, datasets
 from .verdict_table import anchor, word_of
 
 Row = Mapping[str, Any]
+FIGURE = "headline-figure"  # the tag of `order`
+IMAGE = re.compile(r'<img [^>]*?(alt="[^"]*" src="data:image/png;base64,[^"]*")')
 # what the sentence on the clock compares to the whole model, in its words
 CUT = {"extracted": "the extracted mixture", "static model": "a static pruner"}
 
@@ -228,6 +231,7 @@ def _card(study: str, links: Mapping[str, str], rows: Iterable[Row]) -> list[str
         f":::{{grid-item-card}} {paper.get('short', study)}",
         f"*{paper['title']}*",
         "",
+        *picture(all_verdicts.cells(links["start"])),
         f"**{counted}.** Data: {'; '.join(data) or 'none yet'}.",
         "",
         f"[](notebooks/{links['start']}.ipynb) · "
@@ -235,6 +239,19 @@ def _card(study: str, links: Mapping[str, str], rows: Iterable[Row]) -> list[str
         f'<a href="verdicts.html#study={study}">its verdicts</a>',
         ":::",
     ]
+
+
+def picture(cells: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Shows the figure at the head of an executed page once more; nothing where it has none."""
+    for cell in cells:
+        if FIGURE not in cell["metadata"].get("tags", ()):
+            continue
+        for output in cell.get("outputs", ()):
+            shown = "".join(output.get("data", {}).get("text/html", ""))
+            if found := IMAGE.search(shown):
+                style = "width:100%;height:auto;background:#fff"
+                return [f'<img class="dark-light" {found[1]} style="{style}">', ""]
+    return []
 
 
 def _colophon(rows: Iterable[Row]) -> str:

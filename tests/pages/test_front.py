@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from lib import paths
-from lib.pages import front
+from lib.pages import front, order
 from lib.paths import ROOT
 from lib.verdicts import ledger, speed
 from lib.verdicts.speed import Ratio, Timing
@@ -40,6 +40,18 @@ def test_a_line_has_verdict_claim_number_and_link():
     assert front._bullet(rows["A1"], rows) == f"- ✔ *holds, alone*: Claim A1: +1, n=3 {link}"
     said = front._bullet(rows["A1a"] | {"effect": None, "text": None}, rows)
     assert said.startswith("- – *not judged yet*: Claim A1. Claim A1a (<a href=")
+
+
+def test_a_card_shows_the_figure_at_the_head_of_its_page():
+    image = '<figure><div><img class="dark-light" alt="A line" src="data:image/png;base64,QUI=" s>'
+    of_figure = {"metadata": {"tags": ["headline-figure"]}, "outputs": [
+        {"data": {"text/html": ["<p>", image]}}, {"data": {"text/html": "<img alt='x'>"}}
+    ]}  # fmt: skip
+    other = {"metadata": {}, "outputs": [{"data": {"text/html": image.replace("A line", "B")}}]}
+    label = {"metadata": {"tags": ["headline-figure"]}, "source": "(label)="}
+    [shown, _] = front.picture([other, label, of_figure])
+    assert shown.startswith('<img class="dark-light" alt="A line" src="data:image/png;base64,QUI="')
+    assert front.picture([other]) == [] and order.HEADLINES[front.FIGURE] == "figure"
 
 
 def test_what_the_book_has_not_is_named():
