@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import manifest, order
+from . import manifest
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -26,8 +26,8 @@ def footprint(notebook: Any) -> dict[str, Any]:
 def cleaned(part: Path, moe: dict[str, Any] | None) -> str:
     """Returns the executed notebook without hidden cells and absolute paths, with its manifest.
 
-    moe: the manifest; None for a partial notebook, which keeps its chatter and its order: it is the
-    log of its failure.
+    moe: the manifest; None for a partial notebook, which keeps its chatter: it is the log of its
+    failure.
     """
     import nbformat
 
@@ -58,7 +58,6 @@ def cleaned(part: Path, moe: dict[str, Any] | None) -> str:
                 output.get("data", {}).pop(WIDGET, None)  # its figure stands in for it
     if moe is not None:
         notebook.metadata["moe"] = moe
-        order.put_headlines_first(notebook)
     return nbformat.writes(notebook)
 
 

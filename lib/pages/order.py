@@ -1,8 +1,8 @@
 """The order of a page: what answers its question stands below the box, how it was found behind it.
 
 A notebook computes in the order in which it explains, and its reader wants the figure and the table
-that decide first. So the executed copy shows the cells with these tags below the box, and a line in
-their former place leads there. The notebook itself keeps its order.
+that decide first. So the page shows the cells with these tags below the box, and a line in their
+former place leads there. The notebook and its executed copy keep their order: they run as they are.
 """
 
 from __future__ import annotations
@@ -13,8 +13,18 @@ HEADLINES = {"headline-figure": "figure", "headline-table": "table"}  # tag -> w
 BOX_END = "your-model"  # id of the cell below which they go
 
 
+def when_read(app: Any, page: str, source: list[str]) -> None:
+    """Puts a notebook into the order of a page when Sphinx reads it. source: its text, replaced."""
+    import nbformat
+
+    if str(app.env.doc2path(page)).endswith(".ipynb"):
+        notebook = nbformat.reads(source[0], as_version=4)
+        put_headlines_first(notebook)
+        source[0] = nbformat.writes(notebook)
+
+
 def put_headlines_first(notebook: Any) -> None:
-    """Moves the tagged cells of an executed notebook below its box.
+    """Moves the tagged cells of an executed notebook below its box, in memory.
 
     A label goes along where its Markdown cell has the tag, too; a code cell without output stays.
     Nothing changes where there is no box, or in a notebook that is in this order already.

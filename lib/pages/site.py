@@ -1,8 +1,9 @@
 """The pages in a browser: what Sphinx and its theme are told so that nothing stands in the way.
 
 A Sphinx extension beside `lib.pages.build`. It takes the bars off the cells of code (the script
-`book/_static/book.js` shows all code or none), leaves out scripts that ask other hosts, and writes
-what search engines and link previews read in the head of a page.
+`book/_static/book.js` shows all code or none), shows the figure and the table that decide first
+(`lib.pages.order`), leaves out scripts that ask other hosts, and writes what search engines and
+link previews read in the head of a page.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import cite, manifest, terms
+from . import cite, manifest, order, terms
 
 SCRIPT = "book.js"
 DESCRIPTION = 200  # characters of a page's first paragraph, as search engines show
@@ -145,6 +146,7 @@ def setup(app: Any) -> dict[str, bool]:
     """Registers the hooks with Sphinx; the last of the pages' hooks, to see what others added."""
     app.add_js_file(SCRIPT, priority=100)  # before the theme looks for what reaches into the margin
     app.connect("config-inited", _configure)
+    app.connect("source-read", order.when_read)
     app.connect("doctree-read", _unfold)
     app.connect("doctree-read", _add_keywords)
     app.connect("html-page-context", _head, priority=950)

@@ -236,6 +236,30 @@ def test_pages_are_light():
     assert {page: size for page, size in heavy.items() if size > HEAVIEST} == {}
 
 
+# what of a page stands where, in CSS pixels from its top: box, figure at the head, first section
+HEAD = """() => {
+  const top = selector => {
+    const found = document.querySelector(selector);
+    return found && found.getBoundingClientRect().top + window.scrollY;
+  };
+  const box = document.querySelector('article .answer').getBoundingClientRect();
+  return [box.top, box.bottom, top('#headline-figure'), top('article h2')];
+}"""
+
+
+def test_the_answer_is_on_the_first_screen_and_its_figure_right_below(tab, elements):
+    with_figure = 0
+    for page in (page for page in elements if page.startswith("notebooks/")):
+        views.opened(tab, BOOK, page)
+        top, bottom, figure, section = tab.evaluate(HEAD)
+        assert top < views.HEIGHTS[1300] / 2, page
+        if figure is not None:
+            with_figure += 1
+            assert bottom < figure < bottom + views.HEIGHTS[1300] / 2, page
+            assert figure < section, page
+    assert with_figure
+
+
 def test_figures_show_something(elements):
     poor = []
     for page, found in elements.items():

@@ -25,7 +25,16 @@ WITHOUT_FIGURE = {
     "moee/architectures": "a few models, each of another architecture",
     "your_model/models": "three shares",
 }
-CONF = 'extensions = ["myst_nb"]\nnb_execution_mode = "off"\nnumfig = True\n'
+CONF = """extensions = ["myst_nb"]
+nb_execution_mode = "off"
+numfig = True
+
+
+def setup(app):
+    from lib.pages import order
+
+    app.connect("source-read", order.when_read)
+"""
 
 
 def pixel() -> str:
@@ -99,11 +108,9 @@ def test_a_cell_without_output_stays_and_a_page_without_a_box_does():
     assert other == before
 
 
-def test_references_to_what_was_moved_resolve(tmp_path):
-    notebook = executed()
-    order.put_headlines_first(notebook)
+def test_references_resolve_and_the_notebook_on_offer_keeps_its_order(tmp_path):
     (tmp_path / "conf.py").write_text(CONF)
-    nbformat.write(notebook, tmp_path / "index.ipynb")
+    nbformat.write(executed(), tmp_path / "index.ipynb")
     command = [sys.executable, "-m", "sphinx", "-q", "-W", str(tmp_path), str(tmp_path / "html")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -113,6 +120,10 @@ def test_references_to_what_was_moved_resolve(tmp_path):
     anchors = ("headline-figure", "a-f1", "headline-table", "figure-of-table", "method")
     places = [page.index(f'id="{name}"') for name in anchors]
     assert places == sorted(places)
+    [offered] = (tmp_path / "html" / "_sources").glob("index.ipynb*")
+    assert ids(nbformat.read(offered, as_version=4)) == ids(
+        executed()
+    )  # what readers take away runs from its first cell on
 
 
 @pytest.mark.parametrize("key", build.in_book())
