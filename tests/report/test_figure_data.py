@@ -116,6 +116,15 @@ def test_hidden_names_tell_series_apart():
     assert (read[1]["from"], read[1]["to"]) == ("25", "100")
 
 
+def test_panels_take_names_from_their_row_and_joining_lines_have_no_rows():
+    fig, axes = drawn(columns=2)
+    axes[0].set(ylabel="class", title="one")
+    for ax in axes:
+        ax.plot([1, 2], [3, 4], marker="", linestyle="-")
+        ax.scatter([1], [3])
+    assert csv_of(fig) == "panel,x,class\none,1,3\n2,1,3\n"
+
+
 def test_pictures_schemes_and_empty_panels_have_none():
     fig, (ax,) = drawn()
     style.note(ax, "no record yet")
