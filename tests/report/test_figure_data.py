@@ -11,6 +11,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from test_figures import FIGURES
 
 from lib.report import figure_data, figures, maps, relations, style
 from lib.report.figure_data import csv_of
@@ -160,3 +161,12 @@ def test_too_many_numbers_have_no_link(points, linked):
     fig, (ax,) = drawn()
     ax.plot(np.arange(points) / 7, np.arange(points) / 3)
     assert ("<a " in figure_data.csv_link(fig, "Points.")) == linked
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_each_kind_of_figure_gives_rows_as_long_as_its_header_or_none(name):
+    fig = FIGURES[name]()
+    style.png(fig, dpi=40)  # as on the page, where it is read after it was drawn
+    table = list(csv.reader(io.StringIO(csv_of(fig))))
+    assert {len(row) for row in table} <= {len(table[0]) if table else 0}
+    assert not table or (len(table) > 1 and len(set(table[0])) == len(table[0]))
