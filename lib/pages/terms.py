@@ -97,7 +97,7 @@ def _pattern(form: str) -> str:
         words.append(first + re.escape(word[1:]))
     pattern = r"[\s-]+".join(words)
     if form in ALSO_VERBS:
-        before = "|".join(rf"(?<=\b{word}\s)" for word in BEFORE_NOUNS)
+        before = "|".join([r"(?<=\d\s)", *(rf"(?<=\b{word}\s)" for word in BEFORE_NOUNS)])
         pattern = f"(?:{before}){pattern}"
     return pattern
 

@@ -101,11 +101,16 @@ def _title(ax: Axes) -> str:
 
 
 def _axis_names(ax: Axes) -> tuple[str, str]:
-    """Returns the names of both axes, where need be those of a panel that shares the axis."""
-    x_siblings = ax.get_shared_x_axes().get_siblings(ax)
-    y_siblings = ax.get_shared_y_axes().get_siblings(ax)
-    x = next((_one_line(one.get_xlabel()) for one in (ax, *x_siblings) if one.get_xlabel()), "x")
-    y = next((_one_line(one.get_ylabel()) for one in (ax, *y_siblings) if one.get_ylabel()), "y")
+    """Returns the names of both axes, where need be those of a panel below, beside, or shared."""
+    place = ax.get_subplotspec()
+    panels = [one for one in ax.figure.axes if not _is_colour_bar(one)]
+    others = [one for one in panels if one.get_subplotspec() and place]
+    column = [one for one in others if one.get_subplotspec().colspan == place.colspan]
+    row = [one for one in others if one.get_subplotspec().rowspan == place.rowspan]
+    x_axes = (ax, *ax.get_shared_x_axes().get_siblings(ax), *column)
+    y_axes = (ax, *ax.get_shared_y_axes().get_siblings(ax), *row)
+    x = next((_one_line(one.get_xlabel()) for one in x_axes if one.get_xlabel()), "x")
+    y = next((_one_line(one.get_ylabel()) for one in y_axes if one.get_ylabel()), "y")
     return (f"{x} (across)", f"{y} (down)") if x == y else (x, y)
 
 
@@ -210,8 +215,13 @@ def _ends(x: float, y: float, segments: Sequence[np.ndarray]) -> Row:
 
 
 def _of_line(line: Any, segments: Sequence[np.ndarray], named: Any) -> Iterator[Drawn]:
-    """Yields the points of a line; one across the whole panel has one place."""
+    """Yields the points of a line; one across the whole panel has one place.
+
+    A line without a name or markers only joins points that are drawn as such.
+    """
     series, ax = _series(named), line.axes
+    if not series and line.get_marker() in ("", " ", "None", None):
+        return
     if line.get_transform() != ax.transData:
         if series and line.get_transform() == ax.get_yaxis_transform(which="grid"):
             yield series, None, float(line.get_ydata()[0]), {}

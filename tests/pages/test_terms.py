@@ -57,6 +57,7 @@ def test_the_first_use_is_a_link_with_the_meaning_and_the_second_is_not():
         ("one multiply-add", [("term-macs", "multiply-add")]),
         ("by MAN", [("term-MAN", "MAN")]),
         ("the run", [("term-run", "run")]),
+        ("24 runs", [("term-run", "runs")]),
     ],
 )
 def test_plurals_capitals_and_abbreviations_are_the_term(text, expected):

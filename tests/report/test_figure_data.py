@@ -11,6 +11,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from test_figures import FIGURES
 
 from lib.report import figure_data, figures, maps, relations, style
 from lib.report.figure_data import csv_of
@@ -116,6 +117,15 @@ def test_hidden_names_tell_series_apart():
     assert (read[1]["from"], read[1]["to"]) == ("25", "100")
 
 
+def test_panels_take_names_from_their_row_and_joining_lines_have_no_rows():
+    fig, axes = drawn(columns=2)
+    axes[0].set(ylabel="class", title="one")
+    for ax in axes:
+        ax.plot([1, 2], [3, 4], marker="", linestyle="-")
+        ax.scatter([1], [3])
+    assert csv_of(fig) == "panel,x,class\none,1,3\n2,1,3\n"
+
+
 def test_pictures_schemes_and_empty_panels_have_none():
     fig, (ax,) = drawn()
     style.note(ax, "no record yet")
@@ -151,3 +161,12 @@ def test_too_many_numbers_have_no_link(points, linked):
     fig, (ax,) = drawn()
     ax.plot(np.arange(points) / 7, np.arange(points) / 3)
     assert ("<a " in figure_data.csv_link(fig, "Points.")) == linked
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_each_kind_of_figure_gives_rows_as_long_as_its_header_or_none(name):
+    fig = FIGURES[name]()
+    style.png(fig, dpi=40)  # as on the page, where it is read after it was drawn
+    table = list(csv.reader(io.StringIO(csv_of(fig))))
+    assert {len(row) for row in table} <= {len(table[0]) if table else 0}
+    assert not table or (len(table) > 1 and len(set(table[0])) == len(table[0]))
