@@ -45,9 +45,11 @@ def say(*sentences: str) -> Markdown:
     return Markdown(" ".join(sentences))
 
 
-def count(number: int, noun: str) -> str:
-    """Says how many there are, such as "1 seed" or "3 seeds"."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def count(number: float, noun: str) -> str:
+    """Says how many there are, such as "1 seed", "3 seeds" or "0.5 passes"."""
+    plural = "es" if noun.endswith("s") else "s"
+    shown = f"{number:g}" if isinstance(number, float) else number
+    return f"{shown} {noun}{'' if number == 1 else plural}"
 
 
 def verdicts(judged: Mapping[str, Iterable[Verdict]], caption: str = RULE) -> Table:
