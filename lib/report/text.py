@@ -147,10 +147,11 @@ def _line(verdict: Verdict) -> str:
     entry = verdict.entry
     printed = entry is not None and entry.size is not None and entry.published_size is not None
     paper = f"paper {published(entry)}, ours " if printed else ""
-    mark = MARKS[verdict.verdict]
-    return (
-        f"- {mark} *{verdict.word.capitalize()}:* {_sentence(verdict)}: {paper}{numbers(verdict)}"
-    )
+    # a number without a unit says nothing unless one knows of what it is
+    bare = entry is not None and not entry.parts and not entry.unit and entry.statistic
+    what = f" ({plain(entry.statistic)})" if bare else ""
+    mark, ours = MARKS[verdict.verdict], numbers(verdict)
+    return f"- {mark} *{verdict.word.capitalize()}:* {_sentence(verdict)}: {paper}{ours}{what}"
 
 
 def plain(text: str) -> str:
