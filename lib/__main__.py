@@ -67,6 +67,11 @@ def _parser() -> argparse.ArgumentParser:
     pdf.add_argument(
         "pages", nargs="*", metavar="PAGE", help="such as moee/routing or verdicts (default: all)"
     )
+    pdf.add_argument(
+        "--book",
+        action="store_true",
+        help="all pages as one file with bookmarks, _build/pdf/book.pdf",
+    )
     pdf.set_defaults(do=_pdf)
     return parser
 
@@ -337,6 +342,9 @@ def _pdf(args: argparse.Namespace) -> int:
     """Prints built pages to PDF files."""
     from .pages import build, pdf
 
+    if args.book:
+        print(build.shown(pdf.print_book()), flush=True)
+        return 0
     for file in pdf.print_pages(args.pages):
         print(build.shown(file), flush=True)
     return 0

@@ -129,7 +129,7 @@ def _row(key: str, content: Mapping[str, Any] | None, records: Mapping[str, Any]
         content["profile"],
         f"{content['seconds']:.0f} s",
         str(content["machine"]["threads"]),
-        f"{finished:%Y-%m-%d&nbsp;%H:%M&nbsp;UTC}",
+        f"{finished:%Y&#8209;%m&#8209;%d %H:%M&nbsp;UTC}",
         f"{len(present)} of {len(content['records'])}",
         _age((records[record] for record in present), finished),
     ]

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from .style import COLOURS, MARKERS, figure, print_values, style
 
@@ -97,7 +98,8 @@ def _draw_variance(ax: Axes, variance: np.ndarray) -> None:
         xlabel="neuron, by cluster of most variance",
         ylabel="cluster",
     )
-    ax.figure.colorbar(image, ax=ax, label="variance", aspect=18)
+    # the usual labels are formulas, which figures do not read (style)
+    ax.figure.colorbar(image, ax=ax, label="variance", aspect=18, format=LogFormatter())
 
 
 def _draw_kept_neurons(ax: Axes, kept_neurons: np.ndarray) -> None:

@@ -8,6 +8,19 @@ import pandas as pd
 
 from .tables import Table, secondary, table
 
+# names of columns in `data/papers`, as a reader wants them
+HEADS = {
+    "dense": "dense (%)",
+    "gmacs_dense": "dense MACs (G)",
+    "gmacs": "MACs (G)",
+    "top1": "top-1 (%)",
+    "pruned": "pruned (% of neurons)",
+    "magnitude": "magnitude (%)",
+    "snip": "SNIP (%)",
+    "vbp": "VBP (%)",
+    "dvbp_ob2c": "DVBP, OB2C (%)",
+}
+
 
 def retold(published: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
     """Returns some columns under new names, each value marked as retold by the table's source.
@@ -39,4 +52,5 @@ def side_by_side(methods: Mapping[str, pd.DataFrame], columns: Mapping[str, str]
 def as_printed(published: pd.DataFrame, note: str, decimals: int = 1) -> Table:
     """Tabulates a published table with what it is about and its source, then `note`, as caption."""
     about, source = published.attrs["about"], published.attrs["source"]["table"]
-    return table(published, f"{about}; {source}. {note}", decimals=decimals)
+    caption = f"{about[:1].upper()}{about[1:]}; {source}. {note}"
+    return table(published.rename(columns=HEADS), caption, decimals=decimals)

@@ -46,9 +46,11 @@ def say(*sentences: str) -> Markdown:
     return Markdown(" ".join(sentences))
 
 
-def count(number: int, noun: str) -> str:
-    """Says how many there are, such as "1 seed" or "3 seeds"."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def count(number: float, noun: str) -> str:
+    """Says how many there are, such as "1 seed", "3 seeds" or "0.5 passes"."""
+    plural = "es" if noun.endswith("s") else "s"
+    shown = f"{number:g}" if isinstance(number, float) else number
+    return f"{shown} {noun}{'' if number == 1 else plural}"
 
 
 def verdicts(judged: Mapping[str, Iterable[Verdict]], caption: str = RULE) -> Table:
@@ -146,10 +148,11 @@ def _line(verdict: Verdict) -> str:
     entry = verdict.entry
     printed = entry is not None and entry.size is not None and entry.published_size is not None
     paper = f"paper {published(entry)}, ours " if printed else ""
-    mark = MARKS[verdict.verdict]
-    return (
-        f"- {mark} *{verdict.word.capitalize()}:* {_sentence(verdict)}: {paper}{numbers(verdict)}"
-    )
+    # a number without a unit says nothing unless one knows of what it is
+    bare = entry is not None and not entry.parts and not entry.unit and entry.statistic
+    what = f" ({plain(entry.statistic)})" if bare else ""
+    mark, ours = MARKS[verdict.verdict], numbers(verdict)
+    return f"- {mark} *{verdict.word.capitalize()}:* {_sentence(verdict)}: {paper}{ours}{what}"
 
 
 def plain(text: str) -> str:

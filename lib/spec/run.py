@@ -113,7 +113,7 @@ class RunSpec(Spec):
         ]
         if train is not None:
             parts += [
-                f"{train.epochs:g} epochs",
+                f"{train.epochs:g} epoch{'s' * (train.epochs != 1)}",
                 f"batch {train.batch}",
                 f"peak learning rate {train.lr:g}",
             ]

@@ -53,6 +53,25 @@ def test_pages_are_printed_where_a_browser_is(built):
         assert b"file:" not in content and str(built.root).encode() not in content
 
 
+def test_the_book_is_printed_as_one_with_bookmarks(built):
+    built.contents("notebooks/a/one.ipynb")
+    html = built.root / "_build" / "html"
+    shutil.copy(html / "status.html", html / "intro.html")
+    for page in ("intro.html", "notebooks/a/one.html"):
+        title = f'class="bd-article"><h1>Title of {page}</h1>'
+        text = (html / page).read_text().replace('class="bd-article">', title)
+        (html / page).write_text(text)
+    done = built.call("-m", "lib", "pdf", "--book")
+    if not any(map(shutil.which, pdf.BROWSERS)):
+        assert done.returncode == 2 and "`apt install chromium`" in done.stderr
+        return
+    assert (done.returncode, done.stdout) == (0, "_build/pdf/book.pdf\n"), done.stderr
+    content = (built.root / "_build/pdf/book.pdf").read_bytes()
+    assert content.count(b"/MediaBox [0 0 594.9") == 3  # the contents, and a sheet for each page
+    assert b"/Outlines" in content and b"(Title of notebooks/a/one.html)" in content
+    assert b"file:" not in content and not list(html.glob(".book*"))
+
+
 ON_PAPER = """<script>addEventListener("load", () => {
   dispatchEvent(new Event("beforeprint"));
   document.title = [

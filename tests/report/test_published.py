@@ -42,5 +42,7 @@ def test_an_unknown_column_is_refused():
 
 def test_as_printed_names_what_and_whence():
     shown = published.as_printed(FIRST, "Not ours.", decimals=2)
-    assert shown.caption == "what a note shows; a note. Not ours."
+    assert shown.caption == "What a note shows; a note. Not ours."
     assert list(shown.frame["cut"]) == ["30.00", "20.00"]
+    named = FIRST.rename(columns={"cut": "gmacs"})
+    assert "MACs (G)" in published.as_printed(named, "Not ours.").frame

@@ -107,6 +107,7 @@ def test_a_setting_of_this_build_alone_has_no_row_among_the_others():
         ("–¹", "right"),
         ("8 experts, 50% active", "left"),
         ("+ mean shift", "left"),
+        ("1 of 2 parts holds; 1 opposite", "left"),
         ("3 → 1 → 0", "left"),
         ("", "left"),
     ],
@@ -174,6 +175,8 @@ def test_the_head_lists_the_claims_of_the_document_before_ours(monkeypatch):
             headline=id == "X.head",
             size=None,
             published_size=None,
+            unit="" if id == "X.bare" else "points",
+            statistic="share of the tokens, less one half",
         )
         return Verdict(f"claim {id}", word, "+2", 3, entry=entry)
 
@@ -187,6 +190,8 @@ def test_the_head_lists_the_claims_of_the_document_before_ours(monkeypatch):
     ]
     first = bullets(text.answer([*judged, verdict("X.head", "ours", "holds")]))[0]
     assert first == "- ✔ *Holds:* claim X.head (X.head): +2"
+    [bare] = bullets(text.answer([verdict("X.bare", "ours", "holds")]))
+    assert bare.endswith("(X.bare): +2 (share of the tokens, less one half)")
 
 
 @pytest.mark.parametrize(
