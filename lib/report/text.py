@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from IPython.display import Markdown
 
-from ..verdicts import DECIDED, MARKS, WORDS
+from ..verdicts import DECIDED, MARKS, WORDS, count
 from ..verdicts.claims import Verdict, amount
 from . import NOT_YET
 from .tables import Table, table
@@ -44,11 +44,6 @@ def say(*sentences: str) -> Markdown:
     Pass f-strings over records.
     """
     return Markdown(" ".join(sentences))
-
-
-def count(number: int, noun: str) -> str:
-    """Says how many there are, such as "1 seed" or "3 seeds"."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def verdicts(judged: Iterable[Verdict], caption: str = RULE) -> Table:

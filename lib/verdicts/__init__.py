@@ -8,3 +8,8 @@ DECIDED = ("holds", "holds, smaller than published", "not reproduced", "opposite
 WORDS = (*DECIDED, "undecided", "not tested")
 # a mark beside each word, so that a verdict is read without its colour
 MARKS = dict(zip(WORDS, "✔◑✘⇄?–", strict=True))
+
+
+def count(number: int, noun: str) -> str:
+    """Says how many there are, such as "1 seed" or "3 seeds"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
