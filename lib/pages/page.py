@@ -170,8 +170,20 @@ class Page:
         describe = describe or (lambda p: p.base.describe())
         ours, build = (f"**{side.name}:** {describe(side.p)}." for side in self.sides)
         fold = f"<details><summary>This build</summary>\n\n{build} {BUILD}\n\n</details>"
-        others = DENSE_MODELS if self.trains_models else ""
-        return text.say(" ".join(filter(None, (ours, *more, others))) + f"\n\n{fold}")
+        return text.say(" ".join((ours, *more, *self._other_models)) + f"\n\n{fold}")
+
+    def reads(self, *more: str) -> Markdown:
+        """Says on a page that reads the records of others what they were computed on, after `more`.
+
+        Stands in the place of `intro`.
+        """
+        data = "; ".join(self.reproduced.data())
+        on_stand_ins = [f"Reproduced on {data}."] if data else []
+        return text.say(*more, *on_stand_ins, *self._other_models)
+
+    @property
+    def _other_models(self) -> list[str]:
+        return [DENSE_MODELS] if self.trains_models else []
 
     def answer(self, claims: Claims) -> Markdown:
         """Puts the main claims by verdict into a box, on the reproduced records: the head of a

@@ -368,6 +368,7 @@ def test_stand_ins_are_named_in_claim_header_and_caption(
         f"Both; {standing_in}.",
         "This build.",
     ]
+    assert page.reads("More.").data == f"More. Reproduced on {standing_in}."
     assert page.called("mnist5k") == standing_in and page.called("eurosat") == "EuroSAT"
 
 
