@@ -50,7 +50,7 @@ document.addEventListener("DOMContentLoaded", () => {
       box.querySelector(".told").textContent =
         expert < 0
           ? `Row ${row}, column ${column}: no expert takes this patch in ${block}.`
-          : `Row ${row}, column ${column}: expert ${expert} in ${block}, as ${alike} of ${experts().length} patches.`;
+          : `Row ${row}, column ${column}: expert ${expert + 1} in ${block}, as ${alike} of ${experts().length} patches.`;
     }
     function show() {
       box.querySelector("output").textContent = data.blocks[state.layer];
@@ -61,7 +61,7 @@ document.addEventListener("DOMContentLoaded", () => {
         tile.setAttribute("fill", expert < 0 ? "none" : data.colours[expert]);
         tile.setAttribute("fill-opacity", image ? 0.6 : 1);
         text.setAttribute("fill", expert < 0 ? "currentColor" : data.ink[expert]);
-        text.textContent = expert < 0 ? "–" : expert;
+        text.textContent = expert < 0 ? "–" : expert + 1;
       });
       point(state.patch);
     }

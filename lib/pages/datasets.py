@@ -32,14 +32,20 @@ def shown(row: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -> list[st
     for one in (row, *parts):
         for run in one["records"][:1]:
             if name := _data_of(run):
-                found[_called(name, one["page"])] = None
+                found[called(name, one["page"])] = None
     return list(found)
 
 
-def _called(name: str, page: str) -> str:
+def called(name: str, page: str) -> str:
+    """Names the data of a page's runs, and those of the document for which they stand in."""
     original = stand_ins(page.split("/")[0]).get(name, name)
     own = NAMES.get(name, name)
-    return own if original == name else f"{own} (stand-in for {NAMES.get(original, original)})"
+    return own if original == name else f"{own}, standing in for {NAMES.get(original, original)}"
+
+
+def is_stand_in(name: str, page: str) -> bool:
+    """Says whether the runs of a page have data of this name in place of the document's."""
+    return called(name, page) != NAMES.get(name, name)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -37,12 +37,17 @@ class Way:
         return {
             "model": _model(self.spec),
             "weights": f"from {self.spec.backbone.weights or 'random weights'}",
+            "labels": f"labels {data.label}",
+            "classes": " after ".join(dict.fromkeys(map(_classes, reversed(stages)))),
             "training images": f"{images} at {data.image_size} px",
+            "augmentation": f"augmentation {data.augment}",
             "epochs": f"{' + '.join(map(_epochs, stages))} epochs",
             "learning rate": f"learning rate {last.lr:g}",
             "batch": f"batch {last.batch}",
+            "weight decay": f"weight decay {last.weight_decay:g}",
+            "layer decay": f"layer decay {last.layer_decay:g}",
             "number format": self.spec.dtype,
-            "test images": "all" if data.test is None else f"{data.test:,}",
+            "test images": f"{'all' if data.test is None else f'{data.test:,}'} test images",
         }
 
     @functools.cached_property
@@ -60,7 +65,17 @@ class Way:
 
 
 def _epochs(run: RunSpec) -> str:
-    return f"{run.train.epochs:g}{' (reconstruction)' if run.train.mask else ''}"
+    """Says how long a stage trains, and what, where that is not all weights by labels."""
+    part = "" if run.train.trainable == "all" else f" ({run.train.trainable})"
+    return f"{run.train.epochs:g}{' (reconstruction)' if run.train.mask else part}"
+
+
+def _classes(run: RunSpec) -> str:
+    """Says which classes a stage is of, by their numbers in the data set, which begin with 0."""
+    if run.data.classes is None:
+        return "all classes"
+    first, past = run.data.classes
+    return f"classes {first} to {past - 1}"
 
 
 def _model(run: RunSpec) -> str:
@@ -146,8 +161,8 @@ def page(keys: Sequence[str]) -> str:
         lines += [
             f"**{datasets.NAMES.get(data, data)}**",
             "",
-            "| pages | test top-1 (%) | trained | test images | differs from the first row in |",
-            "| --- " * 5 + "|",
+            "| pages | test top-1 (%) | trained and tested; below, as in the first row *but* |",
+            "| --- " * 3 + "|",
             *_rows(same_data),
             "",
         ]
@@ -155,12 +170,17 @@ def page(keys: Sequence[str]) -> str:
 
 
 def _rows(same_data: Sequence[Way]) -> Iterator[str]:
-    """Writes the rows of a data set, those of the first one's backbone first."""
+    """Writes the rows of a data set, those of the first one's backbone first.
+
+    The first row says all of its way, the others in what theirs differ from it.
+    """
     first = same_data[0]
     for way in sorted(same_data, key=lambda way: way.spec.backbone != first.spec.backbone):
         parts = way.parts
-        differs = [name for name, part in parts.items() if part != first.parts[name]]
-        trained = ", ".join(part for name, part in parts.items() if name != "test images")
-        reason = "" if way is first else ", ".join(differs) or "settings that are not named here"
+        differs = [part for name, part in parts.items() if part != first.parts[name]]
+        if way is first:
+            said = ", ".join(parts.values())
+        else:
+            said = f"*but* {', '.join(differs) or 'other settings, which are not named here'}"
         links = ", ".join(f"[{key}](notebooks/{key}.ipynb)" for key in way.pages)
-        yield f"| {links} | {way.accuracy} | {trained} | {parts['test images']} | {reason} |"
+        yield f"| {links} | {way.accuracy} | {said} |"

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from IPython.display import Markdown, display
 
-from ..report import NOT_YET, tables, text
+from ..report import NOT_YET, SPEED, tables, text
 from ..report.style import Shown, show
 from ..runs.collect import Grid, collect, load
 from ..verdicts import ledger
@@ -60,7 +61,8 @@ class Side(Mapping):
 
     name: "Reproduced" or "This build", as sentences and captions begin. planned: how
     many runs the page itself plans of each name; beyond them are further seeds of claims, whose
-    absence is no gap. None = all.
+    absence is no gap. None = all. stand_ins: what to call the data of each name of runs whose data
+    stand in for the document's.
     """
 
     def __init__(
@@ -69,8 +71,10 @@ class Side(Mapping):
         p: Profile,
         records: dict[str, list[Record | None]],
         planned: Mapping[str, int] | None = None,
+        stand_ins: Mapping[str, str] | None = None,
     ):
         self.name, self.p, self.records = name, p, records
+        self.stand_ins = stand_ins or {}
         self.planned = planned or {}
 
     def __getitem__(self, key: str) -> list[Record | None]:
@@ -106,15 +110,28 @@ class Side(Mapping):
         """Returns the test top-1 in percent over the seeds of some runs; None without a record."""
         return accuracy_interval(self.get(key, []))
 
+    def data(self, keys: Keys = None) -> list[str]:
+        """Names the data of runs that stand in for those of the document."""
+        shown = self._shown(keys)
+        return list(dict.fromkeys(data for name, data in self.stand_ins.items() if shown(name)))
+
+    def about(self, caption: str, keys: Keys = None) -> str:
+        """Ends a caption with the stand-ins that it does not name itself, and with the gaps."""
+        unnamed = "; ".join(data for data in self.data(keys) if data not in caption)
+        return caption + (f" {self.name} on {unnamed}." if unnamed else "") + self.gaps(keys)
+
+    def _shown(self, keys: Keys) -> Callable[[str], bool]:
+        return keys if callable(keys) else set(self if keys is None else keys).__contains__
+
     def gaps(self, keys: Keys = None) -> str:
         """Says in a caption how many records are absent; "" if none is."""
-        shown = keys if callable(keys) else set(self if keys is None else keys).__contains__
+        shown = self._shown(keys)
         wanted = {name: group[: self.planned.get(name)] for name, group in self.items()}
         return text.gaps({name: group for name, group in wanted.items() if shown(name)})
 
     def show(self, figure: Figure, caption: str, alt: str, keys: Keys = None) -> Shown:
-        """Puts a figure on the page; its caption ends with the gaps of the runs that it shows."""
-        return show(figure, caption + self.gaps(keys), alt)
+        """Puts a figure on the page; its caption ends as in `about`, of the runs that it shows."""
+        return show(figure, self.about(caption, keys), alt)
 
 
 class Page:
@@ -131,7 +148,14 @@ class Page:
         starts = [past for runs in planned.values() for run in runs for past in run.lineage]
         self.trains_models = any(map(dense_models.is_whole, starts))
         self.build = Side("This build", p, collect(wanted))
-        self.reproduced = Side("Reproduced", self.small, load(planned, any_device=True), own)
+        stand_ins = {
+            name: datasets.called(runs[0].data.name, p.notebook)
+            for name, runs in planned.items()
+            if runs and datasets.is_stand_in(runs[0].data.name, p.notebook)
+        }
+        self.reproduced = Side(
+            "Reproduced", self.small, load(planned, any_device=True), own, stand_ins
+        )
 
     @property
     def sides(self) -> tuple[Side, Side]:
@@ -146,8 +170,20 @@ class Page:
         describe = describe or (lambda p: p.base.describe())
         ours, build = (f"**{side.name}:** {describe(side.p)}." for side in self.sides)
         fold = f"<details><summary>This build</summary>\n\n{build} {BUILD}\n\n</details>"
-        others = DENSE_MODELS if self.trains_models else ""
-        return text.say(" ".join(filter(None, (ours, *more, others))) + f"\n\n{fold}")
+        return text.say(" ".join((ours, *more, *self._other_models)) + f"\n\n{fold}")
+
+    def reads(self, *more: str) -> Markdown:
+        """Says on a page that reads the records of others what they were computed on, after `more`.
+
+        Stands in the place of `intro`.
+        """
+        data = "; ".join(self.reproduced.data())
+        on_stand_ins = [f"Reproduced on {data}."] if data else []
+        return text.say(*more, *on_stand_ins, *self._other_models)
+
+    @property
+    def _other_models(self) -> list[str]:
+        return [DENSE_MODELS] if self.trains_models else []
 
     def answer(self, claims: Claims) -> Markdown:
         """Puts the main claims by verdict into a box, on the reproduced records: the head of a
@@ -168,7 +204,7 @@ class Page:
         pilots = sum(v.pilot for v in judged if v.entry is None or v.entry.part_of is None)
         stage = f"; {text.count(pilots, 'claim')} with more seeds to come" if pilots else ""
         intervals = f"{counted}{stage}; 95% intervals over seeds and test images."
-        specs = {r.id: r.spec for name in self.reproduced for r in self.reproduced.done(name)}
+        specs = self._specs()
         used = Counter(_scale(specs[run]) for v in judged for run in v.records if run in specs)
         if not used:
             return intervals
@@ -178,6 +214,23 @@ class Page:
             documents = _scale(profile(self.p.notebook, "paper").base)
             there = f" The document's own scale: {documents}." if documents != ours else ""
         return f"{intervals} {ours}.{there}"
+
+    def called(self, data: str) -> str:
+        """Names a data set of this page, and that of the document for which it stands in."""
+        return datasets.called(data, self.p.notebook)
+
+    def _specs(self) -> dict[str, RunSpec]:
+        """Returns the spec of each reproduced record by its id."""
+        return {r.id: r.spec for name in self.reproduced for r in self.reproduced.done(name)}
+
+    def _on_its_data(self, verdict: Verdict, specs: Mapping[str, RunSpec]) -> Verdict:
+        """Names in a claim the data that stand in for those that it is about."""
+        names = dict.fromkeys(specs[run].data.name for run in verdict.records if run in specs)
+        page = self.p.notebook
+        data = [datasets.called(name, page) for name in names if datasets.is_stand_in(name, page)]
+        if not data:
+            return verdict
+        return replace(verdict, claim=f"{verdict.claim.removesuffix('.')} ({'; '.join(data)}).")
 
     def verdicts(self, claims: Claims, caption: str = text.RULE) -> tables.Table:
         """Tabulates the claims of both sides with the numbers behind them."""
@@ -203,6 +256,8 @@ class Page:
                         "ledger (data/papers) gives to it: yield some, or change its `page`"
                     )
                 _check_arms(claim, given[claim.id], plans[claim.runs_page])
+            specs = self._specs()
+            judged = [self._on_its_data(verdict, specs) for verdict in judged]
         return judged
 
     def table(
@@ -225,6 +280,7 @@ class Page:
             return group == self.reproduced.label and absent
 
         columns = [ours(side) for side in self.sides]
+        options.setdefault("reproduced_on", "; ".join(self.reproduced.data(keys)))
         return tables.three_groups(settings, published, *columns, is_planned, **options)
 
     def rows(self, of: Callable[[Side], Iterable[Mapping[str, Any]]]) -> pd.DataFrame:
@@ -232,18 +288,20 @@ class Page:
         rows = [(side.label, row) for side in self.sides for row in of(side)]
         return pd.DataFrame([{"source": label, **row} for label, row in rows])
 
-    def costs(self, limit: str | None = None, keys: Sequence[str] | None = None) -> tables.Table:
-        """Tabulates size, multiply-adds and measured speed, one run of each name.
+    def costs(self, dense: str | None = None, keys: Sequence[str] | None = None) -> tables.Table:
+        """Tabulates size and multiply-adds, one run of each name.
 
-        limit: name of the dense runs whose speed, scaled by multiply-adds, is the bound. keys: the
-        runs that are shown; None = all.
+        dense: name of the runs to whose multiply-adds the others' are compared; no model with the
+        same kinds of layers can be faster by more. keys: the runs that are shown; None = all.
         """
-        frame = self.rows(lambda side: cost_rows(side, limit, keys))
-        bound = f" Limit: the speed of {limit!r} scaled by multiply-adds." if limit else ""
+        frame = self.rows(lambda side: cost_rows(side, dense, keys))
         return tables.table(
             frame,
-            "Size, multiply-adds and measured speed, of the first seed. Other work on the same "
-            f"machine disturbed the speed, so it is a bound from below.{bound}{self.gaps(keys)}",
+            self.reproduced.about(
+                "Size and multiply-adds of an image, of the first seed. How fast such models run, "
+                f"timed alone, by device, number format and batch: see {SPEED}.",
+                keys,
+            ),
             decimals=tables.COST_DECIMALS,
         )
 

@@ -94,7 +94,8 @@ def _to_compute(keys: Sequence[str]) -> list[str]:
         if absent:
             folder = "MOE_DATA=... " if any(run.data.in_folder for run in absent) else ""
             command = f"`{folder}{fill_command(key, profiles.PUBLISHED)}`"
-            rows.append(f"| {key} | {len(absent)} of {len(runs)} | {command} |")
+            name = f"[{key}](notebooks/{key}.ipynb)"
+            rows.append(f"| {name} | {len(absent)} of {len(runs)} | {command} |")
     if not rows:
         return ["All records are there that the pages ask for."]
     return [

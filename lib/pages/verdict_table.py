@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ..verdicts import MARKS, WORDS, ledger
+from ..verdicts import MARKS, WORDS, count, ledger
 from . import datasets
 
 Row = Mapping[str, Any]
@@ -68,12 +68,9 @@ def _more(row: Row, parts: Sequence[Row], entries: Mapping[str, ledger.Claim]) -
     if runs:
         files = ", ".join(f"<code>{run}</code>" for run in runs)
         inner += f"<p>Records in <code>data/results</code>: {files}</p>"
-    counted = [_count(len(parts), "part"), _count(len(runs), "record")]
-    return f"<details><summary>{', '.join(filter(None, counted))}</summary>{inner}</details>"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' if number > 1 else ''}" if number else ""
+    listed = {"part": parts, "record": runs}
+    counted = ", ".join(count(len(items), noun) for noun, items in listed.items() if items)
+    return f"<details><summary>{counted}</summary>{inner}</details>"
 
 
 def _ours(row: Row, parts: Sequence[Row]) -> str:

@@ -13,11 +13,15 @@ import html
 # Set against the theme, whose captions are pale, thin and centred.
 CAPTION_STYLE = "text-align:left;color:inherit;font:inherit;font-size:0.92em;line-height:1.4"
 
-# links from a page in notebooks/STUDY/ to the one page that says how what is absent is computed
+# links from a page in notebooks/STUDY/: to what says how absent records are computed, and to times
 STATUS = '<a href="../../status.html#what-is-not-computed-yet">Status</a>'
+SPEED = '<a href="../foundations/speed.html">Speed</a>'
 NOT_YET = f"not computed yet (see {STATUS})"
 
 
 def escaped(text: str) -> str:
-    """Escapes a plain text for HTML; only its link to the status page stays a link."""
-    return html.escape(text).replace(html.escape(STATUS), STATUS)
+    """Escapes a plain text for HTML, but for the links of this module."""
+    escaped_text = html.escape(text)
+    for link in (STATUS, SPEED):
+        escaped_text = escaped_text.replace(html.escape(link), link)
+    return escaped_text

@@ -1,7 +1,7 @@
 """Draws where the tokens of a few classes go, expert by expert.
 
-After MoEE, Figures 3 and 4. Axis letters: **C** classes, **E** experts. Experts keep their number,
-from 0.
+After MoEE, Figures 3 and 4. Axis letters: **C** classes, **E** experts. Experts are printed by
+their `style.number`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..measure.routing import load_share
-from .style import centred_text, expert_colours, figure, style
+from .style import centred_text, expert_colours, figure, number, style
 
 __all__ = ["class_shares"]
 
@@ -67,7 +67,7 @@ def _draw_bars(ax: Axes, shares: np.ndarray) -> None:
             )
             if part > READABLE:
                 middle = 100 * (left + part / 2)
-                centred_text(ax, middle, bar, str(expert), colours[expert], 7.5)
+                centred_text(ax, middle, bar, str(number(expert)), colours[expert], 7.5)
             left += part
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)

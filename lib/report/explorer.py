@@ -24,7 +24,7 @@ from PIL import Image
 from ..verdicts.masks import first_choices
 from .overlays import as_picture, spread, token_grid, token_maps, token_view
 from .probes import absent_images, probe_images, probe_names
-from .style import Shown, expert_colours, figure, png, show, style, text_colour
+from .style import Shown, expert_colours, figure, number, png, show, style, text_colour
 
 __all__ = ["Explorer", "explorer", "of_record"]
 
@@ -74,12 +74,12 @@ class Explorer:
                 grid=self.grid,
                 highlight=expert,
             )
-            title = f"{self.names[image]}, block {self.blocks[layer] + 1}"
+            title = f"{self.names[image]}, block {number(self.blocks[layer])}"
             if expert is not None:
                 patches = self.token_expert[layer, image][self.prefix :]
                 patches = patches[patches >= 0]
                 count = int((patches == expert).sum())
-                title += f", {count} of {patches.size} patches to expert {expert}"
+                title += f", {count} of {patches.size} patches to expert {number(expert)}"
             axes[0, 0].set_title(title)
         return png(fig, dpi=110)
 
@@ -102,13 +102,13 @@ class Explorer:
             description="block",
             style=wide,
             value=len(self.blocks) - 1,
-            options=[(str(b + 1), i) for i, b in enumerate(self.blocks)],
+            options=[(str(number(b)), i) for i, b in enumerate(self.blocks)],
         )
         expert = ipywidgets.Dropdown(
             description="expert",
             style=wide,
             value=None,
-            options=[("all", None), *((str(e), e) for e in range(self.experts))],
+            options=[("all", None), *((str(number(e)), e) for e in range(self.experts))],
         )
 
         def redraw(_change: Any) -> None:
@@ -146,7 +146,7 @@ class Explorer:
         content = {
             "images": list(images),
             "names": self.names[:count],
-            "blocks": [block + 1 for block in self.blocks],
+            "blocks": [number(block) for block in self.blocks],
             "grid": [rows, columns],
             "colours": [mpl.colors.to_hex(colour) for colour in colours],
             "ink": [text_colour(colour) for colour in colours],
@@ -236,7 +236,7 @@ def _what_maps_show(record: Any, shown: int) -> str:
     for layer in spread(len(record.moe)):
         masks = first_choices(record, layer)[:shown]
         used = [len(np.unique(mask[mask >= 0])) for mask in masks]
-        number = f"{min(used)}" if min(used) == max(used) else f"{min(used)} to {max(used)}"
-        block, experts = record.moe[layer]["block"] + 1, len(record.moe[layer]["load"])
-        sentences.append(f"Block {block}: {number} of {experts} experts an image.")
+        shared = f"{min(used)}" if min(used) == max(used) else f"{min(used)} to {max(used)}"
+        block, experts = number(record.moe[layer]["block"]), len(record.moe[layer]["load"])
+        sentences.append(f"Block {block}: {shared} of {experts} experts an image.")
     return " ".join(sentences)

@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from ..verdicts.routing import information
 from ..verdicts.stats import Interval, finished, mean_interval
 from .errorbars import Value, errorbar
-from .style import COLOURS, LINES, MARKERS, figure, legend_above, note, style
+from .style import COLOURS, LINES, MARKERS, figure, legend_above, note, number, style
 
 __all__ = [
     "Curve",
@@ -202,7 +202,7 @@ def depth_information(
     samples = record.test["n"] if about == "class" else None
     of_layers = [information(table, samples=samples) for table in tables]
     values = np.array([i.corrected if corrected else i.normalised for i in of_layers])
-    return np.array([m["block"] + 1 for m in record.moe]), values
+    return np.array([number(m["block"]) for m in record.moe]), values
 
 
 def information_by_depth(

@@ -14,7 +14,7 @@ from ..verdicts.routes import images_by_expert, main_expert
 from .maps import class_names
 from .overlays import as_picture, bare
 from .probes import test_images
-from .style import WIDTH, figure, note, style
+from .style import WIDTH, figure, note, number, style
 
 __all__ = ["images_of_experts", "what_experts_get"]
 
@@ -42,7 +42,7 @@ def images_of_experts(record: Any, layer: int = -1) -> Figure:
                 ax.imshow(as_picture(image))
             if not images:
                 note(row[0], "no image")
-            row[0].set_ylabel(f"expert {expert}", rotation=0, ha="right", va="center")
+            row[0].set_ylabel(f"expert {number(expert)}", rotation=0, ha="right", va="center")
     return fig
 
 
@@ -52,7 +52,7 @@ def what_experts_get(record: Any, layer: int = -1) -> str:
     parts = []
     for expert, count_of_class in enumerate(images_by_expert(record, layer).T):
         images, most = count_of_class.sum(), count_of_class.argmax()
-        parts.append(f"expert {expert}: {images} images")
+        parts.append(f"expert {number(expert)}: {images} images")
         if images:
             parts[-1] += f", {100 * count_of_class[most] / images:.0f}% of class {names[most]}"
     return "; ".join(parts)

@@ -1,7 +1,7 @@
 """Draws where classes go: heatmaps and loads, from the tables that a record keeps.
 
 Axis letters: **M** MoE layers from the shallowest to the deepest, **C** classes, **E** experts.
-Blocks and layers are printed 1-based; experts keep their number, from 0.
+Blocks and experts are printed by their `style.number`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..verdicts.routes import images_by_expert
 from ..verdicts.routing import information, max_vio
 from .overlays import as_picture, bare, row_name, spread
 from .probes import probe_images, probe_names
-from .style import WIDTH, centred_text, expert_colours, figure, style
+from .style import WIDTH, centred_text, expert_colours, figure, number, style
 
 __all__ = [
     "class_expert_counts",
@@ -93,7 +93,7 @@ def class_expert_heatmap(record: Any, layers: Sequence[int] | None = None) -> Fi
         for ax, layer, table in zip(axes[0], chosen, tables, strict=True):
             image = _draw_shares(ax, table[order], edges)
             value = information(counts[layer], samples=record.test["n"]).corrected
-            block = record.moe[layer]["block"] + 1
+            block = number(record.moe[layer]["block"])
             ax.set(title=f"block {block}\nI/H = {value:.2f}", xlabel="expert")
         names = class_names(record, classes)
         axes[0, 0].set_yticks(range(classes), [names[c] for c in order], fontsize=name_size)
@@ -130,7 +130,7 @@ def class_expert_counts(records: dict[str, Any], layer: int = -1) -> Figure:
                 background = image.cmap(share[row, column])[:3]
                 centred_text(ax, column, row, str(count), background, 8)
             ax.set(title=f"{fill(label, 24)}\n({unit})", xlabel="expert")
-            ax.set_xticks(range(counts.shape[1]))
+            ax.set_xticks(range(counts.shape[1]), map(number, range(counts.shape[1])))
             ax.set_yticks(range(len(counts)), class_names(record, len(counts)))
             ax.grid(False)
         axes[0, 0].set_ylabel("class")
@@ -156,7 +156,8 @@ def _draw_shares(ax: Axes, table: np.ndarray, edges: np.ndarray) -> AxesImage:
     mean_row = (table * rows).sum(0) / np.maximum(table.sum(0), 1e-12)
     experts = np.argsort(mean_row, kind="stable")
     image = ax.imshow(table[:, experts], vmin=0, vmax=1, aspect="auto")
-    ax.set_xticks(range(len(experts)), experts, fontsize=8.5 if len(experts) <= 8 else 6.5)
+    size = 8.5 if len(experts) <= 8 else 6.5
+    ax.set_xticks(range(len(experts)), map(number, experts), fontsize=size)
     ax.grid(False)
     ax.tick_params(length=2)
     for edge in edges:
@@ -187,7 +188,7 @@ def classes_by_expert(record: Any, layer: int = -1) -> list[dict[str, Any]]:
         text = ", ".join(f"{names[c]} {100 * share_of_class[c]:.0f}" for c in classes)
         rows.append(
             {
-                "expert": expert,
+                "expert": number(expert),
                 "load (%)": round(100 * load[expert], 1),
                 "classes that prefer it (share, %)": text or "none",
             }
@@ -219,13 +220,14 @@ def expert_loads(record: Any) -> Figure:
                     linewidth=0.8,
                 )
                 if share > 0.04:  # room for a number
-                    centred_text(ax, x, bottom + 50 * share, str(e), colours[e], 8)
+                    middle = bottom + 50 * share
+                    centred_text(ax, x, middle, str(number(e)), colours[e], 8)
                 bottom += 100 * share
             ax.text(x, 101.5, f"{max_vio(m['load']):.2f}", ha="center", va="bottom", fontsize=8)
         ax.set(xlabel="block (1 = first)", ylabel="share of assignments (%)", ylim=(0, 108))
         key = f"in a bar: expert (of {widest})\nabove it: MaxVio, largest load / mean load - 1"
         ax.set_title(key, fontsize=8.5, loc="left")
-        ax.set_xticks(range(len(record.moe)), [m["block"] + 1 for m in record.moe])
+        ax.set_xticks(range(len(record.moe)), [number(m["block"]) for m in record.moe])
         ax.set_yticks(range(0, 101, 20))
         ax.grid(axis="x", visible=False)
     return fig

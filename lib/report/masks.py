@@ -1,7 +1,7 @@
 """Draws what single experts see of an image: their masks, and the GradCAM on their patches.
 
 Axis letters: **E** experts, **P** probe images, **N** tokens, **h**, **w** rows and columns of
-patches. Blocks are printed 1-based; experts keep their number, from 0.
+patches. Blocks and experts are printed by their `style.number`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from ..verdicts.masks import first_choices
 from .overlays import as_picture, bare, draw_dimmed, row_name, token_grid
 from .probes import probe_images, probe_names
-from .style import WIDTH, figure, style
+from .style import WIDTH, figure, number, style
 
 __all__ = ["cam_masks", "cam_shares", "expert_masks", "say_masks"]
 
@@ -43,7 +43,9 @@ def expert_masks(
     images = [probe_images(record) for _, record, _ in rows]
     with_images = all(of_record is not None for of_record in images)
     titles = ["image"] * with_images
-    titles += [f"block {first.moe[layer]['block'] + 1}\nexpert {e}" for layer, e in columns]
+    titles += [
+        f"block {number(first.moe[layer]['block'])}\nexpert {number(e)}" for layer, e in columns
+    ]
     side = (WIDTH - 0.6) / max(len(titles), 5)
     with style():
         fig, axes = figure(
@@ -74,7 +76,7 @@ def say_masks(rows: Sequence[tuple[str, Any, int]], layers: Sequence[int] = (-1,
     for layer in layers:
         masks = [first_choices(record, layer)[probe] for _, record, probe in rows]
         whole = sum(int(np.ptp(mask) == 0) for mask in masks)
-        block = rows[0][1].moe[layer]["block"] + 1
+        block = number(rows[0][1].moe[layer]["block"])
         sentences.append(
             f"In block {block} one expert has all patches in {whole} of {len(masks)} rows."
         )
@@ -141,7 +143,10 @@ def cam_masks(
     expert_of_patch = first_choices(record, layer, prefix)[:shown]
     experts = range(len(record.moe[layer]["load"]))
     images, names = probe_images(record, shown), probe_names(record)
-    titles = ["image"] * (images is not None) + ["GradCAM", *(f"expert {e}" for e in experts)]
+    titles = ["image"] * (images is not None) + [
+        "GradCAM",
+        *(f"expert {number(e)}" for e in experts),
+    ]
     side = (WIDTH - 0.6) / max(len(titles), 6)
     with style():
         fig, axes = figure(

@@ -1,8 +1,8 @@
 """Draws images with the expert of each patch over them, and with them what a page shows of images.
 
 Axis letters: **M** MoE layers from the shallowest to the deepest, **E** experts, **P** probe
-images, **N** tokens (prefix tokens first), **h**, **w** height and width. Blocks are printed
-1-based; experts keep their number, from 0.
+images, **N** tokens (prefix tokens first), **h**, **w** height and width. Blocks and
+experts are printed by their `style.number`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from .style import WIDTH, centred_text, expert_colours, figure, style
+from .style import WIDTH, centred_text, expert_colours, figure, number, style
 
 OPACITY = 0.6  # of an expert's colour over the image
 
@@ -122,7 +122,7 @@ def token_view(
     if all_agree and expert >= 0 and highlight in (None, expert):
         _print_expert(ax, columns / 2, rows / 2, expert, colours[expert], opacity, 13)
     if prefix and expert_of_token[0] >= 0:
-        ax.set_xlabel(f"class token: {int(expert_of_token[0])}", fontsize=8, labelpad=2)
+        ax.set_xlabel(f"class token: {number(expert_of_token[0])}", fontsize=8, labelpad=2)
     ax.set(xlim=(0, columns), ylim=(rows, 0))
     bare(ax)
 
@@ -156,7 +156,7 @@ def _print_expert(
 ) -> None:
     # what the eye sees: the colour over the image, whose pixels are 0.7 or so
     background = opacity * np.array(colour) + (1 - opacity) * 0.7
-    centred_text(ax, x, y, str(expert), background, size)
+    centred_text(ax, x, y, str(number(expert)), background, size)
 
 
 def token_maps(
@@ -185,7 +185,7 @@ def token_maps(
             f"got {token_expert.shape}"
         )
     chosen = spread(len(blocks)) if layers is None else list(layers)
-    titles = [f"block {blocks[layer] + 1}" for layer in chosen]
+    titles = [f"block {number(blocks[layer])}" for layer in chosen]
     if images is not None:
         titles.insert(0, "image")
     columns = len(titles)
@@ -246,5 +246,6 @@ def expert_bar(fig: Figure, axes: list[Axes], experts: int, remark: str = "") ->
         pad=0.15 / fig.get_figheight(),
         label=f"expert ({remark})" if remark else "expert",
     )
-    bar.set_ticks(range(0, experts, 1 if experts <= 16 else experts // 8))
+    shown = range(0, experts, 1 if experts <= 16 else experts // 8)
+    bar.set_ticks(shown, labels=list(map(number, shown)))
     bar.ax.grid(False)

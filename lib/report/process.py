@@ -11,7 +11,7 @@ from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from .style import COLOURS, MARKERS, figure, print_values, style
+from .style import COLOURS, MARKERS, figure, number, print_values, style
 
 __all__ = ["extraction"]
 
@@ -32,7 +32,8 @@ def extraction(
     cluster_of_token: (n,), -1 for none; variance: (K, H) of each neuron on each cluster;
     kept_neurons: (K, H) true where an expert has the neuron; routed: (K, K) share of each cluster's
     tokens by expert. Neurons stand in one order in both panels: by the cluster on which they vary
-    most. The K largest clusters, at most six, are drawn. Raises ValueError without a cluster.
+    most. The K largest clusters, at most six, are drawn, by the
+    `style.number` of their experts. Raises ValueError without a cluster.
     """
     if not len(variance):
         raise ValueError(
@@ -43,7 +44,7 @@ def extraction(
     variance, kept_neurons = variance[largest], kept_neurons[largest]
     routed = routed[largest][:, largest]
     order = np.lexsort((-variance.max(axis=0), variance.argmax(axis=0)))
-    names = [str(cluster) for cluster in largest]
+    names = [str(number(cluster)) for cluster in largest]
     with style():
         fig, axes = figure(2, 2, height=5.6)
         token_panel, variance_panel, neuron_panel, route_panel = axes.flat
@@ -70,7 +71,7 @@ def _draw_tokens(
             marker=MARKERS[i],
             markersize=3,
             linestyle="",
-            label=str(cluster),
+            label=str(number(cluster)),
         )
     ax.set(
         title="1  tokens are clustered",

@@ -10,7 +10,17 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogFormatter, NullLocator, ScalarFormatter
 
-from .style import COLOURS, LINES, MAP, MARKERS, figure, legend_above, print_values, style
+from .style import (
+    COLOURS,
+    LINES,
+    MAP,
+    MARKERS,
+    figure,
+    legend_above,
+    number,
+    print_values,
+    style,
+)
 
 __all__ = ["Spot", "cluster_tree", "clouds", "front", "matrices", "scatter", "surface"]
 
@@ -134,8 +144,9 @@ def matrices(panels: dict[str, Sequence[Sequence[float]]], label: str, low: floa
             table = np.array(table)
             image = ax.imshow(table, vmin=low, vmax=1.0)
             ax.set(title=title, xlabel="expert", ylabel="expert")
-            ax.set_xticks(range(0, len(table), 1 if len(table) <= 8 else max(4, len(table) // 4)))
-            ax.set_yticks(ax.get_xticks())
+            shown = range(0, len(table), 1 if len(table) <= 8 else max(4, len(table) // 4))
+            for axis in (ax.xaxis, ax.yaxis):
+                axis.set_ticks(shown, map(number, shown))
             ax.grid(False)
             if len(table) <= 6:
                 print_values(ax, image, table, _short, 7)

@@ -26,7 +26,7 @@ from .overlays import (
     token_grid,
     token_view,
 )
-from .style import WIDTH, centred_text, expert_colours, figure, print_values, style
+from .style import WIDTH, centred_text, expert_colours, figure, number, print_values, style
 
 __all__ = [
     "checker_maps",
@@ -52,8 +52,8 @@ def layer_shares(records: dict[str, Any]) -> Figure:
             table = np.array([m["load"] for m in record.moe])
             image = ax.imshow(100 * table, vmin=0, vmax=100, aspect="auto")
             ax.set(title=label, xlabel="expert")
-            ax.set_xticks(range(table.shape[1]))
-            ax.set_yticks(range(len(table)), [m["block"] + 1 for m in record.moe])
+            ax.set_xticks(range(table.shape[1]), map(number, range(table.shape[1])))
+            ax.set_yticks(range(len(table)), [number(m["block"]) for m in record.moe])
             ax.grid(False)
             print_values(ax, image, 100 * table, "{:.0f}".format, 7.5)
         axes[0, 0].set_ylabel("block (1 = first)")
@@ -77,7 +77,7 @@ def routes(record: Any, labels: Sequence[int], columns: int = 4) -> Figure:
         for ax, label in zip(axes.flat, labels, strict=False):
             _draw_route(ax, *main_route(record, label), experts)
             ax.set(title=fill(names[label], 20), xlabel="block (1 = first)")
-            ax.set_xticks(range(len(record.moe)), [m["block"] + 1 for m in record.moe])
+            ax.set_xticks(range(len(record.moe)), [number(m["block"]) for m in record.moe])
         for ax in axes[:, 0]:
             ax.set_ylabel("main expert\n(thick: most tokens)")
     return fig
@@ -105,7 +105,7 @@ def _draw_route(ax: Axes, path: list[int], share: list[float], experts: int) -> 
         zorder=3,
     )
     ax.set(ylim=(experts - 0.5, -0.5), xlim=(-0.4, len(path) - 0.6))
-    ax.set_yticks(range(experts))
+    ax.set_yticks(range(experts), map(number, range(experts)))
 
 
 def shared_routes(
@@ -123,7 +123,11 @@ def shared_routes(
         classes_of_route.setdefault(tuple(route), []).append(names[label])
     ordered = sorted(classes_of_route.items(), key=lambda item: (-len(item[1]), item[0]))
     return [
-        {ROUTE: " → ".join(map(str, route)), "classes": len(classes), "which": ", ".join(classes)}
+        {
+            ROUTE: " → ".join(str(number(e)) for e in route),
+            "classes": len(classes),
+            "which": ", ".join(classes),
+        }
         for route, classes in ordered
         if len(classes) >= least
     ]
@@ -188,11 +192,12 @@ def position_maps(
                 if max(rows, columns) <= 8:
                     for place, expert in enumerate(favourite):
                         row_of_place, column = divmod(place, columns)
-                        centred_text(ax, column, row_of_place, str(expert), colour[place], 8)
+                        name = str(number(expert))
+                        centred_text(ax, column, row_of_place, name, colour[place], 8)
                 bare(ax)
             row[0].set_ylabel(label, fontsize=8.5)
         for ax, layer in zip(axes[0], chosen, strict=True):
-            ax.set_title(f"block {first.moe[layer]['block'] + 1}")
+            ax.set_title(f"block {number(first.moe[layer]['block'])}")
         expert_bar(fig, list(axes.ravel()), experts, "paler: fewer of a place's tokens")
     return fig
 
@@ -223,7 +228,7 @@ def checker_maps(records: dict[str, Any], cells: int = 4, prefix: int = 1) -> Fi
                 token_view(
                     ax, board, record.arrays["checker_expert"][layer], experts, prefix=prefix
                 )
-        titles = ["image", *(f"block {first.moe[layer]['block'] + 1}" for layer in chosen)]
+        titles = ["image", *(f"block {number(first.moe[layer]['block'])}" for layer in chosen)]
         for ax, title in zip(axes[0], titles, strict=True):
             ax.set_title(title)
         tiles = [r.arrays["checker_expert"][chosen][:, prefix:] for r in records.values()]

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from .style import centred_text, expert_colours, figure, style
+from .style import centred_text, expert_colours, figure, number, style
 
 __all__ = ["blocks", "moe_layer"]
 
@@ -109,7 +109,7 @@ def _draw_mixture(ax: Axes, experts: int) -> None:
     for i, colour in enumerate(expert_colours(experts)):
         x = (i - (experts - 1) / 2) * step
         is_passed_by = i == 1
-        _box(ax, x, EXPERT_Y, str(i), colour, width=0.8 * step, height=0.5)
+        _box(ax, x, EXPERT_Y, str(number(i)), colour, width=0.8 * step, height=0.5)
         near = 0.25 * x  # arrows leave and reach the boxes around their middle
         _arrow(ax, (near, ROUTER_Y + 0.27), (x, EXPERT_Y - 0.27), dashed=not is_passed_by)
         _arrow(ax, (x, EXPERT_Y + 0.27), (near, SUM_Y - 0.27), dashed=not is_passed_by)
@@ -122,11 +122,13 @@ def _draw_experts(ax: Axes, expert_rows: list[float], middle: float) -> None:
     """Draws each expert, with an arrow from the dispatcher and one, with its weight, to the sum."""
     colours = expert_colours(len(expert_rows))
     for i, y in enumerate(expert_rows):
-        _box(ax, EXPERT_X, y, f"expert {i}", colours[i])
+        _box(ax, EXPERT_X, y, f"expert {number(i)}", colours[i])
         _arrow(ax, (4.05, middle), (5.2, y))
         _arrow(ax, (7.0, y), (8.8, middle + 0.18 * (y - middle)))
         above_or_below = 0.2 if y >= middle else -0.2
-        ax.text(7.35, y + above_or_below, f"$w_{i}$", fontsize=9, ha="center", va="center")
+        ax.text(
+            7.35, y + above_or_below, f"$w_{{{number(i)}}}$", fontsize=9, ha="center", va="center"
+        )
 
 
 def _draw_router_arrows(ax: Axes, experts: int, middle: float, router_row: float) -> None:

@@ -37,6 +37,7 @@ __all__ = [
     "figure",
     "luma",
     "note",
+    "number",
     "png",
     "print_values",
     "show",
@@ -114,6 +115,14 @@ def figure(
     fig = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(fig)
     return fig, fig.subplots(rows, columns, squeeze=False, **subplots)
+
+
+def number(index: int) -> int:
+    """Returns the number by which pages know a block or an expert, of its index: the first is 1.
+
+    Documents count blocks so, and experts of a figure stand beside blocks. Records count from 0.
+    """
+    return int(index) + 1
 
 
 def note(ax: Axes, text: str) -> None:

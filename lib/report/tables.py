@@ -25,13 +25,8 @@ __all__ = ["COST_DECIMALS", "GROUPS", "Secondary", "Table", "secondary", "table"
 GROUPS = ("published", "reproduced", "this build")
 SETTING = "setting"  # the group of the columns that say what a row is
 MISSING = "–"  # the cell of a record that is not there
-# Decimals of the columns that speed and size tables share: rates are noisy in their first digits,
-# small models are small.
+# Decimals of the columns that tables of sizes share: small models are small.
 COST_DECIMALS = {
-    "training (images/s)": 0,
-    "limit (images/s)": 0,
-    "evaluation (images/s)": 0,
-    "features (images/s)": 0,
     "stored (M)": 3,
     "active (M)": 3,
     "parameters (M)": 3,
@@ -297,6 +292,7 @@ def three_groups(
     caption: str = "",
     decimals: int = 1,
     notes: Sequence[str] = (),
+    reproduced_on: str = "",
 ) -> Table:
     """Puts published, reproduced and this build beside each other, never mixed.
 
@@ -312,8 +308,10 @@ def three_groups(
     index_frame: the settings, one row each (E, L, shared, ...). published, reproduced, build:
     {column: one cell a row}; an empty mapping leaves the group out of sight for published and gives
     one empty column for the others. is_planned: says of row number and group whether an empty cell
-    of the last two groups waits for a record, and is marked; the others stay blank. The interval is
-    named in a note wherever one is printed. Raises ValueError for a column of another length.
+    of the last two groups waits for a record, and is marked; the others stay blank. reproduced_on:
+    the data of that group, where they stand in for the published ones; its header names them. The
+    interval is named in a note wherever one is printed. Raises ValueError for a column of another
+    length.
     """
     rows, below = len(index_frame), Notes()
     cells: dict[tuple[str, str], list[str]] = {}
@@ -332,8 +330,11 @@ def three_groups(
                 _cell_of_group(value, decimals, below, group, is_planned(row, group))
                 for row, value in enumerate(values)
             ]
+    headers = {GROUPS[1]: f"{GROUPS[1]} on {reproduced_on}"} if reproduced_on else {}
     frame = pd.DataFrame(cells, dtype=object)
-    frame.columns = pd.MultiIndex.from_tuples(list(cells))
+    frame.columns = pd.MultiIndex.from_tuples(
+        [(headers.get(group, group), name) for group, name in cells]
+    )
     caption = caption or "Published, reproduced and this build."
     return Table(frame, caption, (*notes, *below.lines()))
 

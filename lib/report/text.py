@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from IPython.display import Markdown
 
-from ..verdicts import DECIDED, MARKS, WORDS
+from ..verdicts import DECIDED, MARKS, WORDS, count
 from ..verdicts.claims import Verdict, amount
 from . import NOT_YET
 from .tables import Table, table
@@ -44,13 +44,6 @@ def say(*sentences: str) -> Markdown:
     Pass f-strings over records.
     """
     return Markdown(" ".join(sentences))
-
-
-def count(number: float, noun: str) -> str:
-    """Says how many there are, such as "1 seed", "3 seeds" or "0.5 passes"."""
-    plural = "es" if noun.endswith("s") else "s"
-    shown = f"{number:g}" if isinstance(number, float) else number
-    return f"{shown} {noun}{'' if number == 1 else plural}"
 
 
 def verdicts(judged: Mapping[str, Iterable[Verdict]], caption: str = RULE) -> Table:

@@ -125,7 +125,7 @@ def test_the_page_shows_published_beside_ours(book, monkeypatch):
     shown = {name: headlines[name] for name in ("Paper", "Ours", "Verdict", "Seeds", "Data")}
     assert shown == {
         "Paper": "+2.0 points", "Ours": "+1.0", "Verdict": "✔ holds", "Seeds": "3, pilot",
-        "Data": "pictures (stand-in for photos & more)",
+        "Data": "pictures, standing in for photos & more",
     }  # fmt: skip
     assert others["Verdict"] == "✔ holds, alone" and others["Data"] == ""
     joint = tables.rows["A9"]

@@ -9,6 +9,7 @@ import pytest
 from lib.__main__ import main
 from lib.pages import profiles, status
 from lib.runs import collect as runs
+from lib.spec import RunSpec
 
 
 @pytest.fixture
@@ -139,3 +140,20 @@ def test_the_status_page_tells_where_records_were_computed(monkeypatch):
         and "Of them 1 start" in page
     )
     assert page.count("4 of 5") == 2 and "2026-01-01,&nbsp;3&nbsp;days&nbsp;before" in page
+
+
+def test_the_status_page_has_the_commands_of_what_is_absent_once(monkeypatch):
+    in_folder = RunSpec(data={"name": "eurosat"})
+    plans = {"a/one": {"arm": [RunSpec(), RunSpec(seed=1)], "same": [RunSpec()]},
+             "a/two": {"arm": [in_folder]}, "a/whole": {"arm": [RunSpec(seed=2)]}}  # fmt: skip
+    monkeypatch.setattr(status.profiles, "has_profile", lambda key, name: key in plans)
+    monkeypatch.setattr(status.profiles, "plan", lambda key, name: plans[key])
+    monkeypatch.setattr(status.manifest, "read", lambda key: None)
+    monkeypatch.setattr(status.coverage, "has_record", lambda run: run.seed == 2)
+    page = status.page([*plans, "a/prose"])
+    assert "| [a/one](notebooks/a/one.ipynb) | 2 of 2 | `python -m lib run a/one" in page
+    command = "python -m lib run a/two --profile small --records"
+    assert f"| 1 of 1 | `MOE_DATA=... {command}` |" in page and page.count(command) == 1
+    assert "python -m lib run a/whole" not in page
+    monkeypatch.setattr(status.coverage, "has_record", lambda run: True)
+    assert "All records are there that the pages ask for." in status.page(list(plans))

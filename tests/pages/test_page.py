@@ -9,7 +9,7 @@ import pytest
 from lib import paths
 from lib.pages import all_verdicts, parameters, profiles
 from lib.pages import page as pages
-from lib.report import NOT_YET, tables
+from lib.report import NOT_YET, SPEED, tables
 from lib.report.style import Shown
 from lib.verdicts.evidence import compare, judge_count
 
@@ -316,7 +316,7 @@ def test_rows_of_both_sides_stand_under_each_other(book, records):
     }
 
 
-def test_costs_of_both_sides_against_the_limit(book, records):
+def test_costs_of_both_sides_beside_the_dense_ones(book, records):
     reproduce(records, ["dense", "wide"])
     page = page_of()
     table = page.costs("dense")
@@ -327,14 +327,50 @@ def test_costs_of_both_sides_against_the_limit(book, records):
         ["this build", "dense"],
         ["this build", "moe"],
     ]
-    assert set(table.frame["limit (images/s)"]) == {"400"}  # all records cost the same
-    assert set(table.frame["share of limit"]) == {"1.00"}
-    assert "Limit: the speed of 'dense' scaled by multiply-adds." in table.caption
+    assert set(table.frame["MACs (% of dense)"]) == {"100.0"}  # all records cost the same
+    assert not [column for column in table.frame if "/s" in column]
+    assert f"timed alone, by device, number format and batch: see {SPEED}." in table.caption
     assert table.caption.endswith(page.gaps()) and "2 of 7 records are" in table.caption
 
     some = page.costs(keys=["wide"])
-    assert some.frame["model"].tolist() == ["wide"] and "Limit" not in some.caption
-    assert "limit (images/s)" not in some.frame and "not computed yet" not in some.caption
+    assert some.frame["model"].tolist() == ["wide"]
+    assert "MACs (% of dense)" not in some.frame and "not computed yet" not in some.caption
+
+
+@pytest.fixture
+def standing_in(monkeypatch):
+    """The data of the tiny page stand in for another set."""
+    monkeypatch.setattr(pages.datasets, "stand_ins", lambda study: {"mnist5k": "m-forest"})
+    return f"{pages.datasets.NAMES['mnist5k']}, standing in for m-forest"
+
+
+def test_stand_ins_are_named_in_claim_header_and_caption(
+    book, records, planned, monkeypatch, standing_in
+):
+    shown = []
+    monkeypatch.setattr(pages, "show", lambda *given: shown.append(given[1]))
+    reproduce(records)
+    page = page_of()
+    assert f"MoE beats dense ({standing_in}) (A1): paper" in page.answer(claims).data
+    said = page.verdicts(claims).frame["claim"].tolist()
+    assert said[0] == f"Reproduced: MoE beats dense ({standing_in})."
+    assert said[2] == "This build: MoE beats dense."  # it is on nobody's data
+    names = ["dense"]
+    table = page.table(
+        pd.DataFrame({"model": names}), {}, lambda side: {"a": [side.accuracy("dense")]}, names
+    )
+    assert ("reproduced on " + standing_in, "a") in table.frame.columns
+    assert f" Reproduced on {standing_in}." in page.costs().caption
+    page.show("figure", "Both.", "alt", ["dense"])
+    page.show("figure", f"Both; {standing_in}.", "alt", ["dense"])  # which names it itself
+    page.build.show("figure", "This build.", "alt")
+    assert shown == [
+        f"Both. Reproduced on {standing_in}.",
+        f"Both; {standing_in}.",
+        "This build.",
+    ]
+    assert page.reads("More.").data == f"More. Reproduced on {standing_in}."
+    assert page.called("mnist5k") == standing_in and page.called("eurosat") == "EuroSAT"
 
 
 def test_each_side_is_drawn_the_reproduced_one_first(book, records, monkeypatch):

@@ -47,7 +47,7 @@ def test_a_new_study_is_built_and_its_own_command_fills_it(book):
     assert page.count("Sorting tokens by place beats the dense model") == 2  # on both sides
     # one seed claims no order
     assert "points, n=1</td>" in page and "undecided (pilot)</td>" in page
-    assert "Limit: the speed of &#x27;dense&#x27; scaled by multiply-adds." in page
+    assert ">MACs (% of dense)</th>" in page and "images/s" not in page
     verdicts = html_of(book, "verdicts")
     assert "Routing by hash" in verdicts and "</span> not tested</span>" in verdicts
     records = book.executed(KEY)["metadata"]["moe"]["records"]

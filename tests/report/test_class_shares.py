@@ -22,4 +22,4 @@ def test_a_bar_is_divided_as_the_tokens_of_its_class():
     assert widths == [50, 50, 75, 25, 50, 50]  # two experts: the empty one is not drawn
     assert [bar.get_width() for bar in late.patches][3:6] == [100, 0, 0]
     # the number of an expert stands where there is room for it
-    assert [text.get_text() for text in late.texts if text.get_position()[1] == 1] == ["0"]
+    assert [text.get_text() for text in late.texts if text.get_position()[1] == 1] == ["1"]

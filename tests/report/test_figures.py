@@ -435,7 +435,7 @@ def test_routes_by_hand():
         [[[9, 1], [2, 8], [6, 4]], [[0, 5], [5, 0], [1, 4]]]
     )
     assert routes.shared_routes(two_layers) == [
-        {"route (expert in each block)": "0 → 1", "classes": 2, "which": "a, c"}
+        {"route (expert in each block)": "1 → 2", "classes": 2, "which": "a, c"}
     ]
     assert len(routes.shared_routes(two_layers, least=1)) == 2
     assert routes.shared_routes(two_layers, labels=[0, 1]) == []
@@ -443,7 +443,7 @@ def test_routes_by_hand():
         {
             "classes": "first two",
             "number": 2,
-            "route (expert in each block)": "0 → 1",
+            "route (expert in each block)": "1 → 2",
             "of them on it": 1,
             "pairs of them on one route (%)": 0.0,
             "pairs with another class (%)": 50.0,
@@ -451,7 +451,7 @@ def test_routes_by_hand():
         {
             "classes": "ends",
             "number": 2,
-            "route (expert in each block)": "0 → 1",
+            "route (expert in each block)": "1 → 2",
             "of them on it": 2,
             "pairs of them on one route (%)": 100.0,
             "pairs with another class (%)": 0.0,
@@ -474,14 +474,14 @@ def test_the_process_of_extraction_draws_the_largest_clusters():
         rng.random((len(labels), 2)), labels, variance, variance > 0.5, np.eye(7)
     )
     tokens, variance_panel, neurons, sent = fig.axes[:4]
-    # 0 is the smallest
+    # the first is the smallest
     assert [text.get_text() for text in tokens.get_legend().get_texts()] == [
-        "1",
         "2",
         "3",
         "4",
         "5",
         "6",
+        "7",
     ]
     assert len(tokens.lines[0].get_xdata()) == 9 + 2  # in no cluster, or in one that is not drawn
     drawn = neurons.images[0].get_array()

@@ -39,8 +39,8 @@ def test_the_caption_counts_them(run):
     most = np.bincount(labels).argmax()
     share = 100 * (labels == most).mean()
     parts = gallery.what_experts_get(run).split("; ")
-    assert parts[1] == f"expert 1: 5 images, {share:.0f}% of class class {most}"
-    assert parts[2] == "expert 2: 0 images"
+    assert parts[1] == f"expert 2: 5 images, {share:.0f}% of class class {most}"
+    assert parts[2] == "expert 3: 0 images"
 
 
 def test_images_of_another_copy_are_refused(run):

@@ -143,6 +143,15 @@ def test_no_planned_run_stays_blank_and_missing_groups_are_empty_columns():
     ].tolist() == ["", "3.0"]
 
 
+def test_the_header_of_what_was_reproduced_names_data_that_stand_in():
+    cells = ({"a": [1.0]}, {"a": [2.0]}, {"a": [3.0]}, lambda *_: True)
+    t = tables.three_groups(pd.DataFrame({"L": [1]}), *cells, reproduced_on="X, standing in for Y")
+    groups = list(dict.fromkeys(t.frame.columns.get_level_values(0)))
+    assert groups == ["setting", "published", "reproduced on X, standing in for Y", "this build"]
+    shown, folded = t.body.split("<details>")
+    assert "reproduced on X" in shown and "2.0" in shown and "3.0" in folded
+
+
 def test_plain_table():
     settings = pd.DataFrame({"E": [8, None]})
     gap = tables.three_groups(settings, {"a": [1, 2]}, {}, {}, lambda *_: True)
