@@ -353,7 +353,7 @@ def test_stand_ins_are_named_in_claim_header_and_caption(
     page = page_of()
     assert f"MoE beats dense ({standing_in}) (A1): paper" in page.answer(claims).data
     said = page.verdicts(claims).frame["claim"].tolist()
-    assert said[0] == f"Reproduced: MoE beats dense ({standing_in})."
+    assert said[0] == f"MoE beats dense ({standing_in})."
     assert said[2] == "This build: MoE beats dense."  # it is on nobody's data
     names = ["dense"]
     table = page.table(
