@@ -62,7 +62,9 @@
     const output = box.closest(".output") ?? box;
     if (!table || !overflows(box)) return;
     if (window.innerWidth < NARROW) {
+      const first = table.tHead?.rows[0]?.cells[0]?.textContent.trim();
       table.classList.add("sticks");
+      table.classList.toggle("by-source", first === "source");  // its second column names the row
       return;
     }
     output.style.setProperty("--wide", `${widest(output)}px`);
