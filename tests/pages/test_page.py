@@ -354,7 +354,7 @@ def test_stand_ins_are_named_in_claim_header_and_caption(
     assert f"MoE beats dense ({standing_in}) (A1): paper" in page.answer(claims).data
     said = page.verdicts(claims).frame["claim"].tolist()
     assert said[0] == f"MoE beats dense ({standing_in})."
-    assert said[2] == "This build: MoE beats dense."  # it is on nobody's data
+    assert said[2] == "MoE beats dense."  # of this build: it is on nobody's data
     names = ["dense"]
     table = page.table(
         pd.DataFrame({"model": names}), {}, lambda side: {"a": [side.accuracy("dense")]}, names
