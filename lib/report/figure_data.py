@@ -127,7 +127,8 @@ def _names_of_ticks(axis: Any) -> dict[float, str]:
 def _named(place: float, names: dict[float, str]) -> float | str:
     """Returns the text of the tick at a place; bars beside each other share the one they surround.
 
-    Ticks of numbers name their own place only.
+    Ticks of numbers name their own place only. Where they count from another number than their
+    places do (the first expert is 1), places between them do so, too.
     """
     exact = next((text for tick, text in names.items() if abs(tick - place) < NEAR), None)
     if exact is not None:
@@ -135,6 +136,9 @@ def _named(place: float, names: dict[float, str]) -> float | str:
     are_words = any(not re.fullmatch(r"[-−+.\d%]+", text) for text in names.values())
     if are_words and list(names) == list(range(len(names))):
         return names.get(float(np.round(place)), place)
+    if names and all(re.fullmatch(r"\d+", text) for text in names.values()):
+        ahead = {int(text) - tick for tick, text in names.items()}
+        return place + ahead.pop() if len(ahead) == 1 else place
     return place
 
 

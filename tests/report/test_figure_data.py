@@ -68,10 +68,18 @@ def test_a_heat_map_has_a_row_for_each_cell():
         cells = [row for row in read if row["panel"] == panel]
         back = np.full(values.shape, np.inf)
         for cell in cells:
-            place = int(cell["expert (down)"]), int(cell["expert (across)"])
+            place = int(cell["expert (down)"]) - 1, int(cell["expert (across)"]) - 1
             back[place] = float(cell["similarity"] or "nan")
         assert len(cells) == values.size
         np.testing.assert_allclose(back, values, rtol=1e-5)
+
+
+def test_places_between_ticks_are_counted_as_the_ticks_are():
+    """Of twelve experts only some have a tick."""
+    fig = relations.matrices({"block 2": np.arange(144.0).reshape(12, 12)}, "similarity")
+    assert [text.get_text() for text in fig.axes[0].get_xticklabels()] == ["1", "5", "9"]
+    read = [(int(r["expert (down)"]), int(r["expert (across)"])) for r in rows(fig)]
+    assert read == [(i, j) for i in range(1, 13) for j in range(1, 13)]
 
 
 def test_a_scan_has_its_intervals_and_its_baseline_and_panels_that_are_empty_none():
