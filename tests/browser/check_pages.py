@@ -24,7 +24,7 @@ BOOK = Path(os.environ.get("BOOK") or Path(__file__).resolve().parents[2] / "_bu
 HEAVIEST = 2_000_000  # bytes of a page beside the files that all pages share
 CODE = "notebooks/vimoe/layer_scan.html"  # a page with code, tables wide and narrow, and figures
 # data sets whose pictures are grey themselves, by words of the alternative text
-GREY = ("digits", "Rows of pictures")
+GREY = ("digits", "Rows of pictures", "MNIST")
 
 pytestmark = pytest.mark.skipif(
     views.CHROMIUM is None,

@@ -47,7 +47,8 @@ TABLES = """() => {
       if (cuts(box)) right = Math.min(right, box.getBoundingClientRect().left + box.clientWidth);
     return right;
   };
-  const beyond = table => table.getBoundingClientRect().right > edge(table) + 1;
+  // boxes scroll by whole pixels, to which both sides were rounded
+  const beyond = table => table.getBoundingClientRect().right > edge(table) + 2;
   const clipped = [], lost = [];
   const tables = [...document.querySelectorAll('main table')].filter(
     table => table.checkVisibility({visibilityProperty: true}));
