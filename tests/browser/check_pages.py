@@ -252,7 +252,7 @@ def test_the_answer_is_on_the_first_screen_and_its_figure_right_below(tab, eleme
     for page in (page for page in elements if page.startswith("notebooks/")):
         views.opened(tab, BOOK, page)
         top, bottom, figure, section = tab.evaluate(HEAD)
-        assert top < views.HEIGHTS[1300] / 2, page
+        assert top < views.HEIGHTS[1300] / 2 and bottom <= views.HEIGHTS[1300], page
         if figure is not None:
             with_figure += 1
             assert bottom < figure < bottom + views.HEIGHTS[1300] / 2, page
