@@ -213,7 +213,7 @@ class Page:
         if has_profile(self.p.notebook, "paper"):
             documents = _scale(profile(self.p.notebook, "paper").base)
             there = f" The document's own scale: {documents}." if documents != ours else ""
-        return f"{intervals} {ours}.{there}"
+        return f"{intervals} On {ours}.{there}"
 
     def called(self, data: str) -> str:
         """Names a data set of this page, and that of the document for which it stands in."""
