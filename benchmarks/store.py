@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lib.pages import build, manifest, profiles
+from lib.pages import contents, manifest, profiles
 from lib.runs import collect, order
 from lib.runs.estimate import Estimates
 from lib.runs.store import Record, Store, _checksum
@@ -129,11 +129,11 @@ def rows(count: int, pages: int) -> Iterator[tuple[str, str, str]]:
         size = (where.private / "index.json").stat().st_size
         yield "size of the index, MB", "", f"{size / 1e6:.1f}"
         start = time.process_time()
-        for key in build.in_book():
+        for key in contents.in_book():
             profiles.plan(key, profiles.PUBLISHED)
         taken = time.process_time() - start
         yield f"plans of the book, profile {profiles.PUBLISHED}", "", f"{taken:.2f}"
-        for number in (len(build.in_book()), pages):
+        for number in (len(contents.in_book()), pages):
             yield f"{number} pages: none is stale", "", f"{staleness(number, folder):.2f}"
 
 

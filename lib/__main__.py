@@ -270,14 +270,14 @@ def _check_ranks(args: argparse.Namespace) -> None:
 
 def _fill(args: argparse.Namespace) -> int:
     """Computes what is missing inside a budget of time, or says what it would do (--dry)."""
-    from .pages import build, missing
+    from .pages import contents, missing
     from .runs import fill
     from .runs.store import store
 
     began = time.monotonic()
     profile, budget = profiles.check_profile(args.profile), fill.seconds_of(args.budget)
     _check_workers(args.workers)
-    book = build.in_book()
+    book = contents.in_book()
     keys = [parameters.key_of(page) for page in args.pages]
     for key in keys:
         if not profiles.has_profile(key, profile):
@@ -309,9 +309,9 @@ def _check_workers(workers: int | None) -> None:
 
 def _status(args: argparse.Namespace) -> int:
     """Prints what is stale, missing and running."""
-    from .pages import build, status
+    from .pages import contents, status
 
-    print(status.table(build.in_book(), profiles.check_profile(args.profile)))
+    print(status.table(contents.in_book(), profiles.check_profile(args.profile)))
     return 0
 
 

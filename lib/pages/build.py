@@ -27,12 +27,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..paths import ROOT, written_whole
 from ..runs import locks, processes
 from . import (
     all_verdicts,
+    contents,
     coverage,
     dense_models,
     executed,
@@ -198,35 +197,6 @@ def _short(error: Exception, limit: str) -> str:
 # -- many notebooks ------------------------------------------------------------
 
 
-def in_toc(toc: Path | None = None) -> list[str]:
-    """Returns the pages that the table of contents lists, in its order, without their endings."""
-    toc = toc or ROOT / "_toc.yml"
-    files = _files_of(yaml.safe_load(toc.read_text(encoding="utf-8")))
-    return [file.removesuffix(".ipynb").removesuffix(".md") for file in files]
-
-
-def in_book(toc: Path | None = None) -> list[str]:
-    """Returns the keys of the notebooks that the table of contents lists, in its order."""
-    files = [file for file in in_toc(toc) if file.startswith("notebooks/")]
-    keys = [file.removeprefix("notebooks/") for file in files]
-    for key in keys:
-        if not (ROOT / "notebooks" / f"{key}.ipynb").is_file():
-            raise parameters.NotebookError(
-                f"_toc.yml lists notebooks/{key}, but there is no notebooks/{key}.ipynb"
-            )
-    return keys
-
-
-def _files_of(node: Any) -> Iterator[str]:
-    """Yields every `root` and `file` of a table of contents, however deep."""
-    if isinstance(node, dict):
-        yield from (str(value) for name, value in node.items() if name in ("root", "file"))
-        node = list(node.values())
-    if isinstance(node, list):
-        for item in node:
-            yield from _files_of(item)
-
-
 def run_stale(
     keys: Sequence[str],
     profile: str,
@@ -379,7 +349,7 @@ def _before_reading(app: Any) -> None:
     turn.enter_context(_only_build())
     app.connect("build-finished", lambda *_: turn.close())
     try:
-        keys = in_book(Path(app.srcdir) / "_toc.yml")
+        keys = contents.in_book(Path(app.srcdir) / "_toc.yml")
         run_stale(
             keys, os.environ.get("PROFILE") or "quick", say=lambda line: print(line, flush=True)
         )

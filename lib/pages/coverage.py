@@ -10,11 +10,15 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..spec import RunSpec
 from ..verdicts import items
 from ..verdicts.papers import load
 from . import all_verdicts, profiles
+
+if TYPE_CHECKING:
+    from ..runs.store import Record
 
 Grid = dict[str, list[RunSpec]]
 
@@ -49,12 +53,18 @@ def _counted(item: items.Item, planned: Callable[[str], Grid]) -> Covered:
     return Covered(item, len(arms), sum(any(map(has_record, runs[arm])) for arm in arms))
 
 
-def has_record(spec: RunSpec) -> bool:
-    """Says whether the reproduced side of a page has the run, on its device or on the CPU."""
+def record_of(spec: RunSpec) -> Record | None:
+    """Returns the record that the reproduced side of a page has of a run, on its device or on the
+    CPU."""
     from ..runs.store import store  # numpy, which planning and an import of the build do without
 
     records = (store().peek(run) for run in dict.fromkeys((spec.id, spec.on("cpu").id)))
-    return any(record is not None and record.status == "ok" for record in records)
+    return next((record for record in records if record and record.status == "ok"), None)
+
+
+def has_record(spec: RunSpec) -> bool:
+    """Says whether the reproduced side of a page has the run."""
+    return record_of(spec) is not None
 
 
 def page(keys: Sequence[str]) -> str:

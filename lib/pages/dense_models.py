@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from ..spec import RunSpec
 from ..verdicts import ledger
-from . import datasets, profiles
+from . import coverage, datasets, profiles
 
 TABLE = "how_to_read.html#the-dense-models-of-this-book"  # where the table stands
 # fields in which runs of one way of training may differ: what they report, and where they run
@@ -53,14 +53,12 @@ class Way:
     @functools.cached_property
     def accuracy(self) -> str:
         """Returns test top-1 in percent over the seeds that have records; "" if none has."""
-        from ..runs.store import store  # numpy, which the build does without
-        from ..verdicts.stats import accuracy_interval, format_interval
+        from ..verdicts.stats import accuracy_interval, format_interval  # numpy
 
-        records = []
-        for runs in self.runs_of_seed.values():
-            ids = dict.fromkeys(name for run in runs for name in (run.id, run.on("cpu").id))
-            there = (record for name in ids if (record := store().peek(name)))
-            records.append(next((record for record in there if record.status == "ok"), None))
+        records = [
+            next(filter(None, map(coverage.record_of, runs)), None)
+            for runs in self.runs_of_seed.values()
+        ]
         return format_interval(accuracy_interval(records))
 
 

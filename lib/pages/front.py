@@ -78,12 +78,9 @@ def _read(keys: Sequence[str]) -> tuple[dict[str, Any], dict[str, Row]]:
 
 def _check(front: Mapping[str, Any], rows: Mapping[str, Row], keys: Sequence[str]) -> None:
     """Raises ValueError for what the file names and the book does not have."""
-    claims = [claim for part in ("questions", "wants", "contradictions")
-              for one in front.get(part, [])
-              for claim in one.get("claims", [])]  # fmt: skip
-    claims += [claim for part in ("questions", "wants", "contradictions")
-               for one in front.get(part, [])
-               for claim in one.get("says", {})]  # fmt: skip
+    parts = ("questions", "wants", "contradictions")
+    asked = [one for part in parts for one in front.get(part, [])]
+    claims = [claim for one in asked for claim in (*one.get("claims", []), *one.get("says", {}))]
     pages = [page for want in front["wants"] for page in want["pages"]]
     pages += [page for card in front["studies"].values() for page in card.values()]
     absent = [name for name in claims if name not in rows]
@@ -204,8 +201,11 @@ def clock() -> tuple[float | None, str]:
         for row in (row for row in rows if row.ours_is == kind):
             ratio = row.other.median / row.ours.median
             times.setdefault(row.dtype, []).append((ratio, row.shape))
-        best = (f"{ratio:.2f} in {dtype} ({shape})"
-                for dtype, found in times.items() for ratio, shape in [max(found)])  # fmt: skip
+        best = (
+            f"{ratio:.2f} in {dtype} ({shape})"
+            for dtype, found in times.items()
+            for ratio, shape in [max(found)]
+        )
         kinds.append(f"{name} reaches {' and '.join(best)}")
     machine = measured.about["machine"]
     caution = " Other work ran beside it, so these are uncertain." if measured.disturbed else ""

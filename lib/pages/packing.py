@@ -57,10 +57,10 @@ def _pack(args: argparse.Namespace) -> int:
 def _merge(args: argparse.Namespace) -> int:
     """Files the records that packed runs brought back, and says what is missing."""
     from ..runs.merge import merge
-    from . import build
+    from . import contents
 
     profiles.check_profile(args.profile)
-    pages = [key for key in build.in_book() if profiles.has_profile(key, args.profile)]
+    pages = [key for key in contents.in_book() if profiles.has_profile(key, args.profile)]
     specs = [sum(profiles.plan(key, args.profile).values(), []) for key in pages]
     filed, missing = merge(args.files, dict(zip(pages, specs, strict=True)))
     print(f"{len(filed)} records are there; still missing: {', '.join(missing) or 'none'}")

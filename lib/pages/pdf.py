@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..paths import ROOT, written_whole
-from . import build, parameters, whole
+from . import build, contents, parameters, whole
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 OPTIONS = ("--headless", "--disable-gpu", "--no-pdf-header-footer")
@@ -30,7 +30,7 @@ def print_pages(names: Sequence[str] = ()) -> Iterator[Path]:
     Raises NotebookError for a page that the book lacks, FileNotFoundError where the browser or a
     built page is missing, BuildError if the browser prints nothing.
     """
-    pages = [_page(name) for name in names] or build.in_toc()
+    pages = [_page(name) for name in names] or contents.in_toc()
     program, html = browser(), ROOT / "_build" / "html"
     _check_built(pages)
     for page in pages:
@@ -44,7 +44,7 @@ def print_book() -> Path:
 
     Its bookmarks are the headings, its pages are numbered through. Raises as `print_pages` does.
     """
-    pages = whole.parts(ROOT / "_toc.yml")
+    pages = contents.parts()
     program, html = browser(), ROOT / "_build" / "html"
     _check_built(list(pages))
     target = ROOT / "_build" / "pdf" / "book.pdf"
@@ -81,7 +81,7 @@ def browser() -> str:
 
 def _page(name: str) -> str:
     """Returns the page of the table of contents that a user's word means."""
-    pages = build.in_toc()
+    pages = contents.in_toc()
     for page in (name, f"notebooks/{name}"):
         if page in pages:
             return page

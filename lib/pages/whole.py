@@ -13,24 +13,10 @@ from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
-import yaml
-
 ARTICLE = ("article", "bd-article")  # of the theme: what of a page is its own
 PLACES = re.compile(r'(?<=\s)(id|href|src|for|aria-labelledby)="([^"]*)"')
 STYLED = "T_"  # ids of tables, to which their styles refer: made of their content, so no two clash
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "wbr"}
-
-
-def parts(toc: Path) -> dict[str, str]:
-    """Returns the caption of the part of each page of a table of contents, "" without one."""
-    content = yaml.safe_load(toc.read_text(encoding="utf-8"))
-    listed = [{"chapters": [{"file": content["root"]}]}, *content.get("parts", ())]
-    listed += [{"chapters": content["chapters"]}] if "chapters" in content else []
-    return {
-        str(chapter["file"]).removesuffix(".ipynb").removesuffix(".md"): part.get("caption", "")
-        for part in listed
-        for chapter in part["chapters"]
-    }
 
 
 def joined(folder: Path, part_of_page: Mapping[str, str]) -> str:
@@ -125,8 +111,9 @@ class _Article(HTMLParser):
         attribute, value = found.groups()
         if attribute in ("href", "src"):
             return f'{attribute}="{self._address(value)}"'
-        names = (part if part.startswith(STYLED) else _name(self.page, part)
-                 for part in value.split())  # fmt: skip
+        names = (
+            part if part.startswith(STYLED) else _name(self.page, part) for part in value.split()
+        )
         return f'{attribute}="{" ".join(names)}"'
 
     def _address(self, value: str) -> str:

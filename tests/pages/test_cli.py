@@ -144,8 +144,11 @@ def test_the_status_page_tells_where_records_were_computed(monkeypatch):
 
 def test_the_status_page_has_the_commands_of_what_is_absent_once(monkeypatch):
     in_folder = RunSpec(data={"name": "eurosat"})
-    plans = {"a/one": {"arm": [RunSpec(), RunSpec(seed=1)], "same": [RunSpec()]},
-             "a/two": {"arm": [in_folder]}, "a/whole": {"arm": [RunSpec(seed=2)]}}  # fmt: skip
+    plans = {
+        "a/one": {"arm": [RunSpec(), RunSpec(seed=1)], "same": [RunSpec()]},
+        "a/two": {"arm": [in_folder]},
+        "a/whole": {"arm": [RunSpec(seed=2)]},
+    }
     monkeypatch.setattr(status.profiles, "has_profile", lambda key, name: key in plans)
     monkeypatch.setattr(status.profiles, "plan", lambda key, name: plans[key])
     monkeypatch.setattr(status.manifest, "read", lambda key: None)

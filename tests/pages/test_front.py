@@ -44,9 +44,13 @@ def test_a_line_has_verdict_claim_number_and_link():
 
 def test_a_card_shows_the_figure_at_the_head_of_its_page():
     image = '<figure><div><img class="dark-light" alt="A line" src="data:image/png;base64,QUI=" s>'
-    of_figure = {"metadata": {"tags": ["headline-figure"]}, "outputs": [
-        {"data": {"text/html": ["<p>", image]}}, {"data": {"text/html": "<img alt='x'>"}}
-    ]}  # fmt: skip
+    of_figure = {
+        "metadata": {"tags": ["headline-figure"]},
+        "outputs": [
+            {"data": {"text/html": ["<p>", image]}},
+            {"data": {"text/html": "<img alt='x'>"}},
+        ],
+    }
     other = {"metadata": {}, "outputs": [{"data": {"text/html": image.replace("A line", "B")}}]}
     label = {"metadata": {"tags": ["headline-figure"]}, "source": "(label)="}
     [shown, _] = front.picture([other, label, of_figure])

@@ -14,7 +14,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-from lib.pages import build, order, parameters
+from lib.pages import contents, order, parameters
 
 # pages on which no figure shows the answer of the box, and why
 WITHOUT_FIGURE = {
@@ -126,7 +126,7 @@ def test_references_resolve_and_the_notebook_on_offer_keeps_its_order(tmp_path):
     )  # what readers take away runs from its first cell on
 
 
-@pytest.mark.parametrize("key", build.in_book())
+@pytest.mark.parametrize("key", contents.in_book())
 def test_every_page_says_which_figure_answers_its_question(key):
     cells = json.loads(parameters.source(key).read_text())["cells"]
     tagged = {
@@ -143,4 +143,4 @@ def test_every_page_says_which_figure_answers_its_question(key):
 
 
 def test_exceptions_are_pages_of_the_book():
-    assert set(WITHOUT_FIGURE) <= set(build.in_book())
+    assert set(WITHOUT_FIGURE) <= set(contents.in_book())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.pages import build, pdf
+from lib.pages import contents, pdf
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = """<!doctype html><html data-theme="dark"><head>
@@ -129,4 +129,4 @@ def test_a_browser_that_prints_nothing_is_an_error(built, tmp_path):
 def test_pages_are_those_of_the_table_of_contents(tiny):
     tiny.contents("notebooks/a/one.ipynb", "status.md", "verdicts")
     pages = ["intro", "notebooks/a/one", "status", "verdicts"]
-    assert build.in_toc(tiny.root / "_toc.yml") == pages
+    assert contents.in_toc(tiny.root / "_toc.yml") == pages

@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from lib.__main__ import main
-from lib.pages import build, parameters, profiles, scale, scale_page
+from lib.pages import contents, parameters, profiles, scale, scale_page
 
 DOCUMENTS = ("vimoe", "durham", "leiden", "expert_pruning", "moee")
 
@@ -64,7 +64,9 @@ def test_a_study_is_planned_or_computed_but_not_run(capsys):
 
 
 def test_every_study_of_the_paper_profile_has_its_readings():
-    studies = {key.split("/")[0] for key in build.in_book() if profiles.has_profile(key, "paper")}
+    studies = {
+        key.split("/")[0] for key in contents.in_book() if profiles.has_profile(key, "paper")
+    }
     assert studies == set(profiles.profile_table("paper")["readings"])
     assert profiles.readings("vimoe", "quick") == []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lib.pages import whole
+from lib.pages import contents, whole
 
 PAGE = """<!doctype html><html><head><title>{title}</title></head><body>
 <div class="sidebar" id="menu"><a href="x.html">x</a></div>
@@ -66,6 +66,6 @@ def test_parts_are_read_from_the_table_of_contents(tmp_path):
         "format: jb-book\nroot: intro\nparts:\n  - chapters:\n      - file: read.md\n"
         "  - caption: 'A: b'\n    chapters:\n      - file: notebooks/a/two.ipynb\n"
     )
-    assert whole.parts(toc) == {"intro": "", "read": "", "notebooks/a/two": "A: b"}
+    assert contents.parts(toc) == {"intro": "", "read": "", "notebooks/a/two": "A: b"}
     toc.write_text("format: jb-book\nroot: intro\nchapters:\n  - file: status\n")
-    assert whole.parts(toc) == {"intro": "", "status": ""}
+    assert contents.parts(toc) == {"intro": "", "status": ""}

@@ -92,8 +92,13 @@ def test_a_scan_has_its_intervals_and_its_baseline_and_panels_that_are_empty_non
     read = rows(figures.scan(panels, {"reproduced": 76.0}))
     values = [tuple(row.values()) for row in read]
     assert list(read[0]) == [
-        "panel", "series", "number of MoE layers L", "top-1 accuracy (%)", "low", "high"
-    ]  # fmt: skip
+        "panel",
+        "series",
+        "number of MoE layers L",
+        "top-1 accuracy (%)",
+        "low",
+        "high",
+    ]
     assert values == [
         ("reproduced", "N=8, shared", "1", "80.5", "79.25", "81"),
         ("reproduced", "N=2", "4", "77", "", ""),
@@ -119,8 +124,10 @@ def test_hidden_names_tell_series_apart():
 
     read = rows(maps.expert_loads(Record()))
     assert [(row["series"], row["block (1 = first)"]) for row in read] == [
-        ("expert 0", "4"), ("expert 1", "4"), ("expert 0", "6")
-    ]  # fmt: skip
+        ("expert 0", "4"),
+        ("expert 1", "4"),
+        ("expert 0", "6"),
+    ]
     assert [row["share of assignments (%)"] for row in read] == ["25", "75", "100"]
     assert (read[1]["from"], read[1]["to"]) == ("25", "100")
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from lib.__main__ import main
-from lib.pages import build, parameters, profiles
+from lib.pages import contents, parameters, profiles
 from lib.runs import away as away_module
 from lib.runs import merge as merging
 from lib.runs import record_files
@@ -154,7 +154,7 @@ def test_the_commands(tmp_path, where, monkeypatch, capsys):
     monkeypatch.setattr(parameters, "key_of", lambda name: name)
     monkeypatch.setattr(profiles, "plan", lambda key, profile: GRID)
     monkeypatch.setattr(profiles, "has_profile", lambda key, profile: True)
-    monkeypatch.setattr(build, "in_book", lambda: ["a/one"])
+    monkeypatch.setattr(contents, "in_book", lambda: ["a/one"])
     out = tmp_path / "packed"
     assert main(["pack", "a/one", "-o", str(out), "--part", "lots"]) == 2
     assert "--part lots: give a size such as 60M, 500k or 1G" in capsys.readouterr().err

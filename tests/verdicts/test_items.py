@@ -8,7 +8,7 @@ import re
 import pytest
 
 from lib import paths
-from lib.pages import build, parameters, profiles
+from lib.pages import contents, parameters, profiles
 from lib.verdicts import items
 
 ENTRY = """
@@ -107,7 +107,7 @@ def test_every_table_and_figure_of_the_documents_is_listed():
 
 
 def test_every_label_is_on_its_page_and_nowhere_else():
-    book = build.in_book()
+    book = contents.in_book()
     assert {item.page for item in SHOWN} <= set(book)
     labels = {}  # label: the pages that have it, as often as they have it
     for key in book:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from lib import paths
-from lib.pages import build, parameters, profiles
+from lib.pages import contents, parameters, profiles
 from lib.verdicts import ledger
 
 ENTRY = """
@@ -151,7 +151,7 @@ def test_every_claim_of_the_documents_is_there():
 
 
 def test_every_claim_is_judged_by_a_page_of_the_book():
-    book = build.in_book()
+    book = contents.in_book()
     assert {claim.page for claim in TOLD} <= set(book)
     for key in {claim.page for claim in TOLD}:
         cells = json.loads(parameters.source(key).read_text())["cells"]
