@@ -6,8 +6,9 @@
 A *purpose* is a claim of the ledger, or an arm (a name of a page's grid) on which no claim is
 judged. It is served once the runs of all its planned seeds are there, so purposes come in the order
 of how many are served an hour (`value`); an open claim is worth far more than one whose verdict
-stands or an arm. Runs that others start from come first, and count as what their children cost,
-where the cache lacks their weights.
+stands or an arm. An arm has its row from its first record on, so a page gets one seed of each such
+arm before further ones. Runs that others start from come first, and count as what their children
+cost, where the cache lacks their weights.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ from .collect import Grid
 from .estimate import Estimate, Estimates
 from .store import Store
 
-OPEN_CLAIM, OTHER = 1.0, 0.01  # worths; other: a claim whose verdict stands, an arm without claim
+# Worths; other: a claim whose verdict stands, the first seed of an arm without claim.
+OPEN_CLAIM, OTHER, FURTHER_SEEDS = 1.0, 0.01, 0.001
 
 
 @dataclass(frozen=True)
 class Purpose:
     """Holds a claim or an arm of a page, and what it lacks: ids of runs, parents before children.
 
-    worth: OPEN_CLAIM for a claim that nothing has decided yet, else OTHER.
+    worth: OPEN_CLAIM for a claim that nothing has decided yet, FURTHER_SEEDS for an arm that has a
+    record or gets its first one by another purpose, else OTHER.
     """
 
     page: str
@@ -135,7 +138,7 @@ def missing(
     specs = {s.id: s for s in collect.unique([*planned, *(s for c in chains.values() for s in c)])}
     elsewhere = [run for run in specs if locks.is_held(where.lock(run))]
     purposes, without_card = [], []
-    for page, name, worth, runs in _purposes(plans, claims or {}, decided):
+    for page, name, worth, runs in _purposes(plans, claims or {}, decided, chains):
         chained = [s.id for spec in runs if spec.id in chains for s in chains[spec.id]]
         lacks = tuple(run for run in dict.fromkeys(chained) if run not in elsewhere)
         needs_card = not card and any(specs[run].device == "cuda" for run in lacks)
@@ -178,8 +181,13 @@ def _purposes(
     plans: Mapping[str, Grid],
     claims: Mapping[str, tuple[str, Sequence[str]]],
     decided: Collection[str],
-) -> Iterator[tuple[str, str, float, list[RunSpec]]]:
-    """Yields page, name, worth and runs of each claim, then of each arm that no claim names."""
+    lacking: Collection[str],
+) -> Iterator[tuple[str, str, float, Sequence[RunSpec]]]:
+    """Yields page, name, worth and runs of each claim, then of each arm that no claim names.
+
+    lacking: ids of runs without record. An arm that has none yet comes twice: its first seed, and
+    all of them.
+    """
     named = set()
     for claim, (page, arms) in claims.items():
         if page in plans:
@@ -188,8 +196,14 @@ def _purposes(
             yield page, f"claim {claim}", OTHER if claim in decided else OPEN_CLAIM, runs
     for page, grid in plans.items():
         for arm, runs in grid.items():
-            if (page, arm) not in named:
+            if (page, arm) in named:
+                continue
+            if len(runs) == 1:
                 yield page, arm, OTHER, runs
+            else:
+                if all(spec.id in lacking for spec in runs):
+                    yield page, f"{arm}, first seed", OTHER, runs[:1]
+                yield page, arm, FURTHER_SEEDS, runs
 
 
 def in_order(purposes: Sequence[Purpose], seconds: Mapping[str, float]) -> list[str]:

@@ -132,16 +132,19 @@ def test_a_claim_takes_the_place_of_its_arms(where, computed):
     assert seeds(plan.items) == [3, 1, 2]
 
 
-def test_an_arm_costs_what_its_seeds_lack(where, computed):
+def test_arms_get_their_first_seeds_first_and_cost_what_the_rest_lack(where, computed):
     grid = {
         "three": [TINY.but(seed=s) for s in (1, 2, 3)],
         "two": [TINY.but(seed=s) for s in (4, 5)],
     }
-    assert seeds(planned(grid, where).items) == [4, 5, 1, 2, 3]
-    runs.collect({"three": grid["three"][:2]}, where=where)
-    plan = planned(grid, where)
-    assert seeds(plan.items) == [3, 4, 5]  # one seed completes the arm of three
-    assert [str(arm) for arm in plan.items[0].serves] == ["a/one: three"]
+    plan = planned(grid, where, {1: 8.0})
+    assert seeds(plan.items) == [4, 1, 5, 2, 3]  # a slow first seed before a quick second one
+    assert [p.name for p in plan.items[0].serves] == ["two, first seed", "two"]
+    assert [p.name for p in plan.items[2].serves] == ["two"]
+    runs.collect({"three": grid["three"][:2], "two": grid["two"][1:]}, where=where)
+    plan = planned(grid, where, {3: 1.5})
+    assert seeds(plan.items) == [4, 3]  # both have a row: what completes an arm an hour
+    assert [str(arm) for arm in plan.items[1].serves] == ["a/one: three"]
 
 
 def test_parents_without_weights_come_first_and_count(where, computed):
