@@ -5,7 +5,7 @@ Published values and ours are never drawn into one panel, as in `figures`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import fill
 
@@ -13,7 +13,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..verdicts.stats import Interval
 from .errorbars import Value, errorbar
+from .relations import front
 from .style import COLOURS, figure, legend_above, note, style
 
 
@@ -81,6 +83,91 @@ def frontier(panels: dict[str, Sequence[Point]], missing: str = "no record yet")
             if row[1].get_legend_handles_labels()[1]:
                 row[1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.02))
     return fig
+
+
+@dataclass(frozen=True)
+class Priced:
+    """Is a model with several costs.
+
+    family: what the legend calls it; models of one family, such as a method at two sizes, are
+    joined by a thin line. reference: drawn in black, as what the others are compared with. costs:
+    by the label of an axis; one that was not measured is absent.
+    """
+
+    family: str
+    top1: Interval
+    costs: Mapping[str, float]
+    reference: bool = False
+
+
+def fronts(models: Sequence[Priced], axes: Sequence[str], missing: str = "not measured") -> Figure:
+    """Draws accuracy against each cost, a panel each, with the front of models that none beats.
+
+    A step is what can be had for a cost: models on it are filled, those that another one beats at
+    no more cost are hollow.
+    """
+    looks: dict[str, tuple[str, str]] = {}
+    for model in models:
+        colours, shapes = (["black"], "+x") if model.reference else (COLOURS, "osD^v<>PX*h")
+        i = sum(colour in colours for colour, _ in looks.values())
+        # a shape on at each lap of the colours, so that no colour has one shape twice
+        look = colours[i % len(colours)], shapes[(i + i // len(COLOURS)) % len(shapes)]
+        looks.setdefault(model.family, look)
+    with style():
+        rows = (len(axes) + 1) // 2
+        fig, panels = figure(rows, 2, height=1.4 + 2.5 * rows, sharey=True)
+        for ax, cost in zip(panels.flat, axes, strict=False):
+            ax.set(xlabel=cost, ylabel="test top-1 (%)")
+            ax.yaxis.set_tick_params(labelleft=True)
+            priced = [model for model in models if cost in model.costs]
+            if priced:
+                _front(ax, cost, priced, looks)
+            else:
+                note(ax, missing)
+        for ax in panels.flat[len(axes) :]:
+            ax.set_visible(False)
+        legend_above(fig, panels.flat, columns=3)
+    return fig
+
+
+def _front(ax, cost: str, models: Sequence[Priced], looks: Mapping[str, tuple[str, str]]) -> None:
+    """Draws one panel of `fronts`: the step, families, and a mark for each model."""
+    xs = [model.costs[cost] for model in models]
+    means = [model.top1.mean for model in models]
+    on_front = front([(x, -mean) for x, mean in zip(xs, means, strict=True)])
+    best = sorted((i for i, is_best in enumerate(on_front) if is_best), key=xs.__getitem__)
+    right = max(xs) + 0.05 * (max(xs) - min(xs) or 1.0)
+    ax.step(
+        [*(xs[i] for i in best), right],
+        [*(means[i] for i in best), means[best[-1]]],
+        where="post",
+        color="#999999",
+        linewidth=1.2,
+        marker="",
+        linestyle="-",
+        label="best for the cost",
+    )
+    for family, (colour, _) in looks.items():
+        of_family = [i for i, model in enumerate(models) if model.family == family]
+        ends = [(xs[i], means[i]) for i in sorted(of_family, key=xs.__getitem__)]
+        if len(ends) > 1:
+            ax.plot(*zip(*ends, strict=True), color=colour, linewidth=0.7, marker="", linestyle="-")
+    for place, model in enumerate(models):
+        colour, shape = looks[model.family]
+        errorbar(
+            ax,
+            xs[place : place + 1],
+            [model.top1],
+            color=colour,
+            marker=shape,
+            markersize=9 if model.reference else 6.5,
+            markeredgecolor=colour,
+            markerfacecolor=colour if on_front[place] else "white",
+            linestyle="",
+            label=model.family,
+            zorder=3,
+        )
+    ax.margins(0.1)
 
 
 def cost_ratio(

@@ -64,6 +64,24 @@ def execute(
         return head | {"status": "failed", "error": _reason(error)}, {}
 
 
+def prepared(spec: RunSpec, state_folder: str) -> nn.Module:
+    """Makes the model of a run as its training finds it: built from its parent, its steps taken.
+
+    state_folder: where the parent's weights are read. Raises FileNotFoundError where they are not.
+    """
+    from ..inputs.splits import load_splits
+    from ..training.bfloat16 import products
+
+    run = _Run(spec, Path(state_folder), None, {})
+    with products(spec):
+        set_up(spec)
+        splits = load_splits(spec.data)
+        parent, _ = states.read(spec.init, run.states) if spec.init else (None, None)
+        model = run._model(splits, parent)
+        run._take_steps(model, splits)
+    return model
+
+
 def failed(spec: RunSpec, error: Exception) -> tuple[dict[str, Any], Arrays]:
     """Returns the failed record of a run that was lost: with its worker, or since that could not
     start it. Where it ran is left open."""

@@ -92,6 +92,13 @@ class Ratio:
         return "; ".join(f"{label} {after - before:+.1f} ms" for label, after, before in added)
 
 
+# name of a measurement -> the command that makes it
+COMMANDS = {
+    "short": "make bench",
+    "full": "make bench-full",
+    "frontier": "python -m benchmarks.frontier",
+}
+
 # Candidates in the order in which ours is reached from the bound, and what each adds to the one
 # before it; then what ours adds to the last.
 STEPS = {
@@ -137,7 +144,7 @@ class Measurement:
 
 
 def file_of(name: str, device: str = "cpu") -> Path:
-    """Names the file of a measurement: "short" (make bench) or "full" (make bench-full)."""
+    """Names the file of a measurement, one of COMMANDS."""
     return paths.BENCH / device / f"{name}.json"
 
 
@@ -155,7 +162,7 @@ def read(file: Path) -> Measurement:
     Raises FileNotFoundError where it is absent, and ValueError where it is damaged, cut off, edited
     by hand or of another version; either names the file and the command that makes it anew.
     """
-    again = f"measure anew: make {'bench' if file.stem == 'short' else 'bench-full'}"
+    again = f"measure anew: {COMMANDS.get(file.stem, COMMANDS['full'])}"
     if not file.is_file():
         raise FileNotFoundError(f"there is no measurement {file}; {again}")
     try:
@@ -169,6 +176,15 @@ def read(file: Path) -> Measurement:
         return Measurement(content["about"], tuple(_row(row) for row in content["rows"]))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"measurement {file} is damaged ({error}); {again}") from error
+
+
+def share_of_dense(file: Path, shape: str, dtype: str) -> dict[str, float]:
+    """Reads the times of a forward pass of one shape and dtype, by model, in percent of what they
+    are compared with; empty where there is no such measurement."""
+    if not file.is_file():
+        return {}
+    rows = [row for row in read(file).rows if (row.shape, row.dtype) == (shape, dtype)]
+    return {row.ours_is: 100 * row.ours.median / row.other.median for row in rows}
 
 
 def _row(content: dict[str, Any]) -> Ratio:

@@ -11,6 +11,7 @@ import torch
 from benchmarks import (
     attention,
     extraction,
+    frontier,
     growth,
     inputs,
     layers,
@@ -23,6 +24,8 @@ from benchmarks.__main__ import line
 from benchmarks.dense import EqualChunks, OneMlp, packed
 from benchmarks.layers import PASSES, SHORT, Setting, settings
 from benchmarks.peers import INSTALL, PEERS
+from lib import paths
+from lib.spec import BackboneSpec, DataSpec, PruneSpec, RunSpec, TrainSpec
 from lib.verdicts.speed import PARTS, Ratio, Timing
 
 SMALL = Setting(2, 8, 4, 2)
@@ -215,3 +218,23 @@ def test_a_line_says_whether_the_goal_is_reached():
     assert line(Ratio(**sides, **times, goal=0.5)).endswith("0.500 (1.000)  0.50 reached")
     short = line(Ratio(**sides, **times, goal=0.6))
     assert "0.60 SHORT" in short and "several weights in place of one +0.5 ms" in short
+
+
+def test_models_of_one_dense_model_are_timed_beside_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(paths, "RESULTS", tmp_path / "results")
+    monkeypatch.setenv("MOE_CACHE", str(tmp_path / "cache"))
+    backbone = BackboneSpec(patch=7, width=32, depth=2, heads=2)
+    data = DataSpec(train=64, val=20, test=30)
+    dense = RunSpec(data=data, backbone=backbone, train=TrainSpec(), threads=1)
+    runs = {
+        "dense": dense,
+        "half": dense.but(prune=PruneSpec(share=0.5, images=32)),
+        "child": dense.but(init=dense.but(seed=1)),
+    }
+    made = frontier.models(runs)
+    assert list(made) == ["dense", "half"] and "not timed: child: " in capsys.readouterr().out
+    monkeypatch.setattr(frontier, "BATCHES", (2,))
+    rows = list(frontier.rows(made, 28, 3))
+    well_formed(rows)
+    assert {(row.ours_is, row.against) for row in rows} == {("half", "dense")}
+    assert all(1 < row.ideal < 3 for row in rows)

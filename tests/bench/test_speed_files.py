@@ -114,3 +114,20 @@ def test_committed_measurements_are_whole_and_say_where_they_were_made():
         assert about["command"] == {"short": "make bench", "full": "make bench-full"}[file.stem]
         assert {"processor", "cores", "threads", "versions", "capabilities"} <= set(machine)
         assert len(machine["load_average"]) == 2
+
+
+def test_times_in_percent_of_the_dense_model(tmp_path):
+    sides = {"part": "models", "what": "forward", "against": "dense", "ours": Timing(3.0, 2.0)}
+    shape = {"other": Timing(4.0, 1.0), "shape": "batch 16, frozen"}
+    rows = (
+        Ratio(**sides, **shape, ours_is="half", dtype="fp32"),
+        Ratio(**sides, **shape, ours_is="half", dtype="bf16"),
+        Ratio(**sides, **shape | {"shape": "batch 1, frozen"}, ours_is="whole", dtype="fp32"),
+    )
+    file = tmp_path / "frontier.json"
+    assert speed.share_of_dense(file, "batch 16, frozen", "fp32") == {}
+    speed.write(file, ABOUT, rows)
+    assert speed.share_of_dense(file, "batch 16, frozen", "fp32") == {"half": 75.0}
+    file.write_text("{")
+    with pytest.raises(ValueError, match="damaged.*python -m benchmarks.frontier"):
+        speed.share_of_dense(file, "batch 16, frozen", "fp32")

@@ -1,0 +1,118 @@
+"""Says which of several models that were made from one dense model is best within a budget.
+
+A budget is a limit on one cost: multiply-adds of an image, stored parameters or the time of a
+forward pass, in percent of the dense model's, or the minutes that it took to make the model.
+Accuracies are test top-1 in percent, differences in points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .stats import Difference, Interval, accuracy_interval, finished, paired_difference
+
+# cost -> what it is called, with its unit
+COSTS = {
+    "macs": "multiply-adds (% of dense)",
+    "params_stored": "stored parameters (% of dense)",
+    "forward": "time of a forward pass (% of dense)",
+    "making": "time to make (minutes)",
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Holds a model: its name, its finished records, one a seed, and its costs (see COSTS).
+
+    A cost that was not measured is absent.
+    """
+
+    name: str
+    records: tuple[Any, ...]
+    costs: Mapping[str, float]
+
+    @property
+    def accuracy(self) -> Interval:
+        """Computes the mean over the seeds, with its interval where there are enough."""
+        return accuracy_interval(self.records)
+
+
+def candidates(
+    records: Mapping[str, Sequence[Any]], forward: Mapping[str, float], dense: str = "dense"
+) -> list[Candidate]:
+    """Makes a candidate of each name that has a finished record; none without one of the dense.
+
+    records: by name, one a seed. forward: times of a forward pass by name, in percent of that of
+    the dense model. Sizes and minutes are those of the first record.
+    """
+    done = {name: tuple(finished(group)) for name, group in records.items()}
+    if not done.get(dense):
+        return []
+    whole = done[dense][0]
+    by_id = {record.id: record for group in done.values() for record in group}
+    models = []
+    for name, group in done.items():
+        if not group:
+            continue
+        first = group[0]
+        costs = {
+            size: 100 * first.cost[size] / whole.cost[size] for size in ("macs", "params_stored")
+        }
+        if name in forward:
+            costs["forward"] = forward[name]
+        minutes = _minutes_from(whole, first, by_id)
+        if minutes is not None:
+            costs["making"] = minutes
+        models.append(Candidate(name, group, costs))
+    return models
+
+
+def _minutes_from(whole: Any, record: Any, by_id: Mapping[str, Any]) -> float | None:
+    """Adds up the minutes of the runs that lead from the dense model to a record; None where one
+    of them has no record."""
+    seconds = 0.0
+    while record.id != whole.id:
+        seconds += record.timing["run_seconds"]
+        start = record.spec.init
+        if start is None or start.id not in by_id:
+            return None
+        record = by_id[start.id]
+    return seconds / 60
+
+
+@dataclass(frozen=True)
+class Winner:
+    """Holds the most accurate model within a budget.
+
+    runner_up: the next within it, None without one; ahead: how much better the best is than it.
+    gain: how much better the best is than the reference, which may lie outside of the budget.
+    """
+
+    best: Candidate
+    runner_up: Candidate | None
+    ahead: Difference | None
+    gain: Difference | None
+
+
+def winner(
+    models: Sequence[Candidate], cost: str, limit: float, reference: str = "dense again"
+) -> Winner | None:
+    """Finds the most accurate model by its mean whose cost is at most `limit`.
+
+    A model whose cost is not known is left out; of equals the first is taken. reference: name of
+    the model that the best is compared with. None where no model fits.
+    """
+    within = [model for model in models if model.costs.get(cost, float("inf")) <= limit]
+    within.sort(key=lambda model: -model.accuracy.mean)
+    if not within:
+        return None
+    best, runner_up = within[0], within[1] if len(within) > 1 else None
+    beside = next((model.records for model in models if model.name == reference), ())
+    return Winner(
+        best,
+        runner_up,
+        paired_difference(best.records, runner_up.records) if runner_up else None,
+        None if best.name == reference else paired_difference(best.records, beside),
+    )

@@ -1,0 +1,70 @@
+"""The best model within a budget, on made-up records whose order is known."""
+
+from __future__ import annotations
+
+import pytest
+from factory import record
+
+from lib.spec import RunSpec
+from lib.verdicts.budgets import candidates, winner
+
+DENSE = RunSpec(study="bench")
+
+
+def priced(top1, macs, stored=100.0, minutes=6.0, seeds=(0, 1, 2), start=DENSE, **change):
+    """Records of one method, with costs in percent of the dense model's."""
+    records = [record(seed, spec=start.but(init=start, **change), top1=top1) for seed in seeds]
+    for made in records:
+        made.cost = {"macs": 4.0 * macs, "params_stored": 2.0 * stored, "params_active": 1.0}
+        made.timing = {"run_seconds": 60.0 * minutes}
+    return records
+
+
+@pytest.fixture
+def methods():
+    [dense] = priced(70.0, 100.0, seeds=(0,))
+    dense.spec = DENSE
+    dense.id = DENSE.id
+    half = priced(62.0, 50.0, stored=60.0, minutes=2.0, threads=3)
+    return {
+        "dense": [dense],
+        "dense again": priced(75.0, 100.0, threads=1),
+        "half": half,
+        "worse half": priced(40.0, 50.0, stored=50.0, threads=4),
+        "child of half": priced(66.0, 70.0, minutes=1.0, start=half[0].spec),
+        "none yet": [None, None],
+    }
+
+
+def test_costs_are_in_percent_of_the_dense_model(methods):
+    models = {model.name: model for model in candidates(methods, {"half": 55.0})}
+    assert list(models) == ["dense", "dense again", "half", "worse half", "child of half"]
+    assert models["dense"].costs == {"macs": 100.0, "params_stored": 100.0, "making": 0.0}
+    assert models["half"].costs == {
+        "macs": 50.0,
+        "params_stored": 60.0,
+        "forward": 55.0,
+        "making": 2.0,
+    }
+    assert models["child of half"].costs["making"] == 3.0  # with the run that it starts from
+    del methods["half"]
+    [child] = [model for model in candidates(methods, {}) if model.name == "child of half"]
+    assert "making" not in child.costs
+    assert candidates({"half": priced(62.0, 50.0)}, {}) == []
+
+
+def test_the_most_accurate_within_a_budget_wins(methods):
+    models = candidates(methods, {"half": 55.0})
+    small = winner(models, "macs", 60.0)
+    assert (small.best.name, small.runner_up.name) == ("half", "worse half")
+    assert 15 < small.ahead.low < small.ahead.mean < small.ahead.high < 30
+    assert (
+        small.gain.high < 0 and small.gain.n == 3
+    )  # beside the dense model, outside of the budget
+    assert winner(models, "macs", 80.0).best.name == "child of half"
+    whole = winner(models, "macs", 100.0)
+    assert whole.best.name == "dense again" and whole.gain is None
+    # nothing fits, one fits, and what was not measured is left out
+    assert winner(models, "macs", 40.0) is None
+    alone = winner(models, "forward", 1000.0)
+    assert alone.best.name == "half" and alone.runner_up is alone.ahead is None
