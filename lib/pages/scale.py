@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..verdicts import count
 from . import profiles
 
 if TYPE_CHECKING:  # the build imports this module, and does without torch
@@ -250,12 +251,12 @@ def here(runs: Iterable[RunSpec], check: bool = True) -> list[str]:
     on_card = sum(spec.device == "cuda" for spec in runs)
     if on_card and not torch.cuda.is_available():
         lines.append(
-            f"graphics card: not here, for {on_card} runs with device='cuda'. To get one: a "
-            "machine that has it, or `-p device cpu` for runs of their own"
+            f"graphics card: not here, for {count(on_card, 'run')} with device='cuda'. To get "
+            "one: a machine that has it, or `-p device cpu` for runs of their own"
         )
     refused = demand.failing(runs) if check else {}
     lines += [
-        f"refused before any work, {count} run{'s' * (count != 1)}: {said}"
-        for said, count in refused.items()
+        f"refused before any work, {count(runs_of_it, 'run')}: {said}"
+        for said, runs_of_it in refused.items()
     ]
     return ["Missing on this machine:", *(f"- {line}" for line in lines or ["nothing"])]

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..verdicts import count
 from . import coverage, manifest, missing, profiles
 
 # -- the page of the book ------------------------------------------------------
@@ -148,7 +149,7 @@ def _age(records: Iterable[Mapping[str, Any]], finished: datetime.datetime) -> s
     if oldest is None:
         return "none read"
     days = max(0, (finished - oldest).days)
-    return f"{oldest:%Y-%m-%d}, {days} day{'s' * (days != 1)} before the run".replace(" ", "&nbsp;")
+    return f"{oldest:%Y-%m-%d}, {count(days, 'day')} before the run".replace(" ", "&nbsp;")
 
 
 # -- the table of the command line ---------------------------------------------

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from IPython.display import Markdown
 
-from ..verdicts import DECIDED, MARKS, WORDS, count
+from ..verdicts import DECIDED, MARKS, WORDS, agree, count
 from ..verdicts.claims import Verdict, amount
 from . import NOT_YET
 from .tables import Table, table
@@ -28,14 +28,26 @@ RULE = (
 
 HEAD = 4  # claims that the head of a page lists
 
-__all__ = ["HEAD", "RULE", "answer", "boxed", "count", "gaps", "published", "say", "verdicts"]
+__all__ = [
+    "HEAD",
+    "RULE",
+    "agree",
+    "answer",
+    "boxed",
+    "count",
+    "gaps",
+    "published",
+    "say",
+    "verdicts",
+]
 
 
 def gaps(records: dict[str, list]) -> str:
     """Says in a sentence for a caption how many records are absent; "" if all are there."""
     wanted = [record for records_of_arm in records.values() for record in records_of_arm]
     absent, total = sum(record is None for record in wanted), len(wanted)
-    return f" {absent} of {total} records are {NOT_YET}." if absent else ""
+    are = agree("are", absent, total)
+    return f" {absent} of {count(total, 'record')} {are} {NOT_YET}." if absent else ""
 
 
 def say(*sentences: str) -> Markdown:
@@ -76,9 +88,9 @@ def parts_held(text: str) -> str:
     held = len(words) - others.total()
     if not others:
         return f"all {len(words)} parts hold"
-    verb = "holds" if held == 1 else "hold"
     rest = "; ".join(f"{others[word]} {word}" for word in WORDS if others[word])
-    return f"{held} of {count(len(words), 'part')} {verb}; {rest}"
+    hold = agree("hold", held, len(words))
+    return f"{held} of {count(len(words), 'part')} {hold}; {rest}"
 
 
 def published(entry: Claim | None) -> str:

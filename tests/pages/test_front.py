@@ -25,7 +25,9 @@ def row(name, verdict, after=True, **more):
     [
         (["holds", "holds, smaller than published"], "*Yes:* 2 of 2 claims on it hold."),
         (["opposite", "not reproduced"], "*No:* 0 of 2 claims on it hold."),
-        (["holds", "undecided", None], "*In part:* 1 of 3 claims on it hold, 2 still open."),
+        (["holds", "undecided", None], "*In part:* 1 of 3 claims on it holds, 2 still open."),
+        (["holds"], "*Yes:* 1 of 1 claim on it holds."),
+        (["opposite"], "*No:* 0 of 1 claim on it holds."),
         (["opposite", "undecided"], "*Not so far:* 0 of 2 claims on it hold, 1 still open."),
         (["undecided", None], "*Open:* none of the claims on it is decided yet."),
     ],
@@ -40,6 +42,18 @@ def test_a_line_has_verdict_claim_number_and_link():
     assert front._bullet(rows["A1"], rows) == f"- ✔ *holds, alone*: Claim A1: +1, n=3 {link}"
     said = front._bullet(rows["A1a"] | {"effect": None, "text": None}, rows)
     assert said.startswith("- – *not judged yet*: Claim A1. Claim A1a (<a href=")
+
+
+def test_the_claims_of_a_card_are_counted():
+    words = ["holds", "opposite", "not reproduced", "undecided", None]
+    rows = [row(f"A{i}", word) for i, word in enumerate(words)]
+    assert front.standing(rows) == "1 of 5 claims holds, 2 do not, 2 open"
+    assert front.standing(rows[1:3]) == "0 of 2 claims hold, 2 do not, 0 open"
+    assert front.standing(rows[:2] * 2) == "2 of 4 claims hold, 2 do not, 0 open"
+    assert front.standing(rows[1:2]) == "0 of 1 claim holds, 1 does not, 0 open"
+    assert (
+        front.standing([row("A1", "holds", after=False)]) == "0 of 1 claim holds, 0 do not, 1 open"
+    )
 
 
 def test_a_card_shows_the_figure_at_the_head_of_its_page():

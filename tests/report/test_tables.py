@@ -231,7 +231,9 @@ def bullets(shown):
 
 
 def test_gaps_name_the_command():
-    assert text.gaps({"a": [record(0), None]}).strip() == f"1 of 2 records are {NOT_YET}."
+    assert text.gaps({"a": [record(0), None]}).strip() == f"1 of 2 records is {NOT_YET}."
+    assert text.gaps({"a": [None]}).strip() == f"1 of 1 record is {NOT_YET}."
+    assert text.gaps({"a": [None] * 2}).strip() == f"2 of 2 records are {NOT_YET}."
     assert text.gaps({"a": [record(0)]}) == ""
 
 
