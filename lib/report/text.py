@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -74,23 +74,18 @@ def verdicts(judged: Mapping[str, Iterable[Verdict]], caption: str = RULE) -> Ta
 
 def numbers(verdict: Verdict) -> str:
     """Returns the interval behind a verdict, or how many parts of a joint claim hold."""
-    joint = verdict.entry is not None and verdict.entry.parts
-    return parts_held(verdict.text) if joint else verdict.text.partition(";")[0]
+    return parts_held(verdict.parts) if verdict.parts else verdict.text.partition(";")[0]
 
 
-def parts_held(text: str) -> str:
-    """Counts the verdicts on parts: "1 of 3 parts holds; 2 not reproduced".
-
-    text: of a joint verdict, "A1a holds; A1b not reproduced (pilot)".
-    """
-    words = [part.partition(" ")[2].removesuffix(" (pilot)") for part in text.split("; ")]
-    others = Counter(word for word in words if not word.startswith("holds"))
-    held = len(words) - others.total()
+def parts_held(parts: Sequence[Verdict]) -> str:
+    """Counts the verdicts on the parts of a claim: "1 of 3 parts holds; 2 not reproduced"."""
+    others = Counter(part.verdict for part in parts if not part.holds)
+    held = len(parts) - others.total()
     if not others:
-        return f"all {len(words)} parts hold"
+        return f"all {len(parts)} parts hold"
     rest = "; ".join(f"{others[word]} {word}" for word in WORDS if others[word])
-    hold = agree("hold", held, len(words))
-    return f"{held} of {count(len(words), 'part')} {hold}; {rest}"
+    hold = agree("hold", held, len(parts))
+    return f"{held} of {count(len(parts), 'part')} {hold}; {rest}"
 
 
 def published(entry: Claim | None) -> str:
@@ -180,9 +175,10 @@ def _sentence(verdict: Verdict) -> str:
 
 
 def _plain(verdict: Verdict) -> dict[str, Any]:
-    """Returns a verdict as data: its numbers, without the law behind them."""
-    numbers = asdict(replace(verdict, estimate=None, entry=None)) | {"id": verdict.id}
-    del numbers["entry"]
+    """Returns a verdict as data: its numbers, without the law behind them and without its parts,
+    which stand beside it."""
+    numbers = asdict(replace(verdict, estimate=None, entry=None, parts=())) | {"id": verdict.id}
+    del numbers["entry"], numbers["parts"]
     estimate = verdict.estimate
     if estimate is None:
         return numbers | {"estimate": None}

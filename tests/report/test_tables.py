@@ -10,7 +10,7 @@ import pytest
 from factory import record
 
 from lib.report import NOT_YET, tables, text
-from lib.verdicts.claims import Verdict
+from lib.verdicts.claims import Verdict, judge_jointly
 from lib.verdicts.stats import accuracy_interval
 
 THREE = [record(s) for s in range(3)]
@@ -206,16 +206,22 @@ def test_the_head_lists_the_claims_of_the_document_before_ours(monkeypatch):
 @pytest.mark.parametrize(
     "words, said",
     [
-        ("A1a holds; A1b holds, smaller than published (pilot)", "all 2 parts hold"),
-        ("A1a opposite; A1b opposite (pilot)", "0 of 2 parts hold; 2 opposite"),
+        (["holds", "holds, smaller than published"], "all 2 parts hold"),
+        (["opposite", "opposite"], "0 of 2 parts hold; 2 opposite"),
         (
-            "A1a holds; A1b not tested; A1c opposite; A1d not tested",
+            ["holds", "not tested", "opposite", "not tested"],
             "1 of 4 parts holds; 1 opposite; 2 not tested",
         ),
     ],
 )
 def test_parts_of_a_claim_are_counted_by_verdict(words, said):
-    assert text.parts_held(words) == said
+    # neither the statement of a part nor the mark of a pilot counts
+    parts = [Verdict("It holds; and more", word, "", 3, pilot=True) for word in words]
+    assert text.parts_held(parts) == said
+    joint = judge_jointly("all", parts)
+    assert text.numbers(joint) == said
+    data = text.answer([joint]).metadata["claims"]
+    assert "parts" not in data[0] and json.dumps(data)
 
 
 def test_a_box_is_markdown_inside_html():
