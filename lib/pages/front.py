@@ -226,7 +226,7 @@ def _card(study: str, links: Mapping[str, str], rows: Iterable[Row]) -> list[str
         f":::{{grid-item-card}} {paper.get('short', study)}",
         f"*{paper['title']}*",
         "",
-        *picture(all_verdicts.cells(links["start"])),
+        *picture(links.get("figure", links["start"])),
         f"**{standing(own)}.** Data: {'; '.join(data) or 'none yet'}.",
         "",
         f"[](notebooks/{links['start']}.ipynb) · "
@@ -246,16 +246,18 @@ def standing(claims: Sequence[Row]) -> str:
     )
 
 
-def picture(cells: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Shows the figure at the head of an executed page once more; nothing where it has none."""
-    for cell in cells:
+def picture(key: str) -> list[str]:
+    """Shows the figure at the head of an executed page once more, as a link to it there; nothing
+    where it has none."""
+    for cell in all_verdicts.cells(key):
         if FIGURE not in cell["metadata"].get("tags", ()):
             continue
         for output in cell.get("outputs", ()):
             shown = "".join(output.get("data", {}).get("text/html", ""))
             if found := IMAGE.search(shown):
                 style = "width:100%;height:auto;background:#fff"
-                return [f'<img class="dark-light" {found[1]} style="{style}">', ""]
+                image = f'<img class="dark-light" {found[1]} style="{style}">'
+                return [f'<a href="notebooks/{key}.html#{FIGURE}">{image}</a>', ""]
     return []
 
 
