@@ -188,10 +188,27 @@ def test_the_switch_of_the_theme_keeps_the_focus(tab):
     assert tab.evaluate("document.activeElement.matches('.theme-switch-button')")
 
 
-@pytest.mark.parametrize("words", ["bf16", "throughput", "glossary", "my model"])
-def test_search_finds(tab, words):
+def first_found(tab, words):
+    """The path of the page that a search lists first."""
     tab.goto((BOOK / "search.html").resolve().as_uri() + f"?q={words.replace(' ', '+')}")
-    tab.wait_for_selector("#search-results li a", timeout=30_000)
+    found = tab.wait_for_selector("#search-results li a", timeout=30_000)
+    return found.get_attribute("href").partition("?")[0].partition("#")[0]
+
+
+@pytest.mark.parametrize("words", ["bf16", "throughput", "glossary"])
+def test_search_finds(tab, words):
+    assert first_found(tab, words)
+
+
+@pytest.mark.parametrize(
+    "words, page",
+    [
+        ("upcycling", "notebooks/vimoe/layer_scan.html"),  # before the glossary, by its title
+        ("my model", "notebooks/your_model/compress.html"),
+    ],
+)
+def test_search_finds_first_the_page_that_answers(tab, words, page):
+    assert first_found(tab, words) == page
 
 
 def test_there_is_one_search_box(tab):
