@@ -298,8 +298,9 @@ class Page:
         return tables.table(
             frame,
             self.reproduced.about(
-                "Size and multiply-adds of an image, of the first seed. How fast such models run, "
-                f"timed alone, by device, number format and batch: see {SPEED}.",
+                "Stored and active parameters, in millions, and multiply-adds (MACs) of an image, "
+                "in 10⁹, of the first seed. How fast such models run, timed alone, by device, "
+                f"number format and batch: see {SPEED}.",
                 keys,
             ),
             decimals=tables.COST_DECIMALS,

@@ -179,7 +179,7 @@ def _look(cell: str) -> str:
     numeric = len(cell) <= 40 and _NUMERIC.match(cell)
     paler = "color:var(--pst-color-text-muted, #6a6a6a);"  # the theme's, in light and dark
     return (
-        ("text-align:right;" if numeric else "text-align:left;")
+        ("text-align:right;white-space:nowrap;" if numeric else "text-align:left;")
         + ("white-space:normal;min-width:18em;" if len(cell) > 40 else "")
         + ("white-space:pre;" if "\n" in cell else "")
         + (paler if cell.startswith(MISSING) or cell.endswith("†") else "")

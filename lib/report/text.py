@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 # the caption of every table of verdicts
 RULE = (
     "Verdicts by one rule: an order needs three seeds; it holds if the interval lies on the "
-    "claimed side, and is not reproduced if the interval leaves out the published size."
+    "claimed side, and is not reproduced if the interval has zero inside and the published size "
+    "outside."
 )
 
 HEAD = 4  # claims that the head of a page lists
@@ -35,7 +36,8 @@ def gaps(records: dict[str, list]) -> str:
     """Says in a sentence for a caption how many records are absent; "" if all are there."""
     wanted = [record for records_of_arm in records.values() for record in records_of_arm]
     absent, total = sum(record is None for record in wanted), len(wanted)
-    return f" {absent} of {total} records are {NOT_YET}." if absent else ""
+    verb = "is" if absent == 1 else "are"
+    return f" {absent} of {total} records {verb} {NOT_YET}." if absent else ""
 
 
 def say(*sentences: str) -> Markdown:
@@ -127,7 +129,7 @@ def answer(judged: Iterable[Verdict], source: str = "Reproduced", sure: str = ""
     shown = sorted(tested[:HEAD], key=lambda v: WORDS.index(v.verdict))
     lines = [_line(v) for v in shown if v.verdict in DECIDED]
     if undecided := [_sentence(v) for v in shown if v.verdict == "undecided"]:
-        lines.append(f"- {MARKS['undecided']} *Undecided:* {'; '.join(undecided)}.")
+        lines.append(f"- {MARKS['undecided']} *Undecided:* {'. '.join(undecided)}.")
     if others := Counter(v.verdict for v in tested[HEAD:]):
         counted = "; ".join(f"{word}: {others[word]}" for word in WORDS if others[word])
         lines.append(f"- *Further claims*, below: {others.total()} ({counted}).")

@@ -231,7 +231,7 @@ def bullets(shown):
 
 
 def test_gaps_name_the_command():
-    assert text.gaps({"a": [record(0), None]}).strip() == f"1 of 2 records are {NOT_YET}."
+    assert text.gaps({"a": [record(0), None]}).strip() == f"1 of 2 records is {NOT_YET}."
     assert text.gaps({"a": [record(0)]}) == ""
 
 
@@ -246,7 +246,7 @@ def test_answer_sorts_the_claims_by_verdict():
     assert bullets(text.answer(judged)) == [
         "- ✔ *Holds:* a: +1 [0, 2]",
         "- ✘ *Not reproduced (pilot):* c: -1",
-        "- ? *Undecided:* b; e.",
+        "- ? *Undecided:* b. e.",
         "- *Not tested* for want of records: 1 of 5 claims.",
     ]
     assert "**How sure.** By chance." in text.answer(judged, sure="By chance.").data
