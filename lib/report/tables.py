@@ -128,6 +128,7 @@ class Table:
         styler.set_table_styles(rules)
         # pandas leaves out the scope, by which screen readers tie a cell to its column
         body = styler.to_html().replace("<th ", '<th scope="col" ')
+        body = _INTERVAL.sub(r'<span class="interval">\g<0></span>', body)
         return f'<div style="overflow-x:auto;max-width:100%" tabindex="0">{body}</div>'
 
     def _uuid_of(self, frame: pd.DataFrame) -> str:
@@ -167,6 +168,8 @@ def _without_blank_rows(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[filled] if filled.any() else frame
 
 
+# "+6.3 [+4.0, +8.7]," in a cell: it stays on one line where the cell is broken (book.css)
+_INTERVAL = re.compile(r"[+-]?\d[\d.]* \[[^\]<]*\],?(?=[^<>]*</td>)")
 # a number with unit, interval and n; not "8 experts, 50% active", "+ mean shift" or "3 → 0"
 _NUMERIC = re.compile(r"(?!.*(?:[a-z][,;] (?!n=)|→))(?:[+-]?\d|–)", re.DOTALL)
 

@@ -23,6 +23,8 @@ from PIL import Image
 BOOK = Path(os.environ.get("BOOK") or Path(__file__).resolve().parents[2] / "_build" / "html")
 HEAVIEST = 2_000_000  # bytes of a page beside the files that all pages share
 CODE = "notebooks/vimoe/layer_scan.html"  # a page with code, tables wide and narrow, and figures
+FORMULAS = "notebooks/durham/strategies.html"  # a page with a formula wider than a phone
+TITLE = "notebooks/leiden/why.html"  # a page whose title just fits on its line
 # data sets whose pictures are grey themselves, by words of the alternative text
 GREY = ("digits", "Rows of pictures", "MNIST")
 
@@ -107,6 +109,28 @@ def test_tables_are_whole_at_the_width_of_a_laptop(seen):
 
 def test_the_last_column_of_each_table_can_be_reached_on_a_phone(seen):
     assert listed(seen, "lost", 390) == []
+
+
+def test_a_formula_wider_than_a_phone_says_that_it_scrolls(tab):
+    tab.set_viewport_size({"width": 390, "height": 844})
+    views.opened(tab, BOOK, FORMULAS)
+    wide = """[...document.querySelectorAll("main div.math > mjx-container")].filter(
+      formula => formula.scrollWidth > formula.clientWidth + 1)"""
+    hints = f"{wide}.map(formula => formula.previousElementSibling?.matches('.scroll-hint'))"
+    said = tab.evaluate(hints)
+    assert said and all(said)
+
+
+def test_a_title_takes_no_line_for_the_link_to_it(tab):
+    views.opened(tab, BOOK, TITLE)
+    lines = """(() => {
+      const title = document.querySelector("main article h1");
+      const text = document.createRange();
+      text.selectNodeContents(title.firstChild);
+      return [title.clientHeight, text.getBoundingClientRect().height];
+    })()"""
+    height, of_text = tab.evaluate(lines)
+    assert height < 1.5 * of_text
 
 
 def test_no_bar_stands_over_code(seen):

@@ -130,6 +130,16 @@ def test_table_html_scrolls_is_escaped_and_stable():
     assert ids[0] and not ids[0] & ids[1]  # two tables of a page do not share style rules
 
 
+def test_an_interval_stays_on_one_line_where_its_cell_is_broken():
+    cells = ["-46.5 [-49.0, -44.1] points, n=5", "93.3 [92.5, 94.1], n=4", "as in [2024], 3 [a"]
+    kept = re.findall('<span class="interval">(.*?)</span>', table_of(cells).html)
+    assert kept == ["-46.5 [-49.0, -44.1]", "93.3 [92.5, 94.1],"]
+
+
+def table_of(cells):
+    return tables.table(pd.DataFrame({"a": cells}), "Cells")
+
+
 def test_no_planned_run_stays_blank_and_missing_groups_are_empty_columns():
     t = tables.three_groups(
         pd.DataFrame({"L": [1, 2]}),
