@@ -20,6 +20,8 @@ SKIPPED = frozenset(
 SKIPPED_CLASSES = frozenset({"math", "citation", "citation-list"})
 # Verbs, too: these are linked where a word before them shows that they are nouns.
 ALSO_VERBS = frozenset({"load", "loads", "record", "records", "run", "runs"})
+# A verb and its preposition without the hyphen: "layers stand in every block" is about no stand-in.
+HYPHENED = frozenset({"stand-in", "stand-ins"})
 BEFORE_NOUNS = "a all each every its no of one per the these this three two".split()
 
 
@@ -95,7 +97,7 @@ def _pattern(form: str) -> str:
         if word[1:] == word[1:].lower() and word[0].islower():
             first = f"[{word[0]}{word[0].upper()}]"
         words.append(first + re.escape(word[1:]))
-    pattern = r"[\s-]+".join(words)
+    pattern = ("-" if form in HYPHENED else r"[\s-]+").join(words)
     if form in ALSO_VERBS:
         before = "|".join([r"(?<=\d\s)", *(rf"(?<=\b{word}\s)" for word in BEFORE_NOUNS)])
         pattern = f"(?:{before}){pattern}"

@@ -35,7 +35,10 @@ def gaps(records: dict[str, list]) -> str:
     """Says in a sentence for a caption how many records are absent; "" if all are there."""
     wanted = [record for records_of_arm in records.values() for record in records_of_arm]
     absent, total = sum(record is None for record in wanted), len(wanted)
-    return f" {absent} of {total} records are {NOT_YET}." if absent else ""
+    if not absent:
+        return ""
+    share = "1 record" if total == 1 else f"{absent} of {total} records"
+    return f" {share} {'is' if absent == 1 else 'are'} {NOT_YET}."
 
 
 def say(*sentences: str) -> Markdown:

@@ -18,6 +18,7 @@ TERMS = (
     Term("run", "term-run", "One training."),
     Term("capacity", "term-capacity", "The most tokens."),
     Term("multiply-adds (MACs)", "term-macs", "One product and one sum."),
+    Term("stand-in", "term-stand-in", "Data in the place of others."),
 )
 
 
@@ -55,6 +56,8 @@ def test_the_first_use_is_a_link_with_the_meaning_and_the_second_is_not():
         ("MoEs", [("term-moe", "MoEs")]),
         ("two capacities", [("term-capacity", "capacities")]),
         ("one multiply-add", [("term-macs", "multiply-add")]),
+        ("two stand-ins", [("term-stand-in", "stand-ins")]),
+        ("layers stand in every block", []),
         ("by MAN", [("term-MAN", "MAN")]),
         ("the run", [("term-run", "run")]),
         ("24 runs", [("term-run", "runs")]),

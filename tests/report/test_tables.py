@@ -241,7 +241,9 @@ def bullets(shown):
 
 
 def test_gaps_name_the_command():
-    assert text.gaps({"a": [record(0), None]}).strip() == f"1 of 2 records are {NOT_YET}."
+    assert text.gaps({"a": [record(0), None]}).strip() == f"1 of 2 records is {NOT_YET}."
+    assert text.gaps({"a": [record(0), None, None]}).strip() == f"2 of 3 records are {NOT_YET}."
+    assert text.gaps({"a": [None]}).strip() == f"1 record is {NOT_YET}."
     assert text.gaps({"a": [record(0)]}) == ""
 
 
