@@ -65,6 +65,7 @@
       const first = table.tHead?.rows[0]?.cells[0]?.textContent.trim();
       table.classList.add("sticks");
       table.classList.toggle("by-source", first === "source");  // its second column names the row
+      breakNames(table.querySelectorAll("td:nth-child(-n+2), td:nth-child(-n+2) a"));
       return;
     }
     output.style.setProperty("--wide", `${widest(output)}px`);
@@ -72,14 +73,14 @@
     // the theme folds the contents away beside this class, and fails where there are none
     if (document.querySelector(".bd-sidebar-secondary")) output.classList.add("full-width");
     if (overflows(box)) table.classList.add("wraps");
-    if (overflows(box)) breakNames(table);
+    if (overflows(box)) breakNames(table.querySelectorAll("thead th"));
   }
 
-  // lets names such as router_norm_change in the head of a table break behind an underscore
-  function breakNames(table) {
-    for (const cell of table.querySelectorAll("thead th")) {
-      if (cell.childElementCount) continue;
-      const parts = cell.textContent.split(/(?<=_)/);
+  // lets names such as router_norm_change or vimoe/cost break behind an underscore or a slash
+  function breakNames(cells) {
+    for (const cell of cells) {
+      const parts = cell.textContent.split(/(?<=[_/])/);
+      if (cell.childElementCount || parts.length < 2) continue;
       cell.replaceChildren(...parts.flatMap(part => [part, document.createElement("wbr")]));
     }
   }

@@ -43,7 +43,7 @@ class Secondary:
 
 
 def secondary(value: Any, source: str) -> Secondary:
-    """Marks a published value as retold: a dagger and a note name the source that retells it."""
+    """Marks a published value as retold: a dagger and a note say of what, and who retells it."""
     return Secondary(value, source)
 
 
@@ -172,14 +172,14 @@ _NUMERIC = re.compile(r"(?!.*(?:[a-z][,;] (?!n=)|→))(?:[+-]?\d|–)", re.DOTAL
 
 
 def _look(cell: str) -> str:
-    """Styles a cell: numbers to the right, long texts wrapped, missing and retold values paler.
+    """Styles a cell: numbers right and unbroken, long texts wrapped, missing and retold ones paler.
 
     A cell of several lines keeps them.
     """
     numeric = len(cell) <= 40 and _NUMERIC.match(cell)
     paler = "color:var(--pst-color-text-muted, #6a6a6a);"  # the theme's, in light and dark
     return (
-        ("text-align:right;" if numeric else "text-align:left;")
+        ("text-align:right;white-space:nowrap;" if numeric else "text-align:left;")
         + ("white-space:normal;min-width:18em;" if len(cell) > 40 else "")
         + ("white-space:pre;" if "\n" in cell else "")
         + (paler if cell.startswith(MISSING) or cell.endswith("†") else "")
@@ -242,7 +242,7 @@ class Notes:
         return [
             *([intervals] if methods else []),
             *([f"{MISSING} {NOT_YET}"] if self.lacks_records else []),
-            *(f"{self.retold(s)} secondary: as retold in {s}" for s in self.sources),
+            *(f"{self.retold(s)} secondary: {s}" for s in self.sources),
         ]
 
 

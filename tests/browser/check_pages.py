@@ -109,6 +109,10 @@ def test_the_last_column_of_each_table_can_be_reached_on_a_phone(seen):
     assert listed(seen, "lost", 390) == []
 
 
+def test_no_text_of_a_table_runs_over_the_next_cell(seen):
+    assert listed(seen, "spilt") == []
+
+
 def test_no_bar_stands_over_code(seen):
     assert [view.page for view in seen if view.bars] == []
 
