@@ -65,7 +65,7 @@
       const first = table.tHead?.rows[0]?.cells[0]?.textContent.trim();
       table.classList.add("sticks");
       table.classList.toggle("by-source", first === "source");  // its second column names the row
-      breakNames(table.querySelectorAll("td:nth-child(-n+2), td:nth-child(-n+2) a"));
+      breakNames(table.querySelectorAll("td:nth-child(-n+2), td:nth-child(-n+2) *"));
       return;
     }
     output.style.setProperty("--wide", `${widest(output)}px`);

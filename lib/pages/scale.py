@@ -22,9 +22,10 @@ GIB, GB = 2**30, 1e9
 # an image and three passes is 2.2e13 to 3.2e13: a twentieth of the card's data sheet.
 ASSUMED_RATE = 2e13
 RULE = (
-    "Multiply-adds: forward + 2 x backward for a training image, one pass for each validation (one "
-    "before the first epoch, one after each) and for the test; nothing is taken off for what is "
-    "pruned or extracted. Images are those of training, each time that one is seen."
+    "Multiply-adds: three forward passes for a training image (one, and two that stand for the "
+    "backward pass), one for an image of each validation (before the first epoch and after each) "
+    "and of the test; nothing is taken off for what is pruned or extracted. Images are those of "
+    "training, each time that one is seen."
 )
 
 
@@ -56,7 +57,8 @@ def rates(given: float | None = None) -> Rates:
             measured = _measured(device, dtype)
             values[device, dtype] = measured or default
             origin = "measured by make bench" if measured else "assumed, nothing was measured here"
-            said.append(f"{device}, {dtype}: {values[device, dtype]:.2g} a {unit} ({origin})")
+            rate = f"{values[device, dtype]:.2g} multiply-adds a second and {unit}"
+            said.append(f"{device}, {dtype}: {rate} ({origin})")
     return Rates(values, said)
 
 
