@@ -213,11 +213,12 @@ def _dry(keys: list[str], profile: str, given: dict[str, Any], rate: float | Non
     """Prints what pages ask for; of one page also its runs and what is there of each."""
     from .pages import scale
     from .runs import collect as runs
+    from .verdicts import count
 
     planned = scale.priced(scale.runs_of(keys, profile, **given), profile, rate)
     if len(keys) == 1:
         for name, specs in profiles.plan(keys[0], profile, **given).items():
-            print(f"{name}: {len(specs)} run{'s' * (len(specs) != 1)}")
+            print(f"{name}: {count(len(specs), 'run')}")
             for spec in specs:
                 print(f"  {spec.id}  {runs.status_of(spec):8} seed {spec.seed}")
         print()

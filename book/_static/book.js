@@ -41,14 +41,16 @@
   }
 
   const NARROW = 992;  // CSS pixels; below, the theme leaves no margin
-  const BOXES = ".bd-article :is(.pst-scrollable-table-container, div:has(> table), div:has(> img))";
+  const BOXES = ".bd-article :is(.pst-scrollable-table-container, div:has(> table)," +
+    " div:has(> img), div.math > mjx-container)";
 
   function nameOf(box) {
     const figure = box.closest("figure");
     const caption = figure?.querySelector("figcaption") ?? box.querySelector("caption");
     const section = box.closest("section")?.querySelector("h1, h2, h3, h4");
     const text = (caption ?? section)?.textContent.replace(/#$/, "").trim() ?? "";
-    return `${text.slice(0, 80) || "Table"} (scrolls sideways)`;
+    const kind = box.matches("mjx-container") ? "Formula" : "Table";
+    return `${text.slice(0, 80) || kind} (scrolls sideways)`;
   }
 
   // the width from the box's left edge to the end of the column of contents, in pixels
@@ -62,9 +64,12 @@
     const output = box.closest(".output") ?? box;
     if (!table || !overflows(box)) return;
     if (window.innerWidth < NARROW) {
-      const first = table.tHead?.rows[0]?.cells[0]?.textContent.trim();
+      const names = [...(table.tHead?.rows[0]?.cells ?? [])].map(cell => cell.textContent.trim());
       table.classList.add("sticks");
-      table.classList.toggle("by-source", first === "source");  // its second column names the row
+      const bySource = names[0] === "source";  // then the second column names the row
+      table.classList.toggle("by-source", bySource);
+      table.classList.toggle("claims", bySource && names[1] === "claim");
+      breakNames(table.querySelectorAll("td:nth-child(-n+2), td:nth-child(-n+2) *"));
       return;
     }
     output.style.setProperty("--wide", `${widest(output)}px`);
@@ -72,14 +77,14 @@
     // the theme folds the contents away beside this class, and fails where there are none
     if (document.querySelector(".bd-sidebar-secondary")) output.classList.add("full-width");
     if (overflows(box)) table.classList.add("wraps");
-    if (overflows(box)) breakNames(table);
+    if (overflows(box)) breakNames(table.querySelectorAll("thead th"));
   }
 
-  // lets names such as router_norm_change in the head of a table break behind an underscore
-  function breakNames(table) {
-    for (const cell of table.querySelectorAll("thead th")) {
-      if (cell.childElementCount) continue;
-      const parts = cell.textContent.split(/(?<=_)/);
+  // lets names such as router_norm_change or vimoe/cost break behind an underscore or a slash
+  function breakNames(cells) {
+    for (const cell of cells) {
+      const parts = cell.textContent.split(/(?<=[_/])/);
+      if (cell.childElementCount || parts.length < 2) continue;
       cell.replaceChildren(...parts.flatMap(part => [part, document.createElement("wbr")]));
     }
   }

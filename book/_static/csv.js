@@ -17,6 +17,10 @@ document.addEventListener("DOMContentLoaded", () => {
       [...row.cells].flatMap((cell) => [quoted(text(cell)), ...Array(cell.colSpan - 1).fill("")]).join(","),
     );
     const made = link("this table as CSV", `${page}-table-${i + 1}.csv`, lines.join("\n") + "\n", "text/csv");
-    (table.closest("details, figure") || table.parentElement).append(made);
+    const fold = table.closest("details");
+    const figure = table.closest("figure");
+    const inSight = (figure ?? table).querySelectorAll("table.dataframe:not(details *)");
+    if (!fold && inSight.length > 1) table.parentElement.after(made); // of several, each has its own below it
+    else (fold ?? figure ?? table.parentElement).append(made);
   });
 });

@@ -49,8 +49,8 @@ document.addEventListener("DOMContentLoaded", () => {
       const block = `block ${data.blocks[state.layer]}`;
       box.querySelector(".told").textContent =
         expert < 0
-          ? `Row ${row}, column ${column}: no expert takes this patch in ${block}.`
-          : `Row ${row}, column ${column}: expert ${expert + 1} in ${block}, as ${alike} of ${experts().length} patches.`;
+          ? `Patch in row ${row}, column ${column}: no expert takes it in ${block}.`
+          : `Patch in row ${row}, column ${column}: expert ${expert + 1} in ${block}, which takes ${alike} of these ${experts().length} patches.`;
     }
     function show() {
       box.querySelector("output").textContent = data.blocks[state.layer];

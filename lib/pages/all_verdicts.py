@@ -15,7 +15,7 @@ from html import escape
 from typing import Any
 
 from ..paths import ROOT, written_whole
-from ..verdicts import WORDS, ledger
+from ..verdicts import WORDS, agree, count, ledger
 from ..verdicts.papers import load
 from . import manifest, verdict_table
 from .verdict_table import word_of
@@ -132,11 +132,12 @@ def page(keys: Sequence[str]) -> str:
     for study in studies:
         found = [row for row in listed if row["study"] == study]
         others = [row for row in found if row["part_of"] is None and row not in headlines]
-        title, chance = escape(titles[study], quote=False), _chance(found)
+        title = escape(titles[study], quote=False)
+        whole_title = escape(papers[study]["title"], quote=False)
         blocks.append(
-            f'<details class="study" id="{study}"><summary>{title}: {len(others)} further claims '
-            f"and controls</summary><p><i>{escape(papers[study]['title'], quote=False)}.</i> "
-            f"{chance}</p>{verdict_table.table(others, listed, titles)}</details>"
+            f'<details class="study" id="{study}"><summary>{title}: '
+            f"{count(len(others), 'further claim')} and controls</summary><p><i>{whole_title}.</i> "
+            f"{_chance(found)}</p>{verdict_table.table(others, listed, titles)}</details>"
         )
     html = "\n".join(blocks)
     return f"{state_of(listed)}\n\n```{{raw}} html\n{html}\n```\n"
@@ -152,17 +153,19 @@ def state_of(listed: Sequence[Row]) -> str:
     claims = [row for row in listed if row["part_of"] is None]
     documents = [row for row in claims if row["kind"] == "document"]
     able = tested(documents)
-    count = sum(map(decided, able))
+    settled_here = sum(map(decided, able))
     own = len(claims) - len(documents)
     words = Counter(word_of(row) for row in able)
     listing = "; ".join(f"{words[word]} *{word}*" for word in words_in_order(words))
     pilots = sum(bool(row["pilot"]) for row in able if decided(row))
     records = len({run for row in listed for run in row["records"]})
     return (
-        f"**State of the claims.** The documents make {len(documents)} claims. {len(able)} can be "
-        f"tested here and {count} of these are decided, {pilots} of them on the first three seeds "
-        f"of more that are planned. All verdicts: {listing}. {own} controls of this book stand "
-        f"beside them. Behind these verdicts are {records} records of runs."
+        f"**State of the claims.** The documents make {count(len(documents), 'claim')}. "
+        f"{len(able)} can be tested here and {settled_here} of these "
+        f"{agree('are', settled_here)} decided, {pilots} of them on the first three seeds of more "
+        f"that are planned. All verdicts: {listing}. {count(own, 'control')} of this book "
+        f"{agree('stand', own)} beside them. Behind these verdicts {agree('are', records)} "
+        f"{count(records, 'record')} of runs."
     )
 
 
@@ -186,10 +189,11 @@ def _chance(found: Sequence[Row]) -> str:
     alone = [row for row in single if holds(row)]
     after = sum(bool(row["after_correction"]) for row in alone)
     return (
-        f"{len(single)} claims and parts have an interval. If all of them were false, at most "
-        f"{BY_CHANCE * len(single):.1f} would hold by chance; {len(alone)} hold. After the "
-        f"correction for their number {after} hold, of which at most {BY_CHANCE * after:.1f} are "
-        "expected to be false."
+        f"{len(single)} claims and parts {agree('have', len(single))} an interval. If all of "
+        f"them were false, at most {BY_CHANCE * len(single):.1f} would hold by chance; "
+        f"{len(alone)} {agree('hold', len(alone))}. After the correction for their number {after} "
+        f"{agree('hold', after)}, of which at most {BY_CHANCE * after:.1f} are expected to be "
+        "false."
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from ..paths import ROOT
-from ..verdicts import DECIDED, MARKS, speed
+from ..verdicts import DECIDED, MARKS, agree, count, speed
 from ..verdicts.papers import load
 from . import all_verdicts, datasets
 from .verdict_table import anchor, word_of
@@ -125,7 +125,8 @@ def lead(asked: Sequence[Row]) -> str:
     none = "Not so far" if open_claims else "No"
     way = "Yes" if held == len(asked) else "In part" if held else none
     still = f", {open_claims} still open" if open_claims else ""
-    return f"*{way}:* {held} of {len(asked)} claims on it hold{still}."
+    hold = agree("hold", held, len(asked))
+    return f"*{way}:* {held} of {count(len(asked), 'claim')} on it {hold}{still}."
 
 
 def _behind(asked: Sequence[Row], rows: Mapping[str, Row]) -> list[str]:
@@ -133,8 +134,7 @@ def _behind(asked: Sequence[Row], rows: Mapping[str, Row]) -> list[str]:
     if not asked:
         return []
     bullets = [_bullet(row, rows) for row in asked]
-    noun = "claim" if len(asked) == 1 else "claims"
-    summary = f"<summary>{len(asked)} {noun} behind this</summary>"
+    summary = f"<summary>{count(len(asked), 'claim')} behind this</summary>"
     return [f"<details>{summary}", "", *bullets, "", "</details>"]
 
 
@@ -220,19 +220,14 @@ def _card(study: str, links: Mapping[str, str], rows: Iterable[Row]) -> list[str
     """Writes the card of a study: where its claims stand, its data, and where to begin."""
     whole = [row for row in rows if row["study"] == study and row["part_of"] is None]
     own = [row for row in whole if row["kind"] == "document" and row["reason"] is None]
-    held = sum(all_verdicts.decided(row) and all_verdicts.holds(row) for row in own)
-    against = sum(row["verdict"] in ("not reproduced", "opposite") for row in own)
     paper = load(study)["paper"]
     data = dict.fromkeys(name for row in whole for name in datasets.shown(row, []))
-    counted = (
-        f"{held} of {len(own)} claims hold, {against} do not, {len(own) - held - against} open"
-    )
     return [
         f":::{{grid-item-card}} {paper.get('short', study)}",
         f"*{paper['title']}*",
         "",
-        *picture(all_verdicts.cells(links["start"])),
-        f"**{counted}.** Data: {'; '.join(data) or 'none yet'}.",
+        *picture(links.get("figure", links["start"])),
+        f"**{standing(own)}.** Data: {'; '.join(data) or 'none yet'}.",
         "",
         f"[](notebooks/{links['start']}.ipynb) · "
         f"[what it costs](notebooks/{links['cost']}.ipynb) · "
@@ -241,16 +236,28 @@ def _card(study: str, links: Mapping[str, str], rows: Iterable[Row]) -> list[str
     ]
 
 
-def picture(cells: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Shows the figure at the head of an executed page once more; nothing where it has none."""
-    for cell in cells:
+def standing(claims: Sequence[Row]) -> str:
+    """Says how many claims hold, do not, and are open; one that holds alone is open."""
+    held = sum(all_verdicts.decided(row) and all_verdicts.holds(row) for row in claims)
+    against = sum(row["verdict"] in ("not reproduced", "opposite") for row in claims)
+    return (
+        f"{held} of {count(len(claims), 'claim')} {agree('hold', held, len(claims))}, "
+        f"{against} {agree('do', against)} not, {len(claims) - held - against} open"
+    )
+
+
+def picture(key: str) -> list[str]:
+    """Shows the figure at the head of an executed page once more, as a link to it there; nothing
+    where it has none."""
+    for cell in all_verdicts.cells(key):
         if FIGURE not in cell["metadata"].get("tags", ()):
             continue
         for output in cell.get("outputs", ()):
             shown = "".join(output.get("data", {}).get("text/html", ""))
             if found := IMAGE.search(shown):
                 style = "width:100%;height:auto;background:#fff"
-                return [f'<img class="dark-light" {found[1]} style="{style}">', ""]
+                image = f'<img class="dark-light" {found[1]} style="{style}">'
+                return [f'<a href="notebooks/{key}.html#{FIGURE}">{image}</a>', ""]
     return []
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ..verdicts import ledger
+from ..verdicts import count, ledger
 from . import all_verdicts, profiles
 
 if TYPE_CHECKING:  # the build imports this module, and does without torch
@@ -76,7 +76,7 @@ def price(plan: Plan, profile: str, keys: Sequence[str], rate: float | None) -> 
 def summary(plan: Plan, outcome: Outcome) -> str:
     """Writes what a fill did, and what is still missing."""
     interrupted = len(outcome.interrupted)
-    did = f"{_runs(len(outcome.filed))} filed, {len(outcome.failures)} failed"
+    did = f"{count(len(outcome.filed), 'run')} filed, {len(outcome.failures)} failed"
     cut = f", {interrupted} interrupted (to go on from the checkpoint)" if interrupted else ""
     return "\n".join([did + cut, *_rest(plan, set(outcome.filed), "now")])
 
@@ -92,16 +92,16 @@ def _rest(
     left = [item for item in plan.items if item.spec.id not in done]
     yield f"complete {when}: {_counted(served, plan.purposes)} that lack runs"
     if left:
-        yield f"still missing {when}: {_runs(len(left))}, {_hours(left)}"
+        yield f"still missing {when}: {count(len(left), 'run')}, {_hours(left)}"
     for page in dict.fromkeys(item.serves[0].page for item in left):
         of_page = [item for item in left if item.serves[0].page == page]
         too_long = sum(budget is not None and item.estimate.seconds > budget for item in of_page)
         note = f", {too_long} longer than the whole budget" if too_long else ""
-        yield f"  {page}: {_runs(len(of_page))}, {_hours(of_page)}{note}"
+        yield f"  {page}: {count(len(of_page), 'run')}, {_hours(of_page)}{note}"
     if plan.elsewhere:
-        yield f"computed by other processes now: {_runs(len(plan.elsewhere))}"
-    for page, count in Counter(purpose.page for purpose in plan.without_card).items():
-        yield f"left out, as this machine has no card for device='cuda': {count} of {page}"
+        yield f"computed by other processes now: {count(len(plan.elsewhere), 'run')}"
+    for page, purposes in Counter(purpose.page for purpose in plan.without_card).items():
+        yield f"left out, as this machine has no card for device='cuda': {purposes} of {page}"
 
 
 def _counted(served: Sequence[Purpose], purposes: Sequence[Purpose]) -> str:
@@ -124,10 +124,6 @@ def head(profile: str, keys: Sequence[str], lines: int = 5) -> list[str]:
     command = f"python -m lib fill --profile {profile} --budget 1h"
     first = [f"  {line}" for line in rows(items[:lines])]
     return [f"Next, by claims decided an hour ({command}):", *first, *tail]
-
-
-def _runs(count: int) -> str:
-    return f"{count} run{'s' * (count != 1)}"
 
 
 def _hours(items: Sequence[Item]) -> str:

@@ -2,15 +2,18 @@
 
 A notebook computes in the order in which it explains, and its reader wants the figure and the table
 that decide first. So the page shows the cells with these tags below the box, and a line in their
-former place leads there. The notebook and its executed copy keep their order: they run as they are.
+former place leads there; a heading below which nothing else stood goes. The notebook and its
+executed copy keep their order: they run as they are.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 HEADLINES = {"headline-figure": "figure", "headline-table": "table"}  # tag -> what the cell shows
 BOX_END = "your-model"  # id of the cell below which they go
+LEFT = "-was"  # how the id of the line in a former place ends
 
 
 def when_read(app: Any, page: str, source: list[str]) -> None:
@@ -39,7 +42,7 @@ def put_headlines_first(notebook: Any) -> None:
             first += [_markdown(tag, f'<div id="{tag}"></div>'), *tagged]
             line = f'The {kind} stands <a href="#{tag}">at the head of this page</a>.'
             # the last tagged cell is the code below its label
-            notebook.cells.insert(notebook.cells.index(tagged[-1]), _markdown(f"{tag}-was", line))
+            notebook.cells.insert(notebook.cells.index(tagged[-1]), _markdown(f"{tag}{LEFT}", line))
     numbers = {id(cell) for cell in first}
     cells: list[Any] = []
     for cell in notebook.cells:
@@ -47,7 +50,28 @@ def put_headlines_first(notebook: Any) -> None:
             cells.append(cell)
         if cell.get("id") == BOX_END:
             cells += first
-    notebook.cells = cells
+    notebook.cells = _without_empty_sections(cells)
+
+
+def _without_empty_sections(cells: list[Any]) -> list[Any]:
+    """Leaves out headings below which nothing but lines to the head of the page is shown."""
+    starts = [i for i, cell in enumerate(cells) if _is_heading(cell)]
+    unwanted: set[int] = set()
+    for start, end in zip(starts, [*starts[1:], len(cells)], strict=True):
+        below = [cell for cell in cells[start + 1 : end] if not _shows_nothing(cell)]
+        alone = "\n" not in cells[start].source.strip()
+        if alone and below and all(cell["id"].endswith(LEFT) for cell in below):
+            unwanted |= {id(cells[start]), *map(id, below)}
+    return [cell for cell in cells if id(cell) not in unwanted]
+
+
+def _is_heading(cell: Any) -> bool:
+    """Tells whether a cell begins a section, with or without a label before its heading."""
+    return cell.cell_type == "markdown" and bool(re.match(r"(\(.*\)=\s*)?#", cell.source))
+
+
+def _shows_nothing(cell: Any) -> bool:
+    return cell.cell_type == "code" and not cell.outputs
 
 
 def _markdown(name: str, text: str) -> Any:

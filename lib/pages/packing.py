@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..verdicts import agree, count
 from . import parameters, profiles
 
 
@@ -49,7 +50,8 @@ def _pack(args: argparse.Namespace) -> int:
     part_bytes = int(part[1]) * {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}[part[2]]
     files = pack(specs, args.out, part_bytes, args.wheels)
     print(
-        f"{len(specs)} runs in {len(files)} files of {args.out}: copy them, `python run.py` there"
+        f"{count(len(specs), 'run')} in {count(len(files), 'file')} of {args.out}: copy them, "
+        "`python run.py` there"
     )
     return 0
 
@@ -63,5 +65,8 @@ def _merge(args: argparse.Namespace) -> int:
     pages = [key for key in contents.in_book() if profiles.has_profile(key, args.profile)]
     specs = [sum(profiles.plan(key, args.profile).values(), []) for key in pages]
     filed, missing = merge(args.files, dict(zip(pages, specs, strict=True)))
-    print(f"{len(filed)} records are there; still missing: {', '.join(missing) or 'none'}")
+    are = agree("are", len(filed))
+    print(
+        f"{count(len(filed), 'record')} {are} there; still missing: {', '.join(missing) or 'none'}"
+    )
     return 0

@@ -141,7 +141,7 @@ class Page:
     """
 
     def __init__(self, grid: Callable[[Profile], Grid], p: Profile):
-        self.p, self.small = p, profile(p.notebook, PUBLISHED)
+        self.p, self.small, self._grid = p, profile(p.notebook, PUBLISHED), grid
         planned = with_further_seeds(p.notebook, grid, self.small)
         own = {name: len(runs) for name, runs in grid(self.small).items()}
         wanted = with_further_seeds(p.notebook, grid, p)
@@ -205,15 +205,22 @@ class Page:
         stage = f"; {text.count(pilots, 'claim')} with more seeds to come" if pilots else ""
         intervals = f"{counted}{stage}; 95% intervals over seeds and test images."
         specs = self._specs()
-        used = Counter(_scale(specs[run]) for v in judged for run in v.records if run in specs)
-        if not used:
+        ours = _scales(specs[run] for v in judged for run in v.records if run in specs)
+        if not ours:
             return intervals
-        ours = "; ".join(scale for scale, _ in used.most_common(SCALES))
-        there = ""
-        if has_profile(self.p.notebook, "paper"):
-            documents = _scale(profile(self.p.notebook, "paper").base)
-            there = f" The document's own scale: {documents}." if documents != ours else ""
+        documents = self._scales_of_document(judged)
+        there = f" The document's own scale: {documents}." if documents not in ("", ours) else ""
         return f"{intervals} On {ours}.{there}"
+
+    def _scales_of_document(self, judged: Sequence[Verdict]) -> str:
+        """Says on what the document has the arms of judged claims; "" without its profile."""
+        if not has_profile(self.p.notebook, "paper"):
+            return ""
+        theirs = profile(self.p.notebook, "paper")
+        arms = {arm for v in judged if v.n and v.entry is not None for arm in v.entry.arms}
+        planned = self._grid(theirs)
+        of_arms = [run for name, runs in planned.items() if name in arms for run in runs[:1]]
+        return _scales(of_arms or [theirs.base])
 
     def called(self, data: str) -> str:
         """Names a data set of this page, and that of the document for which it stands in."""
@@ -298,8 +305,9 @@ class Page:
         return tables.table(
             frame,
             self.reproduced.about(
-                "Size and multiply-adds of an image, of the first seed. How fast such models run, "
-                f"timed alone, by device, number format and batch: see {SPEED}.",
+                "Stored and active parameters, in millions, and multiply-adds (MACs) of an image, "
+                "in 10⁹, of the first seed. How fast such models run, timed alone, by device, "
+                f"number format and batch: see {SPEED}.",
                 keys,
             ),
             decimals=tables.COST_DECIMALS,
@@ -327,12 +335,26 @@ class Page:
         return self.reproduced.show(figure, caption, alt, keys)
 
 
-def _scale(run: RunSpec) -> str:
-    """Says in a line on which images a run works, and with which model."""
+def _scales(runs: Iterable[RunSpec]) -> str:
+    """Says in a line on which images runs work, and with which model, the most frequent first."""
+    data_of_rest: dict[str, list[str]] = {}
+    for (data, rest), _ in Counter(map(_scale, runs)).most_common(SCALES):
+        data_of_rest.setdefault(rest, []).append(data)
+    return "; ".join(f"{_listed(data)} {rest}" for rest, data in data_of_rest.items())
+
+
+def _scale(run: RunSpec) -> tuple[str, str]:
+    """Returns the data of a run, and at what size, on how many images and with which model."""
     data, backbone = run.data, run.backbone
     images = "all training images" if data.train is None else f"{data.train:,} training images"
     model = backbone.weights if backbone.weights not in (None, "timm") else backbone.name
-    return f"{datasets.NAMES.get(data.name, data.name)} at {data.image_size} px, {images}, {model}"
+    name = datasets.NAMES.get(data.name, data.name)
+    return name, f"at {data.image_size} px, {images}, {model}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Lists names as a sentence does: "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _check_arms(claim: ledger.Claim, piece: Evidence, planned: Grid) -> None:

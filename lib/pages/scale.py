@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..verdicts import count
 from . import profiles
 
 if TYPE_CHECKING:  # the build imports this module, and does without torch
@@ -22,9 +23,10 @@ GIB, GB = 2**30, 1e9
 # an image and three passes is 2.2e13 to 3.2e13: a twentieth of the card's data sheet.
 ASSUMED_RATE = 2e13
 RULE = (
-    "Multiply-adds: forward + 2 x backward for a training image, one pass for each validation (one "
-    "before the first epoch, one after each) and for the test; nothing is taken off for what is "
-    "pruned or extracted. Images are those of training, each time that one is seen."
+    "Multiply-adds: three forward passes for a training image (one, and two that stand for the "
+    "backward pass), one for an image of each validation (before the first epoch and after each) "
+    "and of the test; nothing is taken off for what is pruned or extracted. Images are those of "
+    "training, each time that one is seen."
 )
 
 
@@ -56,7 +58,8 @@ def rates(given: float | None = None) -> Rates:
             measured = _measured(device, dtype)
             values[device, dtype] = measured or default
             origin = "measured by make bench" if measured else "assumed, nothing was measured here"
-            said.append(f"{device}, {dtype}: {values[device, dtype]:.2g} a {unit} ({origin})")
+            rate = f"{values[device, dtype]:.2g} multiply-adds a second and {unit}"
+            said.append(f"{device}, {dtype}: {rate} ({origin})")
     return Rates(values, said)
 
 
@@ -250,12 +253,12 @@ def here(runs: Iterable[RunSpec], check: bool = True) -> list[str]:
     on_card = sum(spec.device == "cuda" for spec in runs)
     if on_card and not torch.cuda.is_available():
         lines.append(
-            f"graphics card: not here, for {on_card} runs with device='cuda'. To get one: a "
-            "machine that has it, or `-p device cpu` for runs of their own"
+            f"graphics card: not here, for {count(on_card, 'run')} with device='cuda'. To get "
+            "one: a machine that has it, or `-p device cpu` for runs of their own"
         )
     refused = demand.failing(runs) if check else {}
     lines += [
-        f"refused before any work, {count} run{'s' * (count != 1)}: {said}"
-        for said, count in refused.items()
+        f"refused before any work, {count(runs_of_it, 'run')}: {said}"
+        for said, runs_of_it in refused.items()
     ]
     return ["Missing on this machine:", *(f"- {line}" for line in lines or ["nothing"])]

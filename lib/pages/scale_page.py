@@ -45,7 +45,7 @@ def _text(plan: scale.Priced) -> list[str]:
     return [
         f"**{total.runs:,} runs, and {total.parents:,} that they start from, take about "
         f"{hours:,.0f} hours on one card.** They see {total.trained / 1e9:,.1f} billion training "
-        f"images and multiply {total.macs:.1e} times. The largest run holds about "
+        f"images and take {total.macs:.1e} multiply-adds. The largest run holds about "
         f"{total.memory / scale.GIB:,.0f} GiB. Records and weights that are kept take "
         f"{total.disk / scale.GB:,.0f} GB.",
         "",
@@ -59,7 +59,7 @@ def _text(plan: scale.Priced) -> list[str]:
         "not add up to the last row. Memory is that of the largest run, from what the committed "
         "records saved for a number; it may be off by a factor of two.",
         "",
-        "## What it takes to be there",
+        "## Data and weights that must be there",
         "",
         *_data_sets(plan),
         "",
@@ -104,7 +104,7 @@ def _data_sets(plan: scale.Priced) -> list[str]:
         "",
         "A split that a data set lacks is a fixed tenth of its training images.",
         "",
-        f"Weights: {', '.join(sorted(weights))}. `timm` means those that timm's hub has of it.",
+        f"Weights: {', '.join(sorted(weights))}. `timm`: those that timm's hub has by that name.",
     ]
 
 

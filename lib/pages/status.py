@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..verdicts import count
 from . import coverage, manifest, missing, profiles
 
 # -- the page of the book ------------------------------------------------------
@@ -71,8 +72,9 @@ def page(keys: Sequence[str]) -> str:
             "",
             *([f"- {machine}: {count}" for machine, count in origins] or ["- none yet"]),
             "",
-            f"Of them {len(rebuilt)} start from a parent that was trained again and came out with "
-            "other weights than those of the parent's own record, as it does on another processor.",
+            f"Of these records {len(rebuilt)} start from a parent that was trained again and came "
+            "out with other weights than the parent's own record names, as happens on another "
+            "processor.",
             "",
             "## What is not computed yet",
             "",
@@ -148,7 +150,8 @@ def _age(records: Iterable[Mapping[str, Any]], finished: datetime.datetime) -> s
     if oldest is None:
         return "none read"
     days = max(0, (finished - oldest).days)
-    return f"{oldest:%Y-%m-%d}, {days} day{'s' * (days != 1)} before the run".replace(" ", "&nbsp;")
+    before = f"{count(days, 'day')} before the run".replace(" ", "&nbsp;")
+    return f"{oldest:%Y&#8209;%m&#8209;%d}, {before}"
 
 
 # -- the table of the command line ---------------------------------------------

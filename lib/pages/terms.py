@@ -21,6 +21,10 @@ SKIPPED_CLASSES = frozenset({"math", "citation", "citation-list"})
 # Verbs, too: these are linked where a word before them shows that they are nouns.
 ALSO_VERBS = frozenset({"load", "loads", "record", "records", "run", "runs"})
 BEFORE_NOUNS = "a all each every its no of one per the these this three two".split()
+# a number, but not the end of a name: "12 runs", not "bf16 runs on tiles"
+AFTER_NUMBER = r"(?<=\d\s)(?<![a-z]\d\s)(?<![a-z]\d\d\s)"
+# Words that mean something else without their hyphen: numbers stand in a table.
+HYPHENATED = frozenset({"stand-in", "stand-ins"})
 
 
 @dataclass(frozen=True)
@@ -95,9 +99,9 @@ def _pattern(form: str) -> str:
         if word[1:] == word[1:].lower() and word[0].islower():
             first = f"[{word[0]}{word[0].upper()}]"
         words.append(first + re.escape(word[1:]))
-    pattern = r"[\s-]+".join(words)
+    pattern = ("-" if form in HYPHENATED else r"[\s-]+").join(words)
     if form in ALSO_VERBS:
-        before = "|".join([r"(?<=\d\s)", *(rf"(?<=\b{word}\s)" for word in BEFORE_NOUNS)])
+        before = "|".join([AFTER_NUMBER, *(rf"(?<=\b{word}\s)" for word in BEFORE_NOUNS)])
         pattern = f"(?:{before}){pattern}"
     return pattern
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ..verdicts import MARKS, WORDS, count, ledger
+from ..verdicts import MARKS, WORDS, agree, count, ledger
 from . import datasets
 
 Row = Mapping[str, Any]
@@ -78,7 +78,8 @@ def _ours(row: Row, parts: Sequence[Row]) -> str:
     if parts:
         judged = [part for part in parts if part["verdict"] not in (None, "not tested")]
         held = sum(word_of(part).startswith("holds") for part in parts)
-        return f"{held} of {len(parts)} parts hold" if judged else ""
+        hold = agree("hold", held, len(parts))
+        return f"{held} of {count(len(parts), 'part')} {hold}" if judged else ""
     return _effect(row)
 
 

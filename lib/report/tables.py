@@ -43,7 +43,7 @@ class Secondary:
 
 
 def secondary(value: Any, source: str) -> Secondary:
-    """Marks a published value as retold: a dagger and a note name the source that retells it."""
+    """Marks a published value as retold: a dagger and a note say of what, and who retells it."""
     return Secondary(value, source)
 
 
@@ -128,6 +128,7 @@ class Table:
         styler.set_table_styles(rules)
         # pandas leaves out the scope, by which screen readers tie a cell to its column
         body = styler.to_html().replace("<th ", '<th scope="col" ')
+        body = _INTERVAL.sub(r'<span class="interval">\g<0></span>', body)
         return f'<div style="overflow-x:auto;max-width:100%" tabindex="0">{body}</div>'
 
     def _uuid_of(self, frame: pd.DataFrame) -> str:
@@ -167,19 +168,21 @@ def _without_blank_rows(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[filled] if filled.any() else frame
 
 
+# "+6.3 [+4.0, +8.7]," in a cell: it stays on one line where the cell is broken (book.css)
+_INTERVAL = re.compile(r"[+-]?\d[\d.]* \[[^\]<]*\],?(?=[^<>]*</td>)")
 # a number with unit, interval and n; not "8 experts, 50% active", "+ mean shift" or "3 → 0"
 _NUMERIC = re.compile(r"(?!.*(?:[a-z][,;] (?!n=)|→))(?:[+-]?\d|–)", re.DOTALL)
 
 
 def _look(cell: str) -> str:
-    """Styles a cell: numbers to the right, long texts wrapped, missing and retold values paler.
+    """Styles a cell: numbers right and unbroken, long texts wrapped, missing and retold ones paler.
 
     A cell of several lines keeps them.
     """
     numeric = len(cell) <= 40 and _NUMERIC.match(cell)
     paler = "color:var(--pst-color-text-muted, #6a6a6a);"  # the theme's, in light and dark
     return (
-        ("text-align:right;" if numeric else "text-align:left;")
+        ("text-align:right;white-space:nowrap;" if numeric else "text-align:left;")
         + ("white-space:normal;min-width:18em;" if len(cell) > 40 else "")
         + ("white-space:pre;" if "\n" in cell else "")
         + (paler if cell.startswith(MISSING) or cell.endswith("†") else "")
@@ -242,7 +245,7 @@ class Notes:
         return [
             *([intervals] if methods else []),
             *([f"{MISSING} {NOT_YET}"] if self.lacks_records else []),
-            *(f"{self.retold(s)} secondary: as retold in {s}" for s in self.sources),
+            *(f"{self.retold(s)} secondary: {s}" for s in self.sources),
         ]
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import html
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from IPython.display import Markdown
 
-from ..verdicts import DECIDED, MARKS, WORDS, count
+from ..verdicts import DECIDED, MARKS, WORDS, agree, count
 from ..verdicts.claims import Verdict, amount
 from . import NOT_YET
 from .tables import Table, table
@@ -23,19 +23,34 @@ if TYPE_CHECKING:
 # the caption of every table of verdicts
 RULE = (
     "Verdicts by one rule: an order needs three seeds; it holds if the interval lies on the "
-    "claimed side, and is not reproduced if the interval leaves out the published size."
+    "claimed side, and is not reproduced if the interval has zero inside and the published size "
+    "outside."
 )
 
 HEAD = 4  # claims that the head of a page lists
 
-__all__ = ["HEAD", "RULE", "answer", "boxed", "count", "gaps", "published", "say", "verdicts"]
+__all__ = [
+    "HEAD",
+    "RULE",
+    "agree",
+    "answer",
+    "boxed",
+    "count",
+    "gaps",
+    "published",
+    "say",
+    "verdicts",
+]
 
 
 def gaps(records: dict[str, list]) -> str:
     """Says in a sentence for a caption how many records are absent; "" if all are there."""
     wanted = [record for records_of_arm in records.values() for record in records_of_arm]
     absent, total = sum(record is None for record in wanted), len(wanted)
-    return f" {absent} of {total} records are {NOT_YET}." if absent else ""
+    if not absent:
+        return ""
+    share = "1 record" if total == 1 else f"{absent} of {total} records"
+    return f" {share} {agree('are', absent, total)} {NOT_YET}."
 
 
 def say(*sentences: str) -> Markdown:
@@ -62,23 +77,18 @@ def verdicts(judged: Mapping[str, Iterable[Verdict]], caption: str = RULE) -> Ta
 
 def numbers(verdict: Verdict) -> str:
     """Returns the interval behind a verdict, or how many parts of a joint claim hold."""
-    joint = verdict.entry is not None and verdict.entry.parts
-    return parts_held(verdict.text) if joint else verdict.text.partition(";")[0]
+    return parts_held(verdict.parts) if verdict.parts else verdict.text.partition(";")[0]
 
 
-def parts_held(text: str) -> str:
-    """Counts the verdicts on parts: "1 of 3 parts holds; 2 not reproduced".
-
-    text: of a joint verdict, "A1a holds; A1b not reproduced (pilot)".
-    """
-    words = [part.partition(" ")[2].removesuffix(" (pilot)") for part in text.split("; ")]
-    others = Counter(word for word in words if not word.startswith("holds"))
-    held = len(words) - others.total()
+def parts_held(parts: Sequence[Verdict]) -> str:
+    """Counts the verdicts on the parts of a claim: "1 of 3 parts holds; 2 not reproduced"."""
+    others = Counter(part.verdict for part in parts if not part.holds)
+    held = len(parts) - others.total()
     if not others:
-        return f"all {len(words)} parts hold"
-    verb = "holds" if held == 1 else "hold"
+        return f"all {len(parts)} parts hold"
     rest = "; ".join(f"{others[word]} {word}" for word in WORDS if others[word])
-    return f"{held} of {count(len(words), 'part')} {verb}; {rest}"
+    hold = agree("hold", held, len(parts))
+    return f"{held} of {count(len(parts), 'part')} {hold}; {rest}"
 
 
 def published(entry: Claim | None) -> str:
@@ -127,7 +137,7 @@ def answer(judged: Iterable[Verdict], source: str = "Reproduced", sure: str = ""
     shown = sorted(tested[:HEAD], key=lambda v: WORDS.index(v.verdict))
     lines = [_line(v) for v in shown if v.verdict in DECIDED]
     if undecided := [_sentence(v) for v in shown if v.verdict == "undecided"]:
-        lines.append(f"- {MARKS['undecided']} *Undecided:* {'; '.join(undecided)}.")
+        lines.append(f"- {MARKS['undecided']} *Undecided:* {'. '.join(undecided)}.")
     if others := Counter(v.verdict for v in tested[HEAD:]):
         counted = "; ".join(f"{word}: {others[word]}" for word in WORDS if others[word])
         lines.append(f"- *Further claims*, below: {others.total()} ({counted}).")
@@ -168,9 +178,10 @@ def _sentence(verdict: Verdict) -> str:
 
 
 def _plain(verdict: Verdict) -> dict[str, Any]:
-    """Returns a verdict as data: its numbers, without the law behind them."""
-    numbers = asdict(replace(verdict, estimate=None, entry=None)) | {"id": verdict.id}
-    del numbers["entry"]
+    """Returns a verdict as data: its numbers, without the law behind them and without its parts,
+    which stand beside it."""
+    numbers = asdict(replace(verdict, estimate=None, entry=None, parts=())) | {"id": verdict.id}
+    del numbers["entry"], numbers["parts"]
     estimate = verdict.estimate
     if estimate is None:
         return numbers | {"estimate": None}

@@ -15,3 +15,13 @@ def count(number: float, noun: str) -> str:
     plural = "es" if noun.endswith("s") else "s"
     shown = f"{number:g}" if isinstance(number, float) else number
     return f"{shown} {noun}{'' if number == 1 else plural}"
+
+
+def agree(verb: str, *numbers: int) -> str:
+    """Puts a verb into the singular where a number before it is 1.
+
+    verb: plural, such as "hold". numbers: of its subject, and of how many that is, so that both
+    "1 of 12 claims" and "0 of 1 claim" hold nothing in the plural.
+    """
+    singular = {"are": "is", "do": "does", "have": "has"}.get(verb, f"{verb}s")
+    return singular if 1 in numbers else verb

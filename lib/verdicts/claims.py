@@ -62,7 +62,8 @@ class Verdict:
     without interval. From the law of the estimate (`law.Law`) and not from its draws, whose
     smallest share is too large for a correction over many claims. So p is below 2.5% where the 95%
     interval says "holds", but for the random error of its ends. entry: the claim in the ledger.
-    records: ids of those behind it. pilot: whether further seeds are planned.
+    records: ids of those behind it. pilot: whether further seeds are planned. parts: of a joint
+    claim, the verdicts that it follows from.
     """
 
     claim: str
@@ -75,6 +76,7 @@ class Verdict:
     estimate: Interval | None = None
     records: tuple[str, ...] = ()
     pilot: bool = False
+    parts: tuple[Verdict, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.claim}: {self.word} ({self.text})"
@@ -139,7 +141,8 @@ def judge_jointly(claim: str, parts: Sequence[Verdict]) -> Verdict:
     n = min(part.n for part in measured or parts)
     records = tuple(dict.fromkeys(run for part in parts for run in part.records))
     pilot = any(part.pilot for part in parts)
-    return Verdict(claim, _joint_word(words), text, n, records=records, pilot=pilot)
+    word, parts = _joint_word(words), tuple(parts)
+    return Verdict(claim, word, text, n, records=records, pilot=pilot, parts=parts)
 
 
 def amount(size: float, unit: str) -> str:

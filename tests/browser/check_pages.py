@@ -23,6 +23,8 @@ from PIL import Image
 BOOK = Path(os.environ.get("BOOK") or Path(__file__).resolve().parents[2] / "_build" / "html")
 HEAVIEST = 2_000_000  # bytes of a page beside the files that all pages share
 CODE = "notebooks/vimoe/layer_scan.html"  # a page with code, tables wide and narrow, and figures
+FORMULAS = "notebooks/durham/strategies.html"  # a page with a formula wider than a phone
+TITLE = "notebooks/leiden/why.html"  # a page whose title just fits on its line
 # data sets whose pictures are grey themselves, by words of the alternative text
 GREY = ("digits", "Rows of pictures", "MNIST")
 
@@ -109,6 +111,32 @@ def test_the_last_column_of_each_table_can_be_reached_on_a_phone(seen):
     assert listed(seen, "lost", 390) == []
 
 
+def test_a_formula_wider_than_a_phone_says_that_it_scrolls(tab):
+    tab.set_viewport_size({"width": 390, "height": 844})
+    views.opened(tab, BOOK, FORMULAS)
+    wide = """[...document.querySelectorAll("main div.math > mjx-container")].filter(
+      formula => formula.scrollWidth > formula.clientWidth + 1)"""
+    hints = f"{wide}.map(formula => formula.previousElementSibling?.matches('.scroll-hint'))"
+    said = tab.evaluate(hints)
+    assert said and all(said)
+
+
+def test_a_title_takes_no_line_for_the_link_to_it(tab):
+    views.opened(tab, BOOK, TITLE)
+    lines = """(() => {
+      const title = document.querySelector("main article h1");
+      const text = document.createRange();
+      text.selectNodeContents(title.firstChild);
+      return [title.clientHeight, text.getBoundingClientRect().height];
+    })()"""
+    height, of_text = tab.evaluate(lines)
+    assert height < 1.5 * of_text
+
+
+def test_no_text_of_a_table_runs_over_the_next_cell(seen):
+    assert listed(seen, "spilt") == []
+
+
 def test_no_bar_stands_over_code(seen):
     assert [view.page for view in seen if view.bars] == []
 
@@ -188,10 +216,27 @@ def test_the_switch_of_the_theme_keeps_the_focus(tab):
     assert tab.evaluate("document.activeElement.matches('.theme-switch-button')")
 
 
-@pytest.mark.parametrize("words", ["bf16", "throughput", "glossary", "my model"])
-def test_search_finds(tab, words):
+def first_found(tab, words):
+    """The path of the page that a search lists first."""
     tab.goto((BOOK / "search.html").resolve().as_uri() + f"?q={words.replace(' ', '+')}")
-    tab.wait_for_selector("#search-results li a", timeout=30_000)
+    found = tab.wait_for_selector("#search-results li a", timeout=30_000)
+    return found.get_attribute("href").partition("?")[0].partition("#")[0]
+
+
+@pytest.mark.parametrize("words", ["bf16", "throughput", "glossary"])
+def test_search_finds(tab, words):
+    assert first_found(tab, words)
+
+
+@pytest.mark.parametrize(
+    "words, page",
+    [
+        ("upcycling", "notebooks/vimoe/layer_scan.html"),  # before the glossary, by its title
+        ("my model", "notebooks/your_model/compress.html"),
+    ],
+)
+def test_search_finds_first_the_page_that_answers(tab, words, page):
+    assert first_found(tab, words) == page
 
 
 def test_there_is_one_search_box(tab):

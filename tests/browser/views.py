@@ -38,7 +38,8 @@ SETTLED = """() => {
   return Promise.resolve(formulas).then(frame).then(frame).then(() => true);
 }"""
 OPEN_ALL = "() => document.querySelectorAll('main details').forEach(part => { part.open = true; })"
-# names of the tables that are cut off, and of those whose last column stays out of reach
+# names of the tables that are cut off, of those whose last column stays out of reach, and cells
+# whose text runs over the next one
 TABLES = """() => {
   const cuts = box => getComputedStyle(box).overflowX !== 'visible';
   const edge = table => {
@@ -49,12 +50,14 @@ TABLES = """() => {
   };
   // boxes scroll by whole pixels, to which both sides were rounded
   const beyond = table => table.getBoundingClientRect().right > edge(table) + 2;
-  const clipped = [], lost = [];
+  const clipped = [], lost = [], spilt = [];
   const tables = [...document.querySelectorAll('main table')].filter(
     table => table.checkVisibility({visibilityProperty: true}));
   for (const table of tables) {
-    if (!beyond(table)) continue;
     const name = (table.closest('figure')?.querySelector('figcaption') ?? table).textContent;
+    for (const cell of table.querySelectorAll('td, th'))
+      if (cell.scrollWidth > cell.clientWidth + 1) spilt.push(cell.textContent.slice(0, 60));
+    if (!beyond(table)) continue;
     clipped.push(name.trim().slice(0, 60));
     let box = table.parentElement;
     while (box && !cuts(box)) box = box.parentElement;
@@ -66,7 +69,7 @@ TABLES = """() => {
       lost.push(name.trim().slice(0, 60));
     if (box) box.scrollLeft = 0;
   }
-  return {count: tables.length, clipped, lost};
+  return {count: tables.length, clipped, lost, spilt};
 }"""
 # what axe need not look at: further rows of a table, which are alike, and the insides of formulas
 ALIKE = [["tbody tr:nth-child(n+6)"], ["mjx-container"]]
@@ -80,7 +83,8 @@ class View:
 
     errors: of the console and uncaught ones. foreign: addresses asked for outside of the book.
     tables: how many; clipped, lost: captions of those cut off, and of those whose last column is
-    out of reach. findings: of axe, those that are serious or critical; None = not asked.
+    out of reach. spilt: cells whose text runs over the next one. findings: of axe, those that are
+    serious or critical; None = not asked.
     """
 
     page: str
@@ -91,6 +95,7 @@ class View:
     tables: int = 0
     clipped: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
+    spilt: list[str] = field(default_factory=list)
     bars: int = 0
     findings: list[str] | None = None
 
@@ -145,7 +150,8 @@ def looked_at(tab: Any, book: Path, page: str, width: int, theme: str, axe: bool
     tab.evaluate(OPEN_ALL)
     tab.evaluate(SETTLED)
     seen = tab.evaluate(TABLES)
-    view.tables, view.clipped, view.lost = seen["count"], seen["clipped"], seen["lost"]
+    view.tables = seen["count"]
+    view.clipped, view.lost, view.spilt = seen["clipped"], seen["lost"], seen["spilt"]
     if axe:
         # what is not a colour is the same in both themes
         view.findings = findings(tab, RULES if theme == THEMES[0] else ["color-contrast"])
@@ -210,7 +216,7 @@ def main() -> None:
         seen = views(browser, Path(sys.argv[1] if len(sys.argv) > 1 else "_build/html"))
     for name, number in counts(seen).items():
         print(f"{number:6}  {name}")
-    for kind in ("errors", "foreign", "clipped", "lost", "findings"):
+    for kind in ("errors", "foreign", "clipped", "lost", "spilt", "findings"):
         lines = Counter(
             f"{view.page} at {view.width} {view.theme}: {line}" if kind != "errors" else line
             for view in seen

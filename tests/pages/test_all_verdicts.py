@@ -107,7 +107,9 @@ def test_sentences_on_the_state_are_counted(book):
     assert "The documents make 5 claims. 4 can be tested here and 2 of these are decided," in state
     assert "0 of them on the first three seeds" in state
     assert "1 *holds*; 1 *holds, alone*; 1 *opposite*; 1 *not judged yet*." in state
-    assert "1 controls of this book" in state and "are 4 records of runs." in state
+    assert (
+        "1 control of this book stands beside them." in state and "are 4 records of runs." in state
+    )
 
 
 def test_the_page_shows_published_beside_ours(book, monkeypatch):
@@ -129,7 +131,7 @@ def test_the_page_shows_published_beside_ours(book, monkeypatch):
     }  # fmt: skip
     assert others["Verdict"] == "✔ holds, alone" and others["Data"] == ""
     joint = tables.rows["A9"]
-    assert (joint["Ours"], joint["Verdict"]) == ("1 of 2 parts hold", "? undecided")
+    assert (joint["Ours"], joint["Verdict"]) == ("1 of 2 parts holds", "? undecided")
     assert "A9b Second. counts from 1 point +1.0 ? undecided" in joint["Claim"]
     assert "Not at this scale." in tables.rows["A10"]["Claim"]
     assert tables.rows["A10"]["Verdict"] == "– not tested"

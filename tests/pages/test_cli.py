@@ -137,9 +137,9 @@ def test_the_status_page_tells_where_records_were_computed(monkeypatch):
     page = status.page(["a/one", "a/two"])
     assert (
         "- P: 2\n- P, products in float32, rounded to bfloat16: 1\n- A: 1\n" in page
-        and "Of them 1 start" in page
+        and "Of these records 1 start" in page
     )
-    assert page.count("4 of 5") == 2 and "2026-01-01,&nbsp;3&nbsp;days&nbsp;before" in page
+    assert page.count("4 of 5") == 2 and "2026&#8209;01&#8209;01, 3&nbsp;days&nbsp;before" in page
 
 
 def test_the_status_page_has_the_commands_of_what_is_absent_once(monkeypatch):

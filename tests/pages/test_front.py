@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from lib import paths
-from lib.pages import front, order
+from lib.pages import all_verdicts, front, order
 from lib.paths import ROOT
 from lib.verdicts import ledger, speed
 from lib.verdicts.speed import Ratio, Timing
@@ -25,7 +25,9 @@ def row(name, verdict, after=True, **more):
     [
         (["holds", "holds, smaller than published"], "*Yes:* 2 of 2 claims on it hold."),
         (["opposite", "not reproduced"], "*No:* 0 of 2 claims on it hold."),
-        (["holds", "undecided", None], "*In part:* 1 of 3 claims on it hold, 2 still open."),
+        (["holds", "undecided", None], "*In part:* 1 of 3 claims on it holds, 2 still open."),
+        (["holds"], "*Yes:* 1 of 1 claim on it holds."),
+        (["opposite"], "*No:* 0 of 1 claim on it holds."),
         (["opposite", "undecided"], "*Not so far:* 0 of 2 claims on it hold, 1 still open."),
         (["undecided", None], "*Open:* none of the claims on it is decided yet."),
     ],
@@ -42,7 +44,19 @@ def test_a_line_has_verdict_claim_number_and_link():
     assert said.startswith("- – *not judged yet*: Claim A1. Claim A1a (<a href=")
 
 
-def test_a_card_shows_the_figure_at_the_head_of_its_page():
+def test_the_claims_of_a_card_are_counted():
+    words = ["holds", "opposite", "not reproduced", "undecided", None]
+    rows = [row(f"A{i}", word) for i, word in enumerate(words)]
+    assert front.standing(rows) == "1 of 5 claims holds, 2 do not, 2 open"
+    assert front.standing(rows[1:3]) == "0 of 2 claims hold, 2 do not, 0 open"
+    assert front.standing(rows[:2] * 2) == "2 of 4 claims hold, 2 do not, 0 open"
+    assert front.standing(rows[1:2]) == "0 of 1 claim holds, 1 does not, 0 open"
+    assert (
+        front.standing([row("A1", "holds", after=False)]) == "0 of 1 claim holds, 0 do not, 1 open"
+    )
+
+
+def test_a_card_shows_the_figure_at_the_head_of_its_page(monkeypatch):
     image = '<figure><div><img class="dark-light" alt="A line" src="data:image/png;base64,QUI=" s>'
     of_figure = {
         "metadata": {"tags": ["headline-figure"]},
@@ -53,9 +67,24 @@ def test_a_card_shows_the_figure_at_the_head_of_its_page():
     }
     other = {"metadata": {}, "outputs": [{"data": {"text/html": image.replace("A line", "B")}}]}
     label = {"metadata": {"tags": ["headline-figure"]}, "source": "(label)="}
-    [shown, _] = front.picture([other, label, of_figure])
-    assert shown.startswith('<img class="dark-light" alt="A line" src="data:image/png;base64,QUI="')
-    assert front.picture([other]) == [] and order.HEADLINES[front.FIGURE] == "figure"
+    pages = {"a/one": [other, label, of_figure], "a/none": [other]}
+    monkeypatch.setattr(all_verdicts, "cells", pages.get)
+    [shown, _] = front.picture("a/one")
+    assert shown.startswith(
+        '<a href="notebooks/a/one.html#headline-figure"><img class="dark-light" alt="A line" '
+        'src="data:image/png;base64,QUI="'
+    )
+    assert front.picture("a/none") == [] and order.HEADLINES[front.FIGURE] == "figure"
+
+
+def test_a_card_may_show_the_figure_of_another_page(monkeypatch):
+    monkeypatch.setattr(front, "picture", lambda key: [f"figure of {key}"])
+    links = {"start": "leiden/tables", "cost": "leiden/tables"}
+    assert "figure of leiden/tables" in front._card("leiden", links, [])
+    assert "figure of a/wide" in front._card("leiden", links | {"figure": "a/wide"}, [])
+    content = {"questions": [], "wants": [], "studies": {"leiden": links | {"figure": "a/gone"}}}
+    with pytest.raises(ValueError, match="names a/gone, which the book does not have"):
+        front._check(content, {}, ["leiden/tables"])
 
 
 def test_what_the_book_has_not_is_named():

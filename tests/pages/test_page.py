@@ -171,7 +171,7 @@ def test_a_caption_ends_with_the_gaps_of_its_figure(book, records, monkeypatch):
         ("figure", f"Reproduced.{page.gaps(['moe'])}", "alt"),
         ("figure", "This build.", "alt"),
     ]
-    assert "1 of 1 records are" in shown[0][1]
+    assert " 1 record is not computed yet" in shown[0][1]
 
 
 def test_a_side_without_records_leads_to_the_status_page(book, records):
@@ -221,6 +221,32 @@ def test_the_answer_is_on_reproduced_records_and_all_verdicts_read_it(book, reco
         ("A1", "holds", 3),
         ("A.wide", "not tested", 0),
     ]
+
+
+def test_how_sure_names_the_data_that_the_document_has_for_the_claims(book, records, planned):
+    book.profile("paper", BASE % "cifar100" + "a/one: {seeds: [0]}\n")
+    reproduce(records)
+    base = pages.page(grid, profiles.profile("a/one", "quick")).answer(claims).data
+    assert "The document's own scale: CIFAR-100 at 28 px, all training images" in base
+
+    def of_digits(p):  # the arms of a claim may have data of their own
+        runs = grid(p)
+        if p.profile == "paper":
+            digits = {"name": "mnist5k", "image_size": 14}
+            runs["moe"] = [run.but(data=digits) for run in runs["moe"]]
+        return runs
+
+    page = pages.page(of_digits, profiles.profile("a/one", "quick"))
+    at = "all training images, vit_tiny_patch16_224"
+    assert f"scale: CIFAR-100 at 28 px, {at}; MNIST at 14 px, {at}." in page.answer(claims).data
+
+
+def test_data_of_one_size_and_model_are_listed_together():
+    base = profiles.profile("vimoe/layer_scan", "small").base
+    runs = [base.but(data={"name": name}) for name in ("cifar100", "eurosat", "imagenet")]
+    assert pages._scales(runs).startswith("CIFAR-100, EuroSAT and ImageNet at ")
+    assert pages._scales(runs[:2]).startswith("CIFAR-100 and EuroSAT at ")
+    assert pages._scales(runs[:1]).startswith("CIFAR-100 at ") and pages._scales([]) == ""
 
 
 def test_verdicts_of_both_sides_are_headed_by_their_source(book, records, planned):

@@ -84,6 +84,18 @@ def test_tagged_cells_stand_below_the_box_with_a_line_in_their_place():
     nbformat.validate(notebook)
 
 
+def test_a_heading_goes_where_nothing_but_lines_to_the_head_is_left_below_it():
+    notebook = executed()
+    silent = code("silent", shows=False)
+    notebook.cells[4:4] = [new_markdown_cell("## Numbers", id="numbers"), silent]
+    order.put_headlines_first(notebook)
+    left = ids(notebook)
+    assert "numbers" not in left and "headline-table-was" not in left
+    assert left.index("silent") == left.index("results") - 1  # its code can still be shown
+    # below these there are sentences, or there never was anything
+    assert {"method", "results", "headline-figure-was", "end"} <= set(left)
+
+
 def test_a_page_in_this_order_stays_as_it_is():
     notebook = executed()
     order.put_headlines_first(notebook)

@@ -18,6 +18,7 @@ TERMS = (
     Term("run", "term-run", "One training."),
     Term("capacity", "term-capacity", "The most tokens."),
     Term("multiply-adds (MACs)", "term-macs", "One product and one sum."),
+    Term("stand-in", "term-stand-in", "Data in the place of others."),
 )
 
 
@@ -55,9 +56,12 @@ def test_the_first_use_is_a_link_with_the_meaning_and_the_second_is_not():
         ("MoEs", [("term-moe", "MoEs")]),
         ("two capacities", [("term-capacity", "capacities")]),
         ("one multiply-add", [("term-macs", "multiply-add")]),
+        ("two stand-ins", [("term-stand-in", "stand-ins")]),
+        ("layers stand in every block", []),
         ("by MAN", [("term-MAN", "MAN")]),
         ("the run", [("term-run", "run")]),
         ("24 runs", [("term-run", "runs")]),
+        ("a stand-in", [("term-stand-in", "stand-in")]),
     ],
 )
 def test_plurals_capitals_and_abbreviations_are_the_term(text, expected):
@@ -67,7 +71,7 @@ def test_plurals_capitals_and_abbreviations_are_the_term(text, expected):
 @pytest.mark.parametrize(
     "text",
     "expertise expert_count two-expert expert-wise moee/expert expert.py H(expert)".split()
-    + ["a man", "EXPERT", "it runs", "run it"],
+    + ["a man", "EXPERT", "it runs", "run it", "bf16 runs here", "numbers stand in a table"],
 )
 def test_longer_words_paths_and_other_words_are_left_alone(text):
     assert links(f"<p>{text}</p>") == []

@@ -10,7 +10,7 @@ import pytest
 from factory import record
 
 from lib.report import NOT_YET, tables, text
-from lib.verdicts.claims import Verdict
+from lib.verdicts.claims import Verdict, judge_jointly
 from lib.verdicts.stats import accuracy_interval
 
 THREE = [record(s) for s in range(3)]
@@ -20,7 +20,13 @@ def three():
     settings = pd.DataFrame({"E": [8, 8, 8], "L": [1, 2, 12], "shared": [False, True, True]})
     return tables.three_groups(
         settings,
-        {"top-1 (%)": [91.5, tables.secondary(91.3, "a survey <2024>"), None]},
+        {
+            "top-1 (%)": [
+                91.5,
+                tables.secondary(91.3, "a survey <2024>"),
+                None,
+            ]
+        },
         {
             "top-1 (%)": [
                 accuracy_interval(THREE),
@@ -49,7 +55,7 @@ def test_three_groups_cells():
     assert t.notes == (
         "Intervals: hierarchical bootstrap 95% over n seeds; none where n is below 3.",
         f"– {NOT_YET}",
-        "† secondary: as retold in a survey <2024>",
+        "† secondary: a survey <2024>",
     )
 
 
@@ -113,7 +119,8 @@ def test_a_setting_of_this_build_alone_has_no_row_among_the_others():
     ],
 )
 def test_numbers_stand_to_the_right_and_texts_to_the_left(cell, place):
-    assert f"text-align:{place}" in tables._look(cell)
+    look = tables._look(cell)
+    assert f"text-align:{place}" in look and ("white-space:nowrap" in look) == (place == "right")
 
 
 def test_table_html_scrolls_is_escaped_and_stable():
@@ -128,6 +135,16 @@ def test_table_html_scrolls_is_escaped_and_stable():
     other = tables.table(pd.DataFrame({"a": [1]}), "Another").html
     ids = [set(re.findall(r'id="(\w+)"', page)) for page in (text, other)]
     assert ids[0] and not ids[0] & ids[1]  # two tables of a page do not share style rules
+
+
+def test_an_interval_stays_on_one_line_where_its_cell_is_broken():
+    cells = ["-46.5 [-49.0, -44.1] points, n=5", "93.3 [92.5, 94.1], n=4", "as in [2024], 3 [a"]
+    kept = re.findall('<span class="interval">(.*?)</span>', table_of(cells).html)
+    assert kept == ["-46.5 [-49.0, -44.1]", "93.3 [92.5, 94.1],"]
+
+
+def table_of(cells):
+    return tables.table(pd.DataFrame({"a": cells}), "Cells")
 
 
 def test_no_planned_run_stays_blank_and_missing_groups_are_empty_columns():
@@ -206,16 +223,22 @@ def test_the_head_lists_the_claims_of_the_document_before_ours(monkeypatch):
 @pytest.mark.parametrize(
     "words, said",
     [
-        ("A1a holds; A1b holds, smaller than published (pilot)", "all 2 parts hold"),
-        ("A1a opposite; A1b opposite (pilot)", "0 of 2 parts hold; 2 opposite"),
+        (["holds", "holds, smaller than published"], "all 2 parts hold"),
+        (["opposite", "opposite"], "0 of 2 parts hold; 2 opposite"),
         (
-            "A1a holds; A1b not tested; A1c opposite; A1d not tested",
+            ["holds", "not tested", "opposite", "not tested"],
             "1 of 4 parts holds; 1 opposite; 2 not tested",
         ),
     ],
 )
 def test_parts_of_a_claim_are_counted_by_verdict(words, said):
-    assert text.parts_held(words) == said
+    # neither the statement of a part nor the mark of a pilot counts
+    parts = [Verdict("It holds; and more", word, "", 3, pilot=True) for word in words]
+    assert text.parts_held(parts) == said
+    joint = judge_jointly("all", parts)
+    assert text.numbers(joint) == said
+    data = text.answer([joint]).metadata["claims"]
+    assert "parts" not in data[0] and json.dumps(data)
 
 
 def test_a_box_is_markdown_inside_html():
@@ -231,7 +254,9 @@ def bullets(shown):
 
 
 def test_gaps_name_the_command():
-    assert text.gaps({"a": [record(0), None]}).strip() == f"1 of 2 records are {NOT_YET}."
+    assert text.gaps({"a": [record(0), None]}).strip() == f"1 of 2 records is {NOT_YET}."
+    assert text.gaps({"a": [None]}).strip() == f"1 record is {NOT_YET}."
+    assert text.gaps({"a": [None] * 2}).strip() == f"2 of 2 records are {NOT_YET}."
     assert text.gaps({"a": [record(0)]}) == ""
 
 
@@ -246,7 +271,7 @@ def test_answer_sorts_the_claims_by_verdict():
     assert bullets(text.answer(judged)) == [
         "- ✔ *Holds:* a: +1 [0, 2]",
         "- ✘ *Not reproduced (pilot):* c: -1",
-        "- ? *Undecided:* b; e.",
+        "- ? *Undecided:* b. e.",
         "- *Not tested* for want of records: 1 of 5 claims.",
     ]
     assert "**How sure.** By chance." in text.answer(judged, sure="By chance.").data

@@ -164,7 +164,7 @@ def test_the_commands(tmp_path, where, monkeypatch, capsys):
     record_files.append(tmp_path / "out", finished(where), [PARENT.id, CHILD.id])
     bundle = str(tmp_path / "out" / "records-000.moe")
     assert main(["merge", bundle]) == 0
-    assert f"1 records are there; still missing: {CHILD.id}" in capsys.readouterr().out
+    assert f"1 record is there; still missing: {CHILD.id}" in capsys.readouterr().out
     assert main(["merge", bundle + "x"]) == 2
     assert "records-000.moex is not there" in capsys.readouterr().err
 
