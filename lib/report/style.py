@@ -126,8 +126,12 @@ def number(index: int) -> int:
 
 
 def note(ax: Axes, text: str) -> None:
-    """Says in an empty panel why it is empty; ticks would suggest values."""
-    ax.set(xticks=[], yticks=[])
+    """Says in an empty panel why it is empty; ticks would suggest values.
+
+    They are hidden and not removed: panels that share an axis share its ticks.
+    """
+    ax.tick_params(bottom=False, left=False, labelbottom=False, labelleft=False)
+    ax.grid(False)
     ax.text(
         0.5,
         0.5,

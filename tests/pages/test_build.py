@@ -77,7 +77,7 @@ def test_build_then_nothing_then_only_what_changed(book):
     assert "a/one" in (html / "status.html").read_text()
     verdicts = (book.root / "book" / "verdicts_table.md").read_text()
     assert (
-        "The documents make 2 claims. 1 can be tested here and 1 of these are decided" in verdicts
+        "The documents make 2 claims. 1 can be tested here and 1 of these is decided" in verdicts
     )
     link = '(Table 1; <a href="notebooks/a/one.html#verdicts">a/one</a>)'
     assert f'<b>A1</b> a|b <span class="source">{link}</span>' in verdicts

@@ -18,7 +18,6 @@ from lib.pages import contents, order, parameters
 
 # pages on which no figure shows the answer of the box, and why
 WITHOUT_FIGURE = {
-    "beyond/frontier": "its runs are to come; the table has them all",
     "durham/dropout": "four numbers, with all experts on and off",
     "durham/recipe": "counts of a size; its one figure is the drawing of a block",
     "leiden/why": "controls of different kinds, each with a reference of its own",

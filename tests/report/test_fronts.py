@@ -57,3 +57,8 @@ def test_families_differ_in_look_and_a_cost_that_no_model_has_is_said():
     assert looks["dense"][0] == looks["dense again"][0] == "black"
     assert [text.get_text() for text in empty.texts] == ["not measured"]
     assert not hidden.get_visible() and time.get_visible()
+    # an empty panel takes the ticks off itself alone
+    size.figure.draw_without_rendering()
+    for ax in (size, time):
+        assert all(tick.label1.get_visible() for tick in ax.yaxis.get_major_ticks())
+    assert not any(tick.label1.get_visible() for tick in empty.yaxis.get_major_ticks())
