@@ -49,6 +49,15 @@ def side_by_side(methods: Mapping[str, pd.DataFrame], columns: Mapping[str, str]
     return rows[rows.model.isin(first.model)].sort_values("model", kind="stable")
 
 
+def with_deviations(published: pd.DataFrame, column: str, decimals: int = 0) -> list[str]:
+    """Writes the means of a column with their standard deviations: "81.2 (sd 0.4)".
+
+    published: has the deviations in a column whose name ends in `_std`.
+    """
+    pairs = zip(published[column], published[f"{column}_std"], strict=True)
+    return [f"{mean:.{decimals}f} (sd {deviation:.{decimals}f})" for mean, deviation in pairs]
+
+
 def as_printed(published: pd.DataFrame, note: str, decimals: int = 1) -> Table:
     """Tabulates a published table with what it is about and its source, then `note`, as caption."""
     about, source = published.attrs["about"], published.attrs["source"]["table"]

@@ -35,6 +35,12 @@ def test_side_by_side_has_the_models_of_the_first_table():
     assert rows["cut (%)"].iloc[1] == secondary(25.0, "a report")
 
 
+def test_means_have_their_deviations_beside_them():
+    frame = pd.DataFrame({"top1": [81.24, 9.0], "top1_std": [0.36, 1.0]})
+    assert published.with_deviations(frame, "top1", 1) == ["81.2 (sd 0.4)", "9.0 (sd 1.0)"]
+    assert published.with_deviations(frame, "top1") == ["81 (sd 0)", "9 (sd 1)"]
+
+
 def test_an_unknown_column_is_refused():
     with pytest.raises(KeyError, match="depth"):
         published.retold(FIRST, {"depth": "depth"})
