@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 
@@ -19,23 +19,24 @@ HEADS = {
     "snip": "SNIP (%)",
     "vbp": "VBP (%)",
     "dvbp_ob2c": "DVBP, OB2C (%)",
+    "macs_cut": "MACs saved (%)",
+    "params_cut": "parameters saved (%)",
+    "retained": "accuracy kept (%)",
 }
 
 
-def retold(published: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
-    """Returns some columns under new names, each value marked as retold by the table's source.
-
-    columns: {name in the published table: name on the page}.
-    """
+def retold(published: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
+    """Returns some columns as a reader wants them, each value marked as retold by the table's
+    source."""
     source = published.attrs["source"]["table"]
     marked = {
-        title: [secondary(value, source) for value in published[column]]
-        for column, title in columns.items()
+        HEADS.get(column, column): [secondary(value, source) for value in published[column]]
+        for column in columns
     }
     return pd.DataFrame(marked, index=published.index)
 
 
-def side_by_side(methods: Mapping[str, pd.DataFrame], columns: Mapping[str, str]) -> pd.DataFrame:
+def side_by_side(methods: Mapping[str, pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
     """Sorts the retold rows of several methods by model, so that they can be compared.
 
     methods: {method: published table with a column `model`}. The models are those of the first
