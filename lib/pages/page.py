@@ -110,6 +110,10 @@ class Side(Mapping):
         """Returns the test top-1 in percent over the seeds of some runs; None without a record."""
         return accuracy_interval(self.get(key, []))
 
+    def validation(self, key: str) -> float | None:
+        """Returns the validation top-1 in percent of the first finished run; None without one."""
+        return next((record.val["top1"] for record in self.done(key)), None)
+
     def data(self, keys: Keys = None) -> list[str]:
         """Names the data of runs that stand in for those of the document."""
         shown = self._shown(keys)

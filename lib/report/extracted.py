@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from ..spec import ExtractSpec
 from ..verdicts.layers import layer_mean
+from ..verdicts.sizes import Family
 from ..verdicts.stats import accuracy_interval, finished
 
 
@@ -48,6 +49,15 @@ def extraction_row(records: Sequence[Any]) -> dict[str, Any]:
             "clusters a layer": layer_mean(record.extract, itemgetter("clusters")),
         }
     return row
+
+
+def rows_by_block(families: Mapping[str, Family]) -> Iterator[dict[str, Any]]:
+    """Yields a row for each level and method: what its first finished record has active by
+    block."""
+    for level in dict.fromkeys(level for family in families.values() for level in family):
+        for method, family in families.items():
+            for record in finished(family.get(level, []))[:1]:
+                yield {"active": f"{100 * level:g}%", "arm": method, **active_by_block(record)}
 
 
 def active_by_block(record: Any) -> dict[str, float]:

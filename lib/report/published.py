@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 
@@ -19,23 +19,24 @@ HEADS = {
     "snip": "SNIP (%)",
     "vbp": "VBP (%)",
     "dvbp_ob2c": "DVBP, OB2C (%)",
+    "macs_cut": "MACs saved (%)",
+    "params_cut": "parameters saved (%)",
+    "retained": "accuracy kept (%)",
 }
 
 
-def retold(published: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
-    """Returns some columns under new names, each value marked as retold by the table's source.
-
-    columns: {name in the published table: name on the page}.
-    """
+def retold(published: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
+    """Returns some columns as a reader wants them, each value marked as retold by the table's
+    source."""
     source = published.attrs["source"]["table"]
     marked = {
-        title: [secondary(value, source) for value in published[column]]
-        for column, title in columns.items()
+        HEADS.get(column, column): [secondary(value, source) for value in published[column]]
+        for column in columns
     }
     return pd.DataFrame(marked, index=published.index)
 
 
-def side_by_side(methods: Mapping[str, pd.DataFrame], columns: Mapping[str, str]) -> pd.DataFrame:
+def side_by_side(methods: Mapping[str, pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
     """Sorts the retold rows of several methods by model, so that they can be compared.
 
     methods: {method: published table with a column `model`}. The models are those of the first
@@ -47,6 +48,15 @@ def side_by_side(methods: Mapping[str, pd.DataFrame], columns: Mapping[str, str]
         for method, table in methods.items()
     )
     return rows[rows.model.isin(first.model)].sort_values("model", kind="stable")
+
+
+def with_deviations(published: pd.DataFrame, column: str, decimals: int = 0) -> list[str]:
+    """Writes the means of a column with their standard deviations: "81.2 (sd 0.4)".
+
+    published: has the deviations in a column whose name ends in `_std`.
+    """
+    pairs = zip(published[column], published[f"{column}_std"], strict=True)
+    return [f"{mean:.{decimals}f} (sd {deviation:.{decimals}f})" for mean, deviation in pairs]
 
 
 def as_printed(published: pd.DataFrame, note: str, decimals: int = 1) -> Table:

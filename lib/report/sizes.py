@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ..verdicts.sizes import SizedModel
-from . import figures, relations
+from . import figures, relations, words
 
 _AXES = {
     "macs": "multiply-adds (% of the dense model's)",
@@ -42,6 +42,22 @@ def accuracy_over(
     shown = list(methods)
     curves = {title: _curves(models, size, shown) for title, models in panels.items()}
     return figures.scan(curves, xlabel=_AXES[size], ylabel="accuracy (%)")
+
+
+def order_over(models: Iterable[SizedModel], size: str, methods: Iterable[str]) -> str:
+    """Says in which order `accuracy_over` draws its lines where they begin, for those who do not
+    see it."""
+    shown = set(methods)
+    there = [m for m in models if m.method in shown and m.top1 is not None]
+    smallest = {m.method: m for m in sorted(there, key=lambda m: -m.level)}
+    if size == "macs":
+        rank = "Where fewest are left, from the most accurate down"
+        values = {method: m.top1 for method, m in smallest.items()}
+    else:
+        rank = "By what their smallest model stores, from the most down"
+        values = {method: m.params_stored for method, m in smallest.items()}
+    axis = _AXES[size].partition(" (")[0]
+    return f"Line plot of accuracy over {axis}, one line a method. {rank}: {words.order(values)}."
 
 
 def _curves(models: Sequence[SizedModel], size: str, methods: Sequence[str]) -> list[figures.Curve]:

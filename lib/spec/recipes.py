@@ -3,7 +3,8 @@ how far, is the notebook's."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from .channels import ChannelSpec
 from .extraction import ExtractSpec
@@ -81,25 +82,29 @@ def extracted(
     base: RunSpec,
     rules: ExtractSpec,
     seed: int,
+    changes: Sequence[Mapping[str, Any]] = (),
     *,
     epochs: float = 0.0,
     images: int | None = None,
-    threads: int | None = None,
+    one_thread: bool = False,
 ) -> RunSpec:
     """Returns the run that extracts experts from the model of `dense_of(base)` (MoEE, 2505.15414).
 
-    seed: draws calibration images and clusters. epochs: of finetuning, which also learns from the
-    dense model's logits, at a fifth of its learning rate; 0 = none. images: training images of the
-    finetuning, None = all. threads: of torch, None = those of the dense run.
+    seed: draws calibration images and clusters. changes: of the rules, one after the other. epochs:
+    of finetuning, which also learns from the dense model's logits, at a fifth of its learning rate;
+    0 = none. images: training images of the finetuning, None = all. one_thread: see
+    `_threads_of_one`; otherwise it takes those of the dense run.
     """
     start = dense_of(base)
+    for change in changes:
+        rules = rules.but(**change)
     run = start.but(
         study=base.study,
         init=start,
         extract=rules,
         train=None,
         seed=seed,
-        threads=threads or start.threads,
+        threads=_threads_of_one(start) if one_thread else start.threads,
     )
     if not epochs:
         return run
@@ -107,11 +112,20 @@ def extracted(
     return run.but(train=finetuning, data={"train": images})
 
 
+def distilled(run: RunSpec, epochs: float, lr: float) -> RunSpec:
+    """Returns an `extracted` run that then learns from the dense model's logits alone, in bfloat16.
+
+    epochs: of it, over all training images. lr: of all layers alike, since each was changed.
+    """
+    stage = run.init.train.but(epochs=epochs, lr=lr, layer_decay=1.0, distil_logits=1.0)
+    return run.but(train=stage, dtype="bfloat16")
+
+
 def with_channels(base: RunSpec, seed: int, **rules: object) -> RunSpec:
     """Returns the run that evaluates `dense_of(base)` with a part of its neurons (2602.15720).
 
     seed: orders the evaluated images, or draws training images. rules: fields of its ChannelSpec.
-    On a processor it takes one thread, since two such runs beat one of two threads.
+    On a processor it takes one thread.
     """
     start = dense_of(base)
     return start.but(
@@ -120,5 +134,10 @@ def with_channels(base: RunSpec, seed: int, **rules: object) -> RunSpec:
         channels=ChannelSpec(**rules),
         train=None,
         seed=seed,
-        threads=1 if start.device == "cpu" else start.threads,
+        threads=_threads_of_one(start),
     )
+
+
+def _threads_of_one(start: RunSpec) -> int:
+    """Returns one on a processor, where two runs beat one of two threads; else those of `start`."""
+    return 1 if start.device == "cpu" else start.threads

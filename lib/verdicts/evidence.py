@@ -4,6 +4,8 @@ A page yields one piece of evidence for each of its claims, by id:
 
     yield compare("V3", side["shared"], side["none"])  # test top-1, by images and seeds
     yield compare_values("D10", with_, without, lambda record: record.experts_off["top1"])
+    yield compare_at_size("M.vbp50", moee, static, dense, "macs")  # with a rival of the same size
+    yield judge_retained("M.goal50", runs, dense)  # test top-1 in percent of the dense model's
     yield judge_values("L10", runs, information)  # the mean of one number a record
     yield judge_estimate("V9", estimate, runs)  # an interval that the page computed itself
     yield judge_count("E3", 39.8)  # counted, not measured: no chance in it
@@ -16,12 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from .claims import Verdict, judge, judge_jointly
 from .ledger import Claim
 from .moderated import study_prior
-from .stats import Interval, finished, paired_difference
+from .sizes import Family, retained_change
+from .stats import Interval, beyond_line, finished, paired_difference
 from .values import Value, value_difference, value_interval
 
 if TYPE_CHECKING:
@@ -30,9 +34,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Evidence",
     "compare",
+    "compare_at_size",
     "compare_values",
     "judge_count",
     "judge_estimate",
+    "judge_retained",
     "judge_values",
     "verdicts_on",
 ]
@@ -68,6 +74,23 @@ def compare_values(claim: str, records_a: Records, records_b: Records, value: Va
     """Compares a number that each record gives, a with b, paired by seed."""
     estimate = value_difference(records_a, records_b, value)
     return judge_estimate(claim, estimate, [*records_a, *records_b])
+
+
+def compare_at_size(
+    claim: str, records: Records, rival: Family, whole: Records, size: str
+) -> Evidence:
+    """Compares test top-1 with what a rival's family reaches at the same size; see `beyond_line`.
+
+    size: "macs" or "params_stored".
+    """
+    line = list(rival.values())
+    estimate = beyond_line(records, line, whole, size)
+    return judge_estimate(claim, estimate, [*records, *chain(*line), *whole])
+
+
+def judge_retained(claim: str, records: Records, whole: Records) -> Evidence:
+    """Takes how far test top-1 is from the whole model's, in percent of it: -2 keeps 98%."""
+    return judge_estimate(claim, retained_change(records, whole), [*records, *whole])
 
 
 def judge_values(claim: str, records: Records, value: Value) -> Evidence:

@@ -1,4 +1,4 @@
-"""What models made from a dense one save of its multiply-adds and parameters, from records."""
+"""What models made from another one save of its costs and weights, from records."""
 
 from __future__ import annotations
 
@@ -21,6 +21,16 @@ def saved_percent(
     if not base:
         return None
     return value_interval(records, lambda record: 100 * (1 - cost(record) / cost(base[0])))
+
+
+def pruned_percent(records: Sequence[Any]) -> float | None:
+    """Computes the percent of the prunable weights and biases that pruning removed.
+
+    records: of one setting; the first finished one that pruned counts. It differs from the share
+    that was asked for, since whole neurons and dimensions go. None where none pruned.
+    """
+    pruned = [record.prune for record in finished(records) if record.spec.prune is not None]
+    return 100 * (1 - pruned[0]["after"] / pruned[0]["before"]) if pruned else None
 
 
 def one_store_parameters(record: Any) -> float:

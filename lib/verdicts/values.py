@@ -22,6 +22,11 @@ def first_epoch_top1(record: Any) -> float:
     return next(row["val_top1"] for row in record.history if row["epoch"] >= 1)
 
 
+def best_epoch_top1(record: Any) -> float:
+    """Returns the best validation top-1 of any epoch, in percent."""
+    return max(row["val_top1"] for row in record.history)
+
+
 def late_gain(record: Any) -> float | None:
     """Computes what the last quarter of the passes gained: mean validation top-1 over its epochs
     less that over the quarter before, in points.

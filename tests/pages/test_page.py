@@ -141,6 +141,8 @@ def test_done_and_accuracy_count_finished_records_only(book, records):
     records[spec.id] = record_of(spec, status="failed")
     side = page_of().reproduced
     assert [record.spec.seed for record in side.done("dense")] == [0, 1]
+    assert side.validation("dense") == side.done("dense")[0].val["top1"]
+    assert side.validation("wide") is None and side.validation("unplanned") is None
     accuracy = side.accuracy("dense")
     assert accuracy.n == 2 and accuracy.low is None
     tops = [record.test["top1"] for record in side.done("dense")]

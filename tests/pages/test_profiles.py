@@ -343,6 +343,12 @@ def test_real_notebooks(key):
         if cell["cell_type"] == "code"
     ]
     assert max(lengths) <= 30, "logic of more than 30 lines belongs in lib"
+    code = [
+        line for cell in content["cells"] if cell["cell_type"] == "code" for line in cell["source"]
+    ]
+    assert sum(map(bool, map(str.strip, code))) <= 240, (
+        "methods and tables of any page belong in lib"
+    )
     shown = papermill.inspect_notebook(parameters.source(key))
     assert list(shown) == list(parameters.parameters(key))
     assert all(entry["help"] and entry["inferred_type_name"] != "None" for entry in shown.values())

@@ -41,6 +41,20 @@ def test_one_curve_a_method_from_small_to_large():
     assert "multiply-adds" in sizes.accuracy_over(panels, "macs", ["static"]).axes[0].get_xlabel()
 
 
+def test_the_order_of_the_lines_is_that_of_the_smallest_models():
+    models = [*STATIC, ABSENT, *MIXTURES, model("left out", 0.3, 1.0, 1.0, 99.0)]
+    said = sizes.order_over(models, "macs", ("experts", "static"))
+    assert said == (
+        "Line plot of accuracy over multiply-adds, one line a method. Where fewest are left, from "
+        "the most accurate down: static, above experts."
+    )
+    said = sizes.order_over(models, "params_stored", ("experts", "static"))
+    assert said == (
+        "Line plot of accuracy over stored parameters, one line a method. By what their smallest "
+        "model stores, from the most down: experts, above static."
+    )
+
+
 def test_the_front_has_what_nothing_beats():
     found = list(sizes.front_rows([*STATIC, ABSENT, *MIXTURES]))
     # the small mixture computes and stores more than the small static model, for less accuracy

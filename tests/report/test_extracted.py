@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lib.report.extracted import active_by_block, extraction_row, rules_row
+from lib.report.extracted import active_by_block, extraction_row, rows_by_block, rules_row
 from lib.spec import ClusterSpec, ExtractSpec
 
 
@@ -30,12 +30,27 @@ def test_rules_by_column():
     assert rules_row(rules.but(correction={"head": 0.3}))["head"] == "0.3"
 
 
+def kept(active, *neurons, seed=0):
+    """A record whose blocks have so many active neurons, with a share of `active` asked for."""
+    rules = ExtractSpec(neurons={"active": active})
+    spec = SimpleNamespace(seed=seed, device="cpu", extract=rules)
+    return SimpleNamespace(status="ok", spec=spec, extract=[{"active": n} for n in neurons])
+
+
 def test_active_neurons_by_block_have_the_mean_that_was_asked_for():
-    record = SimpleNamespace(
-        spec=SimpleNamespace(extract=ExtractSpec(neurons={"active": 0.5})),
-        extract=[{"active": neurons} for neurons in (10.0, 20.0, 60.0)],
-    )
-    assert active_by_block(record) == {"1": 17.0, "2": 33.0, "3": 100.0}
+    assert active_by_block(kept(0.5, 10.0, 20.0, 60.0)) == {"1": 17.0, "2": 33.0, "3": 100.0}
+
+
+def test_rows_by_block_come_level_by_level_where_there_is_a_record():
+    families = {
+        "a": {0.3: [None, kept(0.3, 1.0, 3.0), kept(0.3, 9.0, 9.0, seed=1)], 0.5: [None]},
+        "b": {0.5: [kept(0.5, 5.0, 5.0)], 0.3: [kept(0.3, 2.0, 2.0)]},
+    }
+    assert list(rows_by_block(families)) == [
+        {"active": "30%", "arm": "a", "1": 15.0, "2": 45.0},
+        {"active": "30%", "arm": "b", "1": 30.0, "2": 30.0},
+        {"active": "50%", "arm": "b", "1": 50.0, "2": 50.0},
+    ]
 
 
 def test_what_an_extraction_kept_and_found():

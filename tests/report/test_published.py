@@ -18,26 +18,32 @@ SECOND = printed([("A", 25.0, 3), ("C", 50.0, 4), ("B", 35.0, 5)], "a report")
 
 
 def test_retold_values_name_the_source_of_their_table():
-    marked = published.retold(FIRST, {"cut": "cut (%)"})
-    assert list(marked) == ["cut (%)"]
-    assert list(marked["cut (%)"]) == [secondary(30.0, "a note"), secondary(20.0, "a note")]
+    marked = published.retold(FIRST.rename(columns={"cut": "macs_cut"}), ["macs_cut"])
+    assert list(marked) == ["MACs saved (%)"]
+    assert list(marked["MACs saved (%)"]) == [secondary(30.0, "a note"), secondary(20.0, "a note")]
 
 
 def test_side_by_side_has_the_models_of_the_first_table():
-    rows = published.side_by_side({"ours": FIRST, "theirs": SECOND}, {"cut": "cut (%)"})
-    assert list(rows) == ["model", "method", "cut (%)"]
+    rows = published.side_by_side({"ours": FIRST, "theirs": SECOND}, ["cut"])
+    assert list(rows) == ["model", "method", "cut"]
     assert list(zip(rows.model, rows.method, strict=True)) == [
         ("A", "ours"),
         ("A", "theirs"),
         ("B", "ours"),
         ("B", "theirs"),
     ]
-    assert rows["cut (%)"].iloc[1] == secondary(25.0, "a report")
+    assert rows["cut"].iloc[1] == secondary(25.0, "a report")
+
+
+def test_means_have_their_deviations_beside_them():
+    frame = pd.DataFrame({"top1": [81.24, 9.0], "top1_std": [0.36, 1.0]})
+    assert published.with_deviations(frame, "top1", 1) == ["81.2 (sd 0.4)", "9.0 (sd 1.0)"]
+    assert published.with_deviations(frame, "top1") == ["81 (sd 0)", "9 (sd 1)"]
 
 
 def test_an_unknown_column_is_refused():
     with pytest.raises(KeyError, match="depth"):
-        published.retold(FIRST, {"depth": "depth"})
+        published.retold(FIRST, ["depth"])
 
 
 def test_as_printed_names_what_and_whence():

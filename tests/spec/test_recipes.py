@@ -99,10 +99,25 @@ def test_experts_come_out_of_the_dense_run_and_are_finetuned_with_its_logits():
     rules = ExtractSpec(neurons={"active": 0.5})
     run = recipes.extracted(base, rules, 3, images=50)
     assert run == dense.but(study="moee", init=dense, extract=rules, train=None, seed=3)
-    tuned = recipes.extracted(base, rules, 3, epochs=2.0, images=50, threads=1)
+    tuned = recipes.extracted(base, rules, 3, epochs=2.0, images=50, one_thread=True)
     assert (tuned.extract, tuned.init, tuned.data.train, tuned.threads) == (rules, dense, 50, 1)
     assert tuned.train == dense.train.but(epochs=2.0, lr=2e-4, distil_logits=0.5)
     assert recipes.extracted(base, rules, 3, epochs=2.0).data.train is None
+    changes = ({"neurons": {"active": 0.3}}, {"router": "nearest"}, {"neurons": {"active": 0.4}})
+    changed = recipes.extracted(base, rules, 3, changes)
+    assert changed == run.but(extract=rules.but(neurons={"active": 0.4}, router="nearest"))
+    on_card = base.but(init=dense.on("cuda"))
+    assert recipes.extracted(on_card, rules, 3, one_thread=True).threads == 2
+
+
+def test_one_pass_learns_from_the_logits_alone_and_at_one_rate():
+    dense = RunSpec(data=DataSpec(train=400), train=TrainSpec(epochs=6.0, lr=1e-3, layer_decay=0.7))
+    base = RunSpec(study="moee", init=dense, train=TrainSpec(epochs=1.0))
+    run = recipes.extracted(base, ExtractSpec(neurons={"active": 0.5}), 3)
+    taught = recipes.distilled(run, 0.25, 2e-4)
+    assert taught.but(train=None, dtype=run.dtype) == run and taught.dtype == "bfloat16"
+    asked = {"epochs": 0.25, "lr": 2e-4, "layer_decay": 1.0, "distil_logits": 1.0}
+    assert taught.train == dense.train.but(**asked)
 
 
 def test_channels_are_evaluated_on_the_dense_model():

@@ -6,10 +6,19 @@ import pytest
 from paired_runs import right_of, runs
 
 from lib.verdicts import evidence
-from lib.verdicts.evidence import compare, compare_values, judge_count, judge_values, verdicts_on
+from lib.verdicts.evidence import (
+    compare,
+    compare_at_size,
+    compare_values,
+    judge_count,
+    judge_retained,
+    judge_values,
+    verdicts_on,
+)
 from lib.verdicts.ledger import Claim
 from lib.verdicts.moderated import study_prior
-from lib.verdicts.stats import Interval, paired_difference
+from lib.verdicts.sizes import retained_change
+from lib.verdicts.stats import Interval, beyond_line, paired_difference
 
 A, B = runs(right_of(60, 61, 62), "a"), runs(right_of(50, 50, 50), "b")
 COMMON = {"study": "a", "source": "Table 1", "page": "a/one"}
@@ -45,6 +54,34 @@ def test_a_number_of_each_record():
     assert verdict.verdict == "holds" and verdict.estimate.mean == 0.0  # by seed, not by order
     other = runs(right_of(1, 2), "o", seeds=[7, 8])
     assert judged(compare_values("A1", A, other, value)).verdict == "not tested"
+
+
+def sized(records, macs):
+    for record in records:
+        record.cost = {"macs": macs}
+    return records
+
+
+def test_accuracy_against_a_rival_of_the_same_size():
+    ours = sized(runs(right_of(60, 61, 62), "o"), 50.0)
+    small, large = (sized(runs(right_of(*p), f"r{p[0]}-"), p[0]) for p in ([40, 42, 44], [60] * 3))
+    whole = sized(runs(right_of(90), "w"), 100.0)
+    rival = {0.4: small, 0.6: large}
+    verdict = judged(compare_at_size("A1", ours, rival, whole, "macs"))
+    assert verdict.estimate == beyond_line(ours, [small, large], whole, "macs")
+    # half-way between 40, 42, 44 and 60
+    assert verdict.estimate.mean == pytest.approx(10.0)
+    names = {record.id for record in (*ours, *small, *large, *whole)}
+    assert set(verdict.records) == names and len(names) == 10
+
+
+def test_what_is_kept_of_the_whole_model():
+    whole = runs(right_of(80), "w")
+    verdict = judged(judge_retained("A1", A, whole), "not worse", 2.0)
+    assert verdict.estimate == retained_change(A, whole) and verdict.verdict == "not reproduced"
+    assert verdict.estimate.mean == pytest.approx(100 * 61 / 80 - 100)
+    assert verdict.records == ("a0", "a1", "a2", "w0")
+    assert judged(judge_retained("A1", A, [None])).verdict == "not tested"
 
 
 def test_what_is_counted_needs_no_seeds_and_is_no_pilot():

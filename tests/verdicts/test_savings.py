@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lib.verdicts.savings import one_store_parameters, saved_percent
+from lib.verdicts.savings import one_store_parameters, pruned_percent, saved_percent
 from lib.verdicts.stats import mean_interval
 
 
@@ -34,6 +34,16 @@ def test_nothing_is_said_without_both_sides():
     assert saved_percent([run()], [None], macs) is None
     assert saved_percent([None], [run()], macs) is None
     assert saved_percent([], [], macs) is None
+
+
+def test_percent_that_pruning_removed():
+    def pruned(seed, before, after, prune="by score"):
+        spec = SimpleNamespace(seed=seed, device="cpu", prune=prune)
+        return SimpleNamespace(status="ok", spec=spec, prune={"before": before, "after": after})
+
+    whole = pruned(0, 0, 0, prune=None)
+    assert pruned_percent([None, whole, pruned(1, 200, 50), pruned(2, 100, 99)]) == 75
+    assert pruned_percent([None, whole]) is None and pruned_percent([]) is None
 
 
 def test_a_neuron_of_several_experts_counts_once_in_one_store():

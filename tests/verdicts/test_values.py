@@ -8,6 +8,7 @@ import pytest
 from lib.verdicts.moderated import SeedPrior
 from lib.verdicts.stats import mean_interval
 from lib.verdicts.values import (
+    best_epoch_top1,
     first_epoch_top1,
     late_gain,
     same_seed,
@@ -73,6 +74,8 @@ def test_the_first_epoch_may_end_between_two_rows():
     history = [{"epoch": epoch, "val_top1": top1} for epoch, top1 in rows]
     assert first_epoch_top1(SimpleNamespace(history=history)) == 30.0
     assert first_epoch_top1(SimpleNamespace(history=[history[0], history[3]])) == 40.0
+    rows = [{"epoch": 1.0, "val_top1": 50.0}, {"epoch": 2.0, "val_top1": 45.0}]
+    assert best_epoch_top1(SimpleNamespace(history=rows)) == 50.0
 
 
 def test_late_gain():
