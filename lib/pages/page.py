@@ -333,7 +333,7 @@ def _scale(run: RunSpec) -> str:
     data, backbone = run.data, run.backbone
     images = "all training images" if data.train is None else f"{data.train:,} training images"
     model = backbone.weights if backbone.weights not in (None, "timm") else backbone.name
-    return f"{datasets.NAMES.get(data.name, data.name)} at {data.image_size} px, {images}, {model}"
+    return f"{data.title} at {data.image_size} px, {images}, {model}"
 
 
 def _check_arms(claim: ledger.Claim, piece: Evidence, planned: Grid) -> None:

@@ -11,6 +11,7 @@ from lib.pages import all_verdicts, parameters, profiles
 from lib.pages import page as pages
 from lib.report import NOT_YET, SPEED, tables
 from lib.report.style import Shown
+from lib.spec import TITLES
 from lib.verdicts.evidence import compare, judge_count
 
 PARAMETERS = """profile: str = "quick"  # smoke, quick, small or paper
@@ -341,7 +342,7 @@ def test_costs_of_both_sides_beside_the_dense_ones(book, records):
 def standing_in(monkeypatch):
     """The data of the tiny page stand in for another set."""
     monkeypatch.setattr(pages.datasets, "stand_ins", lambda study: {"mnist5k": "m-forest"})
-    return f"{pages.datasets.NAMES['mnist5k']}, standing in for m-forest"
+    return f"{TITLES['mnist5k']}, standing in for m-forest"
 
 
 def test_stand_ins_are_named_in_claim_header_and_caption(
