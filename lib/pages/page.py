@@ -169,7 +169,9 @@ class Page:
         """
         describe = describe or (lambda p: p.base.describe())
         ours, build = (f"**{side.name}:** {describe(side.p)}." for side in self.sides)
-        fold = f"<details><summary>This build</summary>\n\n{build} {BUILD}\n\n</details>"
+        fold = (
+            f"<details><summary>What this build ran on</summary>\n\n{build} {BUILD}\n\n</details>"
+        )
         return text.say(" ".join((ours, *more, *self._other_models)) + f"\n\n{fold}")
 
     def reads(self, *more: str) -> Markdown:

@@ -95,7 +95,7 @@ def published(entry: Claim | None) -> str:
         return ""
     size = entry.published_size
     if size is None:
-        smallest = f"counts from {amount(entry.size, entry.unit)}"
+        smallest = f"smallest that counts: {amount(entry.size, entry.unit)}"
         return smallest if entry.kind == "ours" else f"no size printed; {smallest}"
     sign = {"greater": "+", "less": "-"}.get(entry.direction, "")
     return f"{sign}{size:.{entry.decimals}f} {entry.unit}".strip()

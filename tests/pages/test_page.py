@@ -189,7 +189,7 @@ def test_intro_says_what_both_sides_were_computed_on(book, records):
     small, quick = (profiles.profile("a/one", name).base.describe() for name in ("small", "quick"))
     ours, fold = said.split("\n\n", 1)
     assert ours == f"**Reproduced:** {small}. And more. Still more."
-    assert fold.startswith("<details><summary>This build</summary>\n\n**This build:** ")
+    assert fold.startswith("<details><summary>What this build ran on</summary>\n\n**This build:** ")
     assert f"{quick}. It shows that the page runs; its numbers" in fold
     short = page_of().intro(describe=lambda p: f"{len(p.seeds)} seeds").data
     assert short.startswith("**Reproduced:** 3 seeds.\n\n<details>")
@@ -229,9 +229,9 @@ def test_verdicts_of_both_sides_are_headed_by_their_source(book, records, planne
     table = page_of().verdicts(claims)
     assert table.frame[["source", "claim", "published", "verdict"]].values.tolist() == [
         ["reproduced", "MoE beats dense.", "+2.5 points", "holds (pilot)"],
-        ["reproduced", "wide beats dense", "counts from 1 point", "undecided (pilot)"],
+        ["reproduced", "wide beats dense", "smallest that counts: 1 point", "undecided (pilot)"],
         ["this build", "MoE beats dense.", "+2.5 points", "undecided (pilot)"],
-        ["this build", "wide beats dense", "counts from 1 point", "not tested"],
+        ["this build", "wide beats dense", "smallest that counts: 1 point", "not tested"],
     ]
     assert page_of().verdicts(claims, "By hand.").caption == "By hand."
 
