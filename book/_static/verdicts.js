@@ -70,7 +70,7 @@ document.addEventListener("DOMContentLoaded", () => {
       const pressed = chosen[button.dataset.name] === button.dataset.value;
       button.setAttribute("aria-pressed", String(pressed));
     }
-    document.getElementById("verdict-count").textContent = `${count} of ${rows.length} claims`;
+    document.getElementById("verdict-count").textContent = `${count} of ${rows.length} claims and controls`;
     const state = new URLSearchParams(given).toString();
     if (given.length || location.hash.includes("=")) {
       history.replaceState(null, "", location.pathname + location.search + (state && `#${state}`));

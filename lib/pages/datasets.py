@@ -9,18 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import paths
-from ..spec import PACKAGED
+from ..spec import TITLES
 from . import profiles
-
-# data sets by the names that readers know; others are called as their folder is
-NAMES = {
-    "cifar100": "CIFAR-100",
-    "eurosat": "EuroSAT",
-    "imagenet": "ImageNet",
-    "mit-indoor": "MIT Indoor",
-    "solar_pv": "solar panels",
-    PACKAGED: "MNIST",
-}
 
 
 def shown(row: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -39,13 +29,13 @@ def shown(row: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -> list[st
 def called(name: str, page: str) -> str:
     """Names the data of a page's runs, and those of the document for which they stand in."""
     original = stand_ins(page.split("/")[0]).get(name, name)
-    own = NAMES.get(name, name)
-    return own if original == name else f"{own}, standing in for {NAMES.get(original, original)}"
+    own = TITLES.get(name, name)
+    return own if original == name else f"{own}, standing in for {TITLES.get(original, original)}"
 
 
 def is_stand_in(name: str, page: str) -> bool:
     """Says whether the runs of a page have data of this name in place of the document's."""
-    return called(name, page) != NAMES.get(name, name)
+    return called(name, page) != TITLES.get(name, name)
 
 
 @functools.lru_cache(maxsize=4096)

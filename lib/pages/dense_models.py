@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from ..spec import RunSpec
+from ..spec import TITLES, RunSpec
 from ..verdicts import ledger
-from . import coverage, datasets, profiles
+from . import coverage, profiles
 
 TABLE = "how_to_read.html#the-dense-models-of-this-book"  # where the table stands
 # fields in which runs of one way of training may differ: what they report, and where they run
@@ -37,10 +38,10 @@ class Way:
         return {
             "model": _model(self.spec),
             "weights": f"from {self.spec.backbone.weights or 'random weights'}",
-            "labels": f"labels {data.label}",
+            "labels": f"labels `{data.label}`",
             "classes": " after ".join(dict.fromkeys(map(_classes, reversed(stages)))),
             "training images": f"{images} at {data.image_size} px",
-            "augmentation": f"augmentation {data.augment}",
+            "augmentation": f"augmentation `{data.augment}`",
             "epochs": f"{' + '.join(map(_epochs, stages))} epochs",
             "learning rate": f"learning rate {last.lr:g}",
             "batch": f"batch {last.batch}",
@@ -79,10 +80,10 @@ def _classes(run: RunSpec) -> str:
 def _model(run: RunSpec) -> str:
     """Names the architecture of a run in a few words."""
     shape = run.backbone
-    name = shape.name if shape.width is None else f"{shape.name} of width {shape.width}"
+    name = f"`{shape.name}`" + (f" of width {shape.width}" if shape.width else "")
     if run.moe is None:
         return f"dense {name}"
-    members = f", {run.moe.members} members" if run.moe.members > 1 else ""
+    members = f", an ensemble of {run.moe.members}" if run.moe.members > 1 else ""
     return f"{name}, E={run.moe.experts}, K={run.moe.top_k} in {run.moe.layers} blocks{members}"
 
 
@@ -157,9 +158,9 @@ def page(keys: Sequence[str]) -> str:
     lines = []
     for data, same_data in blocks.items():
         lines += [
-            f"**{datasets.NAMES.get(data, data)}**",
+            f"**{TITLES.get(data, data)}**",
             "",
-            "| pages | test top-1 (%) | trained and tested; below, as in the first row *but* |",
+            "| pages | test top-1 (%) | how it was trained and tested |",
             "| --- " * 3 + "|",
             *_rows(same_data),
             "",
@@ -179,6 +180,13 @@ def _rows(same_data: Sequence[Way]) -> Iterator[str]:
         if way is first:
             said = ", ".join(parts.values())
         else:
-            said = f"*but* {', '.join(differs) or 'other settings, which are not named here'}"
-        links = ", ".join(f"[{key}](notebooks/{key}.ipynb)" for key in way.pages)
-        yield f"| {links} | {way.accuracy} | {said} |"
+            other = ", ".join(differs) or "other settings, which are not named here"
+            said = f"*as in the first row, but:* {other}"
+        links = ", ".join(f"[{_breaking(key)}](notebooks/{key}.ipynb)" for key in way.pages)
+        accuracy = re.sub(r"(\[[^,]*), ", r"\1,&nbsp;", way.accuracy)  # an interval does not break
+        yield f"| {links} | {accuracy} | {said} |"
+
+
+def _breaking(key: str) -> str:
+    """Writes a page's path so that a narrow screen breaks it between words."""
+    return key.replace("/", "/<wbr>").replace("_", "_<wbr>")

@@ -38,7 +38,7 @@ def page(keys: Sequence[str]) -> str:
         asked = [rows[claim] for claim in question["claims"]]
         answered = " ".join([*said(question, rows), lead(asked)])
         lines += [f"**{question['ask']}** {answered}", "", *_behind(asked, rows), ""]
-    lines += ["The documents answer some questions [differently](contradictions.md).", ""]
+    lines += ["To some questions the documents have different answers: [](contradictions.md).", ""]
     lines += ["## What do you want to do?", ""]
     for want in front["wants"]:
         lines += [*_want(want, rows), ""]
@@ -202,7 +202,7 @@ def clock() -> tuple[float | None, str]:
             ratio = row.other.median / row.ours.median
             times.setdefault(row.dtype, []).append((ratio, row.shape))
         best = (
-            f"{ratio:.2f} in {dtype} ({shape})"
+            f"{ratio:.2f} times the speed in {dtype} ({shape.removesuffix(', plain')})"
             for dtype, found in times.items()
             for ratio, shape in [max(found)]
         )
@@ -211,8 +211,8 @@ def clock() -> tuple[float | None, str]:
     caution = " Other work ran beside it, so these are uncertain." if measured.disturbed else ""
     return max(row.other.median / row.ours.median for row in rows), (
         f"With half of the MLPs' neurons a ViT-S could run {max(row.ideal for row in rows):.2f} "
-        f"times as fast, by its multiply-adds. Measured at best: {'; '.join(kinds)} "
-        f"({machine['processor']}, threads: {machine['threads']}).{caution}"
+        f"times as fast, by its multiply-adds. Measured at best, on {machine['processor']} with "
+        f"{count(machine['threads'], 'thread')}: {'; '.join(kinds)}.{caution}"
     )
 
 
@@ -269,4 +269,7 @@ def _colophon(rows: Iterable[Row]) -> str:
     runs = {run for row in rows for run in row["records"]}
     dates = [date for run in runs if (date := written(content_of(run)))]
     newest = f", with records until {max(dates):%d %B %Y}" if dates else ""
-    return f"Version {project['version']}{newest}. To cite it: `CITATION.cff` in its sources."
+    return (
+        f"Version {project['version']}{newest}. Licence of code and text: {project['license']}. "
+        "To cite it: `CITATION.cff` in its sources, or the foot of each page."
+    )

@@ -173,7 +173,9 @@ class Page:
         """
         describe = describe or (lambda p: p.base.describe())
         ours, build = (f"**{side.name}:** {describe(side.p)}." for side in self.sides)
-        fold = f"<details><summary>This build</summary>\n\n{build} {BUILD}\n\n</details>"
+        fold = (
+            f"<details><summary>What this build ran on</summary>\n\n{build} {BUILD}\n\n</details>"
+        )
         return text.say(" ".join((ours, *more, *self._other_models)) + f"\n\n{fold}")
 
     def reads(self, *more: str) -> Markdown:
@@ -352,8 +354,7 @@ def _scale(run: RunSpec) -> tuple[str, str]:
     data, backbone = run.data, run.backbone
     images = "all training images" if data.train is None else f"{data.train:,} training images"
     model = backbone.weights if backbone.weights not in (None, "timm") else backbone.name
-    name = datasets.NAMES.get(data.name, data.name)
-    return name, f"at {data.image_size} px, {images}, {model}"
+    return data.title, f"at {data.image_size} px, {images}, {model}"
 
 
 def _listed(names: Sequence[str]) -> str:

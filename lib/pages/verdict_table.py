@@ -35,7 +35,7 @@ def _claim(row: Row, listed: Sequence[Row], entries: Mapping[str, ledger.Claim],
     statement = (
         f'<span class="study">{escape(title)}</span> <b>{row["id"]}</b> '
         f'{escape(row["statement"], quote=False)} <span class="source">({where})</span>'
-        f"{_more(row, parts, entries)}"
+        f"{_measured(entries[row['id']])}{_more(row, parts, entries)}"
     )
     if row["reason"]:
         statement += f"<br>{escape(row['reason'], quote=False)}"
@@ -53,6 +53,12 @@ def _claim(row: Row, listed: Sequence[Row], entries: Mapping[str, ledger.Claim],
     )
 
 
+def _measured(entry: ledger.Claim) -> str:
+    """Names the number that is judged where it is not test accuracy."""
+    said = escape(entry.measured, quote=False)
+    return f' <span class="source">Measured: {said}.</span>' if said else ""
+
+
 def _more(row: Row, parts: Sequence[Row], entries: Mapping[str, ledger.Claim]) -> str:
     """Writes what unfolds: a line a part, and the records behind the verdict."""
     runs = sorted({run for one in (row, *parts) for run in one["records"]})
@@ -60,7 +66,8 @@ def _more(row: Row, parts: Sequence[Row], entries: Mapping[str, ledger.Claim]) -
         return ""
     lines = [
         f'<tr id="{anchor(part)}"><th scope="row"><b>{part["id"]}</b> '
-        f"{escape(part['statement'], quote=False)}</th>{_cell(published(entries[part['id']]))}"
+        f"{escape(part['statement'], quote=False)}{_measured(entries[part['id']])}</th>"
+        f"{_cell(published(entries[part['id']]))}"
         f"{_cell(_effect(part))}<td>{badge(part)}</td></tr>"
         for part in parts
     ]

@@ -46,6 +46,7 @@ def frontier(panels: dict[str, Sequence[Point]], missing: str = "no record yet")
     markers = "osD^v<>PX*hp"
     with style():
         fig, axes = figure(len(panels), 2, height=0.4 + 2.9 * len(panels), sharey="row")
+        fig.get_layout_engine().set(hspace=0.08)  # a title is not to touch the axis above it
         for row, (title, points) in zip(axes, panels.items(), strict=True):
             for ax, (key, xlabel) in zip(row, _COSTS.items(), strict=True):
                 ax.set(xlabel=xlabel, ylabel="top-1 accuracy (%)", title=fill(title, 32))

@@ -25,13 +25,18 @@ def is_frozen(row: Ratio) -> bool:
     return "frozen" in row.ours_is or row.shape.endswith("frozen")
 
 
+def what(row: Ratio) -> str:
+    """Names what runs, with room to break the line: "forward + backward"."""
+    return row.what.replace("+", " + ")
+
+
 def label(row: Ratio) -> str:
     """Names what runs, at which shape and against what, whatever the dtype and the treatment."""
     shape = row.shape.removesuffix(", frozen").removesuffix(", plain")
     against = row.against
     if row.part == "layer":  # whichever form of the bound was the faster one
         against = "packed dense MLPs" if against.endswith("packed") else "plain dense MLPs"
-    return f"{row.what}, {shape}\nagainst {against}"
+    return f"{what(row)}, {shape}\nagainst {against}"
 
 
 def shares(rows: Sequence[Ratio]) -> Figure:
@@ -83,14 +88,14 @@ def speed_table(rows: Sequence[Ratio], caption: str) -> Table:
     return table(pd.DataFrame([_cells(row) for row in rows]), caption, decimals=_DECIMALS)
 
 
-_DECIMALS = {"ours (ms)": 1, "against (ms)": 1, "ratio": 2, "ratio of 10%": 2, "goal": 2}
+_DECIMALS = {"ours (ms)": 1, "against (ms)": 1, "ratio": 2, "ratio of 10% quantiles": 2, "goal": 2}
 
 
 def _cells(row: Ratio) -> dict[str, object]:
     """Makes the cells of one row; times are absent where nothing was measured."""
     times = {"ours (ms)": row.ours, "against (ms)": row.other}
     return {
-        "what": row.what,
+        "what": what(row),
         "shape": row.shape,
         "dtype": row.dtype,
         "ours": row.ours_is,
@@ -100,7 +105,7 @@ def _cells(row: Ratio) -> dict[str, object]:
             for name, timing in times.items()
         },
         "ratio": row.ratio,
-        "ratio of 10%": row.low_ratio,
+        "ratio of 10% quantiles": row.low_ratio,
         "goal": row.goal,
         "reached": row.reached,
         "note": row.note,

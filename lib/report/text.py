@@ -67,12 +67,18 @@ def verdicts(judged: Mapping[str, Iterable[Verdict]], caption: str = RULE) -> Ta
     judged: the verdicts by the source of their records, such as "reproduced".
     """
     rows = [
-        (source, v.claim, published(v.entry), numbers(v), v.word)
+        (source, _with_measure(v), published(v.entry), numbers(v), v.word)
         for source, of_source in judged.items()
         for v in of_source
     ]
     columns = ["source", "claim", "published", "in our records", "verdict"]
     return table(pd.DataFrame(rows, columns=columns), caption, wrap=True)
+
+
+def _with_measure(verdict: Verdict) -> str:
+    """Writes a claim, and the number that is judged where it is not test accuracy."""
+    measured = verdict.entry.measured if verdict.entry is not None else ""
+    return f"{verdict.claim} Measured: {measured}." if measured else verdict.claim
 
 
 def numbers(verdict: Verdict) -> str:
@@ -97,7 +103,7 @@ def published(entry: Claim | None) -> str:
         return ""
     size = entry.published_size
     if size is None:
-        smallest = f"counts from {amount(entry.size, entry.unit)}"
+        smallest = f"smallest that counts: {amount(entry.size, entry.unit)}"
         return smallest if entry.kind == "ours" else f"no size printed; {smallest}"
     sign = {"greater": "+", "less": "-"}.get(entry.direction, "")
     return f"{sign}{size:.{entry.decimals}f} {entry.unit}".strip()

@@ -16,7 +16,7 @@ width, **H** expert hidden width, **E** experts, **K** experts per token.
 from .backbone import BackboneSpec
 from .base import Positive, Share, Spec, sentence
 from .channels import ChannelSpec
-from .data import PACKAGED, DataSpec, class_groups
+from .data import PACKAGED, TITLES, DataSpec, class_groups
 from .extraction import CalibrationSpec, ClusterSpec, CorrectionSpec, ExtractSpec, NeuronSpec
 from .moe import ROUTERS, MoESpec, RouterWord
 from .pruning import DropSpec, PruneSpec
@@ -26,6 +26,7 @@ from .training import MaskSpec, TrainSpec
 __all__ = [
     "PACKAGED",
     "ROUTERS",
+    "TITLES",
     "BackboneSpec",
     "CalibrationSpec",
     "ChannelSpec",

@@ -9,6 +9,15 @@ from pydantic import Field, model_validator
 from .base import ClassNumber, ColumnName, FileName, Positive, Seed, Size, Spec
 
 PACKAGED = "mnist5k"  # 5,000 real MNIST images that come with a package
+# data sets by the names that readers know; others are called as their folder is
+TITLES = {
+    "cifar100": "CIFAR-100",
+    "eurosat": "EuroSAT",
+    "imagenet": "ImageNet",
+    "mit-indoor": "MIT Indoor",
+    "solar_pv": "solar panels",
+    PACKAGED: "MNIST",
+}
 
 
 class DataSpec(Spec):
@@ -74,6 +83,11 @@ class DataSpec(Spec):
                 "0 <= first < end"
             )
         return self
+
+    @property
+    def title(self) -> str:
+        """Returns the name by which readers know the data."""
+        return TITLES.get(self.name, self.name)
 
     @property
     def in_folder(self) -> bool:

@@ -143,6 +143,11 @@ class Claim(_Entry):
         return max(1, 1 - math.floor(math.log10(self.size)))
 
     @property
+    def measured(self) -> str:
+        """Returns the number that is judged where it is not test top-1; "" of a joint claim."""
+        return "" if self.parts or self.statistic == TOP1 else self.statistic
+
+    @property
     def planned_seeds(self) -> int:
         """Returns the number of seeds of its last stage."""
         return self.seeds if isinstance(self.seeds, int) else self.seeds[-1]

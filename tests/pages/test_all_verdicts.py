@@ -32,6 +32,7 @@ JOINT = """
     parts:
       - id: A9a
         statement: "First."
+        statistic: "the load < 2"
         direction: greater
         arms: [x]
       - id: A9b
@@ -132,7 +133,8 @@ def test_the_page_shows_published_beside_ours(book, monkeypatch):
     assert others["Verdict"] == "✔ holds, alone" and others["Data"] == ""
     joint = tables.rows["A9"]
     assert (joint["Ours"], joint["Verdict"]) == ("1 of 2 parts holds", "? undecided")
-    assert "A9b Second. counts from 1 point +1.0 ? undecided" in joint["Claim"]
+    assert "A9b Second. smallest that counts: 1 point +1.0 ? undecided" in joint["Claim"]
+    assert "A9a First. Measured: the load < 2. smallest that counts:" in joint["Claim"]
     assert "Not at this scale." in tables.rows["A10"]["Claim"]
     assert tables.rows["A10"]["Verdict"] == "– not tested"
     assert tables.rows["A3"]["Verdict"] == "– not judged yet"

@@ -76,9 +76,7 @@ def test_build_then_nothing_then_only_what_changed(book):
     assert "6" in (html / "notebooks" / "a" / "one.html").read_text()
     assert "a/one" in (html / "status.html").read_text()
     verdicts = (book.root / "book" / "verdicts_table.md").read_text()
-    assert (
-        "The documents make 2 claims. 1 can be tested here and 1 of these is decided" in verdicts
-    )
+    assert "The documents make 2 claims. 1 can be tested here and 1 of these is decided" in verdicts
     link = '(Table 1; <a href="notebooks/a/one.html#verdicts">a/one</a>)'
     assert f'<b>A1</b> a|b <span class="source">{link}</span>' in verdicts
     assert '<td data-name="Paper">+0.50 points</td>' in verdicts

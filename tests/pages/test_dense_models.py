@@ -58,6 +58,9 @@ def book(monkeypatch):
     return records
 
 
+BUT = "*as in the first row, but:*"
+
+
 def rows_of(text):
     """Returns the rows of the only table of a text, as lists of cells."""
     lines = [line for line in text.splitlines() if line.startswith("| [")]
@@ -68,12 +71,12 @@ def test_rows_are_ways_of_training_that_claims_or_other_runs_need(book):
     text = dense_models.page(["a/one", "a/two", "a/without"])
     assert text.startswith("**CIFAR-100**\n") and text.count("| --- ") == 3
     first, longer, mixture = rows_of(text)
-    both = "[a/one](notebooks/a/one.ipynb), [a/two](notebooks/a/two.ipynb)"
-    assert first[0] == both and longer[0] == "[a/two](notebooks/a/two.ipynb)"
+    both = "[a/<wbr>one](notebooks/a/one.ipynb), [a/<wbr>two](notebooks/a/two.ipynb)"
+    assert first[0] == both and longer[0] == "[a/<wbr>two](notebooks/a/two.ipynb)"
     assert first[1].endswith("], n=3") and longer[1].endswith(", n=1")  # the longest interval: none
-    assert "all classes, 5,000 training images at 56 px, augmentation none, 3 epochs" in first[2]
-    assert longer[2] == "*but* all training images at 56 px, 6 epochs"
-    assert mixture[2] == "*but* vit_small_patch14_dinov2, E=4, K=1 in 2 blocks"
+    assert "all classes, 5,000 training images at 56 px, augmentation `none`, 3 epochs" in first[2]
+    assert longer[2] == f"{BUT} all training images at 56 px, 6 epochs"
+    assert mixture[2] == f"{BUT} `vit_small_patch14_dinov2`, E=4, K=1 in 2 blocks"
 
 
 def test_a_half_of_the_classes_is_named(book, monkeypatch):
@@ -82,7 +85,7 @@ def test_a_half_of_the_classes_is_named(book, monkeypatch):
     monkeypatch.setitem(PLANS["a/two"], "pruned", [second])
     book[second.id] = record(0, spec=second)
     row = rows_of(dense_models.page(list(PLANS)))[1]
-    assert row[2] == "*but* classes 50 to 99 after classes 0 to 49, 3 + 3 (head) epochs"
+    assert row[2] == f"{BUT} classes 50 to 99 after classes 0 to 49, 3 + 3 (head) epochs"
 
 
 def test_ways_without_a_record_are_left_out(book):

@@ -133,8 +133,9 @@ def test_the_clock_says_how_fast_each_kind_is(tmp_path, monkeypatch):
     measured(tmp_path / "a", monkeypatch, {"extracted": 25.0, "static model": 24.0})
     fastest, sentence = front.clock()
     assert fastest == 1.25 and "could run 1.50 times as fast, by its multiply-adds" in sentence
-    assert "the extracted mixture reaches 1.20 in bf16 (batch 16); a static pruner" in sentence
-    assert sentence.endswith("reaches 1.25 in bf16 (batch 16) (a chip, threads: 2).")
+    assert "Measured at best, on a chip with 2 threads: the extracted mixture reaches" in sentence
+    assert "reaches 1.20 times the speed in bf16 (batch 16); a static pruner" in sentence
+    assert sentence.endswith("reaches 1.25 times the speed in bf16 (batch 16).")
     measured(tmp_path / "b", monkeypatch, {"extracted": 15.0, "static model": 24.0}, load=3.0)
     fastest, sentence = front.clock()
     assert fastest == 2.0 and sentence.endswith("so these are uncertain.")

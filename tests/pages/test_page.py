@@ -11,6 +11,7 @@ from lib.pages import all_verdicts, parameters, profiles
 from lib.pages import page as pages
 from lib.report import NOT_YET, SPEED, tables
 from lib.report.style import Shown
+from lib.spec import TITLES
 from lib.verdicts.evidence import compare, judge_count
 
 PARAMETERS = """profile: str = "quick"  # smoke, quick, small or paper
@@ -190,7 +191,7 @@ def test_intro_says_what_both_sides_were_computed_on(book, records):
     small, quick = (profiles.profile("a/one", name).base.describe() for name in ("small", "quick"))
     ours, fold = said.split("\n\n", 1)
     assert ours == f"**Reproduced:** {small}. And more. Still more."
-    assert fold.startswith("<details><summary>This build</summary>\n\n**This build:** ")
+    assert fold.startswith("<details><summary>What this build ran on</summary>\n\n**This build:** ")
     assert f"{quick}. It shows that the page runs; its numbers" in fold
     short = page_of().intro(describe=lambda p: f"{len(p.seeds)} seeds").data
     assert short.startswith("**Reproduced:** 3 seeds.\n\n<details>")
@@ -256,9 +257,9 @@ def test_verdicts_of_both_sides_are_headed_by_their_source(book, records, planne
     table = page_of().verdicts(claims)
     assert table.frame[["source", "claim", "published", "verdict"]].values.tolist() == [
         ["reproduced", "MoE beats dense.", "+2.5 points", "holds (pilot)"],
-        ["reproduced", "wide beats dense", "counts from 1 point", "undecided (pilot)"],
+        ["reproduced", "wide beats dense", "smallest that counts: 1 point", "undecided (pilot)"],
         ["this build", "MoE beats dense.", "+2.5 points", "undecided (pilot)"],
-        ["this build", "wide beats dense", "counts from 1 point", "not tested"],
+        ["this build", "wide beats dense", "smallest that counts: 1 point", "not tested"],
     ]
     assert page_of().verdicts(claims, "By hand.").caption == "By hand."
 
@@ -369,7 +370,7 @@ def test_costs_of_both_sides_beside_the_dense_ones(book, records):
 def standing_in(monkeypatch):
     """The data of the tiny page stand in for another set."""
     monkeypatch.setattr(pages.datasets, "stand_ins", lambda study: {"mnist5k": "m-forest"})
-    return f"{pages.datasets.NAMES['mnist5k']}, standing in for m-forest"
+    return f"{TITLES['mnist5k']}, standing in for m-forest"
 
 
 def test_stand_ins_are_named_in_claim_header_and_caption(

@@ -58,6 +58,7 @@ def test_the_table_has_every_row_and_no_number_where_nothing_was_measured():
     assert len(frame) == len(ROWS)
     first, last = frame.iloc[0], frame.iloc[-1]
     assert (first["ours (ms)"], first["against (ms)"]) == ("2.0 (1.6)", "1.0 (1.0)")
-    assert (first["ratio"], first["ratio of 10%"], first["reached"]) == ("0.50", "0.62", "no")
+    assert (first["ratio"], first["ratio of 10% quantiles"]) == ("0.50", "0.62")
+    assert first["reached"] == "no"
     assert (last["ours (ms)"], last["ratio"], last["reached"]) == ("", "", "")
     assert last["note"] == "not installed"
