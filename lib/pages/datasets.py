@@ -9,18 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import paths
-from ..spec import PACKAGED
+from ..spec.data import NAMES
 from . import profiles
-
-# data sets by the names that readers know; others are called as their folder is
-NAMES = {
-    "cifar100": "CIFAR-100",
-    "eurosat": "EuroSAT",
-    "imagenet": "ImageNet",
-    "mit-indoor": "MIT Indoor",
-    "solar_pv": "solar panels",
-    PACKAGED: "MNIST",
-}
 
 
 def shown(row: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -347,8 +347,7 @@ def _scale(run: RunSpec) -> tuple[str, str]:
     data, backbone = run.data, run.backbone
     images = "all training images" if data.train is None else f"{data.train:,} training images"
     model = backbone.weights if backbone.weights not in (None, "timm") else backbone.name
-    name = datasets.NAMES.get(data.name, data.name)
-    return name, f"at {data.image_size} px, {images}, {model}"
+    return data.title, f"at {data.image_size} px, {images}, {model}"
 
 
 def _listed(names: Sequence[str]) -> str:

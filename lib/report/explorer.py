@@ -210,7 +210,7 @@ def of_record(record: Any, shown: int = 4, lead: str = "") -> Explorer:
         raise ValueError(f"record {record.id} has no MoE layer: give a record whose spec has moe")
     caption = (
         f"{lead} Test images and the expert that each patch goes to first, in blocks from shallow "
-        f"to deep; {record.spec.data.name}, run {record.id}."
+        f"to deep; {record.spec.data.title}, run {record.id}."
     ).strip()
     caption += absent_images(record)
     images = probe_images(record)

@@ -9,6 +9,15 @@ from pydantic import Field, model_validator
 from .base import ClassNumber, ColumnName, FileName, Positive, Seed, Size, Spec
 
 PACKAGED = "mnist5k"  # 5,000 real MNIST images that come with a package
+# data sets by the names that readers know; others are called as their folder is
+NAMES = {
+    "cifar100": "CIFAR-100",
+    "eurosat": "EuroSAT",
+    "imagenet": "ImageNet",
+    "mit-indoor": "MIT Indoor",
+    "solar_pv": "solar panels",
+    PACKAGED: "MNIST",
+}
 
 
 class DataSpec(Spec):
@@ -34,6 +43,11 @@ class DataSpec(Spec):
 
     # GEO-Bench: three bands by name, in the place of red, green and blue; None = these
     bands: Annotated[tuple[ColumnName, ColumnName, ColumnName], Field(strict=False)] | None = None
+
+    @property
+    def title(self) -> str:
+        """Returns the name by which readers know the data set."""
+        return NAMES.get(self.name, self.name)
 
     @model_validator(mode="after")
     def _bands_fit(self):

@@ -107,8 +107,8 @@ class RunSpec(Spec):
         start = f"weights of run {self.init.id}" if self.init else back.weights or "random weights"
         size = f" of width {back.width} and depth {back.depth}" if back.width and back.depth else ""
         parts = [
-            f"{data.name} at {data.image_size} px",
-            f"{data.train or 'all'} training images",
+            f"{data.title} at {data.image_size} px",
+            f"{data.train:,} training images" if data.train else "all training images",
             f"`{back.name}`{size} from {start}",
         ]
         if train is not None:
