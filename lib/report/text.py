@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 # the caption of every table of verdicts
 RULE = (
     "Verdicts by one rule: an order needs three seeds; it holds if the interval lies on the "
-    "claimed side, and is not reproduced if the interval leaves out the published size."
+    "claimed side, and is not reproduced if the interval leaves out the published size. Counts "
+    "from: the smallest size that counts, where the document prints none."
 )
 
 HEAD = 4  # claims that the head of a page lists
@@ -130,7 +131,7 @@ def answer(judged: Iterable[Verdict], source: str = "Reproduced", sure: str = ""
     shown = sorted(tested[:HEAD], key=lambda v: WORDS.index(v.verdict))
     lines = [_line(v) for v in shown if v.verdict in DECIDED]
     if undecided := [_sentence(v) for v in shown if v.verdict == "undecided"]:
-        lines.append(f"- {MARKS['undecided']} *Undecided:* {'; '.join(undecided)}.")
+        lines.append(f"- {MARKS['undecided']} *Undecided:* {'. '.join(undecided)}.")
     if others := Counter(v.verdict for v in tested[HEAD:]):
         counted = "; ".join(f"{word}: {others[word]}" for word in WORDS if others[word])
         lines.append(f"- *Further claims*, below: {others.total()} ({counted}).")
@@ -148,7 +149,7 @@ def _line(verdict: Verdict) -> str:
     bare = entry is not None and not entry.parts and not entry.unit and entry.statistic
     what = f" ({plain(entry.statistic)})" if bare else ""
     mark, ours = MARKS[verdict.verdict], numbers(verdict)
-    return f"- {mark} *{verdict.word.capitalize()}:* {_sentence(verdict)}: {paper}{ours}{what}"
+    return f"- {mark} *{verdict.word.capitalize()}:* {_sentence(verdict)}: {paper}{ours}{what}."
 
 
 def plain(text: str) -> str:
