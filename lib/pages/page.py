@@ -284,12 +284,13 @@ class Page:
         """Sets published values, reproduced ones and those of this build beside each other.
 
         ours: the columns of one side, a cell for each row of `settings`. keys: the runs of each
-        row; an empty reproduced cell is then marked only where a record is absent.
+        row; an empty reproduced cell is then marked only where their records are absent.
         options: of `report.tables.three_groups`.
         """
 
         def is_planned(row: int, group: str) -> bool:
-            absent = keys is None or None in self.reproduced.get(keys[row], [])
+            wanted = None if keys is None else self.reproduced.get(keys[row], [])
+            absent = wanted is None or (len(wanted) > 0 and not finished(wanted))
             return group == self.reproduced.label and absent
 
         columns = [ours(side) for side in self.sides]

@@ -80,7 +80,7 @@ def absent_images(record: Any) -> str:
     """Says in a caption that a figure lacks the images; "" where they are at hand."""
     if probe_images(record, 1) is not None:
         return ""
-    return f" With the data set {record.spec.data.name} at hand (MOE_DATA) its images are shown."
+    return f" The images are not shown: they need the data set {record.spec.data.name} (MOE_DATA)."
 
 
 def _file(data: DataSpec) -> Path:

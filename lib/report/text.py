@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 RULE = (
     "Verdicts by one rule: an order needs three seeds; it holds if the interval lies on the "
     "claimed side, and is not reproduced if the interval has zero inside and the published size "
-    "outside."
+    "outside. Smallest that counts: the size that stands for it where the document prints none."
 )
 
 HEAD = 4  # claims that the head of a page lists
@@ -161,7 +161,7 @@ def _line(verdict: Verdict) -> str:
     bare = entry is not None and not entry.parts and not entry.unit and entry.statistic
     what = f" ({plain(entry.statistic)})" if bare else ""
     mark, ours = MARKS[verdict.verdict], numbers(verdict)
-    return f"- {mark} *{verdict.word.capitalize()}:* {_sentence(verdict)}: {paper}{ours}{what}"
+    return f"- {mark} *{verdict.word.capitalize()}:* {_sentence(verdict)}: {paper}{ours}{what}."
 
 
 def plain(text: str) -> str:

@@ -86,7 +86,8 @@ def test_names_need_no_data(without_data):
 def test_without_images_maps_stand_alone_with_the_names_of_the_classes(without_data):
     cifar = of_eurosat(EUROSAT.but(name="cifar100"))
     shown = explorer.of_record(cifar)
-    assert "With the data set cifar100 at hand" in shown.static.html
+    assert "CIFAR-100, run" in shown.static.html
+    assert "The images are not shown: they need the data set cifar100" in shown.static.html
     assert shown.names == ["0: Forest", "1: pasture land", "2: SeaLake"] and shown.images is None
     assert shown.view(0, 0)[:4] == b"\x89PNG"
     maps_alone = overlays.token_maps(

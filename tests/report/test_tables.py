@@ -210,14 +210,14 @@ def test_the_head_lists_the_claims_of_the_document_before_ours(monkeypatch):
     ours = verdict("X.one", "ours", "holds")
     judged = [ours, verdict("X1", "document", "undecided"), verdict("X2", "document", "opposite")]
     assert bullets(text.answer(judged)) == [
-        "- ⇄ *Opposite:* claim X2 (X2): +2",
+        "- ⇄ *Opposite:* claim X2 (X2): +2.",
         "- ? *Undecided:* claim X1 (X1).",
         "- *Further claims*, below: 1 (holds: 1).",
     ]
     first = bullets(text.answer([*judged, verdict("X.head", "ours", "holds")]))[0]
-    assert first == "- ✔ *Holds:* claim X.head (X.head): +2"
+    assert first == "- ✔ *Holds:* claim X.head (X.head): +2."
     [bare] = bullets(text.answer([verdict("X.bare", "ours", "holds")]))
-    assert bare.endswith("(X.bare): +2 (share of the tokens, less one half)")
+    assert bare.endswith("(X.bare): +2 (share of the tokens, less one half).")
 
 
 @pytest.mark.parametrize(
@@ -269,8 +269,8 @@ def test_answer_sorts_the_claims_by_verdict():
         Verdict("e", "undecided", "", 1),
     ]
     assert bullets(text.answer(judged)) == [
-        "- ✔ *Holds:* a: +1 [0, 2]",
-        "- ✘ *Not reproduced (pilot):* c: -1",
+        "- ✔ *Holds:* a: +1 [0, 2].",
+        "- ✘ *Not reproduced (pilot):* c: -1.",
         "- ? *Undecided:* b. e.",
         "- *Not tested* for want of records: 1 of 5 claims.",
     ]
@@ -281,9 +281,9 @@ def test_answer_sorts_the_claims_by_verdict():
     assert text.answer(judged, "In this model").metadata["source"] == "In this model"
     more = [*judged, *(Verdict(f"f{i}", "holds", "+2", 3) for i in range(3))]
     assert bullets(text.answer(more)) == [
-        "- ✔ *Holds:* a: +1 [0, 2]",
-        *(f"- ✔ *Holds:* f{i}: +2" for i in range(2)),
-        "- ✘ *Not reproduced (pilot):* c: -1",
+        "- ✔ *Holds:* a: +1 [0, 2].",
+        *(f"- ✔ *Holds:* f{i}: +2." for i in range(2)),
+        "- ✘ *Not reproduced (pilot):* c: -1.",
         "- *Further claims*, below: 3 (holds: 1; undecided: 2).",
         "- *Not tested* for want of records: 1 of 8 claims.",
     ]
