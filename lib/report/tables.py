@@ -167,7 +167,7 @@ def _without_blank_rows(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[filled] if filled.any() else frame
 
 
-# a number with unit, interval and n, or counted; not "8 experts, 50% active", "+ mean shift" or "3 → 0"
+# a number with unit, interval and n, or counted; not "8 experts, 50% active" or "3 → 0"
 _NUMERIC = re.compile(r"(?!.*(?:[a-z][,;] (?!n=|counted)|→))(?:[+-]?\d|–)", re.DOTALL)
 
 
