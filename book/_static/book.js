@@ -76,7 +76,7 @@
     output.classList.add("wide");
     // the theme folds the contents away beside this class, and fails where there are none
     if (document.querySelector(".bd-sidebar-secondary")) output.classList.add("full-width");
-    if (overflows(box)) table.classList.add("wraps");
+    for (const last of ["small", "wraps"]) if (overflows(box)) table.classList.add(last);
     if (overflows(box)) breakNames(table.querySelectorAll("thead th"));
   }
 
@@ -113,8 +113,8 @@
 
   function fit() {
     const boxes = [...document.querySelectorAll(BOXES)];
-    for (const part of document.querySelectorAll(".bd-article :is(.wide, .wraps, .sticks)"))
-      part.classList.remove("wide", "full-width", "wraps", "sticks");
+    for (const part of document.querySelectorAll(".bd-article :is(.wide, .small, .wraps, .sticks)"))
+      part.classList.remove("wide", "full-width", "small", "wraps", "sticks");
     boxes.forEach(widen);
     boxes.forEach(mark);
   }

@@ -29,7 +29,8 @@ from ..models.moe import RoutingTape
 from .loaders import Batch, Loader, check_form, check_loader, length
 
 INTERVALS = (
-    "95% over the images: top1 Wilson's, difference paired with the first row, Bonett and Price's"
+    "95% over the images: of top-1 Wilson's; of the difference, paired with the first row, "
+    "Bonett and Price's"
 )
 
 

@@ -25,18 +25,23 @@ def rows(frame: pd.DataFrame) -> pd.DataFrame:
         {
             "model": frame.index,
             "top-1 (%)": _with_interval(frame, "top1", "{:.1f}"),
-            "to the first (points)": _with_interval(frame, "difference", "{:+.1f}"),
+            "difference to the first (points)": _with_interval(frame, "difference", "{:+.1f}"),
         }
     )
     for size in frame.attrs["batches"]:
         times = zip(frame[f"ms_{size}"], frame[f"ms_{size}_q10"], strict=True)
-        shown[_PASS.format(size)] = [f"{median:.3g} ({low:.3g})" for median, low in times]
+        shown[_PASS.format(size)] = [f"{_three(median)} ({_three(low)})" for median, low in times]
     sizes = {
         "parameters (10⁶)": frame["params"] / 1e6,
         "MACs (10⁶)": frame["macs"] / 1e6,
         "file (MB)": frame["mb"],
     }
     return shown.assign(**{name: column.tolist() for name, column in sizes.items()})
+
+
+def _three(value: float) -> str:
+    """Writes three digits, zeros at the end included: 0.500 beside 0.511."""
+    return f"{value:#.3g}".rstrip(".")
 
 
 def _with_interval(frame: pd.DataFrame, name: str, form: str) -> list[str]:

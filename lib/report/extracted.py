@@ -14,6 +14,14 @@ from ..verdicts.sizes import Family
 from ..verdicts.stats import accuracy_interval, finished
 
 
+def called(arm: str) -> str:
+    """Returns what pages call an extraction of the study MoEE, by its reading and percentage.
+
+    arm: "p = 80", the reading as printed, or "working, p = 80", which stays as it is.
+    """
+    return f"as printed, {arm}" if arm.startswith("p = ") else arm
+
+
 def rules_row(rules: ExtractSpec) -> dict[str, Any]:
     """Returns the rules of an extraction by column name; a static model has no clusters."""
     correction = rules.correction

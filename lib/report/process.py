@@ -11,7 +11,7 @@ from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from .style import COLOURS, MARKERS, figure, number, print_values, style
+from .style import COLOURS, MARKERS, figure, legend_above, number, print_values, style
 
 __all__ = ["extraction"]
 
@@ -55,6 +55,7 @@ def extraction(
         for ax in (variance_panel, neuron_panel, route_panel):
             ax.set_yticks(range(len(names)), names)
             ax.grid(False)
+        legend_above(fig, [token_panel], SHOWN)
     return fig
 
 
@@ -71,20 +72,12 @@ def _draw_tokens(
             marker=MARKERS[i],
             markersize=3,
             linestyle="",
-            label=str(number(cluster)),
+            label=f"cluster {number(cluster)}",
         )
     ax.set(
         title="1  tokens are clustered",
         xlabel="first principal component",
         ylabel="second component",
-    )
-    ax.legend(
-        title="cluster",
-        fontsize=7.5,
-        title_fontsize=7.5,
-        markerscale=1.3,
-        ncols=2,
-        handletextpad=0.1,
     )
 
 

@@ -170,8 +170,9 @@ def _without_blank_rows(frame: pd.DataFrame) -> pd.DataFrame:
 
 # "+6.3 [+4.0, +8.7]," in a cell: it stays on one line where the cell is broken (book.css)
 _INTERVAL = re.compile(r"[+-]?\d[\d.]* \[[^\]<]*\],?(?=[^<>]*</td>)")
-# a number with unit, interval and n; not "8 experts, 50% active", "+ mean shift" or "3 → 0"
-_NUMERIC = re.compile(r"(?!.*(?:[a-z][,;] (?!n=)|→))(?:[+-]?\d|–)", re.DOTALL)
+# a number with unit, interval and n, or counted; not "8 experts, 50% active", "+ mean shift" or
+# "3 → 0"
+_NUMERIC = re.compile(r"(?!.*(?:[a-z][,;] (?!n=|counted)|→))(?:[+-]?\d|–)", re.DOTALL)
 
 
 def _look(cell: str) -> str:

@@ -1,6 +1,6 @@
 """Says in words what a figure shows, for its alternative text, made of the values that are drawn.
 
-No numbers: they stand in the table beside the figure.
+No numbers: they stand in the table beside the figure. Scores of experts get their names here, too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,18 @@ from itertools import pairwise
 from ..verdicts.stats import Interval
 from .figures import Curve
 
-__all__ = ["change", "changes", "changes_by_panel", "order", "order_by_panel"]
+__all__ = ["change", "changes", "changes_by_panel", "order", "order_by_panel", "score"]
+
+# scores by which experts are dropped, where their name in a spec is not the word for it
+_SCORES = {
+    "router_norm_change_abs": "router norm change, absolute",
+    "router_change": "norm of the router's change",
+    "router_norm": "router norm after",
+    "weight_change": "change of the expert",
+    "dern": "DERN",
+    "merge": "merging by output",
+    **{name: name.upper() for name in ("ean", "man", "msan", "reap")},
+}
 
 Value = float | Interval | None
 
@@ -76,3 +87,8 @@ def changes_by_panel(panels: Mapping[str, Sequence[Curve]], level_within: float 
         f"{title[:1].upper()}{title[1:]}: {changes(curves, level_within)}."
         for title, curves in panels.items()
     )
+
+
+def score(name: str) -> str:
+    """Returns what pages call a score of experts. name: as a spec has it, such as router_norm."""
+    return _SCORES.get(name, name.replace("_", " "))

@@ -34,16 +34,19 @@ def frame():
 
 def test_a_row_has_numbers_with_their_intervals_and_units(frame):
     first, static, _ = compared.rows(frame).to_dict("records")
-    assert first["top-1 (%)"] == "80.0 [75.0, 84.0]" and first["to the first (points)"] == ""
+    assert (
+        first["top-1 (%)"] == "80.0 [75.0, 84.0]"
+        and first["difference to the first (points)"] == ""
+    )
     assert static == {
         "model": "static",
         "top-1 (%)": "78.5 [73.0, 83.0]",
-        "to the first (points)": "-1.5 [-3.0, +0.2]",
+        "difference to the first (points)": "-1.5 [-3.0, +0.2]",
         "parameters (10⁶)": 2.0,
         "MACs (10⁶)": 30.0,
         "file (MB)": 8.0,
-        "ms an image, batch of 1": "3 (1.5)",
-        "ms an image, batch of 32": "0.5 (0.25)",
+        "ms an image, batch of 1": "3.00 (1.50)",
+        "ms an image, batch of 32": "0.500 (0.250)",
     }
 
 

@@ -5,8 +5,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lib.report.extracted import active_by_block, extraction_row, rows_by_block, rules_row
+from lib.report.extracted import active_by_block, called, extraction_row, rows_by_block, rules_row
 from lib.spec import ClusterSpec, ExtractSpec
+
+
+def test_the_reading_as_printed_is_named_beside_others():
+    assert called("p = 80, finetuned") == "as printed, p = 80, finetuned"
+    assert called("working, p = 80") == "working, p = 80" and called("+ mean shift")[0] == "+"
 
 
 def test_rules_by_column():

@@ -475,14 +475,8 @@ def test_the_process_of_extraction_draws_the_largest_clusters():
     )
     tokens, variance_panel, neurons, sent = fig.axes[:4]
     # the first is the smallest
-    assert [text.get_text() for text in tokens.get_legend().get_texts()] == [
-        "2",
-        "3",
-        "4",
-        "5",
-        "6",
-        "7",
-    ]
+    named = [text.get_text() for text in fig.legends[0].get_texts()]
+    assert named == [f"cluster {number}" for number in range(2, 8)]
     assert len(tokens.lines[0].get_xdata()) == 9 + 2  # in no cluster, or in one that is not drawn
     drawn = neurons.images[0].get_array()
     assert drawn.shape == (6, 12) and drawn.sum() == (variance[1:] > 0.5).sum()

@@ -110,6 +110,7 @@ def test_a_setting_of_this_build_alone_has_no_row_among_the_others():
         ("+0.0 [-0.4, +0.5] doublings, n=3", "right"),
         ("57.2\n±1.1, n=3", "right"),
         ("1939 (sd 0)", "right"),
+        ("+19.9 percent, counted", "right"),
         ("–¹", "right"),
         ("8 experts, 50% active", "left"),
         ("+ mean shift", "left"),

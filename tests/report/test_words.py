@@ -1,7 +1,10 @@
 """Words for alternative texts, from values by hand."""
 
+from typing import get_args, get_type_hints
+
 from lib.report import words
 from lib.report.figures import Curve
+from lib.spec import DropSpec
 from lib.verdicts.stats import Interval
 
 
@@ -32,3 +35,10 @@ def test_changes_compare_the_last_value_with_the_first_that_are_there():
     assert words.order_by_panel({"published": {"a": 1.0}, "this build": {"a": 1.0, "b": 2.0}}) == (
         "Published: a. This build: b, above a."
     )
+
+
+def test_every_score_of_experts_has_a_word_of_its_own():
+    names = get_args(get_type_hints(DropSpec)["score"])
+    called = [words.score(name) for name in names]
+    assert len(set(called)) == len(names) and not any("_" in word for word in called)
+    assert words.score("router_norm_change") == "router norm change" and words.score("man") == "MAN"
