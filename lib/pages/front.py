@@ -21,6 +21,7 @@ from .verdict_table import anchor, word_of
 Row = Mapping[str, Any]
 FIGURE = "headline-figure"  # the tag of `order`
 IMAGE = re.compile(r'<img [^>]*?(alt="[^"]*" src="data:image/png;base64,[^"]*")')
+ANSWER = re.compile(r"^\*\*Answer\.\*\* (.+)$", re.MULTILINE)  # of `report.text.boxed`
 # what the sentence on the clock compares to the whole model, in its words
 CUT = {"extracted": "the extracted mixture", "static model": "a static pruner"}
 
@@ -39,6 +40,7 @@ def page(keys: Sequence[str]) -> str:
         answered = " ".join([*said(question, rows), lead(asked)])
         lines += [f"**{question['ask']}** {answered}", "", *_behind(asked, rows), ""]
     lines += ["To some questions the documents have different answers: [](contradictions.md).", ""]
+    lines += compared(front["compared"])
     lines += ["## What do you want to do?", ""]
     for want in front["wants"]:
         lines += [*_want(want, rows), ""]
@@ -83,6 +85,7 @@ def _check(front: Mapping[str, Any], rows: Mapping[str, Row], keys: Sequence[str
     claims = [claim for one in asked for claim in (*one.get("claims", []), *one.get("says", {}))]
     pages = [page for want in front["wants"] for page in want["pages"]]
     pages += [page for card in front["studies"].values() for page in card.values()]
+    pages += [front["compared"]]
     absent = [name for name in claims if name not in rows]
     absent += [name for name in pages if name not in keys]
     if absent:
@@ -259,6 +262,27 @@ def picture(key: str) -> list[str]:
                 image = f'<img class="dark-light" {found[1]} style="{style}">'
                 return [f'<a href="notebooks/{key}.html#{FIGURE}">{image}</a>', ""]
     return []
+
+
+def compared(key: str) -> list[str]:
+    """Shows the figure and the answer of the page that compares all methods; nothing before it has
+    a figure."""
+    shown = picture(key)
+    if not shown:
+        return []
+    texts = (
+        "".join(output.get("data", {}).get("text/markdown", ""))
+        for cell in all_verdicts.cells(key)
+        for output in cell.get("outputs", ())
+    )
+    answers = [found[1] for text in texts if (found := ANSWER.search(text))]
+    return [
+        "## All methods side by side",
+        "",
+        " ".join([*answers[:1], f"More: [](notebooks/{key}.ipynb)."]),
+        "",
+        *shown,
+    ]
 
 
 def _colophon(rows: Iterable[Row]) -> str:

@@ -10,6 +10,7 @@ import yaml
 from lib import paths
 from lib.pages import all_verdicts, front, order
 from lib.paths import ROOT
+from lib.report import text
 from lib.verdicts import ledger, speed
 from lib.verdicts.speed import Ratio, Timing
 
@@ -82,9 +83,29 @@ def test_a_card_may_show_the_figure_of_another_page(monkeypatch):
     links = {"start": "leiden/tables", "cost": "leiden/tables"}
     assert "figure of leiden/tables" in front._card("leiden", links, [])
     assert "figure of a/wide" in front._card("leiden", links | {"figure": "a/wide"}, [])
-    content = {"questions": [], "wants": [], "studies": {"leiden": links | {"figure": "a/gone"}}}
+    studies = {"leiden": links | {"figure": "a/gone"}}
+    content = {"questions": [], "wants": [], "studies": studies, "compared": "leiden/tables"}
     with pytest.raises(ValueError, match="names a/gone, which the book does not have"):
         front._check(content, {}, ["leiden/tables"])
+
+
+def test_all_methods_are_shown_with_the_answer_of_their_page(monkeypatch):
+    boxed = text.boxed("Dense is best: 80.1.", "None beats it.", sure="3 seeds.").data
+    cells = [
+        {"metadata": {}, "outputs": [{"data": {"text/markdown": "no answer"}}]},
+        {"metadata": {}, "outputs": [{"data": {"text/markdown": boxed}}]},
+    ]
+    monkeypatch.setattr(all_verdicts, "cells", lambda key: cells)
+    assert front.compared("a/all") == []  # no figure yet
+    monkeypatch.setattr(front, "picture", lambda key: [f"figure of {key}", ""])
+    assert front.compared("a/all") == [
+        "## All methods side by side",
+        "",
+        "Dense is best: 80.1. None beats it. More: [](notebooks/a/all.ipynb).",
+        "",
+        "figure of a/all",
+        "",
+    ]
 
 
 def test_what_the_book_has_not_is_named():
@@ -92,9 +113,10 @@ def test_what_the_book_has_not_is_named():
         "questions": [{"ask": "?", "claims": ["A1", "A7"], "says": {"A8": {}}}],
         "wants": [{"want": "x", "pages": ["a/one", "a/none"]}],
         "studies": {"a": {"start": "a/one", "cost": "a/gone"}},
+        "compared": "b/gone",
     }
     with pytest.raises(
-        ValueError, match="names A7, A8, a/none, a/gone, which the book does not have"
+        ValueError, match="names A7, A8, a/none, a/gone, b/gone, which the book does not have"
     ):
         front._check(content, {"A1": row("A1", "holds")}, ["a/one"])
 
