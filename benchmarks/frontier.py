@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -34,11 +35,16 @@ BATCHES = (1, 16)
 
 
 def models(runs: Mapping[str, RunSpec]) -> dict[str, nn.Module]:
-    """Makes the model of each run, by name; says which cannot be made and why."""
+    """Makes the model of each run, by name; says which cannot be made and why.
+
+    All in the dtype of the dense run: runs in bfloat16 on a processor have an attention of several
+    kernels, which would count against them.
+    """
     made = {}
     for name, run in runs.items():
         try:
-            made[name] = prepared(run, str(store().states)).float().eval()
+            alike = run.but(dtype=runs[DENSE].dtype)
+            made[name] = prepared(alike, str(store().states)).float().eval()
             print(f"made: {name}", flush=True)
         except FileNotFoundError as error:
             print(f"not timed: {name}: {error}", flush=True)
@@ -80,6 +86,7 @@ def main() -> None:
     options.add_argument("--profile", default="small", help="default: small")
     options.add_argument("--repeats", type=int, default=20, help="default: 20")
     options.add_argument("--threads", type=int, default=machine.cores())
+    options.add_argument("--out", type=Path, default=speed.file_of("frontier"))
     given = options.parse_args()
     load, start = os.getloadavg()[0], time.perf_counter()
     if load > 1.0:
@@ -99,9 +106,8 @@ def main() -> None:
         "repeats": given.repeats,
         "machine": machine.describe(load),
     }
-    file = speed.file_of("frontier")
-    speed.write(file, about, measured)
-    print(f"{len(measured)} rows, written to {file}")
+    speed.write(given.out, about, measured)
+    print(f"{len(measured)} rows, written to {given.out}")
 
 
 if __name__ == "__main__":
