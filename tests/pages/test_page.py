@@ -305,6 +305,13 @@ def test_a_second_stage_gives_further_seeds_to_the_arms_of_its_claim(book, recor
     assert seeds(profiles.profile("a/one", "quick"))["moe"] == [0]
     # whoever chooses seeds gets these
     assert seeds(profiles.profile("a/one", "small", seeds=(1, 2)))["moe"] == [1, 2]
+
+    # runs that come from another page, where a claim wants more of them
+    def borrowed(p):
+        return grid(p) | {"dense": [p.base.but(seed=seed) for seed in range(7)]}
+
+    wanted = profiles.with_further_seeds("a/one", borrowed, small)
+    assert (len(wanted["dense"]), len(wanted["moe"])) == (7, 5)
     assert [record and record.spec.seed for record in page_of().reproduced["moe"]] == [0] + [
         None
     ] * 4
