@@ -46,7 +46,7 @@ def csv_link(fig: Figure, caption: str) -> str:
     data = quote(content, safe=",.:;()[]/*+=-_")
     return (
         f' <a class="take-away" download="{html.escape(name)}.csv" '
-        f'href="data:text/csv;charset=utf-8,{html.escape(data)}">Data (CSV)</a>'
+        f'href="data:text/csv;charset=utf-8,{html.escape(data)}">this figure as CSV</a>'
     )
 
 

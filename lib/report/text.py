@@ -91,7 +91,7 @@ def parts_held(parts: Sequence[Verdict]) -> str:
     others = Counter(part.verdict for part in parts if not part.holds)
     held = len(parts) - others.total()
     if not others:
-        return f"all {len(parts)} parts hold"
+        return f"{'both' if len(parts) == 2 else f'all {len(parts)}'} parts hold"
     rest = "; ".join(f"{others[word]} {word}" for word in WORDS if others[word])
     hold = agree("hold", held, len(parts))
     return f"{held} of {count(len(parts), 'part')} {hold}; {rest}"

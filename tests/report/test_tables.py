@@ -224,7 +224,8 @@ def test_the_head_lists_the_claims_of_the_document_before_ours(monkeypatch):
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["holds", "holds, smaller than published"], "all 2 parts hold"),
+        (["holds", "holds, smaller than published"], "both parts hold"),
+        (["holds"] * 3, "all 3 parts hold"),
         (["opposite", "opposite"], "0 of 2 parts hold; 2 opposite"),
         (
             ["holds", "not tested", "opposite", "not tested"],
