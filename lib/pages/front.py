@@ -21,6 +21,7 @@ from .verdict_table import anchor, word_of
 Row = Mapping[str, Any]
 FIGURE = "headline-figure"  # the tag of `order`
 IMAGE = re.compile(r'<img [^>]*?(alt="[^"]*" src="data:image/png;base64,[^"]*")')
+NARROWEST = 600  # pixels, as `report.style` has it for the figures of a page
 ANSWER = re.compile(r"^\*\*Answer\.\*\* (.+)$", re.MULTILINE)  # of `report.text.boxed`
 # what the sentence on the clock compares to the whole model, in its words
 CUT = {"extracted": "the extracted mixture", "static model": "a static pruner"}
@@ -249,25 +250,26 @@ def standing(claims: Sequence[Row]) -> str:
     )
 
 
-def picture(key: str) -> list[str]:
+def picture(key: str, narrowest: int = 0) -> list[str]:
     """Shows the figure at the head of an executed page once more, as a link to it there; nothing
-    where it has none."""
+    where it has none. narrowest: pixels below which it scrolls instead of shrinking."""
     for cell in all_verdicts.cells(key):
         if FIGURE not in cell["metadata"].get("tags", ()):
             continue
         for output in cell.get("outputs", ()):
             shown = "".join(output.get("data", {}).get("text/html", ""))
             if found := IMAGE.search(shown):
-                style = "width:100%;height:auto;background:#fff"
-                image = f'<img class="dark-light" {found[1]} style="{style}">'
-                return [f'<a href="notebooks/{key}.html#{FIGURE}">{image}</a>', ""]
+                style = f"width:100%;min-width:{narrowest}px;max-width:none;height:auto"
+                image = f'<img class="dark-light" {found[1]} style="{style};background:#fff">'
+                link = f'<a href="notebooks/{key}.html#{FIGURE}">{image}</a>'
+                return [f'<div style="overflow-x:auto">{link}</div>', ""]
     return []
 
 
 def compared(key: str) -> list[str]:
     """Shows the figure and the answer of the page that compares all methods; nothing before it has
     a figure."""
-    shown = picture(key)
+    shown = picture(key, NARROWEST)
     if not shown:
         return []
     texts = (

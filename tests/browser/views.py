@@ -56,7 +56,8 @@ TABLES = """() => {
   for (const table of tables) {
     const name = (table.closest('figure')?.querySelector('figcaption') ?? table).textContent;
     for (const cell of table.querySelectorAll('td, th'))
-      if (cell.scrollWidth > cell.clientWidth + 1) spilt.push(cell.textContent.slice(0, 60));
+      if (!cell.querySelector('table') && cell.scrollWidth > cell.clientWidth + 1)
+        spilt.push(cell.textContent.slice(0, 60));
     if (!beyond(table)) continue;
     clipped.push(name.trim().slice(0, 60));
     let box = table.parentElement;

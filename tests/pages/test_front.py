@@ -72,7 +72,8 @@ def test_a_card_shows_the_figure_at_the_head_of_its_page(monkeypatch):
     monkeypatch.setattr(all_verdicts, "cells", pages.get)
     [shown, _] = front.picture("a/one")
     assert shown.startswith(
-        '<a href="notebooks/a/one.html#headline-figure"><img class="dark-light" alt="A line" '
+        '<div style="overflow-x:auto"><a href="notebooks/a/one.html#headline-figure">'
+        '<img class="dark-light" alt="A line" '
         'src="data:image/png;base64,QUI="'
     )
     assert front.picture("a/none") == [] and order.HEADLINES[front.FIGURE] == "figure"
@@ -97,7 +98,7 @@ def test_all_methods_are_shown_with_the_answer_of_their_page(monkeypatch):
     ]
     monkeypatch.setattr(all_verdicts, "cells", lambda key: cells)
     assert front.compared("a/all") == []  # no figure yet
-    monkeypatch.setattr(front, "picture", lambda key: [f"figure of {key}", ""])
+    monkeypatch.setattr(front, "picture", lambda key, narrowest: [f"figure of {key}", ""])
     assert front.compared("a/all") == [
         "## All methods side by side",
         "",
