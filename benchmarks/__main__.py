@@ -8,10 +8,8 @@ the trainer and its input, in an hour or two.
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -28,25 +26,17 @@ def main() -> None:
     given = _options()
     torch.set_num_threads(given.threads)
     repeats = given.repeats or (FULL_REPEATS if given.full else SHORT_REPEATS)
-    load, start = os.getloadavg()[0], time.perf_counter()
+    start = time.perf_counter()
     print(f"torch {torch.__version__}, threads: {given.threads}, {repeats} interleaved repeats")
     for sentence in machine.cannot():
         print(f"cannot measure: {sentence}")
-    # A thread that waits for a core holds up each product that it has a share in.
-    if load > 1.0:
-        print(f"PROVISIONAL: other work runs on this machine (load average {load:.1f})")
+    load = machine.load_before()
     print(HEAD)
     rows = []
     for row in measured(given.full, repeats):
         rows.append(row)
         print(line(row), flush=True)
-    about = {
-        "command": "make bench-full" if given.full else "make bench",
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "seconds": round(time.perf_counter() - start),
-        "repeats": repeats,
-        "machine": machine.describe(load),
-    }
+    about = machine.about("make bench-full" if given.full else "make bench", repeats, start, load)
     speed.write(given.out, about, rows)
     print(f"{len(rows)} rows in {about['seconds']} s, written to {given.out}")
 

@@ -10,10 +10,8 @@ All are frozen for inference and timed in turn, alone.
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -37,6 +35,8 @@ BATCHES = (1, 16)
 def models(runs: Mapping[str, RunSpec]) -> dict[str, nn.Module]:
     """Makes the model of each run, by name; says which cannot be made and why.
 
+    Raises FileNotFoundError where the dense one cannot.
+
     All in the dtype of the dense run: runs in bfloat16 on a processor have an attention of several
     kernels, which would count against them.
     """
@@ -47,6 +47,8 @@ def models(runs: Mapping[str, RunSpec]) -> dict[str, nn.Module]:
             made[name] = prepared(alike, str(store().states)).float().eval()
             print(f"made: {name}", flush=True)
         except FileNotFoundError as error:
+            if name == DENSE:  # the others are timed beside it
+                raise
             print(f"not timed: {name}: {error}", flush=True)
     return made
 
@@ -88,9 +90,7 @@ def main() -> None:
     options.add_argument("--threads", type=int, default=machine.cores())
     options.add_argument("--out", type=Path, default=speed.file_of("frontier"))
     given = options.parse_args()
-    load, start = os.getloadavg()[0], time.perf_counter()
-    if load > 1.0:
-        print(f"PROVISIONAL: other work runs on this machine (load average {load:.1f})")
+    start, load = time.perf_counter(), machine.load_before()
     first = {name: runs[0] for name, runs in lib.plan(PAGE, given.profile).items()}
     made = models(first)
     torch.set_num_threads(given.threads)  # only now: to make a model sets the threads of its run
@@ -99,13 +99,7 @@ def main() -> None:
         measured.append(row)
         share = 100 * row.ours.median / row.other.median
         print(f"{row.what:<52} {row.shape:<18} {row.dtype:<5} {share:6.1f}% of dense", flush=True)
-    about = {
-        "command": "python -m benchmarks.frontier",
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "seconds": round(time.perf_counter() - start),
-        "repeats": given.repeats,
-        "machine": machine.describe(load),
-    }
+    about = machine.about(speed.COMMANDS["frontier"], given.repeats, start, load)
     speed.write(given.out, about, measured)
     print(f"{len(measured)} rows, written to {given.out}")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
@@ -54,10 +56,33 @@ def cannot() -> list[str]:
     return sorted(said)
 
 
-def describe(load_before: float) -> dict[str, Any]:
+def load_before() -> float:
+    """Reads the load average over the last minute; says so where other work runs: a thread that
+    waits for a core holds up each product that it has a share in."""
+    load = os.getloadavg()[0]
+    if load > 1.0:
+        print(f"PROVISIONAL: other work runs on this machine (load average {load:.1f})")
+    return load
+
+
+def about(command: str, repeats: int, began: float, load: float) -> dict[str, Any]:
+    """Describes a measurement that ends now, for its file.
+
+    began: by time.perf_counter; load: before anything was measured.
+    """
+    return {
+        "command": command,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "seconds": round(time.perf_counter() - began),
+        "repeats": repeats,
+        "machine": describe(load),
+    }
+
+
+def describe(load: float) -> dict[str, Any]:
     """Describes processor, threads, versions, load and capabilities, for a file of JSON.
 
-    load_before: the load average over a minute before anything was measured.
+    load: the average over a minute before anything was measured.
     """
     return {
         "processor": processor(),
@@ -65,7 +90,7 @@ def describe(load_before: float) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": {package: _version(package) for package in PACKAGES},
         # after: this program's own threads are in it
-        "load_average": [round(load_before, 2), round(os.getloadavg()[0], 2)],
+        "load_average": [round(load, 2), round(os.getloadavg()[0], 2)],
         "capabilities": capabilities(),
         "cannot": cannot(),
     }

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,8 @@ from lib.runs import collect, order
 from lib.runs.estimate import Estimates
 from lib.runs.store import Record, Store, _checksum
 from lib.spec import BackboneSpec, DataSpec, RunSpec, TrainSpec
+
+from . import machine
 
 RUN = RunSpec(
     study="bench",
@@ -143,9 +144,7 @@ def main() -> None:
     options.add_argument("--records", type=int, default=10_000, help="default: 10,000")
     options.add_argument("--pages", type=int, default=300, help="default: 300")
     given = options.parse_args()
-    load = os.getloadavg()[0]
-    if load > 1.0:
-        print(f"PROVISIONAL: other work runs on this machine (load average {load:.1f})")
+    machine.load_before()
     print(f"{'seconds of a processor':<48} {'first':>8} {'later':>8}")
     for what, first, later in rows(given.records, given.pages):
         print(f"{what:<48} {first:>8} {later:>8}", flush=True)

@@ -21,7 +21,6 @@ from .verdict_table import anchor, word_of
 Row = Mapping[str, Any]
 FIGURE = "headline-figure"  # the tag of `order`
 IMAGE = re.compile(r'<img [^>]*?(alt="[^"]*" src="data:image/png;base64,[^"]*")')
-NARROWEST = 600  # pixels, as `report.style` has it for the figures of a page
 ANSWER = re.compile(r"^\*\*Answer\.\*\* (.+)$", re.MULTILINE)  # of `report.text.boxed`
 # what the sentence on the clock compares to the whole model, in its words
 CUT = {"extracted": "the extracted mixture", "static model": "a static pruner"}
@@ -269,6 +268,8 @@ def picture(key: str, narrowest: int = 0) -> list[str]:
 def compared(key: str) -> list[str]:
     """Shows the figure and the answer of the page that compares all methods; nothing before it has
     a figure."""
+    from ..report.style import NARROWEST
+
     shown = picture(key, NARROWEST)
     if not shown:
         return []

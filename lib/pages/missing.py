@@ -100,16 +100,21 @@ def _rest(
         yield f"  {page}: {count(len(of_page), 'run')}, {_hours(of_page)}{note}"
     if plan.elsewhere:
         yield f"computed by other processes now: {count(len(plan.elsewhere), 'run')}"
-    for page, purposes in Counter(purpose.page for purpose in plan.without_card).items():
+    left_out = {(purpose.page, purpose.name): None for purpose in plan.without_card}
+    for page, purposes in Counter(page for page, _ in left_out).items():
         yield f"left out, as this machine has no card for device='cuda': {purposes} of {page}"
 
 
 def _counted(served: Sequence[Purpose], purposes: Sequence[Purpose]) -> str:
     """Counts what is served of all: open claims, and others (arms and claims that are decided)."""
-    counts = {
-        kind: [sum((p.worth == 1.0) is is_open for p in listed) for listed in (served, purposes)]
-        for kind, is_open in {"open claims": True, "others": False}.items()
-    }
+    from ..runs.order import OPEN_CLAIM
+
+    unserved = {(p.page, p.name) for p in purposes if p not in served}
+    counts = {}
+    for kind, is_open in {"open claims": True, "others": False}.items():
+        # an arm and its first seed are one
+        names = {(p.page, p.name) for p in purposes if (p.worth == OPEN_CLAIM) is is_open}
+        counts[kind] = len(names - unserved), len(names)
     return " and ".join(f"{n} of {total} {kind}" for kind, (n, total) in counts.items() if total)
 
 

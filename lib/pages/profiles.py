@@ -375,7 +375,7 @@ def with_further_seeds(
     waiting = [claim for claim in ledger.on_runs_of(key) if claim.planned_seeds > len(own)]
     if waiting:
         wider = grid(p.but(seeds=tuple(range(max(claim.planned_seeds for claim in waiting)))))
-        for claim in sorted(waiting, key=lambda claim: claim.planned_seeds):
+        for claim in waiting:
             # one run a seed, in their order; an arm of another page may have more there already
             longer = {arm: wider[arm][: claim.planned_seeds] for arm in claim.arms if arm in wider}
             runs |= {arm: more for arm, more in longer.items() if len(more) > len(runs[arm])}

@@ -101,7 +101,7 @@ class Priced:
     reference: bool = False
 
 
-def fronts(models: Sequence[Priced], axes: Sequence[str], missing: str = "not measured") -> Figure:
+def fronts(models: Sequence[Priced], axes: Sequence[str]) -> Figure:
     """Draws accuracy against each cost, a panel each, with the front of models that none beats.
 
     A step is what can be had for a cost: models on it are filled, those that another one beats at
@@ -124,7 +124,7 @@ def fronts(models: Sequence[Priced], axes: Sequence[str], missing: str = "not me
             if priced:
                 _front(ax, cost, priced, looks)
             else:
-                note(ax, missing)
+                note(ax, "not measured")
         for ax in panels.flat[len(axes) :]:
             ax.set_visible(False)
         legend_above(fig, panels.flat, columns=3)

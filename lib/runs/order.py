@@ -33,16 +33,18 @@ class Purpose:
     """Holds a claim or an arm of a page, and what it lacks: ids of runs, parents before children.
 
     worth: OPEN_CLAIM for a claim that nothing has decided yet, FURTHER_SEEDS for an arm that has a
-    record or gets its first one by another purpose, else OTHER.
+    record or gets its first one by another purpose, else OTHER. first_seed: whether it is that
+    other purpose of an arm, which has the name of the arm as well.
     """
 
     page: str
     name: str
     missing: tuple[str, ...]
     worth: float = OPEN_CLAIM
+    first_seed: bool = False
 
     def __str__(self) -> str:
-        return f"{self.page}: {self.name}"
+        return f"{self.page}: {self.name}{', first seed' if self.first_seed else ''}"
 
 
 @dataclass(frozen=True)
@@ -138,13 +140,13 @@ def missing(
     specs = {s.id: s for s in collect.unique([*planned, *(s for c in chains.values() for s in c)])}
     elsewhere = [run for run in specs if locks.is_held(where.lock(run))]
     purposes, without_card = [], []
-    for page, name, worth, runs in _purposes(plans, claims or {}, decided, chains):
+    for page, name, worth, runs, first_seed in _purposes(plans, claims or {}, decided, chains):
         chained = [s.id for spec in runs if spec.id in chains for s in chains[spec.id]]
         lacks = tuple(run for run in dict.fromkeys(chained) if run not in elsewhere)
         needs_card = not card and any(specs[run].device == "cuda" for run in lacks)
         if lacks:
             listed = without_card if needs_card else purposes
-            listed.append(Purpose(page, name, lacks, worth))
+            listed.append(Purpose(page, name, lacks, worth, first_seed))
     cost = {
         run: _remaining(specs[run], estimates, where)
         for run in dict.fromkeys(run for purpose in purposes for run in purpose.missing)
@@ -182,28 +184,29 @@ def _purposes(
     claims: Mapping[str, tuple[str, Sequence[str]]],
     decided: Collection[str],
     lacking: Collection[str],
-) -> Iterator[tuple[str, str, float, Sequence[RunSpec]]]:
-    """Yields page, name, worth and runs of each claim, then of each arm that no claim names.
+) -> Iterator[tuple[str, str, float, Sequence[RunSpec], bool]]:
+    """Yields page, name, worth and runs of each claim, then of each arm that no claim names; last,
+    whether it is an arm's first seed alone.
 
-    lacking: ids of runs without record. An arm that has none yet comes twice: its first seed, and
-    all of them.
+    lacking: ids of runs without record. An arm of several seeds that has none yet comes twice: its
+    first seed, and all of them.
     """
     named = set()
     for claim, (page, arms) in claims.items():
         if page in plans:
             named |= {(page, arm) for arm in arms}
             runs = [spec for arm in arms for spec in plans[page].get(arm, [])]
-            yield page, f"claim {claim}", OTHER if claim in decided else OPEN_CLAIM, runs
+            yield page, f"claim {claim}", OTHER if claim in decided else OPEN_CLAIM, runs, False
     for page, grid in plans.items():
         for arm, runs in grid.items():
             if (page, arm) in named:
                 continue
             if len(runs) == 1:
-                yield page, arm, OTHER, runs
+                yield page, arm, OTHER, runs, False
             else:
                 if all(spec.id in lacking for spec in runs):
-                    yield page, f"{arm}, first seed", OTHER, runs[:1]
-                yield page, arm, FURTHER_SEEDS, runs
+                    yield page, arm, OTHER, runs[:1], True
+                yield page, arm, FURTHER_SEEDS, runs, False
 
 
 def in_order(purposes: Sequence[Purpose], seconds: Mapping[str, float]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from .stats import Difference, Interval, accuracy_interval, finished, paired_difference
@@ -33,7 +34,7 @@ class Candidate:
     records: tuple[Any, ...]
     costs: Mapping[str, float]
 
-    @property
+    @cached_property
     def accuracy(self) -> Interval:
         """Computes the mean over the seeds, with its interval where there are enough."""
         return accuracy_interval(self.records)

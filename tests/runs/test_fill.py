@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from lib import paths
+from lib.pages import missing
 from lib.runs import collect as runs
 from lib.runs import fill as filling
 from lib.runs import locks
@@ -139,8 +140,11 @@ def test_arms_get_their_first_seeds_first_and_cost_what_the_rest_lack(where, com
     }
     plan = planned(grid, where, {1: 8.0})
     assert seeds(plan.items) == [4, 1, 5, 2, 3]  # a slow first seed before a quick second one
-    assert [p.name for p in plan.items[0].serves] == ["two, first seed", "two"]
-    assert [p.name for p in plan.items[2].serves] == ["two"]
+    assert [str(p) for p in plan.items[0].serves] == ["a/one: two, first seed", "a/one: two"]
+    assert [str(p) for p in plan.items[2].serves] == ["a/one: two"]
+    # two arms lack runs: one has all of its own then, the other its first seed alone
+    shown = missing.listing(plan, 11.0, 1)
+    assert "complete then: 1 of 2 others that lack runs" in shown
     runs.collect({"three": grid["three"][:2], "two": grid["two"][1:]}, where=where)
     plan = planned(grid, where, {3: 1.5})
     assert seeds(plan.items) == [4, 3]  # both have a row: what completes an arm an hour
