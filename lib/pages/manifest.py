@@ -28,20 +28,20 @@ MARK = "lib.pages.manifest:"  # starts the line that the last hidden cell prints
 HIDDEN = "lib-hidden"  # tag of the two cells
 PACKAGES = ("torch", "timm", "numpy", "papermill", "jupyter-book")
 
-_opened: set[str] = set()
+_opened: set[Path] = set()
 
 
 def watch() -> None:
-    """Notes each published value and each measured speed (PAPERS, BENCH) that is opened.
+    """Notes each published value and each measured speed (PAPERS, BENCH) that is opened, there or
+    not, and each folder of theirs that is listed.
 
     An audit hook sees every reader, whoever wrote it.
     """
-    folders = tuple(str(folder) + os.sep for folder in (PAPERS, BENCH))
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
-        if event == "open" and isinstance(args[0], (str, bytes)):
-            path = os.path.abspath(os.fsdecode(args[0]))
-            if path.startswith(folders):
+        if event in ("open", "os.listdir", "os.scandir") and isinstance(args[0], (str, bytes)):
+            path = Path(os.path.abspath(os.fsdecode(args[0])))
+            if any(path.is_relative_to(folder) for folder in (PAPERS, BENCH)):
                 _opened.add(path)
 
     sys.addaudithook(hook)
@@ -56,12 +56,11 @@ def footprint() -> None:
         if name.split(".")[0] == "lib" and getattr(module, "__file__", None)
     ]
     this_file = Path(__file__).resolve()  # no notebook depends on it
-    papers = [Path(path) for path in _opened if Path(path).is_file()]
     used = {
         "modules": sorted(
             {path.relative_to(ROOT).as_posix() for path in modules if path != this_file}
         ),
-        "papers": sorted(path.relative_to(ROOT).as_posix() for path in papers),
+        "papers": sorted(path.relative_to(ROOT).as_posix() for path in _opened),
         "reads": dict(store.store().reads) if store else {},  # id -> was it there at the last look
         "asked": [[key, name, values] for (key, name), values in profiles.asked.items()],
     }
@@ -69,16 +68,18 @@ def footprint() -> None:
 
 
 def digest(path: Path) -> str | None:
-    """Returns the SHA-256 of a file, or None where there is none that can be read."""
+    """Returns the SHA-256 of a file, or of the names in a folder; None where there is none that can
+    be read."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        names = "\n".join(sorted(os.listdir(path))).encode() if path.is_dir() else None
+        return hashlib.sha256(path.read_bytes() if names is None else names).hexdigest()
     except OSError:
         return None
 
 
 def code_and_papers() -> dict[str, str | None]:
     """Hashes everything that a notebook might use, before it runs."""
-    values = (path for folder in (PAPERS, BENCH) for path in folder.rglob("*") if path.is_file())
+    values = (path for folder in (PAPERS, BENCH) for path in (folder, *folder.rglob("*")))
     files = [*(ROOT / "lib").rglob("*.py"), *values]
     return {path.relative_to(ROOT).as_posix(): digest(path) for path in files}
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..verdicts.speed import PARTS, Ratio
+from ..verdicts.speed import FASTEST_PEER, PARTS, Measurement, Ratio
 from .style import COLOURS, MARKERS, figure, legend_above, style
 from .tables import Table, table
 
@@ -33,10 +33,14 @@ def what(row: Ratio) -> str:
 def label(row: Ratio) -> str:
     """Names what runs, at which shape and against what, whatever the dtype and the treatment."""
     shape = row.shape.removesuffix(", frozen").removesuffix(", plain")
-    against = row.against
-    if row.part == "layer":  # whichever form of the bound was the faster one
-        against = "packed dense MLPs" if against.endswith("packed") else "plain dense MLPs"
-    return f"{what(row)}, {shape}\nagainst {against}"
+    return f"{what(row)}, {shape}\nagainst {_against(row)}"
+
+
+def _against(row: Ratio) -> str:
+    """Names the other side; of a layer's bound not its form, of which the faster one is taken."""
+    if row.part != "layer":
+        return row.against
+    return "packed dense MLPs" if row.against.endswith("packed") else "plain dense MLPs"
 
 
 def shares(rows: Sequence[Ratio]) -> Figure:
@@ -86,6 +90,35 @@ _TICK = {"marker": "|", "markersize": 9, "markeredgewidth": 2, "linestyle": ""}
 def speed_table(rows: Sequence[Ratio], caption: str) -> Table:
     """Tabulates rows: times, ratio to the bound, both with their 10% quantile, goal, reached."""
     return table(pd.DataFrame([_cells(row) for row in rows]), caption, decimals=_DECIMALS)
+
+
+def beside_others(measured: Measurement) -> str:
+    """Says in how many settings ours is at least as fast as each other layer that was timed beside
+    it and computes the same."""
+    rows = measured.of("peers")
+    fastest = [row for row in rows if row.against == FASTEST_PEER]
+    others = dict.fromkeys(row.against for row in rows if not row.note)  # a note: it drops tokens
+    settings = f"{sum(row.ratio >= 1 for row in fastest)} of {len(fastest)} settings"
+    return f"in {settings} beside {', '.join(others)} ({measured.machine_name})"
+
+
+def by_machine(measurements: Sequence[Measurement], caption: str) -> Table:
+    """Tabulates the rows with a goal: the ratio that each machine reached, absent where it cannot
+    measure the row."""
+    ratios: dict[tuple[object, ...], dict[str, float | None]] = {}
+    for measurement in measurements:
+        for row in measurement.rows:
+            if row.goal is not None:
+                key = (what(row), row.shape, row.dtype, row.ours_is, _against(row), row.goal)
+                ratios.setdefault(key, {})[measurement.machine_name] = row.ratio
+    names = [measurement.machine_name for measurement in measurements]
+    columns = ["what", "shape", "dtype", "ours", "against", "goal"]
+    cells = [
+        dict(zip(columns, key, strict=True)) | {name: found.get(name) for name in names}
+        for key, found in ratios.items()
+    ]
+    decimals = dict.fromkeys(["goal", *names], 2)
+    return table(pd.DataFrame(cells, columns=[*columns, *names]), caption, decimals=decimals)
 
 
 _DECIMALS = {"ours (ms)": 1, "against (ms)": 1, "ratio": 2, "ratio of 10% quantiles": 2, "goal": 2}

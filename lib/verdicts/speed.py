@@ -1,7 +1,8 @@
 """Reads and writes measured speeds as ratios to a bound, and says what each shortfall is made of.
 
 A measurement is one JSON file in `data/results/bench/<device>/`, written by `python -m benchmarks`
-and checked on every read. It is no record: the clock is not a function of a run.
+and checked on every read. It is no record: the clock is not a function of a run. The same one from
+a machine of another kind lies beside it: `short-avx2.json` beside `short.json`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ PARTS = {
     "growth": "growth with experts, tokens and depth",
     "other": "pruning, extraction, attention, trainer",
 }
+
+# sides of rows that stand for several other libraries; their notes say for how many
+FASTEST_PEER, MEDIAN_PEER = "fastest peer", "median peer"
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,15 @@ LAST_STEP = {
 }
 
 
+# what a processor multiplies with, by name of the capability, from the widest on
+VECTORS = {
+    "amx": "AMX",
+    "avx512_bf16": "AVX-512 and bf16 products",
+    "avx512": "AVX-512",
+    "avx2": "AVX2, without bf16 products",
+}
+
+
 @dataclass(frozen=True)
 class Measurement:
     """Holds the rows of one command, and about: command, date, seconds, repeats, machine.
@@ -126,6 +139,13 @@ class Measurement:
 
     about: dict[str, Any]
     rows: tuple[Ratio, ...]
+
+    @property
+    def machine_name(self) -> str:
+        """Names the processor and the widest products that it has, such as "EPYC with AVX-512"."""
+        machine = self.about["machine"]
+        widest = (said for name, said in VECTORS.items() if machine["capabilities"].get(name))
+        return " with ".join([machine["processor"], *list(widest)[:1]])
 
     @property
     def disturbed(self) -> bool:
@@ -148,6 +168,11 @@ def file_of(name: str, device: str = "cpu") -> Path:
     return paths.BENCH / device / f"{name}.json"
 
 
+def elsewhere(name: str, device: str = "cpu") -> list[Measurement]:
+    """Reads the same measurement from other machines, in the order of their files' names."""
+    return [read(file) for file in sorted((paths.BENCH / device).glob(f"{name}-*.json"))]
+
+
 def write(file: Path, about: Mapping[str, Any], rows: Iterable[Ratio]) -> None:
     """Writes a measurement whole, with a checksum over its content."""
     content = {"version": VERSION, "about": dict(about), "rows": [asdict(row) for row in rows]}
@@ -162,9 +187,7 @@ def read(file: Path) -> Measurement:
     Raises FileNotFoundError where it is absent, and ValueError where it is damaged, cut off, edited
     by hand or of another version; either names the file and the command that makes it anew.
     """
-    again = f"measure anew: {COMMANDS.get(file.stem, COMMANDS['full'])}"
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no measurement {file}; {again}")
+    again = f"measure anew: {COMMANDS.get(file.stem.split('-')[0], COMMANDS['full'])}"
     try:
         content = json.loads(file.read_bytes())
         if not isinstance(content, dict):
@@ -174,16 +197,20 @@ def read(file: Path) -> Measurement:
         if content["version"] != VERSION:
             raise ValueError(f"it is of version {content['version']}, not {VERSION}")
         return Measurement(content["about"], tuple(_row(row) for row in content["rows"]))
+    except FileNotFoundError:  # it was opened all the same, so a page knows that it asked
+        raise FileNotFoundError(f"there is no measurement {file}; {again}") from None
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"measurement {file} is damaged ({error}); {again}") from error
 
 
-def share_of_dense(file: Path, shape: str, dtype: str) -> dict[str, float]:
+def percent_of_dense(file: Path, shape: str, dtype: str) -> dict[str, float]:
     """Reads the times of a forward pass of one shape and dtype, by model, in percent of what they
     are compared with; empty where there is no such measurement."""
-    if not file.is_file():
+    try:
+        measured = read(file)
+    except FileNotFoundError:
         return {}
-    rows = [row for row in read(file).rows if (row.shape, row.dtype) == (shape, dtype)]
+    rows = [row for row in measured.rows if (row.shape, row.dtype) == (shape, dtype)]
     return {row.ours_is: 100 * row.ours.median / row.other.median for row in rows}
 
 

@@ -23,7 +23,7 @@ from benchmarks import (
 from benchmarks.__main__ import line
 from benchmarks.dense import EqualChunks, OneMlp, packed
 from benchmarks.layers import PASSES, SHORT, Setting, settings
-from benchmarks.peers import INSTALL, PEERS
+from benchmarks.peers import INSTALL, PEERS, MaskLoop, Peer
 from lib import paths
 from lib.spec import BackboneSpec, DataSpec, PruneSpec, RunSpec, TrainSpec
 from lib.verdicts.speed import PARTS, Ratio, Timing
@@ -87,6 +87,19 @@ def test_rows_of_a_layer(small_layers, dtype, what):
     same = [against[peer.name] for peer in PEERS if not peer.drops]
     times = [row.other.median for row in same if row.other]
     assert against["fastest peer"].other.median == min(times)
+    # the median of one is the fastest once more, and promises nothing
+    promises = against["median peer"].goal is not None
+    assert promises == (SMALL.experts in layers.MEDIAN_PEER_EXPERTS and len(times) > 1)
+
+
+@pytest.mark.parametrize(("others", "goal"), [(1, None), (2, layers.MEDIAN_PEER_GOAL)])
+def test_a_median_of_one_peer_is_no_goal(others, goal):
+    peers = [Peer(f"peer {i}", make=MaskLoop) for i in range(others)]
+    times = {peer.name: Timing(2.0, 2.0) for peer in peers} | {"layer": Timing(1.0, 1.0)}
+    setting = Setting(2, 8, layers.MEDIAN_PEER_EXPERTS[0], 1)
+    about = {"what": "forward", "shape": str(setting), "dtype": "fp32"}
+    rows = list(layers._against_peers(times, setting, about, peers, "layer"))
+    assert rows[-1].against == "median peer" and rows[-1].goal == goal
 
 
 def test_a_peer_that_cannot_compute_one_expert_a_token_has_no_row_there(small_layers):

@@ -94,6 +94,25 @@ def test_an_absent_measurement_says_which_command_makes_it(tmp_path):
         speed.read(tmp_path / "short.json")
 
 
+def test_the_same_measurement_from_other_machines_lies_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "BENCH", tmp_path)
+    assert speed.elsewhere("short") == []
+    for name, capabilities in {
+        "short": {"avx2": True, "avx512": True, "avx512_bf16": True, "amx": True},
+        "short-old": {"avx2": True, "avx512": False},
+        "short-arm": {"avx2": False},
+        "full-old": {"avx2": True},
+    }.items():
+        machine = MACHINE | {"processor": "P", "capabilities": capabilities}
+        speed.write(speed.file_of(name), ABOUT | {"machine": machine}, [ratio()])
+    names = [measured.machine_name for measured in speed.elsewhere("short")]
+    assert names == ["P", "P with AVX2, without bf16 products"]
+    assert speed.read(speed.file_of("short")).machine_name == "P with AMX"
+    speed.file_of("short-old").write_text("{}")
+    with pytest.raises(ValueError, match="measure anew: make bench$"):
+        speed.elsewhere("short")
+
+
 def test_the_store_takes_no_measurement_for_a_record(tmp_path):
     inside = speed.file_of("short").relative_to(paths.RESULTS)
     speed.write(tmp_path / inside, ABOUT, [ratio()])
@@ -125,9 +144,9 @@ def test_times_in_percent_of_the_dense_model(tmp_path):
         Ratio(**sides, **shape | {"shape": "batch 1, frozen"}, ours_is="whole", dtype="fp32"),
     )
     file = tmp_path / "frontier.json"
-    assert speed.share_of_dense(file, "batch 16, frozen", "fp32") == {}
+    assert speed.percent_of_dense(file, "batch 16, frozen", "fp32") == {}
     speed.write(file, ABOUT, rows)
-    assert speed.share_of_dense(file, "batch 16, frozen", "fp32") == {"half": 75.0}
+    assert speed.percent_of_dense(file, "batch 16, frozen", "fp32") == {"half": 75.0}
     file.write_text("{")
     with pytest.raises(ValueError, match="damaged.*python -m benchmarks.frontier"):
-        speed.share_of_dense(file, "batch 16, frozen", "fp32")
+        speed.percent_of_dense(file, "batch 16, frozen", "fp32")

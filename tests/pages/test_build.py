@@ -61,6 +61,8 @@ def test_build_then_nothing_then_only_what_changed(book):
         "a/two",
         "text = open(lib.paths.ROOT / 'data/papers/tiny.yaml').read()",
         "speeds = open(lib.paths.BENCH / 'cpu' / 'short.json').read()",
+        "from lib.verdicts import speed\nspeed.elsewhere('short')",
+        "speed.percent_of_dense(speed.file_of('frontier'), 'batch 1', 'fp32')",
         "small = lib.load(grid(lib.profile('a/two', 'small')))\nprint(small)",
         "import sys\nprint('a progress ' + 'bar', file=sys.stderr)",
     )
@@ -104,7 +106,9 @@ def test_build_then_nothing_then_only_what_changed(book):
     assert "a progress bar" not in json.dumps(book.executed("a/two"))  # chatter goes to the log
     assert "a progress bar" in (book.root / "book" / "notebooks" / "a" / "two.log").read_text()
     two = book.executed("a/two")["metadata"]["moe"]
-    assert list(two["papers"]) == ["data/papers/tiny.yaml", "data/results/bench/cpu/short.json"]
+    measured = "data/results/bench/cpu"
+    assert two["papers"].pop(f"{measured}/frontier.json") is None  # asked for, and not there
+    assert list(two["papers"]) == ["data/papers/tiny.yaml", measured, f"{measured}/short.json"]
     assert "lib/tiny.py" not in two["modules"]
     assert len(two["records"]) == 2 and set(two["records"].values()) == {None}
 
@@ -116,7 +120,9 @@ def test_build_then_nothing_then_only_what_changed(book):
     assert why("a/one", "smoke") == "was run with profile quick"
     _changed(book.root / "lib" / "tiny.py", "lib/tiny.py changed", None)
     _changed(book.root / "data" / "papers" / "tiny.yaml", None, "data/papers/tiny.yaml changed")
-    _changed(speeds, None, "data/results/bench/cpu/short.json changed")
+    _changed(speeds, None, f"{measured}/short.json changed")
+    _appears(speeds.with_name("short-avx2.json"), f"{measured} changed")
+    _appears(speeds.with_name("frontier.json"), f"{measured} changed")
     record = book.root / "data" / "results" / "foundations" / f"{next(iter(two['records']))}.json"
     record.parent.mkdir(parents=True)
     record.write_text("{}")
@@ -127,6 +133,14 @@ def test_build_then_nothing_then_only_what_changed(book):
     assert why("a/one") is None and why("a/two") == "its parameters changed (profile small)"
     book.notebook("a/one", "print(1)")
     assert why("a/one") == "the notebook changed"
+
+
+def _appears(path, two: str) -> None:
+    """Makes a file, sees that the second page alone notices, and takes it away."""
+    path.write_text("{}")
+    assert (why("a/one"), why("a/two")) == (None, two)
+    path.unlink()
+    assert (why("a/one"), why("a/two")) == (None, None)
 
 
 def _changed(path, one: str | None, two: str | None) -> None:

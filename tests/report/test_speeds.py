@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from lib.report.speeds import is_frozen, label, shares, speed_table
+from lib.report.speeds import beside_others, by_machine, is_frozen, label, shares, speed_table
 from lib.report.style import luma
-from lib.verdicts.speed import Ratio, Timing
+from lib.verdicts.speed import FASTEST_PEER, Measurement, Ratio, Timing
 
 
 def row(dtype="fp32", ours_is="layer", against="one MLP", part="layer", shape="B=1", **more):
@@ -62,3 +62,32 @@ def test_the_table_has_every_row_and_no_number_where_nothing_was_measured():
     assert first["reached"] == "no"
     assert (last["ours (ms)"], last["ratio"], last["reached"]) == ("", "", "")
     assert last["note"] == "not installed"
+
+
+def measured(processor, *rows):
+    machine = {"processor": processor, "capabilities": {"avx2": True}}
+    return Measurement({"machine": machine}, rows)
+
+
+def test_machines_stand_side_by_side_whatever_form_of_the_bound_was_the_faster_one():
+    chunks = row(against="equal chunks", goal=0.97, other=Timing(2.0, 2.0))
+    no_bf16 = row(dtype="bf16", goal=0.9, ours=None, other=None, note="no bf16 products")
+    one, two = measured("One", ROWS[1], ROWS[2]), measured("Two", chunks, no_bf16)
+    frame = by_machine([one, two], "Shares of the bound.").frame
+    first, second = frame.iloc[0], frame.iloc[1]
+    assert len(frame) == 2 and first["against"] == "plain dense MLPs"
+    assert [first[m.machine_name] for m in (one, two)] == ["0.50", "1.00"]
+    assert [second[m.machine_name] for m in (one, two)] == ["", ""]  # no goal; not measured
+
+
+def test_what_drops_tokens_is_no_layer_to_be_compared_with():
+    times = {"loop": 2.0, "theirs": 3.0, "dropping": 0.5}
+    peers = [
+        row(against=name, part="peers", other=Timing(time, time), note=note)
+        for (name, time), note in zip(times.items(), ("", "", "drops tokens"), strict=True)
+    ]
+    fastest = row(
+        against=FASTEST_PEER, part="peers", other=Timing(2.0, 2.0), note="loop, of the 2", goal=1.0
+    )
+    said = beside_others(measured("One", *peers, fastest))
+    assert said.startswith("in 1 of 1 settings beside loop, theirs (One with AVX2")
