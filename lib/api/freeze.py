@@ -11,7 +11,7 @@ import warnings
 
 from torch import nn
 
-from ..models.packed import can_pack, pack
+from ..models.packed import can_pack, dense_maps_gain, pack
 from .modules import to_change
 
 
@@ -20,6 +20,7 @@ def freeze_for_inference(model: nn.Module, *, inplace: bool = False) -> nn.Modul
     mode.
 
     On CPU a plain weight is packed anew for each product; packed ones take as much memory again.
+    On x86 without AVX-512 only experts are faster so, and only they are packed.
     They are used under `torch.inference_mode()` or `torch.no_grad()`, and outputs are equal up to
     rounding. Where gradients are recorded, after `model.train()`, on another device, under
     torch.compile or an exporter the model runs as it did. A weight that has changed since (loaded,
@@ -27,9 +28,9 @@ def freeze_for_inference(model: nn.Module, *, inplace: bool = False) -> nn.Modul
     classes stay as they are; a copy (copy.deepcopy) is frozen as well, a model that `restore` reads
     is not. Its blocks' convolutions and norms are left alone.
 
-    inplace: change the model itself instead of a copy. Warns if this torch has no packed weights
-    for this processor and the model's type of numbers (float32, and bfloat16 from AVX-512 on):
-    the model then runs as it did.
+    inplace: change the model itself instead of a copy. Warns if nothing is packed (a model without
+    experts on x86 without AVX-512), or this torch has no packed weights for this processor and the
+    model's type of numbers (float32, and bfloat16 from AVX-512 on): the model then runs as it did.
     """
     frozen = to_change(model, inplace).eval()
     if not pack(frozen):
@@ -41,6 +42,8 @@ def freeze_for_inference(model: nn.Module, *, inplace: bool = False) -> nn.Modul
             why = f"its weights lie on {', '.join(elsewhere)}, and packed ones are for the CPU"
         elif not any(can_pack(p.dtype) for p in weights):
             why = f"this torch has no packed weights of {', '.join(types)} for this processor"
+        elif not dense_maps_gain():
+            why = "without AVX-512 only experts are faster with packed weights, and it has none"
         warnings.warn(
             f"freeze_for_inference left the {type(model).__name__} as it was: {why}", stacklevel=2
         )

@@ -30,6 +30,12 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.04}
 TYPES = [dtype for dtype in TOLERANCE if can_pack(dtype)] or [torch.float32]
 
 
+@pytest.fixture(autouse=True)
+def wide_vectors(monkeypatch):
+    """All kinds of modules are packed, whatever this processor gains from it."""
+    monkeypatch.setattr(packed, "dense_maps_gain", lambda: True)
+
+
 def images(dtype=torch.float32, count=2):
     return torch.randn(count, 3, 28, 28, generator=torch.Generator().manual_seed(0)).to(dtype)
 
@@ -306,6 +312,31 @@ def test_a_private_interface_that_is_gone_is_no_error(monkeypatch):
         assert "left the VisionTransformer as it was" in str(said[-1].message)
     finally:
         can_pack.cache_clear()
+
+
+@pytest.mark.parametrize("make", [upcycled, unequal, shared])
+def test_without_avx_512_experts_alone_are_packed(monkeypatch, make):
+    assert can_pack(torch.float32)  # whose trial applies a GELU, once
+    acts = []
+    linear = packed._linear
+    monkeypatch.setattr(packed, "dense_maps_gain", lambda: False)
+    monkeypatch.setattr(packed, "_linear", lambda *args: acts.append(args[3]) or linear(*args))
+    model = make()
+    frozen = lib.freeze_for_inference(model)
+    packed_ones = [module for module in frozen.modules() if is_packed(module)]
+    assert packed_ones and all(isinstance(module, Experts) for module in packed_ones)
+    with torch.inference_mode():
+        torch.testing.assert_close(frozen(images()), model(images()), rtol=1e-4, atol=1e-5)
+    # a product's own GELU is the slower one there
+    assert ("none", "") in acts and not any(name == "gelu" for name, _ in acts)
+
+
+def test_without_avx_512_a_model_without_experts_stays_and_says_so(monkeypatch):
+    monkeypatch.setattr(packed, "dense_maps_gain", lambda: False)
+    monkeypatch.setattr("lib.api.freeze.dense_maps_gain", lambda: False)
+    with pytest.warns(UserWarning, match="without AVX-512 only experts are faster"):
+        frozen = lib.freeze_for_inference(vit())
+    assert not any(map(is_packed, frozen.modules()))
 
 
 def test_nothing_to_pack():

@@ -25,6 +25,7 @@ from benchmarks.dense import EqualChunks, OneMlp, packed
 from benchmarks.layers import PASSES, SHORT, Setting, settings
 from benchmarks.peers import INSTALL, PEERS, MaskLoop, Peer
 from lib import paths
+from lib.models.packed import dense_maps_gain
 from lib.spec import BackboneSpec, DataSpec, PruneSpec, RunSpec, TrainSpec
 from lib.verdicts.speed import PARTS, Ratio, Timing
 
@@ -74,7 +75,8 @@ def test_rows_of_a_layer(small_layers, dtype, what):
         return
     freezes = what == "forward" and dtype != "autocast"
     packs = freezes and not machine.why_not(dtype, packed=True)
-    assert len([row for row in rows if row.part == "layer"]) == (3 if packs else 1)
+    expected = 1 + packs * (1 + dense_maps_gain())
+    assert len([row for row in rows if row.part == "layer"]) == expected
     against = {row.against: row for row in rows if row.part == "peers"}
     assert set(against) == {peer.name for peer in PEERS} | {"fastest peer", "median peer"}
     for peer in PEERS:
