@@ -73,7 +73,7 @@ def demand_of(spec: RunSpec, sizes: Sizes, is_kept: bool = False) -> Demand:
     macs = passes(spec, images) * model.macs
     if train is not None and train.mask is not None:
         macs = passes(spec, images) * _masked_macs(spec, model, train.mask)
-    if _has_teacher(spec):
+    if train is not None and train.has_teacher:
         macs += trained * model_size(spec.init).macs
     steps = 0 if train is None else math.ceil(epochs * math.ceil(images[0] / train.batch))
     disk = RECORD_BYTES + RECORD_BYTES_OF_IMAGE * images[2]
@@ -95,11 +95,6 @@ def _masked_macs(spec: RunSpec, model: ModelSize, mask: MaskSpec) -> float:
     return (1 - mask.ratio) * model.macs + mask.depth * block + ends
 
 
-def _has_teacher(spec: RunSpec) -> bool:
-    train = spec.train
-    return train is not None and (train.distil != "none" or train.distil_logits > 0)
-
-
 def _memory(spec: RunSpec, model: ModelSize) -> float:
     """Computes the bytes that a run holds at its fullest moment.
 
@@ -115,7 +110,7 @@ def _memory(spec: RunSpec, model: ModelSize) -> float:
         return weights + spec.train.batch * saved / 10
     whole = weights * (2 + MOMENTS) if spec.train.trainable != "routers" else weights
     whole += weights * (spec.train.ema is not None)
-    if _has_teacher(spec):
+    if spec.train.has_teacher:
         whole += BYTES * model_size(spec.init).parameters
     return whole + spec.train.batch * saved
 

@@ -58,3 +58,8 @@ class TrainSpec(Spec):
     # share of the steps in which experts are dropped one after the other, until each MoE layer has
     # one (2206.00277: 0.5); None = all stay
     single_expert_at: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @property
+    def has_teacher(self) -> bool:
+        """Says whether the model that the run starts from computes each training image as well."""
+        return self.distil != "none" or self.distil_logits > 0

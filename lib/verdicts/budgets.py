@@ -1,8 +1,9 @@
 """Says which of several models that were made from one dense model is best within a budget.
 
 A budget is a limit on one cost: multiply-adds of an image, stored parameters or the time of a
-forward pass, in percent of the dense model's, or the minutes that it took to make the model.
-Accuracies are test top-1 in percent, differences in points.
+forward pass, in percent of the dense model's, or the multiply-adds of the training that made the
+model, in percent of those of one pass of the dense model over its training images. Accuracies are
+test top-1 in percent, differences in points.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ..runs.estimate import BACKWARD
 from .stats import Difference, Interval, accuracy_interval, finished, paired_difference
 
 # cost -> what it is called, with its unit
@@ -19,7 +21,7 @@ COSTS = {
     "macs": "multiply-adds (% of dense)",
     "params_stored": "stored parameters (% of dense)",
     "forward": "time of a forward pass (% of dense)",
-    "making": "time to make (minutes)",
+    "making": "training (% of one pass of dense)",
 }
 
 
@@ -46,7 +48,7 @@ def candidates(
     """Makes a candidate of each name that has a finished record; none without one of the dense.
 
     records: by name, one a seed. forward: times of a forward pass by name, in percent of that of
-    the dense model. Sizes and minutes are those of the first record.
+    the dense model. Sizes and training are those of the first record.
     """
     done = {name: tuple(finished(group)) for name, group in records.items()}
     if not done.get(dense):
@@ -63,24 +65,32 @@ def candidates(
         }
         if name in forward:
             costs["forward"] = forward[name]
-        minutes = _minutes_from(whole, first, by_id)
-        if minutes is not None:
-            costs["making"] = minutes
+        making = _making(whole, first, by_id)
+        if making is not None:
+            costs["making"] = making
         models.append(Candidate(name, group, costs))
     return models
 
 
-def _minutes_from(whole: Any, record: Any, by_id: Mapping[str, Any]) -> float | None:
-    """Adds up the minutes of the runs that lead from the dense model to a record; None where one
-    of them has no record."""
-    seconds = 0.0
+def _making(whole: Any, record: Any, by_id: Mapping[str, Any]) -> float | None:
+    """Adds up the training of the runs that lead from the dense model to a record, in percent of
+    one pass of the dense model; None where one of them has no record.
+
+    An image counts a forward pass of the trained model, BACKWARD more, and a forward pass of the
+    teacher, if there is one. The clock would count other work of its machine, too.
+    """
+    macs = 0.0
     while record.id != whole.id:
-        seconds += record.timing["run_seconds"]
-        start = record.spec.init
+        train, start = record.spec.train, record.spec.init
         if start is None or start.id not in by_id:
             return None
-        record = by_id[start.id]
-    return seconds / 60
+        parent = by_id[start.id]
+        if train is not None:
+            of_image = (1 + BACKWARD) * record.cost["macs"]
+            of_image += parent.cost["macs"] * train.has_teacher
+            macs += train.epochs * of_image
+        record = parent
+    return 100 * macs / ((1 + BACKWARD) * whole.cost["macs"])
 
 
 @dataclass(frozen=True)

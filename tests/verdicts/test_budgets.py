@@ -11,12 +11,11 @@ from lib.verdicts.budgets import candidates, winner
 DENSE = RunSpec(study="bench")
 
 
-def priced(top1, macs, stored=100.0, minutes=6.0, seeds=(0, 1, 2), start=DENSE, **change):
+def priced(top1, macs, stored=100.0, seeds=(0, 1, 2), start=DENSE, **change):
     """Records of one method, with costs in percent of the dense model's."""
     records = [record(seed, spec=start.but(init=start, **change), top1=top1) for seed in seeds]
     for made in records:
         made.cost = {"macs": 4.0 * macs, "params_stored": 2.0 * stored, "params_active": 1.0}
-        made.timing = {"run_seconds": 60.0 * minutes}
     return records
 
 
@@ -25,13 +24,14 @@ def methods():
     [dense] = priced(70.0, 100.0, seeds=(0,))
     dense.spec = DENSE
     dense.id = DENSE.id
-    half = priced(62.0, 50.0, stored=60.0, minutes=2.0, threads=3)
+    half = priced(62.0, 50.0, stored=60.0, threads=3, train={"epochs": 1, "distil_logits": 0.5})
+    child = {"start": half[0].spec, "train": {"epochs": 2, "distil_logits": 0.0}}
     return {
         "dense": [dense],
-        "dense again": priced(75.0, 100.0, threads=1),
+        "dense again": priced(75.0, 100.0, threads=1, train={"epochs": 1}),
         "half": half,
-        "worse half": priced(40.0, 50.0, stored=50.0, threads=4),
-        "child of half": priced(66.0, 70.0, minutes=1.0, start=half[0].spec),
+        "worse half": priced(40.0, 50.0, stored=50.0, threads=4, train=None),
+        "child of half": priced(66.0, 70.0, **child),
         "none yet": [None, None],
     }
 
@@ -44,9 +44,12 @@ def test_costs_are_in_percent_of_the_dense_model(methods):
         "macs": 50.0,
         "params_stored": 60.0,
         "forward": 55.0,
-        "making": 2.0,
+        "making": pytest.approx(50 + 100 / 3),  # the teacher's forward pass is a third of a pass
     }
-    assert models["child of half"].costs["making"] == 3.0  # with the run that it starts from
+    assert models["dense again"].costs["making"] == 100.0
+    assert models["worse half"].costs["making"] == 0.0  # nothing was trained
+    # two passes of its own, and the run that it starts from
+    assert models["child of half"].costs["making"] == pytest.approx(2 * 70 + 50 + 100 / 3)
     del methods["half"]
     [child] = [model for model in candidates(methods, {}) if model.name == "child of half"]
     assert "making" not in child.costs
