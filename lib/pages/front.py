@@ -191,17 +191,32 @@ def enough(fastest: float | None, wanted: float, accuracy: str) -> str:
 
 
 def clock() -> tuple[float | None, str]:
-    """Finds how many times as fast cut models are at best, and says it of each kind."""
+    """Finds how many times as fast cut models are at best, on whichever machine, and says it of
+    each kind and machine."""
     try:
-        measured = speed.read(speed.file_of("short"))
+        machines = [speed.read(speed.file_of("short")), *speed.elsewhere("short")]
     except FileNotFoundError:
         return None, "No time is measured yet (`make bench`)."
-    rows = [row for row in measured.of("models") if row.against == "whole model"]
-    rows = [row for row in rows if row.ours_is in CUT]
+    rows = [row for measured in machines for row in _cut_models(measured)]
+    by_machine = "; on ".join(map(_best_times, machines))
+    return max(row.other.median / row.ours.median for row in rows), (
+        f"With half of the MLPs' neurons a ViT-S could run {max(row.ideal for row in rows):.2f} "
+        f"times as fast, by its multiply-adds. Measured at best, on {by_machine}."
+    )
+
+
+def _cut_models(measured: speed.Measurement) -> list[speed.Ratio]:
+    """Lists the rows of the kinds of CUT beside the whole model."""
+    rows = measured.of("models")
+    return [row for row in rows if row.against == "whole model" and row.ours_is in CUT]
+
+
+def _best_times(measured: speed.Measurement) -> str:
+    """Says how many times as fast each kind of CUT is at best, in each dtype, on one machine."""
     kinds = []
     for kind, name in CUT.items():
         times: dict[str, list[tuple[float, str]]] = {}
-        for row in (row for row in rows if row.ours_is == kind):
+        for row in (row for row in _cut_models(measured) if row.ours_is == kind):
             ratio = row.other.median / row.ours.median
             times.setdefault(row.dtype, []).append((ratio, row.shape))
         best = (
@@ -210,13 +225,9 @@ def clock() -> tuple[float | None, str]:
             for ratio, shape in [max(found)]
         )
         kinds.append(f"{name} reaches {' and '.join(best)}")
-    machine = measured.about["machine"]
-    caution = " Other work ran beside it, so these are uncertain." if measured.disturbed else ""
-    return max(row.other.median / row.ours.median for row in rows), (
-        f"With half of the MLPs' neurons a ViT-S could run {max(row.ideal for row in rows):.2f} "
-        f"times as fast, by its multiply-adds. Measured at best, on {machine['processor']} with "
-        f"{count(machine['threads'], 'thread')}: {'; '.join(kinds)}.{caution}"
-    )
+    caution = " (uncertain: other work ran beside it)" if measured.disturbed else ""
+    threads = count(measured.about["machine"]["threads"], "thread")
+    return f"{measured.machine_name}, {threads}{caution}: {', '.join(kinds)}"
 
 
 def _card(study: str, links: Mapping[str, str], rows: Iterable[Row]) -> list[str]:

@@ -136,7 +136,7 @@ def test_the_front_page_of_this_book_names_what_is_there():
     )
 
 
-def measured(tmp_path, monkeypatch, ours, load=0.2):
+def measured(tmp_path, monkeypatch, ours, load=0.2, name="short"):
     """A measurement in which the whole model takes 30 ms, and these others in bf16."""
     monkeypatch.setattr(paths, "BENCH", tmp_path)
     whole = Timing(30.0, 29.0)
@@ -145,8 +145,9 @@ def measured(tmp_path, monkeypatch, ours, load=0.2):
         for kind, ms in ours.items()
     ]
     machine = {"processor": "a chip", "threads": 2, "load_average": [load, 0.0]}
-    file = speed.file_of("short")
-    file.parent.mkdir(parents=True)
+    machine["capabilities"] = {"avx2": True, "amx": name == "short"}
+    file = speed.file_of(name)
+    file.parent.mkdir(parents=True, exist_ok=True)
     speed.write(file, {"machine": machine}, rows)
     assert json.loads(file.read_text())["rows"]
 
@@ -156,12 +157,17 @@ def test_the_clock_says_how_fast_each_kind_is(tmp_path, monkeypatch):
     measured(tmp_path / "a", monkeypatch, {"extracted": 25.0, "static model": 24.0})
     fastest, sentence = front.clock()
     assert fastest == 1.25 and "could run 1.50 times as fast, by its multiply-adds" in sentence
-    assert "Measured at best, on a chip with 2 threads: the extracted mixture reaches" in sentence
-    assert "reaches 1.20 times the speed in bf16 (batch 16); a static pruner" in sentence
+    assert "at best, on a chip with AMX, 2 threads: the extracted mixture reaches" in sentence
+    assert "reaches 1.20 times the speed in bf16 (batch 16), a static pruner" in sentence
     assert sentence.endswith("reaches 1.25 times the speed in bf16 (batch 16).")
-    measured(tmp_path / "b", monkeypatch, {"extracted": 15.0, "static model": 24.0}, load=3.0)
+    others = {"extracted": 15.0, "static model": 24.0}
+    measured(tmp_path / "a", monkeypatch, others, load=3.0, name="short-old")
     fastest, sentence = front.clock()
-    assert fastest == 2.0 and sentence.endswith("so these are uncertain.")
+    assert fastest == 2.0
+    assert (
+        "1.25 times the speed in bf16 (batch 16); on a chip with AVX2, without bf16 products, "
+        "2 threads (uncertain: other work ran beside it): the extracted mixture reaches 2.00 times"
+    ) in sentence
 
 
 @pytest.mark.parametrize(
