@@ -71,7 +71,7 @@ def prune(model, share, *parts):
 
 
 def refused_unchanged(call, message):
-    """`call` raises ValueError with this message on a model with a MoE layer, and leaves weights,
+    """`call` raises ValueError with this message on a model with an MoE layer, and leaves weights,
     router and modes alone."""
     model = build(moe=moe())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -2,7 +2,7 @@
 
     torch.export.export(lib.for_export(model), (images,))
 
-The routing of a MoE layer is a matter of shapes that depend on the data: how many tokens an expert
+The routing of an MoE layer is a matter of shapes that depend on the data: how many tokens an expert
 gets. In the form for export every expert runs on every token, and a token's outputs are weighed by
 what the router decided, by 0 where it did not choose an expert.
 
@@ -25,7 +25,7 @@ from ..models.pruned import PrunedLayer
 
 
 class StaticLayer(nn.Module):
-    """Computes what a MoE layer computes at evaluation, by operations of fixed shapes.
+    """Computes what an MoE layer computes at evaluation, by operations of fixed shapes.
 
     Input and output: (B, ..., D), or (B, D, ...) with channels first. E / K times the multiply-adds
     of the layer's experts.

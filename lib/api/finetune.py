@@ -63,7 +63,7 @@ def finetune(
     others.
     teacher: a model for the same classes, such as the dense one before pruning, whose predictions
     are learnt with weight `distil`, and the labels with the rest.
-    coefficient: of `auxiliary_loss`, if a MoE layer has a router that learns.
+    coefficient: of `auxiliary_loss`, if an MoE layer has a router that learns.
     seed: of all that is drawn, also by a loader that shuffles with torch's global generator, which
     is left as it was.
 

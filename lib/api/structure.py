@@ -231,7 +231,7 @@ def _describe_moe(layer: MoELayer) -> Entry:
     of_router, of_experts = type(layer.router).__name__, type(layer.experts).__name__
     _known(ROUTERS, of_router, "a router")
     describe_experts, _ = _known(EXPERTS, of_experts, "experts")
-    _known(_LAYERS, type(layer).__name__, "a MoE layer")
+    _known(_LAYERS, type(layer).__name__, "an MoE layer")
     entry = {
         "layer": type(layer).__name__,
         "router": {"class": of_router} | layer.router.settings(),
@@ -251,7 +251,7 @@ def _build_moe(entry: Entry, mlp: nn.Module) -> MoELayer:
             "the module has another MoE layer there already: give it as it was before upcycling "
             "or extraction"
         )
-    of_layer = _known(_LAYERS, entry["layer"], "a MoE layer")
+    of_layer = _known(_LAYERS, entry["layer"], "an MoE layer")
     _, build_experts = _known(EXPERTS, entry["experts"]["class"], "experts")
     experts = build_experts(entry["experts"], mlp)
     shared = None if entry["shared"] is None else _build_narrowed(entry["shared"], mlp)

@@ -46,7 +46,7 @@ def fit_extracted(model: nn.Module, state: Mapping[str, Tensor], rules: ExtractS
 
 
 def layer_like(mlp: nn.Module, state: Mapping[str, Tensor], rules: ExtractSpec) -> nn.Module:
-    """Builds a layer with the shapes of `state`: a narrow MLP, or a MoE layer.
+    """Builds a layer with the shapes of `state`: a narrow MLP, or an MoE layer.
 
     state: of the layer alone, so its names start at the layer.
     """

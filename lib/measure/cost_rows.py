@@ -38,7 +38,7 @@ class Cost:
 
     Own rule for MACs: every product (linear layers, convolutions, attention, whatever a model
     multiplies by parameters of its own) and every router, one multiply-add each. Elementwise work,
-    as that of norms and layer scales, is not counted. A MoE layer counts the K experts (and the
+    as that of norms and layer scales, is not counted. An MoE layer counts the K experts (and the
     shared one) that a token passes, as if no capacity refused any; after experts were dropped
     without rerouting those that it measurably passes. An expert that sees whole images computes all
     tokens of each that touches it: without a measurement, of every one. Behind a `ChannelMask` the

@@ -42,12 +42,12 @@ class Seen:
     ledger: Ledger
 
     def tokens(self, name: str) -> int:
-        """Counts the tokens of all images that came to a MoE layer."""
+        """Counts the tokens of all images that came to an MoE layer."""
         return self.twin.get_submodule(name).tokens
 
 
 class _Stand(nn.Module):
-    """Stands in the place of a MoE layer: counts its tokens and runs its shared expert alone."""
+    """Stands in the place of an MoE layer: counts its tokens and runs its shared expert alone."""
 
     def __init__(self, layer: MoELayer):
         super().__init__()

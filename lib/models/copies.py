@@ -73,7 +73,7 @@ class WholeCopies(nn.Module):
 
 
 class CopiesLayer(MoELayer):
-    """Is a MoE layer whose experts are `WholeCopies`."""
+    """Is an MoE layer whose experts are `WholeCopies`."""
 
     def serve_images(self, tokens: Tensor, routing: Routing, shape: torch.Size) -> Tensor:
         """Carries out a Routing: tokens, (B, N, D) -> (B, ..., D), which is `shape`."""

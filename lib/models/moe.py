@@ -81,7 +81,7 @@ class RoutingTape:
         """
         if layer not in self.layers:
             raise RuntimeError(
-                f"a copy of a MoE layer writes to the RoutingTape of a {self._of}, which cannot "
+                f"a copy of an MoE layer writes to the RoutingTape of a {self._of}, which cannot "
                 "tell its place: replicas of nn.DataParallel are such copies. Run the model itself "
                 "on one device, or a process a device with DistributedDataParallel"
             )

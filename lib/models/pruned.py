@@ -1,4 +1,4 @@
-"""A MoE layer that has lost experts, and the stacked weights of experts picked or replaced.
+"""An MoE layer that has lost experts, and the stacked weights of experts picked or replaced.
 
 Axis letters: **B** images, **N** tokens of an image, **T** = B*N, **D** width, **H** hidden width,
 **E** experts before pruning, **E'** those that stay.

@@ -72,6 +72,6 @@ class Step(ABC):
         the scores of the run decide.
 
         part: the kind: the neurons of an "mlp" or of one of "experts", the dimensions of a head
-        ("attention"), or the experts of a MoE layer ("whole_experts").
+        ("attention"), or the experts of an MoE layer ("whole_experts").
         """
         return size

@@ -210,7 +210,7 @@ def _warn_of_another_function(spec: MoESpec) -> None:
 
 
 def moe_layer(mlp: nn.Module, spec: MoESpec, generator: torch.Generator | None = None) -> MoELayer:
-    """Makes a MoE layer from an MLP: E copies or fresh experts, a fresh router, and a copy as
+    """Makes an MoE layer from an MLP: E copies or fresh experts, a fresh router, and a copy as
     shared expert if asked for.
 
     It takes the place of the MLP: in its mode (training or evaluation), on its device, in its type,
@@ -262,7 +262,7 @@ def _of_blocks(
 def _check(name: str, mlp: nn.Module, spec: MoESpec) -> None:
     """Raises ValueError if the MLP of a block cannot be upcycled."""
     if isinstance(mlp, MoELayer):
-        raise ValueError(f"{name} is a MoE layer already: upcycle a model with plain MLPs")
+        raise ValueError(f"{name} is an MoE layer already: upcycle a model with plain MLPs")
     if reason := why_not_copied(mlp):
         raise ValueError(f"{name} {reason}: cannot be upcycled")
     asked = [

@@ -97,7 +97,7 @@ class Router(nn.Module, ABC):
 
     @classmethod
     def from_spec(cls, spec: MoESpec, width: int, generator: torch.Generator | None) -> Self:
-        """Makes the router of a MoE layer of this width, drawn where the generator lies.
+        """Makes the router of an MoE layer of this width, drawn where the generator lies.
 
         generator: None is the global one. Raises TypeError for a router that no spec can name.
         """

@@ -33,7 +33,7 @@ def step_bytes(spec: RunSpec) -> float:
     `lib.measure.memory` counts them on data; of a run without training, its weights.
 
     No data and no memory are needed. The activations are those of the dense model in float32, K
-    times where a token passes K experts, which is more than a MoE layer saves.
+    times where a token passes K experts, which is more than an MoE layer saves.
     """
     weights, activations = _sizes(spec.backbone, spec.data.image_size, spec.moe)
     if spec.train is None:

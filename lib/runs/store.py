@@ -41,7 +41,7 @@ class Record:
     read as attributes (`record.test["top1"]`).
 
     Entries: id, status ("ok" | "failed"), history (a row an epoch), curve (smoothed training loss),
-    val and test (n, top1 in percent, loss in nats), moe (a row a MoE layer, shallow to deep), cost,
+    val and test (n, top1 in %, loss in nats), moe (a row an MoE layer, shallow to deep), cost,
     memory (MiB of a training step, by kind), prune (prunable weights before and after, pruned runs
     only), drop (scores of experts by layer, where some were dropped), timing (with `ranks`, where
     several trained it together), weights (SHA-256 at start and end), data (the fingerprint of the

@@ -96,7 +96,7 @@ class MoESpec(Spec):
     fresh_experts: bool = False
     # normal noise on copied experts, in standard deviations of each weight
     copy_noise: Weight = 0.0
-    # switch: one a MoE layer, from the input on; in place of balance_weight
+    # switch: one an MoE layer, from the input on; in place of balance_weight
     balance_weights: tuple[Weight, ...] | None = None
     # Durham: of the loss that sharpens the gate of a token
     sharpness_weight: Weight = 0.0

@@ -83,7 +83,7 @@ def layer_intervals(
 def sorted_loads(records: Sequence[Any], block: int, points: int) -> list[Interval]:
     """Computes the sorted loads of a block's experts, as `load_profile` reads them, over seeds.
 
-    records: one a seed, whose `moe` has a row a layer; n counts those in which the block is a MoE
+    records: one a seed, whose `moe` has a row a layer; n counts those in which the block is an MoE
     layer. block: from 0. Empty where it is one in none.
     """
     layers = [layer for record in records for layer in record.moe if layer["block"] == block]

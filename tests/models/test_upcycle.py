@@ -125,7 +125,7 @@ def test_refuses_depth_and_a_second_time():
     ):
         upcycle(model, MoESpec(layers=4))
     upcycle(model, MoESpec(layers=1, experts=2))
-    with pytest.raises(ValueError, match="blocks.2.mlp is a MoE layer already"):
+    with pytest.raises(ValueError, match="blocks.2.mlp is an MoE layer already"):
         upcycle(model, MoESpec(layers=2, experts=2))
     assert not isinstance(model.blocks[1].mlp, MoELayer)
 

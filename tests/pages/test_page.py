@@ -71,7 +71,7 @@ def records(monkeypatch):
 
 
 def record_of(spec, status="ok"):
-    """A record of a run, a MoE one 10 points better than a dense one."""
+    """A record of a run, an MoE one 10 points better than a dense one."""
     return factory.record(
         spec.seed, spec=spec, top1=80.0 if spec.moe else 70.0, epochs=1, probes=1, status=status
     )

@@ -6,7 +6,7 @@ with each other form a set; dictionaries of scores and of kept indices have one 
     name of the set           shape    a group holds
     "blocks.0.mlp"            (H,)     of a dense MLP: fc1 row, fc1 bias entry, fc2 column; of a
                                        gated one a row and an entry of the gate, too
-    "blocks.0.mlp.experts.2"  (H,)     the same of expert 2 of a MoE layer
+    "blocks.0.mlp.experts.2"  (H,)     the same of expert 2 of an MoE layer
     "blocks.0.attn.qk"        (A, C)   rows of Q and of K, with their bias entries, of a head
     "blocks.0.attn.vo"        (A, C)   rows of V with their bias entries, columns of proj
 
