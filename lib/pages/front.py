@@ -144,16 +144,21 @@ def _behind(asked: Sequence[Row], rows: Mapping[str, Row]) -> list[str]:
 def _bullet(row: Row, rows: Mapping[str, Row]) -> str:
     """Writes a claim with our number and the verdict, linked to its row of all verdicts.
 
-    A part of a joint claim follows the sentence of that.
+    A part of a joint claim names that, and its verdict, behind its own.
     """
     from ..report.text import plain
 
-    before = f"{rows[row['part_of']]['statement']} " if row["part_of"] else ""
     ours = f": {_numbers(row)}" if _numbers(row) else ""
     mark = MARKS[row["verdict"] or "not tested"]
     name = f'<a href="verdicts.html#{anchor(row)}">{row["id"]}</a>'
-    statement = plain(before + row["statement"].removesuffix("."))
-    return f"- {mark} *{word_of(row)}*: {statement}{ours} ({name})"
+    whole = ""
+    if row["part_of"]:
+        joint = rows[row["part_of"]]
+        whole = (
+            f'; one part of "{plain(joint["statement"])}", which as a whole is: {word_of(joint)}'
+        )
+    statement = plain(row["statement"].removesuffix("."))
+    return f"- {mark} *{word_of(row)}*: {statement}{ours} ({name}{whole})"
 
 
 def _want(want: Mapping[str, Any], rows: Mapping[str, Row]) -> list[str]:
@@ -184,7 +189,7 @@ def enough(fastest: float | None, wanted: float, accuracy: str) -> str:
     it is kept holds, fails or is open.
     """
     if accuracy == "fails" or (fastest is not None and fastest < wanted):
-        return "**Nothing here does that.**"
+        return "**Nothing measured here does that.**"
     if accuracy == "open" or fastest is None:
         return "**Not known yet.**"
     return "**Yes, as measured here.**"
@@ -199,9 +204,10 @@ def clock() -> tuple[float | None, str]:
         return None, "No time is measured yet (`make bench`)."
     rows = [row for measured in machines for row in _cut_models(measured)]
     by_machine = "; on ".join(map(_best_times, machines))
+    limit = max(row.ideal for row in rows)
     return max(row.other.median / row.ours.median for row in rows), (
-        f"With half of the MLPs' neurons a ViT-S could run {max(row.ideal for row in rows):.2f} "
-        f"times as fast, by its multiply-adds. Measured at best, on {by_machine}."
+        f"With half of the MLPs' neurons a ViT-S at 224 px could run {limit:.2f} times as fast, by "
+        f"its multiply-adds. Measured at best, on {by_machine}."
     )
 
 
@@ -217,14 +223,15 @@ def _best_times(measured: speed.Measurement) -> str:
     for kind, name in CUT.items():
         times: dict[str, list[tuple[float, str]]] = {}
         for row in (row for row in _cut_models(measured) if row.ours_is == kind):
+            where = f"{row.dtype} ({row.shape.removesuffix(', plain')})"
             ratio = row.other.median / row.ours.median
-            times.setdefault(row.dtype, []).append((ratio, row.shape))
+            times.setdefault(row.dtype, []).append((ratio, where))
         best = (
-            f"{ratio:.2f} times the speed in {dtype} ({shape.removesuffix(', plain')})"
-            for dtype, found in times.items()
-            for ratio, shape in [max(found)]
+            f"{ratio:.2f} times the speed in {where}" for ratio, where in map(max, times.values())
         )
-        kinds.append(f"{name} reaches {' and '.join(best)}")
+        least, where = min(map(min, times.values()))
+        slower = f", but {least:.2f} times in {where}" if least < 1 else ""
+        kinds.append(f"{name} reaches {' and '.join(best)}{slower}")
     caution = " (uncertain: other work ran beside it)" if measured.disturbed else ""
     threads = count(measured.about["machine"]["threads"], "thread")
     return f"{measured.machine_name}, {threads}{caution}: {', '.join(kinds)}"

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ..verdicts import MARKS, WORDS, agree, count, ledger
+from ..verdicts import MARKS, WORDS, count, ledger
 from . import datasets
 
 Row = Mapping[str, Any]
@@ -83,10 +83,10 @@ def _more(row: Row, parts: Sequence[Row], entries: Mapping[str, ledger.Claim]) -
 def _ours(row: Row, parts: Sequence[Row]) -> str:
     """Says the effect; of a joint claim, how many of its parts hold."""
     if parts:
-        judged = [part for part in parts if part["verdict"] not in (None, "not tested")]
-        held = sum(word_of(part).startswith("holds") for part in parts)
-        hold = agree("hold", held, len(parts))
-        return f"{held} of {count(len(parts), 'part')} {hold}" if judged else ""
+        from ..report.text import parts_held
+
+        words = [part["verdict"] or "not tested" for part in parts]
+        return "" if set(words) == {"not tested"} else parts_held(words)
     return _effect(row)
 
 

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 # the caption of every table of verdicts
 RULE = (
     "Verdicts by one rule: an order needs three seeds; it holds if the interval lies on the "
-    "claimed side, and is not reproduced if the interval has zero inside and the published size "
-    "outside. Smallest that counts: the size that stands for it where the document prints none."
+    "claimed side, is opposite if it lies on the other, and is not reproduced if it has zero "
+    "inside and the published size outside. That two are equal, or one not worse, holds if the "
+    "interval lies within the size that counts, and is not reproduced if it lies beyond. Smallest "
+    "that counts: the size that stands for it where the document prints none."
 )
 
 HEAD = 4  # claims that the head of a page lists
@@ -82,19 +84,36 @@ def _with_measure(verdict: Verdict) -> str:
 
 
 def numbers(verdict: Verdict) -> str:
-    """Returns the interval behind a verdict, or how many parts of a joint claim hold."""
-    return parts_held(verdict.parts) if verdict.parts else verdict.text.partition(";")[0]
+    """Returns the interval behind a verdict; of a joint claim how many of its parts hold, and
+    between which effects they lie."""
+    if not verdict.parts:
+        return verdict.text.partition(";")[0]
+    return f"{parts_held([part.verdict for part in verdict.parts])}{_span(verdict.parts)}"
 
 
-def parts_held(parts: Sequence[Verdict]) -> str:
+def parts_held(words: Sequence[str]) -> str:
     """Counts the verdicts on the parts of a claim: "1 of 3 parts holds; 2 not reproduced"."""
-    others = Counter(part.verdict for part in parts if not part.holds)
-    held = len(parts) - others.total()
+    others = Counter(word for word in words if not word.startswith("holds"))
+    held = len(words) - others.total()
     if not others:
-        return f"{'both' if len(parts) == 2 else f'all {len(parts)}'} parts hold"
+        return f"{'both' if len(words) == 2 else f'all {len(words)}'} parts hold"
     rest = "; ".join(f"{others[word]} {word}" for word in WORDS if others[word])
-    hold = agree("hold", held, len(parts))
-    return f"{held} of {count(len(parts), 'part')} {hold}; {rest}"
+    hold = agree("hold", held, len(words))
+    return f"{held} of {count(len(words), 'part')} {hold}; {rest}"
+
+
+def _span(parts: Sequence[Verdict]) -> str:
+    """Says from which effect to which those of the parts go; "" where they measure unlike things,
+    or one has no records."""
+    entries = [part.entry for part in parts]
+    if None in entries or any(part.estimate is None for part in parts):
+        return ""
+    if len({(entry.direction, entry.unit, entry.statistic) for entry in entries}) > 1:
+        return ""
+    means = sorted(part.estimate.mean for part in parts)
+    decimals = max(entry.decimals for entry in entries)
+    span = f"{means[0]:+.{decimals}f} to {means[-1]:+.{decimals}f} {entries[0].unit}"
+    return f" ({span.rstrip()})"
 
 
 def published(entry: Claim | None) -> str:

@@ -132,7 +132,7 @@ def test_the_page_shows_published_beside_ours(book, monkeypatch):
     }  # fmt: skip
     assert others["Verdict"] == "✔ holds, alone" and others["Data"] == ""
     joint = tables.rows["A9"]
-    assert (joint["Ours"], joint["Verdict"]) == ("1 of 2 parts holds", "? undecided")
+    assert (joint["Ours"], joint["Verdict"]) == ("1 of 2 parts holds; 1 undecided", "? undecided")
     assert "A9b Second. smallest that counts: 1 point +1.0 ? undecided" in joint["Claim"]
     assert "A9a First. Measured: the load < 2. smallest that counts:" in joint["Claim"]
     assert "Not at this scale." in tables.rows["A10"]["Claim"]

@@ -42,7 +42,8 @@ def test_a_line_has_verdict_claim_number_and_link():
     link = '(<a href="verdicts.html#claim-A1">A1</a>)'
     assert front._bullet(rows["A1"], rows) == f"- ✔ *holds, alone*: Claim A1: +1, n=3 {link}"
     said = front._bullet(rows["A1a"] | {"effect": None, "text": None}, rows)
-    assert said.startswith("- – *not judged yet*: Claim A1. Claim A1a (<a href=")
+    assert said.startswith("- – *not judged yet*: Claim A1a (<a href=")
+    assert said.endswith('; one part of "Claim A1.", which as a whole is: holds, alone)')
 
 
 def test_the_claims_of_a_card_are_counted():
@@ -164,6 +165,9 @@ def test_the_clock_says_how_fast_each_kind_is(tmp_path, monkeypatch):
     measured(tmp_path / "a", monkeypatch, others, load=3.0, name="short-old")
     fastest, sentence = front.clock()
     assert fastest == 2.0
+    measured(tmp_path / "c", monkeypatch, {"extracted": 40.0, "static model": 24.0})
+    assert "in bf16 (batch 16), but 0.75 times in bf16 (batch 16), a static" in front.clock()[1]
+    monkeypatch.setattr(paths, "BENCH", tmp_path / "a")
     assert (
         "1.25 times the speed in bf16 (batch 16); on a chip with AVX2, without bf16 products, "
         "2 threads (uncertain: other work ran beside it): the extracted mixture reaches 2.00 times"
@@ -174,9 +178,9 @@ def test_the_clock_says_how_fast_each_kind_is(tmp_path, monkeypatch):
     "fastest, accuracy, answer",
     [
         (1.6, "holds", "**Yes, as measured here.**"),
-        (1.4, "holds", "**Nothing here does that.**"),
-        (1.6, "fails", "**Nothing here does that.**"),
-        (None, "fails", "**Nothing here does that.**"),
+        (1.4, "holds", "**Nothing measured here does that.**"),
+        (1.6, "fails", "**Nothing measured here does that.**"),
+        (None, "fails", "**Nothing measured here does that.**"),
         (None, "holds", "**Not known yet.**"),
         (1.6, "open", "**Not known yet.**"),
     ],
@@ -200,7 +204,9 @@ def test_a_want_is_answered_before_its_claims(tmp_path, monkeypatch):
     rows = {"A1": row("A1", "opposite")}
     lines = front._want(want | {"says": {"A1": {"fails": "It loses ({ours})."}}}, rows)
     assert lines[0] == "**Faster?**"
-    assert lines[2].startswith("**Nothing here does that.** It loses (+1, n=3). With half of the")
+    assert lines[2].startswith(
+        "**Nothing measured here does that.** It loses (+1, n=3). With half of the"
+    )
     assert lines[2].endswith("More: [](notebooks/a/one.ipynb).")
     assert lines[4] == "<details><summary>1 claim behind this</summary>" and "A1" in lines[6]
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 from factory import record
 
 from lib.report import NOT_YET, tables, text
-from lib.verdicts.claims import Verdict, judge_jointly
-from lib.verdicts.stats import accuracy_interval
+from lib.verdicts import ledger
+from lib.verdicts.claims import Verdict, judge, judge_jointly
+from lib.verdicts.stats import Interval, accuracy_interval
 
 THREE = [record(s) for s in range(3)]
 
@@ -236,11 +238,24 @@ def test_the_head_lists_the_claims_of_the_document_before_ours(monkeypatch):
 def test_parts_of_a_claim_are_counted_by_verdict(words, said):
     # neither the statement of a part nor the mark of a pilot counts
     parts = [Verdict("It holds; and more", word, "", 3, pilot=True) for word in words]
-    assert text.parts_held(parts) == said
+    assert text.parts_held([part.verdict for part in parts]) == said
     joint = judge_jointly("all", parts)
     assert text.numbers(joint) == said
     data = text.answer([joint]).metadata["claims"]
     assert "parts" not in data[0] and json.dumps(data)
+
+
+def test_a_joint_claim_says_between_which_effects_its_parts_lie():
+    entries = [ledger.claims()[name] for name in ("M.static30", "M.static50")]
+    effects = [Interval(2.71, 2.0, 3.4, 3), Interval(1.38, 0.9, 1.9, 3)]
+    pairs = list(zip(entries, effects, strict=True))
+    parts = [replace(judge("p", e, "greater", 1.0), entry=entry) for entry, e in pairs]
+    assert text.numbers(judge_jointly("all", parts)) == "both parts hold (+1.4 to +2.7 points)"
+    # of one side nothing is known, or unlike things are measured
+    lacking = [parts[0], replace(judge("p", None, "greater", 1.0), entry=entries[1])]
+    assert text.numbers(judge_jointly("all", lacking)).endswith("1 not tested")
+    other_way = replace(parts[1], entry=entries[1].model_copy(update={"direction": "less"}))
+    assert text.numbers(judge_jointly("all", [parts[0], other_way])) == "both parts hold"
 
 
 def test_a_box_is_markdown_inside_html():
