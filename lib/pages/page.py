@@ -27,7 +27,7 @@ from ..verdicts import ledger
 from ..verdicts.claims import Verdict
 from ..verdicts.costs import cost_rows
 from ..verdicts.evidence import Evidence, verdicts_on
-from ..verdicts.stats import Interval, accuracy_interval, finished
+from ..verdicts.stats import MIN_SEEDS, Interval, accuracy_interval, finished
 from . import datasets, dense_models
 from .parameters import UnknownRuns
 from .profiles import PUBLISHED, Profile, has_profile, plan, profile, with_further_seeds
@@ -209,7 +209,9 @@ class Page:
         counted = f"{first} to {last} seeds" if first < last else text.count(last, "seed")
         pilots = sum(v.pilot for v in judged if v.entry is None or v.entry.part_of is None)
         stage = f"; {text.count(pilots, 'claim')} with more seeds to come" if pilots else ""
-        intervals = f"{counted}{stage}; 95% intervals over seeds and test images."
+        what = "95% intervals over seeds and test images"
+        what = what if last >= MIN_SEEDS else f"no interval below {MIN_SEEDS} seeds"
+        intervals = f"{counted}{stage}; {what}."
         specs = self._specs()
         ours = _scales(specs[run] for v in judged for run in v.records if run in specs)
         if not ours:

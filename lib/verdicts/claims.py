@@ -165,10 +165,7 @@ def _numbers(estimate: Interval, unit: str, decimals: int) -> str:
     """Writes an estimate for a verdict, and why it has no interval if it has none."""
     if estimate.method == "exact":
         return f"{estimate.mean:+.{decimals}f} {unit}".rstrip() + ", counted"
-    text = format_interval(estimate, decimals, signed=True)
-    if unit:  # +1.2 [0.3, 2.1] points, n=3
-        value, _, seeds = text.rpartition(", n=")
-        text = f"{value} {unit}, n={seeds}"
+    text = format_interval(estimate, decimals, signed=True, unit=unit)
     if estimate.low is None:
         few = (
             "one seed claims no order"

@@ -97,8 +97,11 @@ class Difference(Interval):
     paired: bool = True
 
 
-def format_interval(value: Interval | None, decimals: int = 1, signed: bool = False) -> str:
-    """Writes `71.3 [70.8, 71.9], n=5`; `71.3, n=1` without interval; an empty string for None."""
+def format_interval(
+    value: Interval | None, decimals: int = 1, signed: bool = False, unit: str = ""
+) -> str:
+    """Writes `71.3 [70.8, 71.9], n=5`; `71.3, n=1` without interval; an empty string for None. A
+    unit stands before the number of seeds: `+1.2 [0.3, 2.1] points, n=3`."""
     if value is None:
         return ""
     sign = "+" if signed else ""
@@ -107,9 +110,8 @@ def format_interval(value: Interval | None, decimals: int = 1, signed: bool = Fa
         # + 0.0 makes 0.0 of -0.0, whose sign means nothing
         return f"{round(x, decimals) + 0.0:{sign}.{decimals}f}"
 
-    if value.low is None:
-        return f"{number(value.mean)}, n={value.n}"
-    return f"{number(value.mean)} [{number(value.low)}, {number(value.high)}], n={value.n}"
+    ends = "" if value.low is None else f" [{number(value.low)}, {number(value.high)}]"
+    return f"{number(value.mean)}{ends}{unit and f' {unit}'}, n={value.n}"
 
 
 def mean_interval(

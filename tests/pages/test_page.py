@@ -87,10 +87,10 @@ def grid(p):
     return runs
 
 
-def reproduce(records, names=("dense", "moe", "wide")) -> None:
-    """Puts records of the small profile there."""
+def reproduce(records, names=("dense", "moe", "wide"), seeds=None) -> None:
+    """Puts records of the small profile there. seeds: how many of each; None = all."""
     planned = grid(profiles.profile("a/one", "small"))
-    records |= {spec.id: record_of(spec) for name in names for spec in planned[name]}
+    records |= {spec.id: record_of(spec) for name in names for spec in planned[name][:seeds]}
 
 
 def page_of(name="quick", **options):
@@ -204,6 +204,12 @@ def planned(monkeypatch):
     monkeypatch.setattr(
         pages, "plan", lambda key, name: {**grid(profiles.profile(key, name)), "third": []}
     )
+
+
+def test_an_answer_of_one_seed_has_no_interval(book, records, planned):
+    reproduce(records, ["dense", "moe"], seeds=1)
+    assert "**How sure.** 1 seed; " in (said := page_of().answer(claims).data)
+    assert "; no interval below 3 seeds. On" in said
 
 
 def test_the_answer_is_on_reproduced_records_and_all_verdicts_read_it(book, records, planned):
