@@ -22,8 +22,6 @@ Row = Mapping[str, Any]
 FIGURE = "headline-figure"  # the tag of `order`
 IMAGE = re.compile(r'<img [^>]*?(alt="[^"]*" src="data:image/png;base64,[^"]*")')
 ANSWER = re.compile(r"^\*\*Answer\.\*\* (.+)$", re.MULTILINE)  # of `report.text.boxed`
-# what the sentence on the clock compares to the whole model, in its words
-CUT = {"extracted": "the extracted mixture", "static model": "a static pruner"}
 
 
 def page(keys: Sequence[str]) -> str:
@@ -198,43 +196,13 @@ def enough(fastest: float | None, wanted: float, accuracy: str) -> str:
 def clock() -> tuple[float | None, str]:
     """Finds how many times as fast cut models are at best, on whichever machine, and says it of
     each kind and machine."""
+    from ..report import speeds
+
     try:
         machines = [speed.read(speed.file_of("short")), *speed.elsewhere("short")]
     except FileNotFoundError:
         return None, "No time is measured yet (`make bench`)."
-    rows = [row for measured in machines for row in _cut_models(measured)]
-    by_machine = "; on ".join(map(_best_times, machines))
-    limit = max(row.ideal for row in rows)
-    return max(row.other.median / row.ours.median for row in rows), (
-        f"With half of the MLPs' neurons a ViT-S at 224 px could run {limit:.2f} times as fast, by "
-        f"its multiply-adds. Measured at best, on {by_machine}."
-    )
-
-
-def _cut_models(measured: speed.Measurement) -> list[speed.Ratio]:
-    """Lists the rows of the kinds of CUT beside the whole model."""
-    rows = measured.of("models")
-    return [row for row in rows if row.against == "whole model" and row.ours_is in CUT]
-
-
-def _best_times(measured: speed.Measurement) -> str:
-    """Says how many times as fast each kind of CUT is at best, in each dtype, on one machine."""
-    kinds = []
-    for kind, name in CUT.items():
-        times: dict[str, list[tuple[float, str]]] = {}
-        for row in (row for row in _cut_models(measured) if row.ours_is == kind):
-            where = f"{row.dtype} ({row.shape.removesuffix(', plain')})"
-            ratio = row.other.median / row.ours.median
-            times.setdefault(row.dtype, []).append((ratio, where))
-        best = (
-            f"{ratio:.2f} times the speed in {where}" for ratio, where in map(max, times.values())
-        )
-        least, where = min(map(min, times.values()))
-        slower = f", but {least:.2f} times in {where}" if least < 1 else ""
-        kinds.append(f"{name} reaches {' and '.join(best)}{slower}")
-    caution = " (uncertain: other work ran beside it)" if measured.disturbed else ""
-    threads = count(measured.about["machine"]["threads"], "thread")
-    return f"{measured.machine_name}, {threads}{caution}: {', '.join(kinds)}"
+    return speeds.fastest_cut(machines), speeds.cut_models(machines)
 
 
 def _card(study: str, links: Mapping[str, str], rows: Iterable[Row]) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 
+from ..verdicts import count
 from ..verdicts.speed import FASTEST_PEER, PARTS, Measurement, Ratio
 from .style import COLOURS, MARKERS, figure, legend_above, style
 from .tables import Table, table
@@ -18,6 +19,9 @@ _SERIES = {
     ("bf16", False): ("bf16", COLOURS[2], MARKERS[2]),
     ("bf16", True): ("bf16, frozen", COLOURS[2], MARKERS[3]),
 }
+
+# models of fewer active neurons in the benchmark, in words
+CUT = {"extracted": "the extracted mixture", "static model": "a static pruner"}
 
 
 def is_frozen(row: Ratio) -> bool:
@@ -99,7 +103,48 @@ def beside_others(measured: Measurement) -> str:
     fastest = [row for row in rows if row.against == FASTEST_PEER]
     others = dict.fromkeys(row.against for row in rows if not row.note)  # a note: it drops tokens
     settings = f"{sum(row.ratio >= 1 for row in fastest)} of {len(fastest)} settings"
-    return f"in {settings} beside {', '.join(others)} ({measured.machine_name})"
+    return f"in {settings} beside {' / '.join(others)} ({measured.machine_name})"
+
+
+def _cut_rows(measured: Measurement) -> list[Ratio]:
+    """Lists the rows of the kinds of CUT beside the whole model."""
+    rows = measured.of("models")
+    return [row for row in rows if row.against == "whole model" and row.ours_is in CUT]
+
+
+def fastest_cut(machines: Sequence[Measurement]) -> float:
+    """Finds how many times as fast as the whole model a cut one is at best, on any machine."""
+    rows = [row for measured in machines for row in _cut_rows(measured)]
+    return max(row.other.median / row.ours.median for row in rows)
+
+
+def cut_models(machines: Sequence[Measurement]) -> str:
+    """Says how many times as fast as the whole model each kind of CUT could be and is, at best and
+    at worst, on each machine."""
+    limit = max(row.ideal for measured in machines for row in _cut_rows(measured))
+    return (
+        f"With half of the MLPs' neurons a ViT-S at 224 px could run {limit:.2f} times as fast, by "
+        f"its multiply-adds. Measured at best, on {'; on '.join(map(_best_times, machines))}."
+    )
+
+
+def _best_times(measured: Measurement) -> str:
+    kinds = []
+    for kind, name in CUT.items():
+        times: dict[str, list[tuple[float, str]]] = {}
+        for row in (row for row in _cut_rows(measured) if row.ours_is == kind):
+            where = f"{row.dtype} ({row.shape.removesuffix(', plain')})"
+            ratio = row.other.median / row.ours.median
+            times.setdefault(row.dtype, []).append((ratio, where))
+        best = (
+            f"{ratio:.2f} times the speed in {where}" for ratio, where in map(max, times.values())
+        )
+        least, where = min(map(min, times.values()))
+        slower = f", but {least:.2f} times in {where}" if least < 1 else ""
+        kinds.append(f"{name} reaches {' and '.join(best)}{slower}")
+    caution = " (uncertain: other work ran beside it)" if measured.disturbed else ""
+    threads = count(measured.about["machine"]["threads"], "thread")
+    return f"{measured.machine_name}, {threads}{caution}: {', '.join(kinds)}"
 
 
 def by_machine(measurements: Sequence[Measurement], caption: str) -> Table:

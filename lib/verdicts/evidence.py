@@ -148,4 +148,5 @@ def _verdict(claim: Claim, piece: Evidence, prior: SeedPrior | None) -> Verdict:
     counted = estimate is not None and estimate.method == "exact"
     pilot = verdict.n > 0 and not counted and claim.is_pilot(verdict.n)
     ids = tuple(dict.fromkeys(record.id for record in piece.records))
-    return replace(verdict, entry=claim, records=ids, pilot=pilot)
+    one_sided = {"text": "no seed has records of both sides"} if estimate is None and ids else {}
+    return replace(verdict, entry=claim, records=ids, pilot=pilot, **one_sided)

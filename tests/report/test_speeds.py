@@ -90,4 +90,4 @@ def test_what_drops_tokens_is_no_layer_to_be_compared_with():
         against=FASTEST_PEER, part="peers", other=Timing(2.0, 2.0), note="loop, of the 2", goal=1.0
     )
     said = beside_others(measured("One", *peers, fastest))
-    assert said.startswith("in 1 of 1 settings beside loop, theirs (One with AVX2")
+    assert said.startswith("in 1 of 1 settings beside loop / theirs (One with AVX2")

@@ -41,6 +41,8 @@ def test_accuracy_against_a_published_size():
     assert judged(compare("A1", B, A), "less").verdict == "holds"
     none = judged(compare("A1", A, [None]))
     assert (none.verdict, none.records, none.pilot) == ("not tested", ("a0", "a1", "a2"), False)
+    assert none.text == "no seed has records of both sides"
+    assert judged(compare("A1", [None], [None])).text == "no records"
 
 
 def value(record):
