@@ -111,6 +111,10 @@ def test_the_last_column_of_each_table_can_be_reached_on_a_phone(seen):
     assert listed(seen, "lost", 390) == []
 
 
+def test_no_page_scrolls_sideways(seen):
+    assert listed(seen, "sideways") == []
+
+
 def test_a_formula_wider_than_a_phone_says_that_it_scrolls(tab):
     tab.set_viewport_size({"width": 390, "height": 844})
     views.opened(tab, BOOK, FORMULAS)

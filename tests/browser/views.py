@@ -38,8 +38,8 @@ SETTLED = """() => {
   return Promise.resolve(formulas).then(frame).then(frame).then(() => true);
 }"""
 OPEN_ALL = "() => document.querySelectorAll('main details').forEach(part => { part.open = true; })"
-# names of the tables that are cut off, of those whose last column stays out of reach, and cells
-# whose text runs over the next one
+# names of the tables that are cut off, of those whose last column stays out of reach, cells whose
+# text runs over the next one, and the width of a page that scrolls to the side as a whole
 TABLES = """() => {
   const cuts = box => getComputedStyle(box).overflowX !== 'visible';
   const edge = table => {
@@ -70,7 +70,9 @@ TABLES = """() => {
       lost.push(name.trim().slice(0, 60));
     if (box) box.scrollLeft = 0;
   }
-  return {count: tables.length, clipped, lost, spilt};
+  const page = document.scrollingElement;
+  const sideways = page.scrollWidth > page.clientWidth ? [`${page.scrollWidth} px`] : [];
+  return {count: tables.length, clipped, lost, spilt, sideways};
 }"""
 # what axe need not look at: further rows of a table, which are alike, and the insides of formulas
 ALIKE = [["tbody tr:nth-child(n+6)"], ["mjx-container"]]
@@ -84,7 +86,8 @@ class View:
 
     errors: of the console and uncaught ones. foreign: addresses asked for outside of the book.
     tables: how many; clipped, lost: captions of those cut off, and of those whose last column is
-    out of reach. spilt: cells whose text runs over the next one. findings: of axe, those that are
+    out of reach. spilt: cells whose text runs over the next one. sideways: how wide a page is that
+    scrolls to the side as a whole. findings: of axe, those that are
     serious or critical; None = not asked.
     """
 
@@ -97,6 +100,7 @@ class View:
     clipped: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     spilt: list[str] = field(default_factory=list)
+    sideways: list[str] = field(default_factory=list)
     bars: int = 0
     findings: list[str] | None = None
 
@@ -152,7 +156,8 @@ def looked_at(tab: Any, book: Path, page: str, width: int, theme: str, axe: bool
     tab.evaluate(SETTLED)
     seen = tab.evaluate(TABLES)
     view.tables = seen["count"]
-    view.clipped, view.lost, view.spilt = seen["clipped"], seen["lost"], seen["spilt"]
+    for kind in ("clipped", "lost", "spilt", "sideways"):
+        setattr(view, kind, seen[kind])
     if axe:
         # what is not a colour is the same in both themes
         view.findings = findings(tab, RULES if theme == THEMES[0] else ["color-contrast"])
@@ -206,6 +211,7 @@ def counts(seen: list[View]) -> dict[str, int]:
         f"tables clipped at {WIDTHS[0]}": sum(len(view.clipped) for view in wide),
         f"tables clipped at {WIDTHS[1]}": sum(len(view.clipped) for view in narrow),
         f"last columns out of reach at {WIDTHS[1]}": sum(len(view.lost) for view in narrow),
+        "pages that scroll sideways": sum(len(view.sideways) for view in first),
         "bars over code": sum(view.bars for view in wide),
         "serious findings of axe": sum(len(view.findings or ()) for view in seen),
     }
