@@ -164,9 +164,12 @@ def _want(want: Mapping[str, Any], rows: Mapping[str, Row]) -> list[str]:
     whole."""
     answer = said(want, rows)
     if "speed_up" in want:
-        fastest, sentence = clock()
-        answer.append(sentence)
-        if want["speed_up"] > 1:
+        fastest, limit, times = clock()
+        answer.append(limit)
+        if want["speed_up"] <= 1:
+            answer += filter(None, [times])
+        else:
+            answer += [] if fastest is None else [f"Measured at best: {fastest:.2f} times."]
             kept = [_outcome(rows[claim]) for claim in want["says"]][:1]
             answer.insert(0, enough(fastest, want["speed_up"], kept[0] if kept else "open"))
     answer += [want["text"]] if "text" in want else []
@@ -193,16 +196,16 @@ def enough(fastest: float | None, wanted: float, accuracy: str) -> str:
     return "**Yes, as measured here.**"
 
 
-def clock() -> tuple[float | None, str]:
-    """Finds how many times as fast cut models are at best, on whichever machine, and says it of
-    each kind and machine."""
+def clock() -> tuple[float | None, str, str]:
+    """Finds how many times as fast cut models are at best, on whichever machine; says how fast
+    they could be, and how fast each kind is on each machine."""
     from ..report import speeds
 
     try:
         machines = [speed.read(speed.file_of("short")), *speed.elsewhere("short")]
     except FileNotFoundError:
-        return None, "No time is measured yet (`make bench`)."
-    return speeds.fastest_cut(machines), speeds.cut_models(machines)
+        return None, "No time is measured yet (`make bench`).", ""
+    return speeds.fastest_cut(machines), speeds.cut_limit(machines), speeds.cut_times(machines)
 
 
 def _card(study: str, links: Mapping[str, str], rows: Iterable[Row]) -> list[str]:

@@ -118,14 +118,19 @@ def fastest_cut(machines: Sequence[Measurement]) -> float:
     return max(row.other.median / row.ours.median for row in rows)
 
 
-def cut_models(machines: Sequence[Measurement]) -> str:
-    """Says how many times as fast as the whole model each kind of CUT could be and is, at best and
-    at worst, on each machine."""
+def cut_limit(machines: Sequence[Measurement]) -> str:
+    """Says how many times as fast as the whole model a cut one could be."""
     limit = max(row.ideal for measured in machines for row in _cut_rows(measured))
     return (
         f"With half of the MLPs' neurons a ViT-S at 224 px could run {limit:.2f} times as fast, by "
-        f"its multiply-adds. Measured at best, on {'; on '.join(map(_best_times, machines))}."
+        "its multiply-adds."
     )
+
+
+def cut_times(machines: Sequence[Measurement]) -> str:
+    """Says how many times as fast as the whole model each kind of CUT is, at best and at worst, on
+    each machine."""
+    return f"Measured at best, on {'; on '.join(map(_best_times, machines))}."
 
 
 def _best_times(measured: Measurement) -> str:

@@ -154,19 +154,19 @@ def measured(tmp_path, monkeypatch, ours, load=0.2, name="short"):
 
 
 def test_the_clock_says_how_fast_each_kind_is(tmp_path, monkeypatch):
-    assert absent(tmp_path, monkeypatch) == (None, "No time is measured yet (`make bench`).")
+    assert absent(tmp_path, monkeypatch) == (None, "No time is measured yet (`make bench`).", "")
     measured(tmp_path / "a", monkeypatch, {"extracted": 25.0, "static model": 24.0})
-    fastest, sentence = front.clock()
-    assert fastest == 1.25 and "could run 1.50 times as fast, by its multiply-adds" in sentence
+    fastest, limit, sentence = front.clock()
+    assert fastest == 1.25 and "could run 1.50 times as fast, by its multiply-adds" in limit
     assert "at best, on a chip with AMX, 2 threads: the extracted mixture reaches" in sentence
     assert "reaches 1.20 times the speed in bf16 (batch 16), a static pruner" in sentence
     assert sentence.endswith("reaches 1.25 times the speed in bf16 (batch 16).")
     others = {"extracted": 15.0, "static model": 24.0}
     measured(tmp_path / "a", monkeypatch, others, load=3.0, name="short-old")
-    fastest, sentence = front.clock()
+    fastest, _, sentence = front.clock()
     assert fastest == 2.0
     measured(tmp_path / "c", monkeypatch, {"extracted": 40.0, "static model": 24.0})
-    assert "in bf16 (batch 16), but 0.75 times in bf16 (batch 16), a static" in front.clock()[1]
+    assert "in bf16 (batch 16), but 0.75 times in bf16 (batch 16), a static" in front.clock()[2]
     monkeypatch.setattr(paths, "BENCH", tmp_path / "a")
     assert (
         "1.25 times the speed in bf16 (batch 16); on a chip with AVX2, without bf16 products, "
@@ -207,7 +207,10 @@ def test_a_want_is_answered_before_its_claims(tmp_path, monkeypatch):
     assert lines[2].startswith(
         "**Nothing measured here does that.** It loses (+1, n=3). With half of the"
     )
-    assert lines[2].endswith("More: [](notebooks/a/one.ipynb).")
+    assert lines[2].endswith(
+        "1.50 times as fast, by its multiply-adds. Measured at best: 1.25 times. "
+        "More: [](notebooks/a/one.ipynb)."
+    )
     assert lines[4] == "<details><summary>1 claim behind this</summary>" and "A1" in lines[6]
 
 
