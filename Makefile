@@ -21,7 +21,7 @@ book/conf.py: $(READY) _config.yml $(wildcard book/_static/*)
 	rm conf.py
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # opens every page of the book that was built last in Chromium: apt-get install --no-install-recommends chromium
 browser: $(READY)
