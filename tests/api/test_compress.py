@@ -146,3 +146,19 @@ def test_the_three_lines_reload_a_model_in_a_fresh_process(outcome, tmp_path):
     assert torch.allclose(torch.tensor(eval(done.stdout)), logits, atol=1e-5)
     assert len(lines.splitlines()) == 3
     assert lib.restore(files["extracted"]).class_names == list("abcde")
+
+
+def test_what_the_dense_model_takes_less_the_second_time_is_scatter():
+    numbers = ("top1", "difference", "difference_low", "difference_high")
+    rows = {"dense": 10.0, AGAIN: 6.0, "pruned": 8.0}
+    table = pd.DataFrame(
+        {
+            name: dict.fromkeys(numbers, 0.0) | {"ms_1": ms, "ms_1_q10": ms - 0.5}
+            for name, ms in rows.items()
+        }
+    ).T
+    found = compress.Compressed({}, {}, table)
+    assert "nothing here makes dense faster" in found.advice()
+    assert found.table.loc["dense", "ms_1"] == 10.0  # the table keeps what was measured
+    alone = compress.Compressed({}, {}, table.drop(index=AGAIN))
+    assert alone.advice().startswith("Take pruned")

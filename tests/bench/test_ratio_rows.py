@@ -89,9 +89,6 @@ def test_rows_of_a_layer(small_layers, dtype, what):
     same = [against[peer.name] for peer in PEERS if not peer.drops]
     times = [row.other.median for row in same if row.other]
     assert against["fastest peer"].other.median == min(times)
-    # the median of one is the fastest once more, and promises nothing
-    promises = against["median peer"].goal is not None
-    assert promises == (SMALL.experts in layers.MEDIAN_PEER_EXPERTS and len(times) > 1)
 
 
 @pytest.mark.parametrize(("others", "goal"), [(1, None), (2, layers.MEDIAN_PEER_GOAL)])
