@@ -38,9 +38,10 @@ bench: $(READY)
 bench-full: $(READY)
 	$(BIN)/python -m benchmarks --full
 
+# nothing is compiled ahead: Python compiles what is imported, and all modules of torch would take a minute
 $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
 	touch $@
 
 # the pages and executed notebooks; not the environment, the cache or the records

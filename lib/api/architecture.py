@@ -15,8 +15,8 @@ import timm
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from ..models.backbone import NothingDrawn
 from .structure import Entry, rebuild
 from .traits import Traits, differences, take_settings, traits_of
 
@@ -94,28 +94,13 @@ def created(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()
     }
     try:
-        with torch.device("meta"), _NothingDrawn(), torch.random.fork_rng(devices=[]):
+        with torch.device("meta"), NothingDrawn(), torch.random.fork_rng(devices=[]):
             return timm.create_model(name, **given)
     except Exception as error:  # a constructor may raise whatever its layers raise
         raise ValueError(
             f"timm.create_model({name!r}, **{given}) fails here, with timm {timm.__version__}: "
             f"{error}"
         ) from error
-
-
-class _NothingDrawn(TorchFunctionMode):
-    """Skips what initialises tensors in place, which is without effect on the meta device: it would
-    take most of the time there."""
-
-    SKIPPED = {
-        getattr(Tensor, name)
-        for name in ("normal_", "uniform_", "erfinv_", "mul_", "add_", "clamp_", "zero_", "fill_")
-    }
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in self.SKIPPED and args[0].is_meta:
-            return args[0]
-        return func(*args, **(kwargs or {}))
 
 
 def mismatch(traits: Traits, tensors: Mapping[str, Any], built: nn.Module) -> list[str]:

@@ -13,6 +13,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..routers.base import Router
 from ..spec import BackboneSpec, MoESpec, RunSpec
@@ -205,6 +206,21 @@ def create(spec: BackboneSpec, image_size: int, classes: int, channels: int) -> 
     return model
 
 
+class NothingDrawn(TorchFunctionMode):
+    """Skips what initialises tensors in place, which is without effect on the meta device: it would
+    take most of the time there."""
+
+    SKIPPED = {
+        getattr(Tensor, name)
+        for name in ("normal_", "uniform_", "erfinv_", "mul_", "add_", "clamp_", "zero_", "fill_")
+    }
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in self.SKIPPED and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 def skeleton(
     spec: BackboneSpec | str, image_size: int = 224, classes: int = 1000, moe: MoESpec | None = None
 ) -> nn.Module:
@@ -213,7 +229,7 @@ def skeleton(
     spec: an architecture, or the name of a timm model.
     """
     spec = BackboneSpec(name=spec) if isinstance(spec, str) else spec
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+    with torch.device("meta"), NothingDrawn(), torch.random.fork_rng(devices=[]):
         model = create(spec, image_size, classes, channels=3)
         return upcycle(model, moe) if moe is not None else model
 

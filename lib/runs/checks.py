@@ -27,7 +27,11 @@ def check(spec: RunSpec) -> None:
     model = _skeleton(*architecture)
     for step in steps_of(spec):
         step.check(model, spec)
-    _check_whole(*architecture, None if spec.train is None else spec.train.mask)
+    # An MoE layer gives back tokens of the shape that it took, as the MLP in its place did: a model
+    # with such layers runs where its backbone does. Only an ensemble is another model as a whole.
+    ensemble = spec.moe if spec.moe is not None and spec.moe.members > 1 else None
+    mask = None if spec.train is None else spec.train.mask
+    _check_whole(spec.backbone, spec.data.image_size, ensemble, mask)
     _check_probes(spec, model)
     if spec.moe is not None and spec.moe.capacity_factor is not None:
         trained = spec.train.batch if spec.train is not None else 0
@@ -49,8 +53,8 @@ def _skeleton(backbone: BackboneSpec, image_size: int, moe: MoESpec | None) -> n
 def _check_whole(
     backbone: BackboneSpec, image_size: int, moe: MoESpec | None, mask: MaskSpec | None
 ) -> None:
-    """Raises ValueError if an ensemble or a masked autoencoder cannot be made of the backbone, or
-    if the whole does not run on images of that size."""
+    """Raises ValueError if a masked autoencoder, or an ensemble where one is given as `moe`, cannot
+    be made of the backbone, or if the whole does not run on images of that size."""
     import torch
 
     from ..measure import cost
@@ -61,7 +65,7 @@ def _check_whole(
     if mask is not None:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             MaskedAutoencoder(model, mask)
-    if moe is not None and moe.members > 1:
+    if moe is not None:
         model = ensemble(model, moe.members)
     cost.count(model, image_size)  # of a masked autoencoder the encoder's, as in its record
 

@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 
 WIDTHS = (1300, 390)  # CSS pixels: a laptop with both side bars, a phone
 THEMES = ("light", "dark")
+VIEWS = ((1300, "light"), (1300, "dark"), (390, "light"))
 HEIGHTS = {1300: 900, 390: 844}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 # a browser asks its maker's hosts at each start, which is no matter of the page
@@ -185,15 +187,28 @@ def findings(tab: Any, rules: list[str] = RULES) -> list[str]:
     return lines
 
 
-def views(browser: Any, book: Path) -> list[View]:
-    """Looks at each page at each width in each theme; axe at the first width."""
+def views(book: Path) -> list[View]:
+    """Looks at each page at each width, in the dark at the first one alone: colours change there,
+    and no box. Axe looks at the first width.
+
+    Two browsers share the pages: one waits for its page most of the time.
+    """
+    found = pages(book)
+    with ThreadPoolExecutor(2) as pool:
+        halves = pool.map(lambda half: _views(book, half), (found[::2], found[1::2]))
+        seen = [view for half in halves for view in half]
+    return sorted(seen, key=lambda view: (-view.width, THEMES.index(view.theme), view.page))
+
+
+def _views(book: Path, of: list[str]) -> list[View]:
+    """Looks at some pages in a browser of their own."""
     seen = []
-    for width in WIDTHS:
-        for theme in THEMES:
+    with chromium() as browser:
+        for width, theme in VIEWS:
             size = {"width": width, "height": HEIGHTS[width]}
             context = browser.new_context(viewport=size, color_scheme=theme)
             tab, axe = context.new_page(), width == WIDTHS[0]
-            seen += [looked_at(tab, book, page, width, theme, axe) for page in pages(book)]
+            seen += [looked_at(tab, book, page, width, theme, axe) for page in of]
             context.close()
     return seen
 
@@ -219,8 +234,7 @@ def counts(seen: list[View]) -> dict[str, int]:
 
 def main() -> None:
     """Prints the counts, and what was found how often."""
-    with chromium() as browser:
-        seen = views(browser, Path(sys.argv[1] if len(sys.argv) > 1 else "_build/html"))
+    seen = views(Path(sys.argv[1] if len(sys.argv) > 1 else "_build/html"))
     for name, number in counts(seen).items():
         print(f"{number:6}  {name}")
     for kind in ("errors", "foreign", "clipped", "lost", "spilt", "findings"):
