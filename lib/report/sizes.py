@@ -37,11 +37,18 @@ def accuracy_over(
 ) -> Figure:
     """Draws test accuracy over size, a line a method, one panel a source.
 
-    size: "macs" or "params_stored". methods: those that are drawn, in the order of their colours.
+    Lines that fall below half of the best one would press all others together: where there are
+    some, a second panel shows the others alone, on a scale of its own. size: "macs" or
+    "params_stored". methods: those that are drawn, in the order of their colours.
     """
-    shown = list(methods)
-    curves = {title: _curves(models, size, shown) for title, models in panels.items()}
-    return figures.scan(curves, xlabel=_AXES[size], ylabel="accuracy (%)")
+    shown, drawn = list(methods), {}
+    for title, models in panels.items():
+        drawn[title] = curves = _curves(models, size, shown)
+        lowest = {curve.label: min(top1.mean for top1 in curve.y) for curve in curves}
+        upper = [c for c in curves if lowest[c.label] >= max(lowest.values()) / 2]
+        if 1 < len(upper) < len(curves):
+            drawn[f"{title}, the upper lines alone"] = upper
+    return figures.scan(drawn, xlabel=_AXES[size], ylabel="accuracy (%)")
 
 
 def order_over(models: Iterable[SizedModel], size: str, methods: Iterable[str]) -> str:

@@ -41,6 +41,20 @@ def test_one_curve_a_method_from_small_to_large():
     assert "multiply-adds" in sizes.accuracy_over(panels, "macs", ["static"]).axes[0].get_xlabel()
 
 
+def test_lines_far_below_leave_the_others_a_panel_of_their_own():
+    low = [model("low", 0.3, 30.0, 40.0, 5.0), model("low", 0.5, 60.0, 60.0, 60.0)]
+    panels = {"ours": [*STATIC, *MIXTURES, *low]}
+    drawn = [
+        [line.get_label() for line in ax.containers]
+        for ax in sizes.accuracy_over(panels, "macs", ("low", "experts", "static")).axes
+    ]
+    assert drawn == [["low", "experts", "static"], ["experts", "static"]]
+    # half is near enough, and one line alone has nothing to be told from
+    half = [model("low", 0.3, 30.0, 40.0, 25.0)]
+    for models in ([*STATIC, *half], [*STATIC, *low]):
+        assert len(sizes.accuracy_over({"ours": models}, "macs", ("low", "static")).axes) == 1
+
+
 def test_the_order_of_the_lines_is_that_of_the_smallest_models():
     models = [*STATIC, ABSENT, *MIXTURES, model("left out", 0.3, 1.0, 1.0, 99.0)]
     said = sizes.order_over(models, "macs", ("experts", "static"))
