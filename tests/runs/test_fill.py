@@ -467,11 +467,15 @@ def test_the_end_of_the_budget_leaves_a_checkpoint(book):
     book.profile("smoke", "a/one: {width: 100000, layers: [0]}\n")  # hours
     file = book.root / "lib" / "runs" / "estimate.py"
     file.write_text(file.read_text() + "\nDEFAULT_RATE = dict.fromkeys(DEFAULT_RATE, 1e20)\n")
-    child = fill_command(book, "--budget", "30s")
-    said, error = child.communicate(timeout=120)
-    assert child.returncode == 0, error
-    assert said.startswith("0 runs filed, 0 failed, 1 interrupted (to go on from the checkpoint)")
-    [checkpoint] = (book.root / "cache" / "checkpoints").glob("*.pt")
+    checkpoints = []
+    for budget in ("20s", "120s"):  # a slow machine has not begun to train when the first one ends
+        said, error = (child := fill_command(book, "--budget", budget)).communicate(timeout=300)
+        assert child.returncode == 0, error
+        assert said.startswith("0 runs filed, 0 failed, 1 interrupted (to go on from the checkpoi")
+        checkpoints += (book.root / "cache" / "checkpoints").glob("*.pt")
+        if checkpoints:
+            break
+    [checkpoint] = checkpoints
     assert Checkpoint(checkpoint).read()["step"] > 0
     assert not list((book.root / "cache").rglob("*.json"))
 
