@@ -22,7 +22,8 @@ from typing import Any
 
 WIDTHS = (1300, 390)  # CSS pixels: a laptop with both side bars, a phone
 THEMES = ("light", "dark")
-VIEWS = ((1300, "light"), (1300, "dark"), (390, "light"))
+# in the dark colours change, and no box: one width will do
+VIEWS = ((WIDTHS[0], "light"), (WIDTHS[0], "dark"), (WIDTHS[1], "light"))
 HEIGHTS = {1300: 900, 390: 844}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 # a browser asks its maker's hosts at each start, which is no matter of the page
@@ -188,16 +189,12 @@ def findings(tab: Any, rules: list[str] = RULES) -> list[str]:
 
 
 def views(book: Path) -> list[View]:
-    """Looks at each page at each width, in the dark at the first one alone: colours change there,
-    and no box. Axe looks at the first width.
-
-    Two browsers share the pages: one waits for its page most of the time.
-    """
+    """Looks at each page in each of `VIEWS`, in two browsers; axe at the first width."""
     found = pages(book)
     with ThreadPoolExecutor(2) as pool:
         halves = pool.map(lambda half: _views(book, half), (found[::2], found[1::2]))
         seen = [view for half in halves for view in half]
-    return sorted(seen, key=lambda view: (-view.width, THEMES.index(view.theme), view.page))
+    return sorted(seen, key=lambda view: (VIEWS.index((view.width, view.theme)), view.page))
 
 
 def _views(book: Path, of: list[str]) -> list[View]:

@@ -469,9 +469,11 @@ def test_the_end_of_the_budget_leaves_a_checkpoint(book):
     file.write_text(file.read_text() + "\nDEFAULT_RATE = dict.fromkeys(DEFAULT_RATE, 1e20)\n")
     checkpoints = []
     for budget in ("30s", "120s"):  # a slow machine has not begun to train when the first one ends
-        said, error = (child := fill_command(book, "--budget", budget)).communicate(timeout=300)
+        child = fill_command(book, "--budget", budget)
+        said, error = child.communicate(timeout=300)
         assert child.returncode == 0, error
-        assert said.startswith("0 runs filed, 0 failed, 1 interrupted (to go on from the checkpoi")
+        count = "0 runs filed, 0 failed, 1 interrupted (to go on from the checkpoint)"
+        assert said.startswith(count)
         checkpoints += (book.root / "cache" / "checkpoints").glob("*.pt")
         if checkpoints:
             break
