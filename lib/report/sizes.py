@@ -44,19 +44,22 @@ def accuracy_over(
     shown, drawn = list(methods), {}
     for title, models in panels.items():
         drawn[title] = curves = _curves(models, size, shown)
-        lowest = {curve.label: min(top1.mean for top1 in curve.y) for curve in curves}
-        upper = [c for c in curves if lowest[c.label] >= max(lowest.values()) / 2]
-        if 1 < len(upper) < len(curves):
+        upper = _upper(curves)
+        if len(upper) < len(curves):
             drawn[f"{title}, the upper lines alone"] = upper
     return figures.scan(drawn, xlabel=_AXES[size], ylabel="accuracy (%)")
 
 
 def order_over(models: Iterable[SizedModel], size: str, methods: Iterable[str]) -> str:
-    """Says in which order `accuracy_over` draws its lines where they begin, for those who do not
-    see it."""
-    shown = set(methods)
+    """Says in which order `accuracy_over` draws its lines where they begin, and what a second panel
+    leaves out, for those who do not see it."""
+    models, shown = list(models), list(methods)
     there = [m for m in models if m.method in shown and m.top1 is not None]
     smallest = {m.method: m for m in sorted(there, key=lambda m: -m.level)}
+    curves = _curves(models, size, shown)
+    upper = {curve.label for curve in _upper(curves)}
+    low = [curve.label.replace(",", "") for curve in curves if curve.label not in upper]
+    alone = f" A second panel leaves out the lowest: {', '.join(low)}." if low else ""
     if size == "macs":
         rank = "Where fewest are left, from the most accurate down"
         values = {method: m.top1 for method, m in smallest.items()}
@@ -64,7 +67,16 @@ def order_over(models: Iterable[SizedModel], size: str, methods: Iterable[str]) 
         rank = "By what their smallest model stores, from the most down"
         values = {method: m.params_stored for method, m in smallest.items()}
     axis = _AXES[size].partition(" (")[0]
-    return f"Line plot of accuracy over {axis}, one line a method. {rank}: {words.order(values)}."
+    lines = f"Line plot of accuracy over {axis}, one line a method."
+    return f"{lines} {rank}: {words.order(values)}.{alone}"
+
+
+def _upper(curves: Sequence[figures.Curve]) -> Sequence[figures.Curve]:
+    """Picks the lines that stay above half of the best one; all, if the rest would not gain by a
+    panel of their own: where one line alone is left, or none is left out."""
+    lowest = {curve.label: min(top1.mean for top1 in curve.y) for curve in curves}
+    upper = [c for c in curves if lowest[c.label] >= max(lowest.values()) / 2]
+    return upper if len(upper) > 1 else curves
 
 
 def _curves(models: Sequence[SizedModel], size: str, methods: Sequence[str]) -> list[figures.Curve]:

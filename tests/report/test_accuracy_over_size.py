@@ -49,6 +49,9 @@ def test_lines_far_below_leave_the_others_a_panel_of_their_own():
         for ax in sizes.accuracy_over(panels, "macs", ("low", "experts", "static")).axes
     ]
     assert drawn == [["low", "experts", "static"], ["experts", "static"]]
+    said = sizes.order_over(panels["ours"], "macs", ("low", "experts", "static"))
+    assert said.endswith(" A second panel leaves out the lowest: low.")
+    assert "second" not in sizes.order_over(panels["ours"], "macs", ("experts", "static"))
     # half is near enough, and one line alone has nothing to be told from
     half = [model("low", 0.3, 30.0, 40.0, 25.0)]
     for models in ([*STATIC, *half], [*STATIC, *low]):
