@@ -4,10 +4,16 @@ Nothing here imports torch.
 """
 
 # what is decided, in the order of every list: each such claim gets a line of its own
-DECIDED = ("holds", "holds, smaller than published", "not reproduced", "opposite")
+DECIDED = (
+    "holds",
+    "holds, smaller than published",
+    "holds, below what counts",
+    "not reproduced",
+    "opposite",
+)
 WORDS = (*DECIDED, "undecided", "not tested")
 # a mark beside each word, so that a verdict is read without its colour
-MARKS = dict(zip(WORDS, "✔◑✘⇄?–", strict=True))
+MARKS = dict(zip(WORDS, "✔◑◔✘⇄?–", strict=True))
 
 
 def count(number: float, noun: str) -> str:

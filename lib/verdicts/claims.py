@@ -7,7 +7,7 @@ Of an interval [low, high] in the claimed direction and a size d > 0, the first 
 | any | no record on one of the sides | not tested |
 | any | fewer than three seeds | undecided |
 | greater, less | high < 0 | opposite |
-| | low > 0 and high < d | holds, smaller than published |
+| | low > 0 and high < d | holds, smaller than published; where none is, holds, below what counts |
 | | low > 0 | holds |
 | | high < d | not reproduced: the published size is excluded |
 | | 0 and d both inside | undecided |
@@ -22,7 +22,8 @@ Of an interval [low, high] in the claimed direction and a size d > 0, the first 
 | | a part is undecided | undecided |
 | | all parts hold | holds |
 
-d is the published size, so a true null is decided in the end. An end of the interval that is equal
+d is the published size, or where none is printed the smallest effect that counts; so a true null is
+decided in the end. An end of the interval that is equal
 to 0 or to d counts as inside. "equal" asks for the band from -d to d; "not worse" has its lower end
 alone, so that a gain never fails it. Neither claims a direction, so nothing is their opposite. A
 joint claim all of whose parts are opposite is opposite itself.
@@ -45,6 +46,7 @@ Direction = Literal["greater", "less", "equal", "not worse"]
 VerdictWord = Literal[
     "holds",
     "holds, smaller than published",
+    "holds, below what counts",
     "not reproduced",
     "opposite",
     "undecided",
@@ -104,12 +106,14 @@ def judge(
     size: float,
     unit: str = "points",
     decimals: int = 1,
+    published: bool = True,
 ) -> Verdict:
     """Judges an estimate against what was published, by the table above.
 
     estimate: a difference or a slope, in `unit`; None = no records. direction: "not worse" is for
     estimates of which more is better. size: the published size, above 0 also for "less"; half of
-    the band for "equal" and "not worse". Raises ValueError for another direction or size.
+    the band for "equal" and "not worse". published: False where the size is not a document's but
+    the smallest effect that counts. Raises ValueError for another direction or size.
     """
     if direction not in ("greater", "less", "equal", "not worse"):
         raise ValueError(
@@ -126,6 +130,8 @@ def judge(
     if estimate.low is None:
         return Verdict(claim, "undecided", text, estimate.n, size, estimate=estimate)
     verdict, p = _verdict_of(estimate, direction, size), _p_of(estimate, direction, size)
+    if verdict == "holds, smaller than published" and not published:
+        verdict = "holds, below what counts"
     return Verdict(claim, verdict, text, estimate.n, size, p, estimate=estimate)
 
 
@@ -155,7 +161,8 @@ def _joint_word(words: Sequence[VerdictWord]) -> VerdictWord:
         return "opposite"
     if {"opposite", "not reproduced"} & set(words):
         return "not reproduced"
-    for word in ("not tested", "undecided", "holds, smaller than published"):
+    weakest = ("not tested", "undecided", "holds, below what counts")
+    for word in (*weakest, "holds, smaller than published"):
         if word in words:
             return word
     return "holds"

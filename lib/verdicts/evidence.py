@@ -143,7 +143,13 @@ def verdicts_on(evidence: Iterable[Evidence], claims: Sequence[Claim]) -> list[V
 def _verdict(claim: Claim, piece: Evidence, prior: SeedPrior | None) -> Verdict:
     estimate = piece.estimate(prior if piece.sides else None)
     verdict = judge(
-        claim.statement, estimate, claim.direction, claim.size, claim.unit, claim.decimals
+        claim.statement,
+        estimate,
+        claim.direction,
+        claim.size,
+        claim.unit,
+        claim.decimals,
+        published=claim.published is not None,
     )
     counted = estimate is not None and estimate.method == "exact"
     pilot = verdict.n > 0 and not counted and claim.is_pilot(verdict.n)

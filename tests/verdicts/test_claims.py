@@ -36,6 +36,22 @@ RULE = [
 ]
 
 
+def test_where_nothing_is_published_a_small_effect_is_below_what_counts():
+    for (low, high), verdict in {
+        (0.1, 1.9): "holds, below what counts",
+        (0.1, 3.0): "holds",
+        (-1.0, 1.9): "not reproduced",
+        (-1.0, 3.0): "undecided",
+    }.items():
+        found = claims.judge("c", estimate(low, high), "greater", 2.0, published=False)
+        assert found.verdict == verdict
+        other = claims.judge("c", estimate(-high, -low), "less", 2.0, published=False)
+        assert other.verdict == verdict and other.holds == verdict.startswith("holds")
+    small = claims.judge("c", estimate(0.1, 1.9), "greater", 2.0, published=False)
+    smaller = claims.judge("c", estimate(0.1, 1.9), "greater", 2.0)
+    assert claims.judge_jointly("both", [smaller, small]).verdict == "holds, below what counts"
+
+
 @pytest.mark.parametrize("low, high, verdict", RULE)
 def test_directional_claims(low, high, verdict):
     assert claims.judge("c", estimate(low, high), "greater", 2.0).verdict == verdict
@@ -137,6 +153,8 @@ def test_an_answer_lists_every_word():
         for low, high, word in RULE
     ]
     judged.append(claims.judge("claim not tested", None, "greater", 2.0))
+    small, word = estimate(0.1, 1.9), "holds, below what counts"
+    judged.append(claims.judge(f"claim {word}", small, "greater", 2.0, published=False))
     assert {v.verdict for v in judged} == set(WORDS)
     # a head lists few claims, so each gets a head of its own
     lines = [line for verdict in judged for line in text.answer([verdict]).data.split("\n")]
@@ -152,7 +170,7 @@ def test_an_answer_lists_every_word():
 
 # ---------------------------------------------------------------- joint claims
 
-HOLDS, SMALLER, NOT, OPPOSITE, OPEN, UNTESTED = WORDS
+HOLDS, SMALLER, BELOW, NOT, OPPOSITE, OPEN, UNTESTED = WORDS
 
 
 @pytest.mark.parametrize(
@@ -160,6 +178,8 @@ HOLDS, SMALLER, NOT, OPPOSITE, OPEN, UNTESTED = WORDS
     [
         ((HOLDS, HOLDS), HOLDS),
         ((HOLDS, SMALLER), SMALLER),
+        ((BELOW, SMALLER), BELOW),
+        ((BELOW, OPEN), OPEN),
         ((HOLDS, OPEN), OPEN),
         ((OPEN, UNTESTED), UNTESTED),
         ((HOLDS, NOT), NOT),

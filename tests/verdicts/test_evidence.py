@@ -35,7 +35,9 @@ def judged(piece, direction="greater", size=1.0, **more):
 
 def test_accuracy_against_a_published_size():
     verdict = judged(compare("A1", A, B), size=30.0)
-    assert (verdict.verdict, verdict.n, verdict.id) == ("holds, smaller than published", 3, "A1")
+    assert (verdict.verdict, verdict.n, verdict.id) == ("holds, below what counts", 3, "A1")
+    printed = judged(compare("A1", A, B), size=None, published=30.0)
+    assert printed.verdict == "holds, smaller than published"
     assert verdict.records == ("a0", "a1", "a2", "b0", "b1", "b2")
     assert judged(compare("A1", B, A)).verdict == "opposite"
     assert judged(compare("A1", B, A), "less").verdict == "holds"
@@ -90,7 +92,10 @@ def test_what_is_counted_needs_no_seeds_and_is_no_pilot():
     verdict = judged(judge_count("A1", 39.8), size=39.8, unit="percent")
     assert (verdict.verdict, verdict.p, verdict.pilot) == ("holds", None, False)
     assert verdict.text == "+39.8 percent, counted"
-    assert judged(judge_count("A1", 5.0), size=39.8).verdict == "holds, smaller than published"
+    assert (
+        judged(judge_count("A1", 5.0), size=None, published=39.8).verdict
+        == "holds, smaller than published"
+    )
     assert judged(judge_count("A1", -5.0)).verdict == "opposite"
     assert judged(judge_count("A1", None)).verdict == "not tested"
 
