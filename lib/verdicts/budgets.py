@@ -8,13 +8,21 @@ test top-1 in percent, differences in points.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from ..runs.estimate import BACKWARD
-from .stats import Difference, Interval, accuracy_interval, finished, paired_difference
+from .stats import (
+    MIN_SEEDS,
+    Difference,
+    Interval,
+    accuracy_interval,
+    finished,
+    paired_difference,
+)
 
 # cost -> what it is called, with its unit
 COSTS = {
@@ -95,10 +103,11 @@ def _making(whole: Any, record: Any, by_id: Mapping[str, Any]) -> float | None:
 
 @dataclass(frozen=True)
 class Winner:
-    """Holds the most accurate model within a budget.
+    """Holds the model of the highest mean within a budget.
 
-    runner_up: the next within it, None without one; ahead: how much better the best is than it.
-    gain: how much better the best is than the reference, which may lie outside of the budget.
+    runner_up: the next of another method within it, None without one; ahead: how much better the
+    best is than it. gain: how much better the best is than the reference, which may lie outside of
+    the budget.
     """
 
     best: Candidate
@@ -106,20 +115,39 @@ class Winner:
     ahead: Difference | None
     gain: Difference | None
 
+    @property
+    def seeds(self) -> int:
+        """Counts the seeds of the best and the runner-up, the smaller number."""
+        models = filter(None, (self.best, self.runner_up))
+        return min(model.accuracy.n for model in models)
+
+    @property
+    def ordered(self) -> bool:
+        """Says whether there are seeds enough to claim that the best is one."""
+        return self.seeds >= MIN_SEEDS
+
+
+def method_of(name: str) -> str:
+    """Returns the method of a model: its name without the size, or without the further pass."""
+    return re.sub(r"(, [0-9.]+% active| again)$", "", name)
+
 
 def winner(
     models: Sequence[Candidate], cost: str, limit: float, reference: str = "dense again"
 ) -> Winner | None:
-    """Finds the most accurate model by its mean whose cost is at most `limit`.
+    """Finds the model of the highest mean whose cost is at most `limit`.
 
-    A model whose cost is not known is left out; of equals the first is taken. reference: name of
-    the model that the best is compared with. None where no model fits.
+    The runner-up is of another method: the same one at another size is no rival. A model whose cost
+    is not known is left out; of equals the first is taken. reference: name of the model that the
+    best is compared with. None where no model fits.
     """
     within = [model for model in models if model.costs.get(cost, float("inf")) <= limit]
     within.sort(key=lambda model: -model.accuracy.mean)
     if not within:
         return None
-    best, runner_up = within[0], within[1] if len(within) > 1 else None
+    best = within[0]
+    rivals = (model for model in within if method_of(model.name) != method_of(best.name))
+    runner_up = next(rivals, None)
     beside = next((model.records for model in models if model.name == reference), ())
     return Winner(
         best,

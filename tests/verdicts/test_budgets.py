@@ -6,7 +6,7 @@ import pytest
 from factory import record
 
 from lib.spec import RunSpec
-from lib.verdicts.budgets import candidates, winner
+from lib.verdicts.budgets import candidates, method_of, winner
 
 DENSE = RunSpec(study="bench")
 
@@ -71,3 +71,30 @@ def test_the_most_accurate_within_a_budget_wins(methods):
     assert winner(models, "macs", 40.0) is None
     alone = winner(models, "forward", 1000.0)
     assert alone.best.name == "half" and alone.runner_up is alone.ahead is None
+
+
+def test_the_runner_up_is_of_another_method():
+    names = ["static, 50% active", "static, 12.5% active", "dense again", "mixture, 50% pruned"]
+    assert [method_of(name) for name in names] == ["static", "static", "dense", names[-1]]
+    methods = {
+        "dense": priced(70.0, 100.0, seeds=(0,)),
+        "static, 50% active": priced(65.0, 60.0),
+        "static, 30% active": priced(60.0, 40.0, threads=3),
+        "MoEE, 50% active": priced(50.0, 60.0, threads=4),
+    }
+    models = candidates(methods, {})
+    won = winner(models, "macs", 60.0)
+    assert (won.best.name, won.runner_up.name) == ("static, 50% active", "MoEE, 50% active")
+    assert winner(models, "macs", 40.0).runner_up is None
+
+
+@pytest.mark.parametrize("best, second, seeds", [(3, 3, 3), (3, 2, 2), (1, 3, 1)])
+def test_an_order_needs_three_seeds_on_both_sides(best, second, seeds):
+    methods = {
+        "dense": priced(70.0, 100.0, seeds=(0,)),
+        "half": priced(62.0, 50.0, seeds=range(best)),
+        "worse half": priced(40.0, 50.0, seeds=range(second), threads=4),
+    }
+    won = winner(candidates(methods, {}), "macs", 60.0)
+    assert (won.best.name, won.runner_up.name) == ("half", "worse half")
+    assert (won.seeds, won.ordered) == (seeds, seeds >= 3)
