@@ -118,16 +118,19 @@ def _numbers(row: Row) -> str:
 
 
 def lead(asked: Sequence[Row]) -> str:
-    """Says in a sentence which way the verdicts of a question go."""
+    """Counts the verdicts of a question.
+
+    Which way they speak is left to `said`: a claim that holds may speak against what is asked.
+    """
     held = sum(word_of(row).startswith("holds") for row in asked)
     open_claims = sum(row["verdict"] not in DECIDED for row in asked)
     if open_claims == len(asked):
         return "*Open:* none of the claims on it is decided yet."
-    none = "Not so far" if open_claims else "No"
-    way = "Yes" if held == len(asked) else "In part" if held else none
+    against = len(asked) - held - open_claims
+    fail = f", {against} {agree('do', against)} not" if against else ""
     still = f", {open_claims} still open" if open_claims else ""
     hold = agree("hold", held, len(asked))
-    return f"*{way}:* {held} of {count(len(asked), 'claim')} on it {hold}{still}."
+    return f"*Counted:* {held} of {count(len(asked), 'claim')} on it {hold}{fail}{still}."
 
 
 def _behind(asked: Sequence[Row], rows: Mapping[str, Row]) -> list[str]:

@@ -24,16 +24,19 @@ def row(name, verdict, after=True, **more):
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["holds", "holds, smaller than published"], "*Yes:* 2 of 2 claims on it hold."),
-        (["opposite", "not reproduced"], "*No:* 0 of 2 claims on it hold."),
-        (["holds", "undecided", None], "*In part:* 1 of 3 claims on it holds, 2 still open."),
-        (["holds"], "*Yes:* 1 of 1 claim on it holds."),
-        (["opposite"], "*No:* 0 of 1 claim on it holds."),
-        (["opposite", "undecided"], "*Not so far:* 0 of 2 claims on it hold, 1 still open."),
+        (["holds", "holds, smaller than published"], "*Counted:* 2 of 2 claims on it hold."),
+        (["opposite", "not reproduced"], "*Counted:* 0 of 2 claims on it hold, 2 do not."),
+        (["holds", "undecided", None], "*Counted:* 1 of 3 claims on it holds, 2 still open."),
+        (["holds"], "*Counted:* 1 of 1 claim on it holds."),
+        (["opposite"], "*Counted:* 0 of 1 claim on it holds, 1 does not."),
+        (
+            ["holds", "opposite", "undecided"],
+            "*Counted:* 1 of 3 claims on it holds, 1 does not, 1 still open.",
+        ),
         (["undecided", None], "*Open:* none of the claims on it is decided yet."),
     ],
 )
-def test_a_question_is_answered_by_its_verdicts(words, said):
+def test_the_verdicts_of_a_question_are_counted_and_take_no_side(words, said):
     assert front.lead([row(f"A{i}", word) for i, word in enumerate(words)]) == said
 
 
