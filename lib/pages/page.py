@@ -110,6 +110,11 @@ class Side(Mapping):
         """Returns the test top-1 in percent over the seeds of some runs; None without a record."""
         return accuracy_interval(self.get(key, []))
 
+    def starts(self, key: str) -> list[Record]:
+        """Returns the finished records of the runs that the finished ones of a name start from."""
+        first = dict.fromkeys(r.spec.init for r in self.done(key) if r.spec.init is not None)
+        return finished(load({key: list(first)}, any_device=True)[key])
+
     def validation(self, key: str) -> float | None:
         """Returns the validation top-1 in percent of the first finished run; None without one."""
         return next((record.val["top1"] for record in self.done(key)), None)

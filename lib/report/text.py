@@ -14,6 +14,8 @@ from IPython.display import Markdown
 
 from ..verdicts import DECIDED, MARKS, WORDS, agree, count
 from ..verdicts.claims import Verdict, amount
+from ..verdicts.stats import accuracy_interval, finished
+from ..verdicts.values import largest_class
 from . import NOT_YET
 from .tables import Table, table
 
@@ -38,6 +40,7 @@ __all__ = [
     "answer",
     "boxed",
     "count",
+    "floor",
     "gaps",
     "published",
     "say",
@@ -53,6 +56,23 @@ def gaps(records: dict[str, list]) -> str:
         return ""
     share = "1 record" if total == 1 else f"{absent} of {total} records"
     return f" {share} {agree('are', absent, total)} {NOT_YET}."
+
+
+def floor(records_of_arm: Mapping[str, Sequence[Any]]) -> str:
+    """Says in a sentence for a caption what one answer for all test images gets right, and which
+    arms are not above it; "" without a record.
+
+    records_of_arm: of one data set, one a seed, None = absent. An arm is judged by the interval of
+    its accuracy, so one with fewer than three seeds is not named.
+    """
+    first = next((r for records in records_of_arm.values() for r in finished(records)), None)
+    if first is None:
+        return ""
+    right = largest_class(first)
+    tops = {arm: accuracy_interval(records) for arm, records in records_of_arm.items()}
+    level = [arm for arm, top in tops.items() if top and top.low is not None and top.low <= right]
+    arms = f"; not above that, by their intervals: {'; '.join(level)}" if level else ""
+    return f" The most frequent class as the answer to all test images: {right:.1f}%{arms}."
 
 
 def say(*sentences: str) -> Markdown:

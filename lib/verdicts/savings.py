@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .stats import Interval, finished
-from .values import value_interval
+from .stats import Interval, finished, mean_interval
+from .values import Value, same_seed, value_interval
 
 
 def saved_percent(
@@ -21,6 +21,18 @@ def saved_percent(
     if not base:
         return None
     return value_interval(records, lambda record: 100 * (1 - cost(record) / cost(base[0])))
+
+
+def more_percent(records: Sequence[Any], others: Sequence[Any], cost: Value) -> Interval | None:
+    """Computes by how many percent a cost is larger than that of the partner of the same seed, and
+    its interval over seeds.
+
+    cost: from a record to its cost, None where it was not measured; a pair that lacks one of the
+    two is left out. None without a pair.
+    """
+    pairs = [(cost(a), cost(b)) for a, b in same_seed(records, others)]
+    more = [100 * (a / b - 1) for a, b in pairs if a is not None and b is not None]
+    return mean_interval(more) if more else None
 
 
 def pruned_percent(records: Sequence[Any]) -> float | None:

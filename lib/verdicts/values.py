@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .stats import Interval, finished, mean_interval, seed_of
 
 if TYPE_CHECKING:
@@ -42,6 +44,13 @@ def late_gain(record: Any) -> float | None:
             return None
         means.append(sum(values) / len(values))
     return means[1] - means[0]
+
+
+def largest_class(record: Any) -> float:
+    """Returns the percent of the test images that are of their most frequent class: what one answer
+    for all of them gets right."""
+    _, counts = np.unique(np.asarray(record.arrays["test_label"]), return_counts=True)
+    return 100 * float(counts.max() / counts.sum())
 
 
 def same_seed(*settings: Sequence[Any]) -> list[tuple[Any, ...]]:

@@ -151,6 +151,17 @@ def test_done_and_accuracy_count_finished_records_only(book, records):
     assert side.accuracy("wide") is None
 
 
+def test_starts_are_the_finished_runs_that_others_start_from(book, records):
+    side = page_of().reproduced
+    [first] = side.done("dense")[:1]
+    children = [first.spec.but(init=first.spec, seed=seed) for seed in (5, 6)]
+    lost = first.spec.but(init=first.spec.but(seed=9), seed=7)  # of its parent there is no record
+    done = [record_of(child) for child in (*children, lost)]
+    side = pages.Side("Reproduced", side.p, {"child": [*done, None], "dense": [first]})
+    assert side.starts("child") == [first]
+    assert side.starts("dense") == side.starts("unplanned") == []
+
+
 def test_gaps_name_what_is_absent_among_what_is_shown(book, records):
     page = page_of()  # of 7 reproduced records, seed 0 of dense and moe is there
     assert page.gaps() == f" 5 of 7 records are {NOT_YET}."

@@ -4,7 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from lib.verdicts.savings import one_store_parameters, pruned_percent, saved_percent
+from lib.verdicts.savings import (
+    more_percent,
+    one_store_parameters,
+    pruned_percent,
+    saved_percent,
+)
 from lib.verdicts.stats import mean_interval
 
 
@@ -34,6 +39,21 @@ def test_nothing_is_said_without_both_sides():
     assert saved_percent([run()], [None], macs) is None
     assert saved_percent([None], [run()], macs) is None
     assert saved_percent([], [], macs) is None
+
+
+def test_percent_more_than_the_partner_of_the_same_seed():
+    def device(record):
+        return record.memory.get("cuda")
+
+    def measured(seed, **memory):
+        return run(seed, memory=memory)
+
+    mixtures = [measured(0, cuda=30.0), measured(1, cuda=24.0), measured(2, cuda=9.0), measured(3)]
+    dense = [measured(0, cuda=20.0), measured(1, cuda=16.0), measured(2), measured(3, cuda=1.0)]
+    # seeds 2 and 3 lack the number on one side
+    assert more_percent(mixtures, dense, device) == mean_interval([50.0, 50.0])
+    assert more_percent(mixtures[2:], dense[2:], device) is None
+    assert more_percent(mixtures, [None], device) is None
 
 
 def test_percent_that_pruning_removed():

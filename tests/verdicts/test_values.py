@@ -10,6 +10,7 @@ from lib.verdicts.stats import mean_interval
 from lib.verdicts.values import (
     best_epoch_top1,
     first_epoch_top1,
+    largest_class,
     late_gain,
     same_seed,
     value_difference,
@@ -23,6 +24,11 @@ def run(seed, loss, status="ok"):
 
 def loss(record):
     return record.loss
+
+
+def test_one_answer_gets_the_largest_class_right():
+    labels = np.array([3, 3, 0, 3, 7, 0], np.uint8)
+    assert largest_class(SimpleNamespace(arrays={"test_label": labels})) == 50.0
 
 
 def test_pairs_have_equal_seeds_in_the_order_of_the_first_setting():
