@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -46,17 +46,32 @@ def extraction_row(records: Sequence[Any]) -> dict[str, Any]:
     row = dict.fromkeys(("validation top-1 (%)", "test top-1 (%)", "active (%)", "stored (M)"))
     row |= dict.fromkeys(("noise (%)", "clusters a layer"))
     for record in finished(records)[:1]:
-        hidden = record.spec.backbone.hidden  # None: timm's ViTs have four times the width
-        shares = (layer["active"] / (hidden or 4 * layer["width"]) for layer in record.extract)
         row |= {
             "validation top-1 (%)": record.val["top1"],
             "test top-1 (%)": accuracy_interval(records),
-            "active (%)": 100 * float(np.mean(list(shares))),
+            "active (%)": 100 * active_share(record),
             "stored (M)": record.cost["params_stored"] / 1e6,
             "noise (%)": 100 * layer_mean(record.extract, itemgetter("noise")),
             "clusters a layer": layer_mean(record.extract, itemgetter("clusters")),
         }
     return row
+
+
+def active_share(record: Any) -> float:
+    """Computes the share of a dense layer's neurons that a token passes, mean over layers."""
+    hidden = record.spec.backbone.hidden  # None: timm's ViTs have four times the width
+    shares = [layer["active"] / (hidden or 4 * layer["width"]) for layer in record.extract]
+    return float(np.mean(shares))
+
+
+def by_active_share(arms: Iterable[Sequence[Any]]) -> dict[float, list[Any]]:
+    """Makes a family of arms that were asked for no share of active neurons.
+
+    arms: records of one setting each. Returns {active share of its first finished record, rounded
+    to a percent: its records}; an arm without one is left out.
+    """
+    done = [finished(records) for records in arms]
+    return {round(active_share(records[0]), 2): records for records in done if records}
 
 
 def rows_by_block(families: Mapping[str, Family]) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.spatial.distance import jensenshannon
+from scipy.special import rel_entr
 
 from ..measure.routing import load_share
 
@@ -40,13 +40,16 @@ def spaced_classes(classes: int, count: int) -> list[int]:
     return np.linspace(0, classes - 1, count).round().astype(int).tolist()
 
 
-def class_distance(counts: np.ndarray, classes: Sequence[int]) -> float:
+def class_distance(counts: np.ndarray, classes: Sequence[int] | None = None) -> float:
     """Computes the mean Jensen-Shannon distance between two of the classes, 0 to 1.
 
-    counts: (C, E) tokens of each class by expert. The distance is the root of the divergence in
-    bits.
+    counts: (C, E) tokens of each class by expert. classes: those whose pairs count; None = all. The
+    distance is the root of the divergence in bits.
     """
-    shares = load_share(counts[list(classes)])
-    pairs = [jensenshannon(a, b, base=2) for i, a in enumerate(shares) for b in shares[i + 1 :]]
-    # Rounding may put the divergence of equal shares below 0, where it has no root.
-    return float(np.nanmean(pairs))
+    shares = load_share(counts if classes is None else counts[list(classes)])
+    first, second = np.triu_indices(len(shares), 1)
+    a, b = shares[first], shares[second]  # (pairs, E)
+    middle = (a + b) / 2
+    divergence = (rel_entr(a, middle) + rel_entr(b, middle)).sum(-1) / (2 * np.log(2))
+    # rounding may put the divergence of equal shares below 0, where it has no root
+    return float(np.sqrt(divergence.clip(min=0)).mean())

@@ -3,7 +3,7 @@
 A record keeps one row a layer, from the first block to the last: `moe` of routing, `extract` of an
 extraction. A layer may lack a number, such as one that stayed dense: it is left out.
 
-Axis letters: **E** experts.
+Axis letters: **E** experts, **M** MoE layers.
 """
 
 from __future__ import annotations
@@ -13,11 +13,16 @@ from typing import Any
 
 import numpy as np
 
+from ..measure.routing import load_share
 from .routing import load_profile
 from .stats import Interval, mean_interval
 
 Layer = Mapping[str, Any]
 LayerValue = Callable[[Layer], float | None]  # one number of a layer; None = the layer has none
+
+# With the class token in one cluster and all patches in the other, a layer of a ViT on small images
+# of 16 patches sends one expert 16 of 17 tokens, and all but a few of the patches.
+MOST_TOKENS, MOST_PATCHES = 0.9, 0.95
 
 
 def layer_mean(layers: Sequence[Layer], value: LayerValue) -> float | None:
@@ -63,6 +68,31 @@ def last_less_early(values: Iterable[float | None]) -> float | None:
     values = list(values)
     early, _ = half_means(values)
     return None if early is None or values[-1] is None else values[-1] - early
+
+
+def blocks_that_part(record: Any) -> set[int]:
+    """Returns the blocks, from 0, whose MoE layer sends no expert nearly all patches of test images
+    (`MOST_PATCHES`): in the others experts hardly do more than tell the class token from a patch.
+    """
+    if not record.moe:
+        return set()
+    patches = load_share(record.arrays["position_expert"][:, 1:].sum(axis=1))  # (M, E)
+    largest = patches.max(axis=1)
+    return {
+        row["block"] for row, share in zip(record.moe, largest, strict=True) if share < MOST_PATCHES
+    }
+
+
+def cluster_agreement(layer: Layer) -> float | None:
+    """Returns how far other images give the same clusters, the `stability` of an extracted layer.
+
+    A half of the images in which HDBSCAN finds fewer than two clusters agrees with nothing: 0. None
+    where one expert gets nearly all tokens (`MOST_TOKENS`), since the class token is found anew in
+    any images.
+    """
+    if layer["clusters"] > 1 and max(layer["load"]) >= MOST_TOKENS:
+        return None
+    return layer["stability"] or 0.0
 
 
 def layer_intervals(

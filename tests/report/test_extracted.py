@@ -5,7 +5,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lib.report.extracted import active_by_block, called, extraction_row, rows_by_block, rules_row
+from lib.report.extracted import (
+    active_by_block,
+    active_share,
+    by_active_share,
+    called,
+    extraction_row,
+    rows_by_block,
+    rules_row,
+)
 from lib.spec import ClusterSpec, ExtractSpec
 
 
@@ -56,6 +64,19 @@ def test_rows_by_block_come_level_by_level_where_there_is_a_record():
         {"active": "30%", "arm": "b", "1": 30.0, "2": 30.0},
         {"active": "50%", "arm": "b", "1": 50.0, "2": 50.0},
     ]
+
+
+def test_arms_without_a_level_are_a_family_by_what_is_active():
+    def run(hidden, *active, seed=0):
+        spec = SimpleNamespace(seed=seed, backbone=SimpleNamespace(hidden=hidden))
+        layers = [{"width": 5, "active": neurons} for neurons in active]
+        return SimpleNamespace(status="ok", spec=spec, extract=layers)
+
+    # of 20 neurons, four times the width, and of 40
+    wide, narrow = run(None, 5.0, 10.0), run(40, 4.0, 6.0, seed=1)
+    assert active_share(wide) == 0.375 and active_share(narrow) == 0.125
+    family = by_active_share([[None, wide, narrow], [None], [narrow]])
+    assert family == {0.38: [wide, narrow], 0.12: [narrow]}
 
 
 def test_what_an_extraction_kept_and_found():

@@ -49,3 +49,10 @@ def test_distance_is_one_for_classes_without_a_common_expert():
     assert class_distance(counts, [0, 3]) == pytest.approx(np.sqrt(divergence))
     pairs = [class_distance(counts, pair) for pair in ((0, 1), (0, 3), (1, 3))]
     assert class_distance(counts, [0, 1, 3]) == pytest.approx(np.mean(pairs))
+
+
+def test_distance_over_all_classes_has_every_pair_once():
+    # two pairs of equal shares, and four pairs without a common expert
+    counts = np.array([[8, 0], [2, 0], [0, 5], [0, 1]])
+    assert class_distance(counts) == pytest.approx(4 / 6)
+    assert class_distance(np.array([[3, 1], [6, 2], [9, 3]])) == pytest.approx(0.0, abs=1e-7)

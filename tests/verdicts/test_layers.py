@@ -3,9 +3,12 @@
 from operator import itemgetter
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from lib.verdicts.layers import (
+    blocks_that_part,
+    cluster_agreement,
     half_means,
     last_less_early,
     late_less_early,
@@ -70,6 +73,29 @@ def test_the_last_layer_against_the_early_half():
     assert last_less_early([5.0, 2.0]) == late_less_early([5.0, 2.0]) == -3.0
     assert last_less_early([]) is None and last_less_early([None, 2.0]) is None
     assert last_less_early([2.0, 5.0, None]) is None
+
+
+def test_a_block_parts_patches_if_no_expert_gets_nearly_all():
+    # two MoE layers of places by expert; place 0 is the class token, which does not count
+    parts = [[0, 100], [94, 6], [94, 6]]
+    does_not = [[0, 1000], [95, 5], [96, 4]]
+    record = SimpleNamespace(
+        moe=[{"block": 2}, {"block": 5}], arrays={"position_expert": np.array([parts, does_not])}
+    )
+    assert blocks_that_part(record) == {2}
+    assert blocks_that_part(SimpleNamespace(moe=[], arrays={})) == set()
+
+
+def test_agreement_counts_a_half_without_clusters_as_none():
+    def layer(stability, *load):
+        return {"clusters": len(load), "load": list(load), "stability": stability}
+
+    assert cluster_agreement(layer(0.7, 0.5, 0.5)) == 0.7
+    assert cluster_agreement(layer(None, 0.5, 0.5)) == 0.0  # a half had fewer than two clusters
+    assert cluster_agreement(layer(1.0, 0.94, 0.06)) is None  # class token against patches
+    assert cluster_agreement(layer(None, 1.0)) == 0.0  # it stayed dense
+    rows = [layer(0.8, 0.5, 0.5), layer(None, 0.6, 0.4), layer(1.0, 0.06, 0.94)]
+    assert mean_above(rows, cluster_agreement, 0.5) == pytest.approx(0.4 - 0.5)
 
 
 def test_sorted_loads_are_means_over_the_seeds_whose_block_routes():
