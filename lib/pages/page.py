@@ -27,7 +27,7 @@ from ..verdicts import ledger
 from ..verdicts.claims import Verdict
 from ..verdicts.costs import cost_rows
 from ..verdicts.evidence import Evidence, verdicts_on
-from ..verdicts.stats import MIN_SEEDS, Interval, accuracy_interval, finished
+from ..verdicts.stats import MIN_SEEDS, Interval, accuracy_interval, finished, sources_of_chance
 from . import datasets, dense_models
 from .parameters import UnknownRuns
 from .profiles import PUBLISHED, Profile, has_profile, plan, profile, with_further_seeds
@@ -205,17 +205,20 @@ class Page:
     def sure(self, judged: Sequence[Verdict]) -> str:
         """Says how sure the answer is: seeds, interval, and at what scale, beside the document's.
 
-        A pilot is a claim whose number of seeds is not fixed, or not reached, yet.
+        A pilot is a claim whose number of seeds is not fixed, or not reached, yet. What is counted
+        has no seeds.
         """
-        seeds = sorted({v.n for v in judged if v.n})
+        measured = [v for v in judged if v.estimate is not None and v.estimate.method != "exact"]
+        seeds = sorted({v.n for v in measured})
         if not seeds:
             return ""
         first, last = seeds[0], seeds[-1]
         counted = f"{first} to {last} seeds" if first < last else text.count(last, "seed")
         pilots = sum(v.pilot for v in judged if v.entry is None or v.entry.part_of is None)
         stage = f"; {text.count(pilots, 'claim')} with more seeds to come" if pilots else ""
-        what = "95% intervals over seeds and test images"
-        what = what if last >= MIN_SEEDS else f"no interval below {MIN_SEEDS} seeds"
+        what = f"no interval below {MIN_SEEDS} seeds"
+        if last >= MIN_SEEDS:
+            what = f"95% intervals over {sources_of_chance([v.estimate for v in measured])}"
         intervals = f"{counted}{stage}; {what}."
         specs = self._specs()
         ours = _scales(specs[run] for v in judged for run in v.records if run in specs)
@@ -226,11 +229,15 @@ class Page:
         return f"{intervals} On {ours}.{there}"
 
     def _scales_of_document(self, judged: Sequence[Verdict]) -> str:
-        """Says on what the document has the arms of judged claims; "" without its profile."""
+        """Says on what the document judges claims: as the ledger states it, else by the arms of
+        its profile; "" without one."""
         if not has_profile(self.p.notebook, "paper"):
             return ""
         theirs = profile(self.p.notebook, "paper")
-        arms = {arm for v in judged if v.n and v.entry is not None for arm in v.entry.arms}
+        entries = [v.entry for v in judged if v.n and v.entry is not None]
+        if stated := dict.fromkeys(entry.scale for entry in entries if entry.scale):
+            return "; ".join(stated)
+        arms = {arm for entry in entries for arm in entry.arms}
         planned = self._grid(theirs)
         of_arms = [run for name, runs in planned.items() if name in arms for run in runs[:1]]
         return _scales(of_arms or [theirs.base])

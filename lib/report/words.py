@@ -34,17 +34,25 @@ def _mean(value: Value) -> float | None:
 def order(values: Mapping[str, Value]) -> str:
     """Lists names from the highest value to the lowest, then those without one.
 
+    "above" claims an order, which takes two intervals that lie apart; "then" is the next value.
     Commas within a name are left out, since they part the names.
     """
-    means = {name.replace(",", ""): _mean(value) for name, value in values.items()}
-    there = {name: mean for name, mean in means.items() if mean is not None}
-    names = sorted(there, key=lambda name: -there[name])
+    named = {name.replace(",", ""): value for name, value in values.items()}
+    there = {name: value for name, value in named.items() if value is not None}
+    names = sorted(there, key=lambda name: -_mean(there[name]))
     text = "".join(names[:1])
     for before, name in pairwise(names):
-        text += (", level with " if there[before] == there[name] else ", above ") + name
-    absent = [name for name in means if name not in there]
+        text += f", {_step(there[before], there[name])} {name}"
+    absent = [name for name in named if name not in there]
     missing = f"no value yet of {', '.join(absent)}" if absent else ""
     return "; ".join(filter(None, [text, missing]))
+
+
+def _step(higher: float | Interval, lower: float | Interval) -> str:
+    if _mean(higher) == _mean(lower):
+        return "level with"
+    ends = [value.low is not None for value in (higher, lower) if isinstance(value, Interval)]
+    return "above" if len(ends) == 2 and all(ends) and higher.low > lower.high else "then"
 
 
 def order_by_panel(values_of_panel: Mapping[str, Mapping[str, Value]]) -> str:

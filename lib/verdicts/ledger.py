@@ -16,6 +16,7 @@ the records. Form of an entry:
   names of these runs there
 - `seeds`: [3] for a pilot whose second stage is open, [3, 8] once it is fixed, a number where all
   seeds were planned at once; 1 for what is counted and has no chance in it
+- `scale`: on what the document has it, where its profile (`paper`) runs other data
 - `headline: true` for what the page of all verdicts shows first
 - `reason` in place of all that: why it cannot be tested here
 """
@@ -47,7 +48,18 @@ __all__ = [
 PILOT = 3  # seeds
 TOP1 = "test top-1, the first less the second"
 # what the parts of a joint claim have from it
-OF_PARTS = ("source", "kind", "page", "runs", "unit", "statistic", "seeds", "arms", "smallest")
+OF_PARTS = (
+    "source",
+    "kind",
+    "page",
+    "runs",
+    "unit",
+    "statistic",
+    "seeds",
+    "arms",
+    "smallest",
+    "scale",
+)
 
 
 class _Entry(BaseModel):
@@ -100,6 +112,7 @@ class Claim(_Entry):
     runs: str | None = None
     arms: tuple[str, ...] = ()
     seeds: int | tuple[int, ...] = (PILOT,)
+    scale: str | None = None
     headline: bool = False
     reason: str | None = None
     part_of: str | None = None

@@ -58,12 +58,14 @@ __all__ = [
     "second_stage",
     "seed_differences",
     "seed_of",
+    "sources_of_chance",
 ]
 
 MIN_SEEDS = 3  # below, a mean gets no interval and no rank
 LEVEL = 0.95
 RESAMPLES = 4000
 MOST_SEEDS = 10  # of a second stage
+BOOTSTRAP = "hierarchical bootstrap"  # begins the name of an interval over seeds and test images
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,17 @@ def format_interval(
 
     ends = "" if value.low is None else f" [{number(value.low)}, {number(value.high)}]"
     return f"{number(value.mean)}{ends}{unit and f' {unit}'}, n={value.n}"
+
+
+def sources_of_chance(estimates: Sequence[Interval]) -> str:
+    """Names what intervals vary over: seeds, and test images in those of test accuracy.
+
+    Estimates without an interval do not count.
+    """
+    of_images = [e.method.startswith(BOOTSTRAP) for e in estimates if e.low is not None]
+    if all(of_images):
+        return "seeds and test images"
+    return "seeds, some over test images as well" if any(of_images) else "seeds"
 
 
 def mean_interval(
@@ -278,7 +291,7 @@ def paired_difference(
         draws, law = draw_apart(ya, yb, rng, RESAMPLES)
     low, high = 100 * np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     above = float((draws > 0).mean() + 0.5 * (draws == 0).mean())
-    method = "hierarchical bootstrap 95%"
+    method = f"{BOOTSTRAP} 95%"
     if paired and prior is not None:
         method += ", moderated"
     law = law.in_percent(mean)
@@ -359,7 +372,7 @@ def _around(
     rng = rng or np.random.default_rng(0)
     draws, law = draw_means(y, y.mean(0) - y.mean(), prior, rng, RESAMPLES)
     low, high = 100 * (mean + np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
-    method = "hierarchical bootstrap 95%" + (", moderated" if prior is not None else "")
+    method = f"{BOOTSTRAP} 95%" + (", moderated" if prior is not None else "")
     law = law.in_percent(100 * mean)
     return Interval(100 * mean, float(low), float(high), len(y), method, law=law)
 

@@ -12,7 +12,7 @@ from lib.pages import page as pages
 from lib.report import NOT_YET, SPEED, tables
 from lib.report.style import Shown
 from lib.spec import TITLES
-from lib.verdicts.evidence import compare, judge_count
+from lib.verdicts.evidence import compare, judge_count, judge_values
 
 PARAMETERS = """profile: str = "quick"  # smoke, quick, small or paper
 seeds: list[int] = None  # random starts
@@ -35,6 +35,12 @@ claims:
     smallest: 1
     page: a/one
     arms: [wide, dense]
+"""
+COUNTED = """
+  - {id: A.number, kind: ours, statement: A number., source: a control, direction: greater,
+     smallest: 1, statistic: a number, page: a/one, arms: [moe]}
+  - {id: A.count, kind: ours, statement: A count., source: a control, direction: greater,
+     smallest: 1, statistic: a count, page: a/one, arms: [moe], seeds: 1}
 """
 
 
@@ -229,7 +235,7 @@ def test_the_answer_is_on_reproduced_records_and_all_verdicts_read_it(book, reco
     assert answer.data.startswith('<div class="answer">\n\n**Answer.**')
     assert "- ✔ *Holds (pilot):* MoE beats dense (A1): paper +2.5 points, ours +" in answer.data
     sure = "**How sure.** 3 seeds; 1 claim with more seeds to come; 95% intervals over seeds"
-    assert sure in answer.data
+    assert f"{sure} and test images. On" in answer.data
     assert "- *Not tested* for want of records: 1 of 2 claims." in answer.data
     data, metadata = answer._repr_markdown_()
     cell = {
@@ -241,6 +247,41 @@ def test_the_answer_is_on_reproduced_records_and_all_verdicts_read_it(book, reco
         ("A1", "holds", 3),
         ("A.wide", "not tested", 0),
     ]
+
+
+def test_how_sure_leaves_out_what_is_counted_and_says_what_intervals_vary_over(
+    book, records, planned
+):
+    reproduce(records)
+    book.ledger("a", LEDGER + COUNTED)
+
+    def every(side):
+        yield from claims(side)
+        yield judge_values("A.number", side["moe"], lambda record: record.test["top1"])
+        yield judge_count("A.count", 1.0, side["moe"])
+
+    page = page_of()
+    verdict_on = {v.id: v for v in page.judged(every, page.reproduced)}
+
+    def sure(*ids):
+        return page.sure([verdict_on[name] for name in ids])
+
+    assert verdict_on["A.count"].n == 1
+    assert sure("A1", "A.count").startswith("3 seeds; 1 claim with more seeds to come; 95% inter")
+    assert "95% intervals over seeds and test images." in sure("A1", "A.count")
+    assert "95% intervals over seeds." in sure("A.number")
+    assert "over seeds, some over test images as well." in sure("A1", "A.number")
+    assert sure("A.count") == ""
+
+
+def test_how_sure_takes_the_scale_that_the_ledger_states(book, records, planned):
+    book.profile("paper", BASE % "cifar100" + "a/one: {seeds: [0]}\n")
+    reproduce(records)
+    book.ledger(
+        "a", LEDGER.replace("    published: 2.5\n", "    published: 2.5\n    scale: 9 images\n")
+    )
+    said = page_of().answer(claims).data
+    assert "The document's own scale: 9 images." in said and "CIFAR" not in said
 
 
 def test_how_sure_names_the_data_that_the_document_has_for_the_claims(book, records, planned):

@@ -63,12 +63,12 @@ def test_the_order_of_the_lines_is_that_of_the_smallest_models():
     said = sizes.order_over(models, "macs", ("experts", "static"))
     assert said == (
         "Line plot of accuracy over multiply-adds, one line a method. Where fewest are left, from "
-        "the most accurate down: static, above experts."
+        "the most accurate down: static, then experts."
     )
     said = sizes.order_over(models, "params_stored", ("experts", "static"))
     assert said == (
         "Line plot of accuracy over stored parameters, one line a method. By what their smallest "
-        "model stores, from the most down: experts, above static."
+        "model stores, from the most down: experts, then static."
     )
 
 

@@ -10,10 +10,22 @@ from lib.verdicts.stats import Interval
 
 def test_order_runs_from_the_highest_to_the_lowest_and_names_what_has_no_value():
     values = {"a": 1.0, "b": Interval(3.0, 2.5, 3.5, 3), "c": None, "d": 2.0}
-    assert words.order(values) == "b, above d, above a; no value yet of c"
-    assert words.order({"a": 1.0, "b": 2.0, "c": 1.0}) == "b, above a, level with c"
+    assert words.order(values) == "b, then d, then a; no value yet of c"
+    assert words.order({"a": 1.0, "b": 2.0, "c": 1.0}) == "b, then a, level with c"
     assert words.order({"a": None, "b": None}) == "no value yet of a, b"
     assert words.order({"N=2, L=5": 1.0}) == "N=2 L=5"
+
+
+def test_order_claims_one_only_between_intervals_that_lie_apart():
+    values = {
+        "one": Interval(9.0, None, None, 1),
+        "high": Interval(8.0, 7.0, 9.0, 3),
+        "beside it": Interval(7.5, 6.5, 8.5, 10),
+        "touching": Interval(6.0, 5.5, 6.5, 3),
+        "apart": Interval(5.0, 4.9, 5.4, 3),
+    }
+    assert words.order(values) == "one, then high, then beside it, then touching, above apart"
+    assert words.order({"a": 1.0, "b": values["apart"]}) == "b, then a"
 
 
 def test_changes_compare_the_last_value_with_the_first_that_are_there():
@@ -33,7 +45,7 @@ def test_changes_compare_the_last_value_with_the_first_that_are_there():
     panels = {"published": curves[2:3], "reproduced": curves[5:]}
     assert words.changes_by_panel(panels) == "Published: rising N=8. Reproduced: falling N=64."
     assert words.order_by_panel({"published": {"a": 1.0}, "this build": {"a": 1.0, "b": 2.0}}) == (
-        "Published: a. This build: b, above a."
+        "Published: a. This build: b, then a."
     )
 
 
