@@ -31,9 +31,17 @@ RULE = (
     "that counts: the size that stands for it where the document prints none."
 )
 
+# for captions of tables with differences between runs
+ALONE = (
+    "The interval of a difference is made of that difference alone. A verdict's pools the variance "
+    "between seeds of all comparisons on its page, so the same difference may have a wider or a "
+    "narrower one there."
+)
+
 HEAD = 4  # claims that the head of a page lists
 
 __all__ = [
+    "ALONE",
     "HEAD",
     "RULE",
     "agree",

@@ -11,7 +11,7 @@ from itertools import pairwise
 from ..verdicts.stats import Interval
 from .figures import Curve
 
-__all__ = ["change", "changes", "changes_by_panel", "order", "order_by_panel", "score"]
+__all__ = ["change", "changes", "changes_by_panel", "move", "order", "order_by_panel", "score"]
 
 # scores by which experts are dropped, where their name in a spec is not the word for it
 _SCORES = {
@@ -61,6 +61,15 @@ def order_by_panel(values_of_panel: Mapping[str, Mapping[str, Value]]) -> str:
         f"{title[:1].upper()}{title[1:]}: {order(values)}."
         for title, values in values_of_panel.items()
     )
+
+
+def move(difference: Interval) -> str:
+    """Says of a difference whether it is a rise or a fall beyond chance, by its interval."""
+    if difference.low is None:
+        return "too few seeds to say"
+    if difference.low > 0:
+        return "a rise"
+    return "a fall" if difference.high < 0 else "no change beyond chance"
 
 
 def change(values: Iterable[Value], level_within: float = 1.0) -> str:

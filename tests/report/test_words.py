@@ -28,6 +28,13 @@ def test_order_claims_one_only_between_intervals_that_lie_apart():
     assert words.order({"a": 1.0, "b": values["apart"]}) == "b, then a"
 
 
+def test_a_difference_moves_where_its_interval_leaves_zero_out():
+    assert words.move(Interval(1.0, 0.1, 1.9, 3)) == "a rise"
+    assert words.move(Interval(-1.0, -1.9, -0.1, 3)) == "a fall"
+    assert words.move(Interval(1.0, 0.0, 2.0, 3)) == "no change beyond chance"
+    assert words.move(Interval(-9.0, None, None, 1)) == "too few seeds to say"
+
+
 def test_changes_compare_the_last_value_with_the_first_that_are_there():
     curves = [
         Curve([1, 2, 3], [50.0, 90.0, 51.0], "N=2", "shared"),
