@@ -188,17 +188,19 @@ def _draw_seeds_and_mean(
 
 
 def depth_information(
-    record: Any, about: str = "class", corrected: bool = True
+    record: Any, about: str = "class", corrected: bool = True, prefix: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
     """Computes the normalised information of class (or position) and expert in each block.
 
     (M,) 1-based blocks and (M,) values, shallow to deep. The class table counts one sample per test
-    image, since the tokens of an image are not independent draws. Raises ValueError for another
-    word in `about`.
+    image, since the tokens of an image are not independent draws. prefix: tokens before the patches
+    (the class token), which have no position. Raises ValueError for another word in `about`.
     """
     if about not in ("class", "position"):
         raise ValueError(f"about={about!r} is unknown: use 'class' or 'position'")
-    tables = record.arrays[f"{about}_expert"]
+    tables = record.arrays[f"{about}_expert"]  # (M, rows, E)
+    if about == "position":
+        tables = tables[:, prefix:]
     samples = record.test["n"] if about == "class" else None
     of_layers = [information(table, samples=samples) for table in tables]
     values = np.array([i.corrected if corrected else i.normalised for i in of_layers])

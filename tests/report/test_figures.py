@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -406,6 +407,19 @@ def test_depth_information_of_a_sharp_layer():
         0,
         0,
     ]
+
+
+def test_the_class_token_has_no_position():
+    """It goes to one expert alone; the patches do not go by place, then wholly."""
+    even, by_place = [[100, 0], [50, 50], [50, 50]], [[100, 0], [100, 0], [0, 100]]
+    run = SimpleNamespace(
+        arrays={"position_expert": np.array([even, by_place])}, moe=[{"block": 0}, {"block": 1}]
+    )
+    assert figures.depth_information(run, "position", corrected=False)[1].tolist() == [0.0, 1.0]
+    with_it = figures.depth_information(run, "position", corrected=False, prefix=0)[1]
+    # H(expert) = H(2/3), H(expert | row) = 2/3 ln 2
+    entropy = np.log(3) - 2 / 3 * np.log(2)
+    assert with_it[0] == pytest.approx(1 - 2 / 3 * np.log(2) / entropy)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ import yaml
 from lib import paths
 from lib.pages import contents, parameters, profiles
 from lib.verdicts import ledger
+from lib.verdicts.claims import judge
+from lib.verdicts.stats import Interval
 
 ENTRY = """
   - id: A1
@@ -73,6 +75,7 @@ def test_parts_have_what_they_share(papers):
     runs: a/one
     seeds: 5
     smallest: 0.05
+    scale: nine images
     unit: nats
     parts:
       - {id: A2a, statement: "First.", direction: less, arms: [x]}
@@ -82,6 +85,7 @@ def test_parts_have_what_they_share(papers):
     first, second = whole.judged()
     assert whole.size is None and (first.part_of, first.source) == ("A2", "Figure 2")
     assert (first.size, first.decimals, first.unit) == (0.05, 3, "nats")
+    assert first.scale == second.scale == "nine images"
     assert second.size == 2 and second.planned_seeds == 8 and first.planned_seeds == 5
     assert ledger.judged_on("a/two") == [first, second] and ledger.judged_on("a/one") == []
     assert ledger.on_runs_of("a/one") == [first, second] and ledger.on_runs_of("a/two") == []
@@ -174,6 +178,16 @@ def test_sizes_are_above_zero_and_arms_are_planned():
                 or len(runs) in (1, claim.planned_seeds)
                 or len(runs) > claim.planned_seeds
             ), f"{claim.id} plans {claim.planned_seeds} seeds, {arm!r} has {len(runs)} runs"
+
+
+def test_a_gate_that_sends_all_classes_one_way_is_no_fifth_of_them():
+    claim = ledger.claims()["D8b"]
+    of_share = {100: (75.0, 83.0), 20: (-4.0, 2.0)}  # percent on one route, and less 21 at the ends
+    said = {
+        share: judge("", Interval(share - 21.0, *ends, 3), claim.direction, claim.size).verdict
+        for share, ends in of_share.items()
+    }
+    assert said == {100: "not reproduced", 20: "holds"}
 
 
 def test_pages_of_a_study_have_their_claims_in_its_file():
