@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 from .stats import Interval, paired_difference
@@ -73,6 +74,22 @@ def gain_over(records: Sequence[Any], reference: Sequence[Any]) -> Interval | No
     """
     shared = list(zip(*same_seed(records, reference), strict=True))
     return paired_difference(*(shared or (records, reference)))
+
+
+def gains_in_order(
+    records_of: Mapping[str, Sequence[Any]], printed: Mapping[str, float]
+) -> list[Interval | None]:
+    """Computes what the higher setting of each pair that printed values order gains over the other.
+
+    Pairs of equal printed values are in no order and left out. records_of: the records of each
+    setting. In points, as in `gain_over`: None without a record of either.
+    """
+    pairs = [sorted(pair, key=printed.__getitem__) for pair in combinations(printed, 2)]
+    return [
+        gain_over(records_of.get(higher, ()), records_of.get(lower, ()))
+        for lower, higher in pairs
+        if printed[lower] < printed[higher]
+    ]
 
 
 def beyond_printed(

@@ -3,7 +3,7 @@
 import pytest
 from factory import record
 
-from lib.verdicts.printed import PrintedCells, beyond_printed, gain_over
+from lib.verdicts.printed import PrintedCells, beyond_printed, gain_over, gains_in_order
 from lib.verdicts.stats import paired_difference
 
 
@@ -60,3 +60,19 @@ def test_gains_beyond_the_printed_ones_are_paired_by_seed_where_they_can_be():
         stranger[0].test["top1"] - mean
     )
     assert beyond_printed([None], dense, 0.5) is None and gain_over(moe, [None]) is None
+
+
+def test_gains_in_the_printed_order_go_from_the_lower_to_the_higher_setting():
+    ours = {"low": 62.0, "high": 60.0, "as low": 50.0}
+    records = {name: [record(seed, top1=top1) for seed in range(3)] for name, top1 in ours.items()}
+    printed = {"high": 90.0, "low": 80.0, "as low": 80.0, "absent": 70.0}
+    gains = gains_in_order(records, printed)
+    # all pairs but that of the two that are printed alike
+    assert [gain and gain.mean for gain in gains] == [
+        gain_over(records["high"], records["low"]).mean,
+        gain_over(records["high"], records["as low"]).mean,
+        None,
+        None,
+        None,
+    ]
+    assert gains[0].mean < 0 < gains[1].mean
