@@ -319,8 +319,8 @@ class Page:
     def costs(self, dense: str | None = None, keys: Sequence[str] | None = None) -> tables.Table:
         """Tabulates size and multiply-adds, one run of each name.
 
-        dense: name of the runs to whose multiply-adds the others' are compared; no model with the
-        same kinds of layers can be faster by more. keys: the runs that are shown; None = all.
+        dense: name of the runs to whose multiply-adds the others' are compared. keys: the runs that
+        are shown; None = all.
         """
         frame = self.rows(lambda side: cost_rows(side, dense, keys))
         return tables.table(
