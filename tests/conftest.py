@@ -179,8 +179,6 @@ def home(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.setenv("MOE_DATA", str(folder))
     monkeypatch.setenv("MOE_CACHE", str(tmp_path / "cache"))
-    sources.sources_of.cache_clear()
-    sources.fingerprint_of.cache_clear()
+    sources.forget()
     yield folder
-    sources.sources_of.cache_clear()
-    sources.fingerprint_of.cache_clear()
+    sources.forget()

@@ -6,7 +6,9 @@ Axis letters: **n** rows of a split.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,6 +45,40 @@ def of(sources: Mapping[str, Source], class_names: Sequence[str]) -> dict[str, A
     }
     rows = {split: len(source.labels) for split, source in sources.items()}
     return {"rows": rows, "labels": labels, "digest": digest.hexdigest()[:16]}
+
+
+def marks(place: Path) -> str | None:
+    """Hashes path, size, times and number of all files and folders at a place, without reading any;
+    None where nothing is.
+
+    They are those that `tables` marks its files by: a copy may keep the time of what it replaces,
+    but not the number, nor the time of change, of its entry. What begins with a dot is left out,
+    and so is what cannot be looked at, which readers name.
+    """
+    digest, is_there = hashlib.sha256(), False
+    for path in [place] if place.is_file() else _all_below(place):
+        try:
+            status = os.stat(path)
+        except OSError:
+            continue
+        numbers = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+        digest.update(f"{path} {numbers}\n".encode(errors="surrogatepass"))
+        is_there = True
+    return digest.hexdigest()[:16] if is_there else None
+
+
+def _all_below(folder: Path) -> Iterator[str]:
+    """Yields a folder and what is below it, in one order; links are followed, into each folder
+    once."""
+    seen: set[str] = set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        yield where
+        real = os.path.realpath(where)
+        # in place: os.walk goes down only what is left here
+        folders[:] = [] if real in seen else sorted(f for f in folders if f[0] != ".")
+        if real not in seen:
+            yield from (os.path.join(where, name) for name in sorted(names) if name[0] != ".")
+        seen.add(real)
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

@@ -72,17 +72,41 @@ class Source:
 Opened = tuple[dict[str, Source], list[str]]  # the stored splits, and the names of the classes
 
 
-@functools.lru_cache(maxsize=4)
 def sources_of(
     name: str, label: str, home: Path | None, bands: tuple[str, ...] | None = None
 ) -> Opened:
     """Opens the stored splits of a data set, named train, val and test, and lists its classes.
 
-    There is always train, and val and test where the data set has them.
+    There is always train, and val and test where the data set has them. What was opened is given
+    again for as long as its files are the same, so that a later run sees changed ones.
     name, label, bands: as in `DataSpec`; home: the folder that MOE_DATA names. Raises
     FileNotFoundError where the data set is not there, ValueError where it cannot be read or has not
     that label or bands.
     """
+    return _opened(name, label, home, bands, _marks(name, home, bands))
+
+
+def forget() -> None:
+    """Closes what `sources_of` and `fingerprint_of` remember of data sets in folders."""
+    _opened.cache_clear()
+    _fingerprint.cache_clear()
+
+
+def _marks(name: str, home: Path | None, bands: tuple[str, ...] | None = None) -> str | None:
+    """Marks of the files of a data set; None for one that is in no folder of MOE_DATA."""
+    if home is None:
+        return None
+    if bands is None and (file := packed.file_of(home, name)).is_file():
+        return fingerprint.marks(file)
+    own_folder = name != PACKAGED and not name.startswith("hub:")
+    return fingerprint.marks(home / name) if own_folder else None
+
+
+@functools.lru_cache(maxsize=4)
+def _opened(
+    name: str, label: str, home: Path | None, bands: tuple[str, ...] | None, marks: str | None
+) -> Opened:
+    """Opens a data set as `sources_of` says. marks: of its files as they are now."""
     # what is packed is in colour
     if bands is None and home is not None and (file := packed.file_of(home, name)).is_file():
         splits, class_names, channels = packed.read(file, label)
@@ -103,15 +127,22 @@ def _sources(splits: dict[str, Rows], channels: int) -> dict[str, Source]:
     }
 
 
-@functools.lru_cache(maxsize=8)
 def fingerprint_of(name: str, label: str, home: Path | None) -> dict[str, Any] | None:
     """Computes or reads the fingerprint of a data set; None for the images that a package brings.
 
     Arguments and errors as of `sources_of`.
     """
+    return _fingerprint(name, label, home, _marks(name, home))
+
+
+@functools.lru_cache(maxsize=8)
+def _fingerprint(
+    name: str, label: str, home: Path | None, marks: str | None
+) -> dict[str, Any] | None:
+    """Computes what `fingerprint_of` gives. marks: of its files as they are now."""
     if home is not None and (file := packed.file_of(home, name)).is_file():
         return packed.fingerprint_in(file, label)
-    return None if name == PACKAGED else fingerprint.of(*sources_of(name, label, home))
+    return None if name == PACKAGED else fingerprint.of(*_opened(name, label, home, None, marks))
 
 
 def _folder_of(name: str, home: Path | None) -> Path:

@@ -51,12 +51,14 @@ class Wanted(NamedTuple):
 class Split:
     """Names some rows of one source and makes batches of them.
 
-    rows: (n,) row of each image in the source; labels: (n,) its class.
+    rows: (n,) row of each image in the source; labels: (n,) its class; stored: the name of the
+    source among the stored splits, since training may lend the rows of others.
     """
 
     source: Source
     rows: np.ndarray
     labels: Tensor
+    stored: str = "train"
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -177,7 +179,8 @@ def load_splits(spec: DataSpec) -> Splits:
         )
     count_of_split = {"train": spec.train, "val": spec.val, "test": spec.test}
     splits = {}
-    for split, (source, rows) in _rows_of_splits(spec.name, sources).items():
+    for split, (stored, rows) in _rows_of_splits(spec.name, sources).items():
+        source = sources[stored]
         rows = rows[(source.labels[rows] >= first) & (source.labels[rows] < end)]
         count = count_of_split[split]
         if not len(rows):
@@ -188,12 +191,13 @@ def load_splits(spec: DataSpec) -> Splits:
         request = f"{spec.name}, {split}={count}"
         rows = _balanced(source.labels, rows, count, spec.subset_seed, request)
         # classes are numbered anew from 0
-        splits[split] = Split(source, rows, torch.from_numpy(source.labels[rows] - first))
+        splits[split] = Split(source, rows, torch.from_numpy(source.labels[rows] - first), stored)
     return Splits(**splits, class_names=names[first:end], channels=sources["train"].channels)
 
 
-def _rows_of_splits(name: str, sources: dict[str, Source]) -> dict[str, tuple[Source, np.ndarray]]:
-    """Lists the rows that each split may draw from; absent splits are lent by training.
+def _rows_of_splits(name: str, sources: dict[str, Source]) -> dict[str, tuple[str, np.ndarray]]:
+    """Lists for each split the stored one with the rows that it may draw from there; absent splits
+    are lent by training.
 
     Raises ValueError for a split without images, and for training images too few to lend a tenth.
     """
@@ -207,7 +211,7 @@ def _rows_of_splits(name: str, sources: dict[str, Source]) -> dict[str, tuple[So
     remaining_rows, rows_of_splits = np.arange(len(train.labels)), {}
     for split in ("test", "val"):
         if split in sources:
-            rows_of_splits[split] = (sources[split], np.arange(len(sources[split].labels)))
+            rows_of_splits[split] = (split, np.arange(len(sources[split].labels)))
             continue
         count = len(train.labels) // 10
         if not count:
@@ -216,9 +220,9 @@ def _rows_of_splits(name: str, sources: dict[str, Source]) -> dict[str, tuple[So
                 f"training images would be none: give it a {split} split, or 10 images and more"
             )
         lent_rows = _proportional(train.labels, remaining_rows, count, SPLIT_SEED)
-        rows_of_splits[split] = (train, lent_rows)
+        rows_of_splits[split] = ("train", lent_rows)
         remaining_rows = np.setdiff1d(remaining_rows, lent_rows)
-    rows_of_splits["train"] = (train, remaining_rows)
+    rows_of_splits["train"] = ("train", remaining_rows)
     return rows_of_splits
 
 

@@ -11,6 +11,7 @@ computed first.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -104,6 +105,10 @@ def _refuse_records_of_other_data(specs: Iterable[RunSpec], where: Store) -> Non
     from ..inputs import fingerprint
     from ..inputs.sources import fingerprint_of
 
+    @functools.cache  # whose files are looked at once, not once a run
+    def fingerprint_now(name: str, label: str) -> dict[str, Any] | None:
+        return fingerprint_of(name, label, paths.data_home())
+
     for spec in unique(ancestor for run in specs for ancestor in run.lineage):
         known = where.index.facts(spec.id)
         if known is not None and known[1]["data"] is None:
@@ -112,7 +117,7 @@ def _refuse_records_of_other_data(specs: Iterable[RunSpec], where: Store) -> Non
         if known is None and (record is None or record.content.get("data") is None):
             continue
         try:
-            now = fingerprint_of(spec.data.name, spec.data.label, paths.data_home())
+            now = fingerprint_now(spec.data.name, spec.data.label)
         except FileNotFoundError:
             continue
         if known is not None and same_data(known[1], now):
@@ -131,8 +136,11 @@ def with_parents(specs: list[RunSpec], executor: Any, where: Store) -> Iterator[
     filed.
 
     A run with `keep` whose record is there is computed again if its weights are not. A run that
-    finds the weights it starts from damaged is tried once more, after those.
+    finds the weights it starts from damaged is tried once more, after those. Raises ValueError,
+    before anything is computed, where one of them, or a run that it starts from, has a record of
+    other data.
     """
+    _refuse_records_of_other_data(specs, where)
     without_parent: list[RunSpec] = []
     for wave in _waves(specs, where):
         yield from _compute(wave, executor, where, without_parent)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -116,6 +117,27 @@ def _reason(error: Exception) -> dict[str, Any]:
     }
 
 
+class NotFinite(RuntimeError):
+    """A number of the record is NaN or infinite."""
+
+
+def _refuse_not_finite(entries: dict[str, Any]) -> None:
+    """Raises NotFinite naming a number of a record that is not finite: JSON has none such."""
+    inside = [((name,), value) for name, value in entries.items()]
+    while inside:
+        path, value = inside.pop()
+        if isinstance(value, float) and not math.isfinite(value):
+            raise NotFinite(
+                f"{'.'.join(map(str, path))} is {value}, and a record holds finite numbers alone. "
+                "For some image the model gives values that are not finite: a lower lr or a longer "
+                "warmup may help, or dtype='float32'; of a run without training, look at the "
+                "weights that it starts from"
+            )
+        pairs = enumerate(value) if isinstance(value, list) else ()
+        pairs = value.items() if isinstance(value, dict) else pairs
+        inside += [((*path, name), part) for name, part in pairs]
+
+
 @dataclass
 class _Run:
     """A run under way: what it reads, and the entries of its record as they are made."""
@@ -157,11 +179,13 @@ class _Run:
             model = self._train(trained, splits, teacher, masks)
         routing = RoutingProbe(len(splits.class_names), self.spec.image_loads)
         test = evaluate(model, splits.test, self.spec, routing.update)
+        _refuse_not_finite({"test": test.entry})
         self.timing["eval_images_per_s"] = test.images_per_s
         resident = partial(self._resident_mib, trained, splits)
         inputs = ProbeInputs(self.spec, model, trained, teacher, splits, test, routing, resident)
         result = probed(inputs)
         self.entries |= {"moe": []} | result.entries
+        _refuse_not_finite(self.entries)  # before weights are kept that runs may start from
         weights["final"] = sha256_state(model.state_dict())
         if self.spec.keep:
             states.save(model, self.spec, self.states, weights["final"])

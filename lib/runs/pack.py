@@ -107,13 +107,12 @@ def _pack_images(specs: Sequence[RunSpec], home: Path) -> None:
                 f"data set {data.name} with bands={data.bands} is not packed, only colour images "
                 "are: copy its folder to MOE_DATA there, and pack the other runs"
             )
-        sources = sources_of(data.name, data.label, paths.data_home())
-        opened.setdefault(data.name, {})[data.label] = sources
+        by_label = opened.setdefault(data.name, {})
+        by_label[data.label] = sources_of(data.name, data.label, paths.data_home())
         rows_of_split = rows.setdefault(data.name, {})
         splits = load_splits(data)
         for split in (splits.train, splits.val, splits.test):
-            [stored] = [name for name, source in sources[0].items() if source is split.source]
-            rows_of_split.setdefault(stored, set()).update(split.rows.tolist())
+            rows_of_split.setdefault(split.stored, set()).update(split.rows.tolist())
     for name, by_label in opened.items():
         packed.write(packed.file_of(home, name), by_label, rows[name])
 

@@ -80,18 +80,18 @@ def test_a_broken_a_missing_and_a_surplus_sample(home):
     with pytest.raises(ValueError, match="sample_3.hdf5 does not read as HDF5"):
         source.image(3)
     (folder / "sample_3.hdf5").unlink()
-    sources.sources_of.cache_clear()
+    sources.forget()
     with pytest.raises(ValueError, match="sample_3 of the train split has no file sample_3.hdf5"):
         load_splits(DataSpec(name="m-forestnet"))
     (folder / "sample_3.hdf5").write_bytes(whole)
     shutil.copy(folder / "sample_3.hdf5", folder / "sample_99.hdf5")  # in no split: it is not read
-    sources.sources_of.cache_clear()
+    sources.forget()
     splits = load_splits(DataSpec(name="m-forestnet"))
     assert len(splits.train) + len(splits.val) + len(splits.test) == 15
     partition = json.loads((folder / "default_partition.json").read_text())
     partition["test"].append("sample_99")
     (folder / "default_partition.json").write_text(json.dumps(partition))
-    sources.sources_of.cache_clear()
+    sources.forget()
     with pytest.raises(ValueError, match="gives no label to sample sample_99 of the test split"):
         load_splits(DataSpec(name="m-forestnet"))
 

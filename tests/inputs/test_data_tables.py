@@ -127,7 +127,7 @@ def test_a_split_of_the_hub_by_any_letters(home, monkeypatch):
     splits = load_splits(DataSpec(name="hub:someone/birds", image_size=8))
     assert [len(split) for split in (splits.train, splits.val, splits.test)] == [18, 2, 4]
     del hub["Train"]
-    sources.sources_of.cache_clear()
+    sources.forget()
     with pytest.raises(ValueError, match="no split named train, only TEST, extra"):
         load_splits(DataSpec(name="hub:someone/birds"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from data_folders import encoded, parquet, put
@@ -11,7 +12,10 @@ from data_folders import encoded, parquet, put
 from lib import paths
 from lib.inputs import fingerprint, packed, sources
 from lib.inputs.splits import load_splits
-from lib.runs.collect import collect, load
+from lib.runs import order
+from lib.runs.collect import collect, load, with_parents
+from lib.runs.estimate import Estimates
+from lib.runs.fill import fill
 from lib.runs.store import Store
 from lib.spec import BackboneSpec, DataSpec, RunSpec, TrainSpec
 
@@ -25,9 +29,6 @@ def write(home, values=range(20), labels=None, names=NAMES) -> None:
 
 
 def now(name: str = "set") -> dict:
-    """The fingerprint as a new process would compute it."""
-    sources.sources_of.cache_clear()
-    sources.fingerprint_of.cache_clear()
     return sources.fingerprint_of(name, "label", paths.data_home())
 
 
@@ -67,8 +68,38 @@ def test_new_pictures_are_read_though_the_file_keeps_its_time(home):
     assert int(load_splits(DataSpec(name="set")).train.source.image(3)[0, 0, 0]) == 3
     write(home, values=[*range(3), 200, *range(4, 20)])
     os.utime(home / "set/train.parquet", ns=(times.st_atime_ns, times.st_mtime_ns))
-    sources.sources_of.cache_clear()
     assert int(load_splits(DataSpec(name="set")).train.source.image(3)[0, 0, 0]) == 200
+
+
+def test_pictures_that_change_are_read_anew_in_one_process(home):
+    spec, picture = DataSpec(name="set"), "set/cat/3.png"
+    put(home, {f"set/{c}/{n}.png": encoded(n) for c in NAMES for n in range(10)})
+    first = load_splits(spec)
+    assert load_splits(spec).train.source is first.train.source  # and what is as it was is not
+    before = now()
+    times = os.stat(home / picture)
+    (home / picture).write_bytes(encoded(99))
+    os.utime(home / picture, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert int(load_splits(spec).train.source.image(3)[0, 0, 0]) == 99
+    assert fingerprint.difference(before, now()) == "its images or labels are others"
+    put(home, {"set/dog/new.png": encoded(5)})
+    assert now()["labels"] == {"train": [10, 11]}
+    (home / "set/dog/circle").symlink_to(home / "set")
+    with pytest.raises(ValueError, match="one and the same folder"):
+        load_splits(spec)
+
+
+def test_a_packed_file_that_changes_is_read_anew_in_one_process(home, tmp_path, monkeypatch):
+    away = tmp_path / "away"
+    for values in (range(20), range(100, 120)):
+        monkeypatch.setenv("MOE_DATA", str(home))
+        write(home, values=values)
+        opened = sources.sources_of("set", "label", home)
+        packed.write(packed.file_of(away, "set"), {"label": opened}, {"train": range(20)})
+        expected = now()
+        monkeypatch.setenv("MOE_DATA", str(away))
+        assert now() == expected
+        assert int(load_splits(DataSpec(name="set")).train.source.image(3)[0, 0, 0]) == values[3]
 
 
 def test_the_place_of_the_data_does_not_matter(home, tmp_path, monkeypatch):
@@ -121,7 +152,6 @@ def test_a_record_is_not_handed_out_for_other_data(home, tmp_path):
     [record] = collect({"run": [child]}, where=where)["run"]
     assert record.data == before == where.peek(parent.id).data
     write(home, values=[*range(19), 77])
-    now()
     message = f"data set set is not the one that run {child.id} has seen: its images or labels"
     with pytest.raises(ValueError, match=message):
         collect({"run": [child]}, where=where)
@@ -129,7 +159,29 @@ def test_a_record_is_not_handed_out_for_other_data(home, tmp_path):
         collect({"run": [child.but(seed=2)]}, where=where)  # only its parent is there
     assert load({"run": [child]}, where)["run"][0].data == before  # what is there stays
     shutil.rmtree(home / "set")
-    sources.sources_of.cache_clear()
-    sources.fingerprint_of.cache_clear()
     [again] = collect({"run": [child]}, where=where)["run"]  # nothing to compare with
     assert again.data == before
+
+
+def test_no_run_starts_from_one_that_has_seen_other_data(home, tmp_path):
+    where = Store(tmp_path / "published", tmp_path / "private")
+    write(home)
+    parent = TINY.but(keep=True)
+    collect({"run": [parent]}, where=where)
+    write(home, values=range(100, 120))
+    child = TINY.but(init=parent, seed=1)
+    plan = order.missing({"page": {"run": [child]}}, where, Estimates.of_store(where), False)
+    with ThreadPoolExecutor(1) as executor:
+        outcome = fill(plan, 100.0, executor, 1, where, lambda line: None)
+    assert outcome.filed == [] and where.peek(child.id) is None
+    assert f"data set set is not the one that run {parent.id} has seen" in outcome.failures[0]
+
+
+def test_a_model_is_not_computed_anew_of_other_data(home, tmp_path):
+    where = Store(tmp_path / "published", tmp_path / "private")
+    write(home)
+    collect({"run": [TINY]}, where=where)  # leaves no weights
+    write(home, values=range(100, 120))
+    with pytest.raises(ValueError, match=f"not the one that run {TINY.id} has seen"):
+        list(with_parents([TINY.but(keep=True)], None, where))
+    assert not where.state(TINY.id).exists()

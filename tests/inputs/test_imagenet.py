@@ -206,7 +206,7 @@ def test_opening_shards_leaves_their_images_on_disk(home):
     spec = DataSpec(name="hub", image_size=8)
     splits = load_splits(spec)  # writes the table that is mapped
     assert pa.total_allocated_bytes() - before < of_images / 20
-    sources.sources_of.cache_clear()
+    sources.forget()
     before = read_by_this_process()
     splits = load_splits(spec)
     # the ends of the files, 64 kB twice each, where their tables of contents are, and labels
@@ -223,7 +223,7 @@ def test_shards_that_do_not_add_up(home):
     whole = (folder / "data" / "train-00007-of-00020.parquet").read_bytes()
 
     def refused(says):
-        sources.sources_of.cache_clear()
+        sources.forget()
         with pytest.raises(ValueError, match=says):
             load_splits(DataSpec(name="hub"))
 

@@ -202,7 +202,7 @@ def test_only_what_does_not_stay_decoded_is_read_by_processes(home, monkeypatch)
     here = batches(split, run, None, monkeypatch)
     assert not counts
     monkeypatch.setattr(sources, "CACHED_BYTES", len(split) * 20 * 24 * 3)  # some are larger
-    sources.sources_of.cache_clear()
+    sources.forget()
     assert equal(batches(load_splits(run.data).train, run, None, monkeypatch), here)
     assert counts == [(1, False)]
     assert list(split.batches([], run)) == []

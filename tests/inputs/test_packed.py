@@ -20,7 +20,7 @@ def test_packed_images_are_the_same_and_only_the_rows_asked_for(home):
     file = packed.file_of(home, SPEC.name)
     packed.write(file, {"label": opened}, {"train": rows})
     assert 70 * 28 * 28 < file.stat().st_size < 70 * 28 * 28 + 60_000
-    sources.sources_of.cache_clear()
+    sources.forget()
     again = load_splits(SPEC)
     assert again.class_names == whole.class_names and again.channels == 1
     index = torch.arange(10)

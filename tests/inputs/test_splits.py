@@ -87,7 +87,7 @@ def test_splits_without_images_are_refused_by_name(home):
     with pytest.raises(ValueError, match="few has no test split, and a tenth of its 8 training"):
         load_splits(DataSpec(name="few"))
     parquet(home / "few" / "test.parquet", [], [], ["a", "b"])
-    sources.sources_of.cache_clear()
+    sources.forget()
     with pytest.raises(ValueError, match="few, split test: there is no image in it"):
         load_splits(DataSpec(name="few"))
     images = [encoded(value) for value in range(30)]
@@ -178,7 +178,7 @@ REAL = {  # name: (label column, (train, val, test), some class names in place)
 def given(name: str) -> None:
     if name != "mnist5k" and not (GIVEN and (Path(GIVEN) / name).is_dir()):
         pytest.skip(f"MOE_DATA has no {name}")
-    sources.sources_of.cache_clear()
+    sources.forget()
 
 
 def digest(split: splits.Split) -> str:

@@ -73,7 +73,7 @@ def test_a_trained_model_is_taken_as_it_is_if_it_has_a_head(rooms, weights):
     put(rooms, {f"hall/{grey}.png": encoded(grey, (32, 32)) for grey in range(100, 130)})
     from lib.inputs import sources
 
-    sources.sources_of.cache_clear()
+    sources.forget()
     with pytest.raises(ValueError, match=r"no head for the 3 classes of rooms .*give --epochs 1"):
         compress.dense_run(words(*given))
 

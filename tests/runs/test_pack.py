@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_folders import encoded, parquet, put
 
 from lib.__main__ import main
 from lib.pages import contents, parameters, profiles
@@ -101,6 +102,36 @@ def test_packed_runs_are_those_of_collect(tmp_path, where):
             assert mine.file.parent.name == theirs.file.parent.name
     assert where.find(CHILD.id).is_relative_to(where.published)
     assert collect({"moe": [CHILD]}, where=where)["moe"][0].weights["parent_differs"] is False
+
+
+def pictures(home: Path) -> None:
+    for split in ("train", "test"):
+        for c in ("ä", "b"):
+            files = {f"own rooms/{split}/{c}/{n}.png": encoded(9 * n, (16, 12)) for n in range(15)}
+            put(home, files)
+
+
+def tables(home: Path) -> None:
+    parquet(
+        home / "own rooms/train.parquet", [encoded(n) for n in range(40)], [0, 1] * 20, ["a", "b"]
+    )
+
+
+@pytest.mark.parametrize("data_set", [pictures, tables])
+def test_runs_of_a_folder_of_ones_own_are_packed(tmp_path, home, where, data_set):
+    data_set(home)
+    run = PARENT.but(data=DataSpec(name="own rooms", image_size=14))
+    both = {"own": [run], "mnist": [PARENT]}
+    pack([run, PARENT], tmp_path / "packed", 10**7, where=where)
+    there = tmp_path / "packed"
+    process = away(there, "--workers", "1")
+    said, _ = process.communicate()
+    assert process.returncode == 0 and "failed: none" in said, said
+    filed, missing = merging.merge(sorted((there / "records").iterdir()), both, where)
+    assert set(filed) == {run.id, PARENT.id} and missing == []
+    [record] = collect({"own": [run]}, where=where)["own"]  # is not refused: it has seen these data
+    [computed] = collect({"own": [run]}, where=Store(tmp_path / "r", tmp_path / "c"))["own"]
+    assert record.result() == computed.result() and record.data is not None
 
 
 def record_ids(there: Path) -> set[str]:
