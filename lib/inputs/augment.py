@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# longer sides of an image, in shorter ones, of which the middle is taken before it is resized
+LONGEST = 16
+
 
 def augmented(
     images: list[Tensor], kind: str, side: int, generator: torch.Generator | None
@@ -61,11 +64,16 @@ def places_read(kind: str, count: int, share: slice) -> range:
 
 
 def _one_batch(images: list[Tensor], side: int) -> Tensor:
-    """Stacks images of one square shape as they are; others are resized and cropped to S."""
+    """Stacks images of one square shape as they are; others are resized and cropped to S.
+
+    Shifts come after it. So they are counted in pixels of the images where all have one square
+    shape, and in pixels of S where not: what "shift" makes of an image depends on that, and the
+    step in which "flip_crop" and "auto" move one.
+    """
     shapes = {image.shape for image in images}
     _, height, width = images[0].shape
     if len(shapes) > 1 or height != width:
-        # One by one: what becomes of an image does not depend on its neighbours in the batch.
+        # One by one: resizing an image does not depend on its neighbours in the batch.
         return torch.stack([resize_and_crop_centre(image, side) for image in images])
     return torch.stack(images).float().div_(255)
 
@@ -85,8 +93,12 @@ def _bicubic(pixels: Tensor, size: tuple[int, int]) -> Tensor:
 def resize_and_crop_centre(image: Tensor, side: int) -> Tensor:
     """Resizes a square image whole to (C, S, S), and takes the centre of any other.
 
-    The shorter side of an oblong image is first made S * 8/7: the rule of 256 -> 224.
+    The shorter side of an oblong image is first made S * 8/7: the rule of 256 -> 224. Of one that
+    is longer than LONGEST times its shorter side the middle of that length is taken before, since
+    nearly all of what would be resized is cut off.
     """
+    most = LONGEST * min(image.shape[-2:])
+    image = _middle(_middle(image, -2, most), -1, most)
     height, width = image.shape[-2:]
     batch_of_one = image[None].float().div_(255)
     if height == width:
@@ -96,6 +108,12 @@ def resize_and_crop_centre(image: Tensor, side: int) -> Tensor:
     resized = _bicubic(batch_of_one, size)[0]
     top, left = (size[0] - side) // 2, (size[1] - side) // 2
     return resized[:, top : top + side, left : left + side]
+
+
+def _middle(image: Tensor, axis: int, most: int) -> Tensor:
+    """Takes the middle of an axis that is longer than `most`, and all of any other."""
+    length = image.shape[axis]
+    return image if length <= most else image.narrow(axis, (length - most) // 2, most)
 
 
 def random_resized_crop(image: Tensor, side: int, generator: torch.Generator) -> Tensor:

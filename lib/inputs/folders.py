@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -30,7 +31,8 @@ NO_PICTURES = frozenset(
     ".csv .db .gz .h5 .hdf5 .html .ini .json .jsonl .log .mat .md .npy .npz .parquet .pdf .pkl .pt "
     ".pth .py .rtf .safetensors .sh .tar .toml .tsv .txt .xml .yaml .yml .zip".split()
 )
-SYSTEM_FOLDERS = {"__MACOSX"}  # what an archive's program adds beside the folders
+# what an archive's program, and a network disk for its thumbnails, add beside the folders
+SYSTEM_FOLDERS = {"__MACOSX", "@eaDir"}
 
 
 @dataclass(frozen=True, order=True)
@@ -44,10 +46,11 @@ class Picture:
 def class_folders(folder: Path) -> Read:
     """Reads the pictures of a folder: by split labels and decoder, then the names of the classes.
 
-    The classes are those of the training split, by name. Raises ValueError, naming the first file
-    or folder, for a picture outside a class, one that is empty, of a kind that is not read, or a
-    link to nothing; for one file that is found twice; for a folder without pictures, fewer than two
-    classes, a class without a training picture, and two folders of one split.
+    The classes are those of the training split, by name in Unicode's composed form. Raises
+    ValueError, naming the first file or folder, for a picture outside a class, one that is empty,
+    of a kind that is not read, or a link to nothing; for one file that is found twice; for a folder
+    without pictures, fewer than two classes, a class without a training picture, two folders of one
+    split or of names that print alike, and a split beside folders that are none.
     """
     top = _folders_in(folder)
     splits = _folder_of_split(folder, top)
@@ -101,23 +104,35 @@ def _folder_of_split(folder: Path, top: list[Path]) -> dict[str, Path]:
 
 
 def _refuse_splits_beside_classes(folder: Path, top: list[Path], named: list[Path]) -> None:
-    """Raises ValueError where split folders with classes of their own lie beside other folders.
+    """Raises ValueError where split folders with classes of their own lie beside other folders: two
+    of them, or one whose classes are folders in another, too.
 
-    Read as classes, the pictures would be labelled train and test.
+    Read as classes, the pictures would be labelled train and test, or train and holdout.
     """
     of_classes = [
         sub
         for sub in named
         if next(_pictures_of(sub, deep=False), None) is None and _folders_in(sub)
     ]
+    others = [sub for sub in top if sub not in named]
     if len({SPLIT_OF_NAME[sub.name.lower()] for sub in of_classes}) > 1:
-        other = next(sub for sub in top if sub not in named)
+        other = others[0]
         raise ValueError(
             f"{folder} holds split folders with classes in them "
             f"({', '.join(sub.name for sub in of_classes)}) and {other.name} beside them: "
             "either every top folder is a split (train, val, test), or every one is a class. "
             f"Move {other.name} away, or into a split"
         )
+    for split in of_classes:
+        classes = {sub.name for sub in _folders_in(split)}
+        for other in others:
+            if shared := sorted(classes & {sub.name for sub in _folders_in(other)}):
+                raise ValueError(
+                    f"{split} and {other} both hold a folder {shared[0]}: they look like two "
+                    f"splits, and {other.name} is no name of one. Name it val or test, or move it "
+                    f"away; where {split.name} is a class, put its pictures into it without "
+                    "folders, or give it another name"
+                )
 
 
 def _files_by_class(folder: Path, classes: list[Path]) -> dict[str, list[Picture]]:
@@ -132,7 +147,14 @@ def _files_by_class(folder: Path, classes: list[Path]) -> dict[str, list[Picture
                 f"{of_class} holds no picture, and every folder in {folder} is a class: remove it, "
                 "or put its pictures there"
             )
-        files_of_class[of_class.name] = files
+        # one system writes é as one character and another as two: equal in print
+        name = unicodedata.normalize("NFC", of_class.name)
+        if name in files_of_class:
+            raise ValueError(
+                f"{folder} holds two folders whose names print alike, {name} "
+                f"({ascii(of_class.name)} is the second): put their pictures together"
+            )
+        files_of_class[name] = files
     return files_of_class
 
 

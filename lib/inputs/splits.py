@@ -199,7 +199,8 @@ def _rows_of_splits(name: str, sources: dict[str, Source]) -> dict[str, tuple[st
     """Lists for each split the stored one with the rows that it may draw from there; absent splits
     are lent by training.
 
-    Raises ValueError for a split without images, and for training images too few to lend a tenth.
+    Raises ValueError for a split without images, and for training images too few to lend a tenth or
+    to leave each class one.
     """
     for split, source in sources.items():
         if not len(source.labels):
@@ -209,6 +210,7 @@ def _rows_of_splits(name: str, sources: dict[str, Source]) -> dict[str, tuple[st
             )
     train = sources["train"]
     remaining_rows, rows_of_splits = np.arange(len(train.labels)), {}
+    absent = 2 - len(sources.keys() & {"test", "val"})
     for split in ("test", "val"):
         if split in sources:
             rows_of_splits[split] = (split, np.arange(len(sources[split].labels)))
@@ -219,7 +221,17 @@ def _rows_of_splits(name: str, sources: dict[str, Source]) -> dict[str, tuple[st
                 f"data set {name} has no {split} split, and a tenth of its {len(train.labels)} "
                 f"training images would be none: give it a {split} split, or 10 images and more"
             )
-        lent_rows = _proportional(train.labels, remaining_rows, count, SPLIT_SEED)
+        # each class keeps one, and of the others there are some for each absent split
+        spare = len(remaining_rows) - len(np.unique(train.labels))
+        lent_rows = _proportional(
+            train.labels, remaining_rows, min(count, spare // absent), SPLIT_SEED
+        )
+        if not len(lent_rows):
+            raise ValueError(
+                f"data set {name} has no {split} split, and only {spare} training images more than "
+                f"classes to lend to it: give it a {split} split, or more images a class"
+            )
+        absent -= 1
         rows_of_splits[split] = ("train", lent_rows)
         remaining_rows = np.setdiff1d(remaining_rows, lent_rows)
     rows_of_splits["train"] = ("train", remaining_rows)
@@ -248,14 +260,17 @@ def _balanced(
 def _proportional(labels: np.ndarray, rows: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Draws `count` of `rows`, of each class its share up to one image, and sorts them.
 
-    labels: of all rows of the source; count: at most half of the rows. Every class keeps a row that
-    is not drawn. Of classes of one size the same rows are drawn as by `_balanced`.
+    labels: of all rows of the source. Every class keeps a row that is not drawn: where that leaves
+    fewer than `count`, all the others are drawn. Of classes of one size the same rows are drawn as
+    by `_balanced`.
     """
     shuffled, rank = _shuffled(labels, rows, seed)
+    size = np.bincount(labels[rows])[labels[shuffled]]  # (n,) of the class of each
     # Image r of the n of a class stands at (r + 1/2) / n of it: the lowest places of all classes
-    # are its share of each, and the last image of a class stands at one half or above.
-    place = (rank + 0.5) / np.bincount(labels[rows])[labels[shuffled]]
-    return np.sort(shuffled[np.argsort(place, kind="stable")[:count]])
+    # are its share of each.
+    order = np.argsort((rank + 0.5) / size, kind="stable")
+    is_last = rank[order] == size[order] - 1
+    return np.sort(shuffled[order[~is_last][:count]])
 
 
 def _shuffled(labels: np.ndarray, rows: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:

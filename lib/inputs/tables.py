@@ -14,35 +14,21 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from .. import paths
 from .encoded import rows_in_table
+from .label_columns import Column, label_column, labels_by_name
 from .rows import SPLIT_OF_NAME, Read
 
 if TYPE_CHECKING:
     import datasets
-    import pyarrow
 
 # SPLIT.parquet, or a part of it as the hub names them: SPLIT-00000-of-00002.parquet
-FILE_NAME = re.compile(r"(?P<split>[^-]+?)(-(?P<part>\d{5})-of-(?P<parts>\d{5})(-\w+)?)?\.parquet")
-
-
-@dataclass(frozen=True)
-class Column:
-    """Holds the label column of one file or split.
-
-    where: begins messages about it; names: of its classes by number, None for a plain column whose
-    values name the classes; values: (n,) numbers of classes, or the values.
-    """
-
-    where: str
-    names: list[str] | None
-    values: list
+FILE_NAME = re.compile(
+    r"(?P<split>[^-]+?)(-(?P<part>\d{5})-of-(?P<parts>\d{5})(-\w+)?)?\.parquet", re.IGNORECASE
+)
 
 
 def folder_of_tables(folder: Path) -> Path | None:
@@ -55,7 +41,8 @@ def folder_of_tables(folder: Path) -> Path | None:
         raise ValueError(
             f"{folder} has parquet files of its own and in data: keep those that are the data set"
         )
-    if not places and (deeper := next(folder.glob("*/*.parquet"), None)):
+    deeper = (file for file in folder.glob("*/*.*") if file.suffix.lower() == ".parquet")
+    if not places and (deeper := next(deeper, None)):
         raise ValueError(
             f"{deeper} is not looked at: parquet files lie in {folder} or in {folder / 'data'}, "
             "named SPLIT.parquet or SPLIT-00000-of-00002.parquet"
@@ -66,7 +53,8 @@ def folder_of_tables(folder: Path) -> Path | None:
 def _parquet(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(f for f in folder.iterdir() if f.suffix == ".parquet" and f.name[0] != ".")
+    files = (f for f in folder.iterdir() if f.suffix.lower() == ".parquet")
+    return sorted(f for f in files if f.name[0] != ".")
 
 
 def parquet_files(folder: Path, label: str) -> Read:
@@ -74,7 +62,8 @@ def parquet_files(folder: Path, label: str) -> Read:
 
     label: the column of labels. Raises ValueError, naming the file and where it can the row, for a
     part that is absent, no split named train, a file that does not read, no such column or one that
-    does not hold one class a row, and a class that training does not know.
+    does not hold one class a row, fewer than two classes in training, a class that training does
+    not know, and no column of images or several.
     """
     files_of_split = _files_of_split(folder)
     columns = {
@@ -91,7 +80,7 @@ def parquet_files(folder: Path, label: str) -> Read:
     read = {}
     for split, table in _tables(files_of_split, image).items():
         read[split] = rows_in_table(
-            labels_of_split[split], table, image, f"{folder}, split {split}"
+            labels_of_split[split], table, image, f"{folder}, split {split}", [folder]
         )
     return read, names
 
@@ -152,6 +141,7 @@ def hub_copy(name: str, label: str) -> Read:
     Raises FileNotFoundError if it is neither in the cache nor delivered.
     """
     import datasets
+    from huggingface_hub import constants
 
     cache = paths.cache() / "datasets"
     try:
@@ -177,74 +167,22 @@ def hub_copy(name: str, label: str) -> Read:
         if label not in table.features:
             raise ValueError(_no_column(where, label, list(table.features)))
         values = table.data.column(label)
-        columns[split] = [_column(where, values, getattr(table.features[label], "names", None))]
+        columns[split] = [
+            label_column(where, values, getattr(table.features[label], "names", None))
+        ]
     labels_of_split, names = labels_by_name(columns)
     read = {}
     for split, table in tables.items():
         where = f"{name}, split {split}"
         images = [c for c, of in table.features.items() if isinstance(of, datasets.Image)]
-        if not images:
-            raise ValueError(_no_images(where, list(table.features)))
-        read[split] = rows_in_table(labels_of_split[split], table, images[0], where)
+        image = _only_one(images, where, list(table.features))
+        # a set of single files stays in the hub's own cache
+        folders = [cache, Path(constants.HF_HUB_CACHE)]
+        read[split] = rows_in_table(labels_of_split[split], table, image, where, folders)
     return read, names
 
 
 # ---------------------------------------------------------------- labels
-
-
-def labels_by_name(
-    columns_of_split: dict[str, list[Column]],
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Numbers the labels of all columns by one list of class names, which it returns, too.
-
-    The list is that of the first column of the training split, with names that only later training
-    columns have at its end; where columns are plain, it is the training values in order. Raises
-    ValueError, with the row, for a label that is not in it.
-    """
-    training = columns_of_split["train"]
-    has_names = [column for column in training if column.names is not None]
-    if has_names:
-        classes = list(dict.fromkeys(name for column in has_names for name in column.names))
-    else:
-        classes = _in_order({value for column in training for value in column.values}, training)
-    number_of = {value: number for number, value in enumerate(classes)}
-    labels_of_split = {
-        split: np.array(
-            [label for column in columns for label in _numbered(column, number_of)],
-            dtype=np.int64,
-        )
-        for split, columns in columns_of_split.items()
-    }
-    return labels_of_split, list(map(str, classes))
-
-
-def _in_order(values: set, columns: Sequence[Column]) -> list:
-    try:
-        return sorted(values)
-    except TypeError as error:  # numbers in one file, text in another
-        kinds = {
-            type(column.values[0]).__name__: column.where for column in columns if column.values
-        }
-        listed = " and ".join(f"{kind} in {where}" for kind, where in kinds.items())
-        raise ValueError(
-            f"labels are {listed}: all files need labels of one type, whole numbers or text"
-        ) from error
-
-
-def _numbered(column: Column, number_of: dict[Any, int]) -> list[int]:
-    """Gives the class of each row of a column, by its name."""
-    values = column.values
-    if column.names is not None:
-        values = [column.names[value] for value in values]
-    for row, value in enumerate(values):
-        if value not in number_of:
-            listed = ", ".join(map(str, list(number_of)[:10]))
-            raise ValueError(
-                f"{column.where}, row {row}: {value!r} is no class of the training split, whose "
-                f"classes are {listed}{', ...' if len(number_of) > 10 else ''} (compared by name). "
-                "Give it training images, or take the row out"
-            )
-    return [number_of[value] for value in values]
 
 
 def _label_column(file: Path, label: str) -> Column:
@@ -262,7 +200,7 @@ def _label_column(file: Path, label: str) -> Column:
             f"{file} cannot be read as parquet: {error}. Get it again, or write it anew"
         ) from error
     feature = datasets.Features.from_arrow_schema(schema)[label]
-    return _column(str(file), values, getattr(feature, "names", None))
+    return label_column(str(file), values, getattr(feature, "names", None))
 
 
 def _no_column(where: str, label: str, columns: Sequence[str]) -> str:
@@ -272,66 +210,40 @@ def _no_column(where: str, label: str, columns: Sequence[str]) -> str:
     )
 
 
-def _column(where: str, values: pyarrow.ChunkedArray, names: list[str] | None) -> Column:
-    """Checks that a column holds one class a row. where: begins the messages of ValueErrors."""
-    import pyarrow
-
-    kind = values.type
-    if pyarrow.types.is_dictionary(kind):  # what pandas writes for categories
-        values = pyarrow.chunked_array([chunk.dictionary_decode() for chunk in values.chunks])
-        kind = kind.value_type
-    if not any(
-        check(kind)
-        for check in (
-            pyarrow.types.is_integer,
-            pyarrow.types.is_boolean,
-            pyarrow.types.is_string,
-            pyarrow.types.is_large_string,
-        )
-    ):
-        raise ValueError(
-            f"{where}: the label column holds {kind}, and a label is one whole number or one text "
-            "a row. Give the column of the classes with label="
-        )
-    listed = values.to_pylist()
-    if None in listed:
-        raise ValueError(
-            f"{where}, row {listed.index(None)} has no label: label it, or remove the row"
-        )
-    if names is not None and len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{where} gives two classes the name {twice!r}: rename one")
-    for row, value in enumerate(listed if names is not None else ()):
-        if not 0 <= value < len(names):
-            raise ValueError(
-                f"{where}, row {row}: label {value} is none of its {len(names)} classes, which "
-                "are numbered from 0; -1 stands for no label. Label it, or remove the row"
-            )
-    return Column(where, names, listed)
-
-
 # ---------------------------------------------------------------- images
 
 
 def _image_column(file: Path) -> str:
-    """Names the first column of a parquet file that holds encoded images."""
+    """Names the column of a parquet file that holds encoded images."""
     import datasets
     import pyarrow
     from pyarrow import parquet
 
     schema = parquet.read_schema(file)
     features = datasets.Features.from_arrow_schema(schema)
+    images = []
     for column in schema.names:
         kind = schema.field(column).type
         fields = {field.name for field in kind} if pyarrow.types.is_struct(kind) else set()
         # the second form is what a program that knows nothing of `datasets` leaves of the first
         if isinstance(features[column], datasets.Image) or fields == {"bytes", "path"}:
-            return column
-    raise ValueError(_no_images(str(file), schema.names))
+            images.append(column)
+    return _only_one(images, str(file), schema.names)
 
 
-def _no_images(where: str, columns: Sequence[str]) -> str:
-    return (
+def _only_one(images: Sequence[str], where: str, columns: Sequence[str]) -> str:
+    """Gives the one column of images; ValueError where there is none, or one of several to choose.
+
+    where: begins the message; columns: all that there are.
+    """
+    if len(images) > 1:
+        raise ValueError(
+            f"{where}: {len(images)} columns hold images, {', '.join(images)}, and nothing says "
+            "which are to be classified: write the table without the others"
+        )
+    if images:
+        return images[0]
+    raise ValueError(
         f"{where}: no image column among {', '.join(columns)}. Images are structs of bytes and "
         "path, as the package datasets writes a column of type Image"
     )

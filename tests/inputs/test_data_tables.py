@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from data_folders import encoded, parquet
+from data_folders import encoded, parquet, put
 from PIL import Image
 from pyarrow.parquet import write_table
 
@@ -262,6 +262,85 @@ def test_numbers_beside_text_are_refused(home):
 # ---------------------------------------------------------------- which files
 
 
+@pytest.mark.parametrize(
+    "training, test, message",
+    [
+        ([7] * 20, [7], r"set/train\.parquet: all training rows are of the one class 7"),
+        (["a"] * 20, ["a", "b"], r"one class 'a', and at least two are needed"),
+    ],
+)
+def test_one_class_is_none_to_tell_apart(home, training, test, message):
+    plain(home / "set/train.parquet", training)
+    plain(home / "set/test.parquet", test)
+    with pytest.raises(ValueError, match=message):
+        load_splits(DataSpec(name="set"))
+
+
+def test_a_class_without_training_rows(home):
+    names = ["cat", "dog", "owl"]
+    parquet(home / "set/train.parquet", [encoded(v) for v in range(20)], [0, 1] * 10, names)
+    assert load_splits(DataSpec(name="set")).class_names == names  # in no row, it does no harm
+    parquet(home / "set/test.parquet", [encoded(1), encoded(2)], [0, 2], names)
+    message = r"test\.parquet, row 1: 'owl' is no class of the training split, .* are cat, dog \("
+    with pytest.raises(ValueError, match=message):
+        load_splits(DataSpec(name="set"))
+    parquet(home / "one/train.parquet", [encoded(v) for v in range(20)], [1] * 20, names)
+    with pytest.raises(ValueError, match="all training rows are of the one class 'dog'"):
+        load_splits(DataSpec(name="one"))
+
+
+def test_texts_are_compared_as_they_are_printed(home):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    plain(home / "set/train.parquet", [composed, "tea"] * 10)
+    plain(home / "set/test.parquet", ["tea", decomposed])
+    splits = load_splits(DataSpec(name="set"))
+    assert splits.class_names == [composed, "tea"] and splits.test.labels.tolist() == [1, 0]
+    plain(home / "mixed/train.parquet", [composed, decomposed] * 10)
+    with pytest.raises(ValueError, match="two classes that print alike, '.*' and '.*': write them"):
+        load_splits(DataSpec(name="mixed"))
+    named(home / "names/train.parquet", [composed, decomposed], [composed, decomposed])
+    with pytest.raises(ValueError, match="two classes that print alike"):
+        load_splits(DataSpec(name="names"))
+
+
+def test_text_of_another_type_of_arrow(home):
+    plain(home / "set/train.parquet", pa.array(["b", "a"] * 10, pa.string_view()))
+    assert load_splits(DataSpec(name="set")).class_names == ["a", "b"]
+
+
+def test_of_two_image_columns_none_is_guessed(home):
+    image = [{"bytes": encoded(value), "path": None} for value in range(20)]
+    (home / "set").mkdir()
+    columns = {"mask": image, "image": image, "label": [0, 1] * 10}
+    write_table(pa.table(columns), home / "set/train.parquet")
+    with pytest.raises(ValueError, match=r"2 columns hold images, mask, image, and nothing says"):
+        load_splits(DataSpec(name="set"))
+
+
+def test_two_image_columns_of_the_hub(home, monkeypatch):
+    features = {
+        "image": datasets.Image(),
+        "mask": datasets.Image(),
+        "label": datasets.Value("int64"),
+    }
+    image = [{"bytes": encoded(value), "path": None} for value in range(20)]
+    rows = {"image": image, "mask": image, "label": [0, 1] * 10}
+    table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: {"train": table})
+    with pytest.raises(ValueError, match="hub:me/set, split train: 2 columns hold images"):
+        load_splits(DataSpec(name="hub:me/set"))
+
+
+@pytest.mark.parametrize("ending", ["PARQUET", "Parquet"])
+def test_endings_in_any_letters(home, ending):
+    named(home / f"set/train.{ending}", ["cat", "dog"], ["cat", "dog"])
+    assert load_splits(DataSpec(name="set")).class_names == ["cat", "dog"]
+    named(home / f"deep/a/b/train.{ending}", ["cat", "dog"], ["cat", "dog"])
+    named(home / f"deeper/b/train.{ending}", ["cat", "dog"], ["cat", "dog"])
+    with pytest.raises(ValueError, match=rf"b/train\.{ending} is not looked at"):
+        load_splits(DataSpec(name="deeper"))
+
+
 def test_a_split_that_nobody_asked_for_is_not_looked_at(home):
     named(home / "set/train.parquet", ["cat", "dog"], ["cat", "dog"])
     parquet(home / "set/unlabeled.parquet", [encoded(1)], [-1], ["cat", "dog"])
@@ -321,3 +400,37 @@ def test_a_row_without_an_image_is_named(home):
     source = load_splits(DataSpec(name="set")).train.source
     with pytest.raises(ValueError, match=r"set, split train, row 3 has no image"):
         source.image(3)
+
+
+def named_files(home, path: str) -> None:
+    """A table whose rows name files, all that of a path."""
+    images = [{"bytes": None, "path": path} for _ in range(20)]
+    (home / "set").mkdir(exist_ok=True)
+    write_table(pa.table({"img": images, "label": [0, 1] * 10}), home / "set/train.parquet")
+
+
+def test_a_row_may_name_a_file_of_the_data_set(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    put(home, {"set/pictures/a.png": encoded(40)})
+    for path in ("pictures/a.png", str(home / "set/pictures/../pictures/a.png")):
+        named_files(home, path)
+        source = load_splits(DataSpec(name="set")).train.source
+        assert int(source.image(3)[0, 0, 0]) == int(source.job(3)()[0, 0, 0]) == 40
+
+
+@pytest.mark.parametrize("path", [None, ""])
+def test_a_row_with_neither_bytes_nor_file(home, path):
+    named_files(home, path)
+    source = load_splits(DataSpec(name="set")).train.source
+    for read in (source.image, source.stored):
+        with pytest.raises(ValueError, match="set, split train, row 3 has no image"):
+            read(3)
+
+
+@pytest.mark.parametrize("path", ["gone.png", ".", "a\0b"])
+def test_a_row_that_names_a_file_that_does_not_read(home, path):
+    named_files(home, path)
+    source = load_splits(DataSpec(name="set")).train.source
+    for read in (source.image, source.stored):
+        with pytest.raises(ValueError, match="row 3 names the file .*which does not read"):
+            read(3)

@@ -67,6 +67,10 @@ SPLITS = {
 }
 
 
+TRAINING = many("train/cat", CATS) | many("train/dog", DOGS)
+# é as one character, and as e with an accent, as some disks write it
+COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
+
 # ---------------------------------------------------------------- names mean nothing else
 
 
@@ -94,6 +98,22 @@ def test_classes_named_like_splits_beside_others_are_classes(home):
     splits = loaded(home, many("bus", CATS) | many("train", DOGS) | many("test", range(40, 60)))
     assert splits.class_names == ["bus", "test", "train"]
     assert sum(map(len, (splits.train, splits.val, splits.test))) == 60
+
+
+def test_a_class_train_has_its_pictures_in_itself_or_in_folders_of_its_own(home):
+    buses = many("bus/old", CATS) | many("bus/new", CATS)
+    for name, trains in {"flat": "train", "nested": "train/steam"}.items():
+        splits = loaded(home, buses | many(trains, DOGS), name)
+        assert splits.class_names == ["bus", "train"]
+
+
+def test_names_are_compared_as_they_are_printed(home):
+    files = many(f"train/{COMPOSED}", CATS) | many("train/tea", DOGS)
+    splits = loaded(home, files | many(f"test/{DECOMPOSED}", [50]) | many("test/tea", [150]))
+    assert splits.class_names == [COMPOSED, "tea"]
+    assert splits.test.labels.tolist() == [0, 1] and greys(splits.test) == [50, 150]
+    again = loaded(home, many(DECOMPOSED, CATS) | many("tea", DOGS), "copied")
+    assert again.class_names == splits.class_names
 
 
 def test_nested_folders_belong_to_the_class_on_top(home):
@@ -131,6 +151,13 @@ def test_files_that_are_no_pictures_are_left_alone(home):
     extra |= {"__MACOSX/train/cat/x.png": encoded(3), "train/dog/no_ending": b"text all the same"}
     splits = loaded(home, SPLITS | extra)
     assert greys(splits.train) + greys(splits.val) and len(splits.train) + len(splits.val) == 40
+
+
+@pytest.mark.parametrize("folder", ["@eaDir", "__MACOSX"])
+def test_what_systems_put_beside_pictures_is_no_picture(home, folder):
+    thumbnails = {f"train/cat/{folder}/1.png/thumbnail.jpg": encoded(9), f"{folder}/1.png": b""}
+    splits = loaded(home, SPLITS | thumbnails)
+    assert len(splits.train) + len(splits.val) == 40 and splits.class_names == ["cat", "dog"]
 
 
 def test_a_picture_is_known_by_its_content_where_its_name_says_nothing(home):
@@ -173,6 +200,22 @@ def test_what_is_not_read_is_named(home, extra, message):
         (
             SPLITS | many("extra/bird", CATS),
             r"split folders with classes in them \(test, train\) and extra beside them",
+        ),
+        (
+            TRAINING | many("holdout/cat", CATS) | many("holdout/dog", DOGS),
+            r"set/train and \S*set/holdout both hold a folder cat: they look like two splits",
+        ),
+        (
+            TRAINING | many("evaluation/dog/far", DOGS),
+            r"set/evaluation both hold a folder dog.*Name it val or test",
+        ),
+        (
+            many(f"{COMPOSED}", CATS) | many(f"{DECOMPOSED}", CATS) | many("tea", DOGS),
+            r"two folders whose names print alike, caf\xe9 \('caf\\xe9' is the second\)",
+        ),
+        (
+            many(f"test/{COMPOSED}", CATS) | many(f"test/{DECOMPOSED}", CATS) | TRAINING,
+            r"set/test holds two folders whose names print alike",
         ),
     ],
 )

@@ -8,9 +8,11 @@ import tracemalloc
 
 import h5py
 import numpy as np
+import pyarrow as pa
 import pytest
 from data_folders import encoded, put
 from PIL import Image
+from pyarrow.parquet import write_table
 
 from lib.inputs.pixels import rgb
 from lib.inputs.splits import load_splits
@@ -141,3 +143,23 @@ def test_a_picture_of_too_many_pixels_is_named(home, monkeypatch):
     source = load_splits(DataSpec(name="set")).train.source
     with pytest.raises(ValueError, match=r"cat/0\.png does not decode: .*decompression bomb"):
         source.image(0)
+
+
+@pytest.mark.parametrize("how", ["absolute", "up", "through", "working"])
+def test_a_table_reads_no_other_file(home, tmp_path, monkeypatch, how):
+    put(tmp_path, {"secret.png": encoded(77)})
+    monkeypatch.chdir(tmp_path)
+    path = {
+        "absolute": str(tmp_path / "secret.png"),
+        "up": "../../secret.png",
+        "through": str(home / "set/../../secret.png"),
+        "working": "secret.png",
+    }[how]
+    (home / "set").mkdir()
+    images = [{"bytes": None, "path": path} for _ in range(20)]
+    write_table(pa.table({"img": images, "label": [0, 1] * 10}), home / "set/train.parquet")
+    source = load_splits(DataSpec(name="set")).train.source
+    message = "No such file" if how == "working" else "is outside .*set and is not read"
+    for read in (source.image, source.stored, lambda row: source.job(row)()):
+        with pytest.raises(ValueError, match=f"row 3 names the file .*{message}"):
+            read(3)

@@ -81,6 +81,41 @@ def test_lent_rows_are_in_proportion_and_leave_every_class_some():
     assert len(splits._proportional(equal, rows, 20, seed=4)) == 20
 
 
+@pytest.mark.parametrize(
+    "sizes, kept",
+    [
+        ([1] * 18 + [2, 2], 20),  # a tenth are 2, and 2 can be spared: one for each split
+        ([1] * 19 + [2], None),  # 1 can be spared, and two splits need one
+        ([1] * 20, None),
+        ([9] + [1] * 11, 9 + 11 - 2 * 2),
+    ],
+)
+def test_every_class_keeps_an_image_where_most_have_one(sizes, kept):
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    opened = {"train": sources.Source(labels, None, 3)}
+    if kept is None:
+        with pytest.raises(
+            ValueError, match="has no test split, and only [01] training images more than"
+        ):
+            splits._rows_of_splits("tail", opened)
+        return
+    rows = {split: rows for split, (_, rows) in splits._rows_of_splits("tail", opened).items()}
+    assert np.array_equal(np.unique(labels[rows["train"]]), np.arange(len(sizes)))
+    assert len(rows["train"]) == kept
+    assert np.array_equal(np.sort(np.concatenate(list(rows.values()))), np.arange(len(labels)))
+
+
+def test_rows_are_lent_as_ever_where_each_class_can_spare_them():
+    draw = np.random.default_rng(0)
+    for seed in range(50):
+        labels = np.repeat(np.arange(12), draw.integers(2, 90, 12))
+        rows, count = np.arange(len(labels)), len(labels) // 10
+        shuffled, rank = splits._shuffled(labels, rows, seed)
+        place = (rank + 0.5) / np.bincount(labels)[labels[shuffled]]
+        by_share_alone = np.sort(shuffled[np.argsort(place, kind="stable")[:count]])
+        assert np.array_equal(splits._proportional(labels, rows, count, seed), by_share_alone)
+
+
 def test_splits_without_images_are_refused_by_name(home):
     few = [encoded(value) for value in range(8)]
     parquet(home / "few" / "train.parquet", few, [0, 1] * 4, ["a", "b"])
@@ -351,6 +386,32 @@ def test_centre_of_an_oblong_image():
     image[:, :, 11:21] = 255
     out = augment.resize_and_crop_centre(image, 14)
     assert out.shape == (3, 14, 14) and torch.allclose(out, torch.ones_like(out), atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 2000), (3, 900, 2)])
+def test_of_a_very_long_image_the_middle_is_resized(shape, monkeypatch):
+    sizes, bicubic = [], augment._bicubic
+
+    def watched(pixels, size):
+        sizes.append(size)
+        return bicubic(pixels, size)
+
+    monkeypatch.setattr(augment, "_bicubic", watched)
+    image = torch.zeros(shape, dtype=torch.uint8)
+    short, long = sorted(shape[1:])
+    axis = shape.index(long)
+    image.narrow(axis, (long - 16 * short) // 2, 16 * short).fill_(255)
+    out = augment.resize_and_crop_centre(image, 56)
+    assert out.shape == (3, 56, 56) and torch.allclose(out, torch.ones_like(out), atol=1e-3)
+    assert sorted(sizes[0]) == [64, 1024]
+
+
+def test_a_long_image_is_resized_as_a_whole(monkeypatch):
+    image = torch.randint(0, 256, (3, 5, 80), generator=torch.Generator().manual_seed(0))
+    image = image.to(torch.uint8)
+    longest = augment.resize_and_crop_centre(image, 14)
+    monkeypatch.setattr(augment, "LONGEST", 10**9)
+    assert torch.equal(augment.resize_and_crop_centre(image, 14), longest)
 
 
 def test_decoded_images_are_kept_up_to_a_limit(monkeypatch):

@@ -3,6 +3,7 @@ what, and when, counts."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 import warnings
@@ -26,6 +27,34 @@ TINY = RunSpec(
 
 
 ALL = MoESpec(router="all", experts=2, top_k=2, balance="none")
+
+
+@pytest.mark.parametrize("place", ["test.loss", "memory.steps.1"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_run_whose_numbers_are_not_finite_is_filed_as_failed(where, monkeypatch, place, value):
+    from lib.measure import probes
+    from lib.training import evaluate
+
+    evaluated, probed = evaluate.evaluate, probes.probed
+
+    def evaluate_badly(model, split, spec, *rest, **named):
+        result = evaluated(model, split, spec, *rest, **named)
+        is_bad = spec.seed == 1 and place == "test.loss"
+        return dataclasses.replace(result, loss=value) if is_bad else result
+
+    def probe_badly(inputs):
+        result = probed(inputs)
+        if inputs.spec.seed == 1 and place != "test.loss":
+            result.entries["memory"] = {"steps": [1.0, value]}
+        return result
+
+    monkeypatch.setattr(evaluate, "evaluate", evaluate_badly)
+    monkeypatch.setattr(probes, "probed", probe_badly)
+    bad, good = TINY.but(seed=1, keep=True), TINY.but(seed=2)
+    with pytest.raises(RuntimeError, match=rf"run {bad.id}: NotFinite: {place} is {value}, and a"):
+        runs.collect({"runs": [bad, good]}, where=where)
+    assert where.peek(bad.id).status == "failed" and where.is_done(good.id)
+    assert not where.state(bad.id).exists()
 
 
 @pytest.fixture
