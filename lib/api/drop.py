@@ -10,7 +10,7 @@ from ..pruning.experts.dropping import routed
 from ..pruning.experts.scores import MEASURED
 from ..spec import DropSpec
 from .loaders import Loader, calibration_images, check_loader, check_model
-from .modules import note, rules_of, to_change
+from .modules import check_seed, note, rules_of, to_change
 
 
 def drop_experts(
@@ -44,7 +44,8 @@ def drop_experts(
     experts than a token chooses.
     """
     rules = _rules(keep, score, missing, before)
-    smaller = to_change(model, inplace)
+    check_seed(seed)
+    smaller = to_change(model, inplace, "dropping")
     counts = {name: layer.router.experts for name, layer in routed(smaller).items()}
     batches = []
     if score in MEASURED or score in experts.MERGING:

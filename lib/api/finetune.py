@@ -29,8 +29,9 @@ from .loaders import (
     check_model,
     length,
 )
-from .modules import modes_kept, note, rules_of, to_change
+from .modules import check_seed, modes_kept, note, rules_of, to_change
 
+DISTIL = 0.5  # weight of a teacher's predictions
 LAYER_DECAY = 0.65  # rates fall by it from block to block, counted from the head (ViMoE)
 
 
@@ -45,7 +46,7 @@ def finetune(
     weight_decay: float = 0.05,
     label_smoothing: float = 0.0,
     teacher: nn.Module | None = None,
-    distil: float = 0.5,
+    distil: float | None = None,
     coefficient: float = 0.01,
     seed: int = 0,
     inplace: bool = False,
@@ -62,19 +63,26 @@ def finetune(
     timm, which say where their blocks are (`group_matcher`); None is 0.65 for these, and 1 for
     others.
     teacher: a model for the same classes, such as the dense one before pruning, whose predictions
-    are learnt with weight `distil`, and the labels with the rest.
+    are learnt with weight `distil` (0.5 for None), and the labels with the rest.
     coefficient: of `auxiliary_loss`, if an MoE layer has a router that learns.
     seed: of all that is drawn, also by a loader that shuffles with torch's global generator, which
     is left as it was.
 
-    The model's modes and types stay as they are, and it is left alone unless `inplace`.
-    `model.finetuning` gets a row an epoch. Raises ValueError for what does not fit, by name, and
-    `training.loop.Diverged` if the loss is not finite.
+    The model's modes and types stay as they are, and it is left alone unless `inplace`. It is
+    trained in float32 or wider: a model in float16 or bfloat16, whose weights would not take small
+    steps, is refused. `model.finetuning` gets a row an epoch. Raises ValueError for what does not
+    fit, by name, also for images that are not finite, and `training.loop.Diverged` if the loss is
+    not finite.
     """
     check_loader(loader)
     if val is not None:
         check_loader(val, "val")
-    trained = to_change(model, inplace)
+    check_seed(seed)
+    if torch.is_inference_mode_enabled():
+        raise ValueError("nothing is trained under torch.inference_mode(): call finetune outside")
+    trained = to_change(model, inplace, "finetuning")
+    _check_teacher(trained, teacher, distil)
+    _check_types(trained)
     if not any(p.requires_grad for p in trained.parameters()):
         raise ValueError("every parameter of the model is frozen: model.requires_grad_(True)")
     train = rules_of(
@@ -84,11 +92,17 @@ def finetune(
         layer_decay=_decay(trained, layer_decay),
         weight_decay=float(weight_decay),
         label_smoothing=float(label_smoothing),
-        distil_logits=float(distil),
+        distil_logits=float(DISTIL if distil is None else distil),
     )
     task = _LoaderTask(trained, loader, val, teacher, train, coefficient)
     trainer = Trainer(trained, task, train, seed, "finetune")
-    with modes_kept(trained), modes_kept(teacher), torch.random.fork_rng(devices=[]):
+    # also under a caller's no_grad, which would leave nothing to differentiate
+    with (
+        modes_kept(trained),
+        modes_kept(teacher),
+        torch.random.fork_rng(devices=[]),
+        torch.enable_grad(),
+    ):
         torch.manual_seed(seed)
         if teacher is not None:
             teacher.eval()
@@ -122,6 +136,44 @@ def auxiliary_loss(tape: RoutingTape, coefficient: float = 0.01) -> Tensor:
 
 def _learns(router: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in router.parameters())
+
+
+def _check_teacher(model: nn.Module, teacher: nn.Module | None, distil: float | None) -> None:
+    """Raises ValueError for a weight without a teacher, and for one that learns as it teaches."""
+    if teacher is None:
+        if distil is not None:
+            raise ValueError(
+                f"distil={distil!r} weighs what a teacher predicts, and there is none: give "
+                "teacher=, or leave distil out"
+            )
+        return
+    check_model(teacher, "teacher")
+    own = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    if any(id(parameter) in own for parameter in teacher.parameters()):
+        raise ValueError(
+            "teacher shares trained parameters with model, so that it would teach what it learns: "
+            "give a copy that stays as it is, copy.deepcopy(teacher)"
+        )
+
+
+def _check_types(model: nn.Module) -> None:
+    """Raises ValueError where trained weights are too coarse for the steps of an optimiser."""
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and torch.finfo(weight.dtype).bits < 32:
+            raise ValueError(
+                f"{name} is trained and of {weight.dtype}, which rounds small steps away: "
+                "model.float(), finetune it on float32 images, and then .to("
+                f"{weight.dtype}) what is returned"
+            )
+
+
+def _check_finite(images: Tensor, argument: str) -> None:
+    """Raises ValueError for images whose loss would be blamed on the training."""
+    if not images.isfinite().all():
+        raise ValueError(
+            f"{argument} gave images with numbers that are not finite (NaN or infinite): leave "
+            "these images out, or mend them"
+        )
 
 
 def _decay(model: nn.Module, layer_decay: float | None) -> float:
@@ -171,7 +223,9 @@ class _LoaderTask(Task):
                 f"loader ended after {step % self.steps_per_epoch} batches of "
                 f"{self.steps_per_epoch}: it must give as many in every pass"
             )
-        return check_batch(batch, self.model)
+        images, labels = check_batch(batch, self.model)
+        _check_finite(images, "loader")
+        return images, labels
 
     def losses(self, images: Tensor, labels: Tensor, tape: RoutingTape) -> dict[str, Tensor]:
         """Computes the cross-entropy, the divergence from the teacher, and the balance loss."""
@@ -205,6 +259,7 @@ class _LoaderTask(Task):
         model.eval()
         count, correct, losses = 0, 0, []
         for images, labels in batches_of(self.val, model, "validate", "val"):
+            _check_finite(images, "val")
             with labelled(model, labels):
                 logits = check_logits(model(images), labels, model).float()
             losses.append(F.cross_entropy(logits, labels, reduction="sum").item())

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 from pydantic import ValidationError
@@ -16,11 +17,27 @@ from ..spec.base import sentence
 from .loaders import check_model
 
 
-def to_change(model: nn.Module, inplace: bool) -> nn.Module:
-    """Returns the model itself if it is changed in place, else a copy. ValueError as
-    `check_model`."""
+def to_change(model: nn.Module, inplace: bool, noted: str | None = None) -> nn.Module:
+    """Returns the model itself if it is changed in place, else a copy.
+
+    noted: the attribute that `note` will write. Raises ValueError as `check_model`, and where the
+    model has something else of that name, before anything is computed.
+    """
     check_model(model)
+    own = None if noted is None else getattr(model, noted, None)
+    if own is not None and not _is_note(own):
+        raise ValueError(
+            f"model.{noted} is a {type(own).__name__} of the model's own, and what is done here is "
+            "noted under that name: give it another name, or put the model into a module of your "
+            "own"
+        )
     return model if inplace else copy.deepcopy(model)
+
+
+def check_seed(seed: Any) -> None:
+    """Raises ValueError for a seed that is no whole number of at least 0."""
+    if not isinstance(seed, Integral) or seed < 0:
+        raise ValueError(f"seed={seed!r}: give a whole number of at least 0")
 
 
 def note(model: nn.Module, attribute: str, rows: Sequence[dict[str, Any]]) -> nn.Module:
@@ -28,8 +45,12 @@ def note(model: nn.Module, attribute: str, rows: Sequence[dict[str, Any]]) -> nn
 
     The list is no part of the state dict, and a copy of the model has a copy of it.
     """
-    setattr(model, attribute, [*getattr(model, attribute, ()), *rows])
+    setattr(model, attribute, [*(getattr(model, attribute, None) or ()), *rows])
     return model
+
+
+def _is_note(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(row, dict) for row in value)
 
 
 def rules_of(spec: type[Spec], /, **fields: Any) -> Any:

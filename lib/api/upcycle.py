@@ -34,7 +34,7 @@ def upcycle(
     gets a row a layer. What is taken, what the gate is, and what is refused: see
     `lib.models.upcycle.upcycle`, which does it.
     """
-    mixed = to_change(model, inplace)
+    mixed = to_change(model, inplace, "upcycling")
     before = _moe_layers(mixed)
     layers.upcycle(mixed, spec, modules=modules, ignore=ignore, generator=generator, **fields)
     rows = [

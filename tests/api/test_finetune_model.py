@@ -152,18 +152,66 @@ def test_a_loader_without_a_length_and_parts_of_an_epoch():
 
 
 def test_in_place_frozen_parts_modes_and_types():
-    model = vit().to(torch.bfloat16)
+    model = vit().double()
     model.blocks[0].requires_grad_(False)
     model.blocks[1].train()
     state, modes = state_of(model), [module.training for module in model.modules()]
-    trained = lib.finetune(model, loader(torch.bfloat16), epochs=1, lr=1e-2)
+    trained = lib.finetune(model, loader(torch.float64), epochs=1, lr=1e-2)
     assert same_state(model, state) and [m.training for m in trained.modules()] == modes
-    assert all(parameter.dtype == torch.bfloat16 for parameter in trained.parameters())
+    assert all(parameter.dtype == torch.float64 for parameter in trained.parameters())
     now = trained.state_dict()
     moved = {name for name in now if not torch.equal(now[name], state[name])}
     assert moved and not any(name.startswith("blocks.0.") for name in moved)
-    assert lib.finetune(model, loader(torch.bfloat16), epochs=1, inplace=True) is model
+    assert lib.finetune(model, loader(torch.float64), epochs=1, inplace=True) is model
     assert not same_state(model, state)
+
+
+def with_noted(value):
+    model = vit()
+    model.finetuning = value
+    return model
+
+
+def not_finite(value):
+    batches = loader()
+    batches[1][0][0, 0, 0, 0] = value
+    return batches
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_coarse_types_are_refused_where_weights_are_trained(dtype):
+    model = vit().to(dtype)
+    with pytest.raises(ValueError, match=r"of torch.b?float16, which rounds.*model.float\(\)"):
+        lib.finetune(model, loader(dtype))
+    model = vit().requires_grad_(False)
+    model.head.float().requires_grad_(True)
+    model.blocks[0].mlp.to(dtype)  # frozen: nothing of it is lost
+    assert "finetuning" in vars(lib.finetune(Mixed(model), loader(), epochs=0.2))
+
+
+class Mixed(torch.nn.Module):
+    """A head that is trained on features of a trunk whose types are its own matter."""
+
+    def __init__(self, trunk):
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.trunk(x).float()
+
+
+def test_a_teacher_that_is_the_copied_model_stays_and_gradients_are_recorded():
+    model = vit()
+    with torch.no_grad():
+        trained = lib.finetune(model, loader(), epochs=1, lr=1e-2, teacher=model)
+    assert trained.finetuning[0]["train_distil_loss"] > 0
+    with torch.inference_mode(), pytest.raises(ValueError, match="under torch.inference_mode"):
+        lib.finetune(model, loader())
+    with pytest.raises(ValueError, match="teacher shares trained parameters with model"):
+        lib.finetune(model, loader(), teacher=model, inplace=True)
+    with pytest.raises(ValueError, match="teacher shares trained parameters with model"):
+        lib.finetune(model, loader(), teacher=Mixed(model), inplace=True)
 
 
 def shrinking():
@@ -188,6 +236,13 @@ def shrinking():
         (vit(), {"val": iter(loader())}, "val is a list_iterator, which can be read once"),
         (vit(), {"val": [IMAGES]}, "val gave a Tensor"),
         (vit().requires_grad_(False), {}, "every parameter of the model is frozen"),
+        (vit(), {"distil": 0.9}, "distil=0.9 weighs what a teacher predicts"),
+        (vit(), {"seed": -1}, "seed=-1: give a whole number"),
+        (vit(), {"seed": 0.5}, "seed=0.5: give a whole number"),
+        (vit(), {"val": not_finite(math.nan)}, "val gave images with numbers that are not finite"),
+        (vit(), {"loader": not_finite(math.inf)}, "loader gave images with numbers that are not"),
+        (with_noted(torch.nn.ReLU()), {}, "model.finetuning is a ReLU of the model's own"),
+        (with_noted(0.5), {}, "model.finetuning is a float of the model's own"),
         (vit(num_classes=3), {}, "labels from 0 to 4, .* has 3 classes"),
     ],
 )
