@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..models.plain import check_unshared
 from ..pruning.experts import drop as experts
 from ..pruning.experts.dropping import routed
 from ..pruning.experts.scores import MEASURED
@@ -40,13 +41,15 @@ def drop_experts(
 
     The model's modes and types stay as they are, and it is left alone unless `inplace`.
     `model.dropping` gets a row a layer: experts before and after, and which stayed. Raises
-    ValueError for what does not fit, by name: no MoE layer, a router without a row an expert, fewer
-    experts than a token chooses.
+    ValueError for what does not fit, by name: no MoE layer, one that shares parameters, a router
+    without a row an expert, fewer experts than a token chooses.
     """
     rules = _rules(keep, score, missing, before)
     check_seed(seed)
     smaller = to_change(model, inplace, "dropping")
-    counts = {name: layer.router.experts for name, layer in routed(smaller).items()}
+    layers = routed(smaller)
+    check_unshared(smaller, layers.items())
+    counts = {name: layer.router.experts for name, layer in layers.items()}
     batches = []
     if score in MEASURED or score in experts.MERGING:
         check_loader(loader)

@@ -10,8 +10,9 @@ from numbers import Integral
 from typing import Any
 
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
+from ..models.plain import made_plain
 from ..spec import Spec
 from ..spec.base import sentence
 from .loaders import check_model
@@ -31,7 +32,19 @@ def to_change(model: nn.Module, inplace: bool, noted: str | None = None) -> nn.M
             "noted under that name: give it another name, or put the model into a module of your "
             "own"
         )
-    return model if inplace else copy.deepcopy(model)
+    return model if inplace else copied(model)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Copies a model. Raises ValueError, by name, for a computed tensor that torch cannot copy."""
+    for name, part in model.named_modules():
+        for attribute, value in vars(part).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                raise ValueError(
+                    f"{name or 'the model'} has a {attribute} that is computed from other "
+                    f"parameters, and torch cannot copy it: {made_plain(attribute)}"
+                )
+    return copy.deepcopy(model)
 
 
 def check_seed(seed: Any) -> None:

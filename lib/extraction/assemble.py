@@ -34,7 +34,7 @@ def mixture(
     """Builds the MoE layer of E experts, whose neurons are those of an MLP.
 
     weights, kept_neurons: of each expert. common: of the part that every token passes. storage: as
-    in `ExtractSpec`.
+    in `ExtractSpec`. What is made of frozen parameters stays frozen.
     """
     maps = maps_of(mlp)
     if storage == "copies":
@@ -50,5 +50,6 @@ def mixture(
             torch.stack([expert.b2 for expert in weights]),
             maps.act,
         )
+    maps.freeze_alike(experts.fc1, experts.fc2)
     shared = None if common is None else narrow_mlp(mlp, common)
     return MoELayer(router, experts, shared, channels_first=maps.channels_first)

@@ -21,6 +21,7 @@ from .. import paths
 from ..inputs.splits import Split
 from ..inputs.weights import sha256_state
 from ..models.mlps import maps_of
+from ..models.plain import check_hooks
 from ..models.tokens import begins_with_class_token
 from ..models.upcycle import block_mlps, check_dropout
 from ..pruning.neurons.calibration import calibration
@@ -116,8 +117,8 @@ def check(
 
     ignore, modules: as of `mlps_of`. Raises ValueError as that, for correction.sequential on
     anything but a ViT, for correction.head on a model without a linear classifier, for
-    clusters.class_token on a model without a class token, for experts of an MLP with dropout
-    inside, and for clusters of the neurons of a gated one.
+    clusters.class_token on a model without a class token, for experts of an MLP with dropout inside
+    or with hooks, and for clusters of the neurons of a gated one.
     """
     class_token = rules.clusters.class_token
     begins = (begins_with_class_token(model, name) for name, _ in block_mlps(model))
@@ -138,6 +139,7 @@ def check(
     if rules.clusters.of != "nothing":  # a narrower MLP carries its dropout
         for name, mlp in mlps.items():
             check_dropout(name, mlp)
+            check_hooks(name, mlp)
     gated = [name for name, mlp in mlps.items() if maps_of(mlp).gated]
     if rules.clusters.of == "neurons" and gated:
         raise ValueError(

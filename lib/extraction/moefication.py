@@ -56,6 +56,7 @@ def moefied(
     # a token's output is the sum of K experts: each gives its part of the bias
     weights = [(w1[index], b1[index], w2[:, index], b2 / k) for index in neurons]
     experts = Experts.of(weights, maps.act)
+    maps.freeze_alike(experts.fc1, experts.fc2)
     layer = MoELayer(router, experts, channels_first=maps.channels_first)
     chosen = router.scores(calibration.tokens.inputs).topk(k, dim=1).indices.flatten()
     report = layer_report(layer, calibration, chosen, neurons, mean_rows, 0)

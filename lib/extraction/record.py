@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.mlps import MlpMaps, maps_of, why_no_neurons, why_not_copied
+from ..models.plain import check_unshared
 from ..models.upcycle import chosen_mlps
 
 
@@ -52,7 +53,8 @@ def mlps_of(
     """Returns {name: MLP} of the blocks of a model, but of those that are ignored, by name.
 
     modules: patterns of names of MLPs to take instead of the blocks' own. Raises ValueError as
-    `chosen_mlps`, and for an MLP whose neurons are not known, or that changes the width.
+    `chosen_mlps`, and for an MLP whose neurons are not known, that changes the width, or that
+    shares parameters with another part of the model.
     """
     mlps = {name: mlp for name, mlp in chosen_mlps(model, modules) if name not in ignore}
     if not mlps:
@@ -63,6 +65,7 @@ def mlps_of(
                 f"{name} {reason}: no experts are extracted from it, and no neuron is pruned. "
                 "Leave it out with ignore="
             )
+    check_unshared(model, mlps.items())
     return mlps
 
 
@@ -86,7 +89,8 @@ def record_tokens(
     tokens, and in a second pass. norms: {name: the norm before an MLP}, whose input is kept as
     `residual`.
 
-    Raises ValueError as `mlps_of`, without an image, and for activations that are not finite.
+    Raises ValueError as `mlps_of`, without an image, for activations that are not finite, and for
+    MLPs that do not run.
     """
     mlps = mlps_of(model) if mlps is None else mlps
     training_modes = {module: module.training for module in model.modules()}
@@ -105,6 +109,12 @@ def record_tokens(
         raise ValueError(
             "recording needs images: batches is an iterable of tensors (B, C, height, width), and "
             "it was empty"
+        )
+    if idle := [name for name in mlps if name not in sample.pieces]:
+        raise ValueError(
+            f"{', '.join(idle[:4])}{' and others' if len(idle) > 4 else ''} did not run on the "
+            "images, so there is nothing to go by: leave out what the model does not use, as with "
+            f"ignore=[{idle[0].partition('.')[0] if len(idle) < len(mlps) else idle[0]!r}]"
         )
     return sample.tokens()
 

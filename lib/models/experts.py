@@ -129,13 +129,16 @@ class Experts(nn.Module):
     def copies(cls, mlp: nn.Module, experts: int) -> Experts:
         """Makes E copies of an MLP that `maps_of` knows (sparse upcycling, 2212.05055).
 
-        A layer without a bias gets one of zeros. Raises ValueError as `maps_of`.
+        A layer without a bias gets one of zeros; what is frozen stays so. Raises ValueError as
+        `maps_of`.
         """
         maps = maps_of(mlp)
         w1, b1, w2, b2 = maps.weights()
         b1 = w1.new_zeros(len(w1)) if b1 is None else b1
         b2 = w2.new_zeros(len(w2)) if b2 is None else b2
-        return cls.of([(w1, b1, w2, b2)] * experts, maps.act)
+        out = cls.of([(w1, b1, w2, b2)] * experts, maps.act)
+        maps.freeze_alike(out.fc1, out.fc2)
+        return out
 
     @property
     def gated(self) -> bool:

@@ -22,6 +22,8 @@ from timm.models.gemma4_vit import Gemma4GatedMlp
 from timm.models.inception_next import ConvMlp as InceptionNeXtMlp
 from torch import Tensor, nn
 
+from .plain import why_not_plain
+
 Value = Callable[[Tensor], Tensor]  # maps a parameter to a tensor of its shape
 
 # What a block calls the factor of its MLP's output: a parameter, or a module with `gamma` or
@@ -201,6 +203,13 @@ class MlpMaps:
         weight = state.get(f"{prefix}{self.last}.weight")
         return None if weight is None else weight.shape[1]
 
+    def freeze_alike(self, first: nn.Module, last: nn.Module) -> None:
+        """Freezes, in place, what two new maps have of frozen parameters of this MLP alone."""
+        for new, names in ((first, self.names[:-1]), (last, [self.last])):
+            for kind in ("weight", "bias"):
+                olds = [_learns(self.mlp.get_submodule(name), kind) for name in names]
+                getattr(new, kind).requires_grad_(any(olds))
+
     def tokens_last(self, x: Tensor) -> Tensor:
         """Turns what goes in or out of a map into (B, ..., D)."""
         return x.movedim(1, -1) if self.channels_first else x
@@ -224,12 +233,20 @@ class MlpMaps:
             owner, _, kind = name.rpartition(".")
             linear = twin.get_submodule(owner)
             if tensor is not None:
+                learns = _learns(linear, kind)
                 pixel = (1, 1) if kind == "weight" and self.channels_first else ()
                 shape = (*tensor.shape[:2], *pixel)
-                tensor = nn.Parameter(tensor.detach().clone().contiguous().view(shape))
+                tensor = tensor.detach().clone().contiguous().view(shape)
+                tensor = nn.Parameter(tensor, requires_grad=learns)
             setattr(linear, kind, tensor)
             _name_sizes(linear)
         return twin
+
+
+def _learns(linear: nn.Module, kind: str) -> bool:
+    """Says whether a parameter of a map is trained; of a bias that it lacks its weight decides."""
+    parameter = getattr(linear, kind)
+    return (linear.weight if parameter is None else parameter).requires_grad
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
@@ -271,7 +288,7 @@ def why_no_neurons(mlp: nn.Module) -> str | None:
         )
     if not isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity):
         return "has a norm inside the MLP, which depends on all hidden neurons at once"
-    return None
+    return why_not_plain(mlp)
 
 
 def _maps(mlp: nn.Module) -> MlpMaps | None:
@@ -342,6 +359,8 @@ def why_not_copied(mlp: nn.Module) -> str | None:
     ]
     if len(needed) != 1:
         return f"({kind}) takes {', '.join(needed)}, and an expert gets tokens alone"
+    if reason := why_not_plain(mlp):
+        return reason
     inputs, outputs = maps[0].weight.shape[1], maps[-1].weight.shape[0]
     if maps[0].weight.ndim > 2:
         inputs *= maps[0].groups

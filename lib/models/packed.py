@@ -109,6 +109,8 @@ class PackedForward(ABC):
     A copy of the module, by deepcopy or pickle, has its own, and packs its weights anew.
     """
 
+    is_of_class = True  # the function is that of the class: `why_not_plain` lets it pass
+
     def __init__(self, module: nn.Module):
         self.module = module
         self._packed: dict[torch.dtype, Any] = {}

@@ -39,6 +39,7 @@ from .mlps import (
 )
 from .moe import MoELayer
 from .names import matching
+from .plain import check_hooks, check_unshared
 from .tokens import check_batch_of_images, check_class_token
 
 # fields that add to what an MLP gave, or change its weights
@@ -152,7 +153,9 @@ def upcycle(
     copied whole (`WholeCopies`, slow), with a warning. Raises ValueError if both or neither of spec
     and fields are given, if L or a block is beyond the depth, if an MLP changes the width, if
     image-level routing finds no class token at the head of a block's tokens and `pool` is not
-    "mean", or if a block sees several rows of tokens an image. Nothing is changed when it raises.
+    "mean", if a block sees several rows of tokens an image, or if an MLP has hooks, a forward of
+    its instance, computed weights (spectral_norm), or parameters that lie elsewhere in the model,
+    too. Nothing is changed when it raises. What is made of frozen parameters stays frozen.
     """
     candidates = chosen_mlps(model, modules, ignore)
     is_guest = spec is None
@@ -163,6 +166,7 @@ def upcycle(
             f"a MoESpec and {_listed(list(fields))} beside it: give a spec, or its fields by name"
         )
     mlps = _of_blocks(type(model).__name__, candidates, spec)
+    check_unshared(model, candidates)
     for name, mlp in mlps:
         _check(name, mlp, spec)
     names = [name for name, _ in mlps]
@@ -222,6 +226,7 @@ def moe_layer(mlp: nn.Module, spec: MoESpec, generator: torch.Generator | None =
         experts = Experts.copies(mlp, spec.experts)
     if spec.fresh_experts:
         experts.reset(generator)
+        experts.requires_grad_(True)  # nothing is left of what may have been frozen
     if spec.copy_noise:
         experts.perturb(spec.copy_noise, generator)
     router = ROUTER_CLASSES[spec.router].from_spec(spec, experts.width, generator)
@@ -265,6 +270,7 @@ def _check(name: str, mlp: nn.Module, spec: MoESpec) -> None:
         raise ValueError(f"{name} is an MoE layer already: upcycle a model with plain MLPs")
     if reason := why_not_copied(mlp):
         raise ValueError(f"{name} {reason}: cannot be upcycled")
+    check_hooks(name, mlp)
     asked = [
         word
         for word, is_asked in (

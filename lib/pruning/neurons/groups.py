@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ...models.experts import Experts
 from ...models.mlps import by_neuron, maps_of, why_no_neurons
 from ...models.moe import MoELayer
+from ...models.plain import check_unshared, why_not_plain
 from ...models.upcycle import block_mlps, chosen_mlps
 
 PARTS = ("mlp", "attention", "experts")
@@ -46,7 +47,7 @@ def prunable(
     parts: of `PARTS`; None stands for all that the model has. ignore: names that are left out.
     modules: patterns of names of MLPs to take instead of the blocks' own, as of `chosen_mlps`.
     Raises ValueError for an unknown part, for one that the model lacks, for a pattern that fits no
-    name, and for a layer that cannot be pruned, by name.
+    name, and for a layer that cannot be pruned or shares parameters with another, by name.
     """
     if unknown := set(parts or ()) - set(PARTS):
         raise ValueError(
@@ -75,7 +76,9 @@ def prunable(
             f"{type(model).__name__} has no block MLP, experts or attention to prune: a timm ViT "
             "has"
         )
-    return {name: module for _, name, module in candidates}
+    found = {name: module for _, name, module in candidates}
+    check_unshared(model, found.items())
+    return found
 
 
 def names_of(
@@ -146,7 +149,10 @@ def _refusal_of_attention(module: nn.Module) -> str | None:
         return "it normalises queries and keys over all dimensions of a head (qk_norm)"
     if not isinstance(module.norm, nn.Identity):
         return "it normalises over all dimensions of all heads before proj (scale_norm)"
-    return None if module.gate is None else "it is gated, and the gate has rows of its own"
+    if module.gate is not None:
+        return "it is gated, and the gate has rows of its own"
+    reason = why_not_plain(module)
+    return reason and f"it {reason}"
 
 
 def groups_of(

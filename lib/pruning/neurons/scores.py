@@ -359,7 +359,7 @@ def _gradients(value: Tensor, name_of: Mapping[Tensor, str]) -> dict[Tensor, Ten
     if unused := [name_of[p] for p, gradient in gradient_of.items() if gradient is None]:
         raise ValueError(
             f"the loss does not depend on {', '.join(unused)}: their scores would be zeros without "
-            "meaning"
+            "meaning. Leave out what the model does not use, with ignore="
         )
     return gradient_of
 
