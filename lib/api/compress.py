@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +17,8 @@ from .compare import advice, compare
 from .drop import drop_experts
 from .extract import extract
 from .finetune import finetune
-from .loaders import Loader
-from .modules import modes_kept
+from .loaders import Loader, check_loader
+from .modules import copied, modes_kept
 from .prune import prune
 from .save import restore, save
 from .upcycle import upcycle
@@ -62,6 +61,11 @@ class Compressed:
     refused: dict[str, str]
     table: pd.DataFrame = field(repr=False)
 
+    @property
+    def made(self) -> list[str]:
+        """Lists the models that methods made."""
+        return [name for name in self.models if name not in ("dense", AGAIN)]
+
     def advice(self, points: float = 2.0) -> str:
         """Says in a sentence which model to take. points: of top-1 that it may lose."""
         judged = self.table.drop(index=AGAIN, errors="ignore")
@@ -94,19 +98,24 @@ def compress(
 
     The model itself is left as it is. train, test: loaders; nothing is chosen on test images.
     methods: keys of METHODS; None = all. batches: sizes of batches whose latency is measured. A
-    method that the model does not admit is left out, and says why in `refused`. Raises ValueError
-    for an unknown method, and for what `compare` refuses.
+    method that the model does not admit, or that fails, is left out, and says why in `refused`.
+    Raises ValueError for an unknown method, and for what `compare` refuses.
     """
     rules = rules or Rules()
+    methods = checked(methods)
+    check_loader(train, "train")
+    check_loader(test, "test")  # read last of all
     makers = _makers(dense, train, rules)
     models, refused = {"dense": dense}, {}
     if rules.epochs:
-        models[AGAIN] = _tuned(copy.deepcopy(dense), dense, train, rules)
-    for method in checked(methods):
+        models[AGAIN] = _tuned(copied(dense), dense, train, rules)
+    for method in methods:
         try:
             models[METHODS[method]] = makers[method]()
         except ValueError as error:
             refused[METHODS[method]] = str(error)
+        except Exception as error:  # what is finished is not lost to whatever a method meets
+            refused[METHODS[method]] = f"failed, {type(error).__name__}: {error}"
     return Compressed(models, refused, compare(models, test, batches=batches))
 
 
@@ -150,7 +159,7 @@ def save_all(outcome: Compressed, path: Path, **describes: Any) -> dict[str, Pat
     path: of a single model; of several small-extracted.safetensors and the like, for
     small.safetensors. describes: options of `save`.
     """
-    names = [name for name in outcome.models if name not in ("dense", AGAIN)]
+    names = outcome.made
     files = {name: path for name in names}
     if len(names) > 1:
         files = {name: path.with_stem(f"{path.stem}-{_file_word(name)}") for name in names}
@@ -186,10 +195,13 @@ def summary(outcome: Compressed, files: Mapping[str, Path], points: float = 2.0)
     """
     parts = [_columns(outcome.table), *(f"{k}: {why}" for k, why in outcome.refused.items())]
     parts.append(outcome.advice(points))
-    parts += [f"{name}: {file}" for name, file in files.items()]
-    if files:
-        parts.append(reloading(next(iter(files.values()))))
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *([listed(files)] if files else [])])
+
+
+def listed(files: Mapping[str, Path]) -> str:
+    """Writes where each model lies, of one or more, and the lines that reload the first."""
+    parts = [f"{name}: {file}" for name, file in files.items()]
+    return "\n\n".join([*parts, reloading(next(iter(files.values())))])
 
 
 def _columns(table: pd.DataFrame) -> str:

@@ -7,6 +7,7 @@ there when the command is called again with another method.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,13 +85,13 @@ def run(args: argparse.Namespace) -> int:
     """Carries out the command: prints the table, what to make of it, and how to reload."""
     import torch
 
-    from ..api.compress import Rules, checked, compress, save_all, summary
+    from ..api.compress import Rules, checked, compress, listed, save_all, summary
     from ..inputs.batches import Batches, preprocessing
     from ..inputs.splits import load_splits
     from .collect import model_of
 
-    if args.out.suffix != ".safetensors":
-        raise ValueError(f"-o {args.out}: models are saved as files that end in .safetensors")
+    args.out = args.out.expanduser()
+    _check(args)
     methods = checked(args.method)
     rules = Rules(active=args.active, epochs=args.tune, seed=args.seed)
     dense = dense_run(args)
@@ -102,11 +103,29 @@ def run(args: argparse.Namespace) -> int:
         "class_names": splits.class_names,
         "preprocessing": preprocessing(dense, splits.channels),
     }
-    files = save_all(outcome, args.out, **describes)
-    if not files:
+    if not outcome.made:
         raise ValueError("; ".join(f"{name}: {why}" for name, why in outcome.refused.items()))
-    print(summary(outcome, files, args.points))
+    print(summary(outcome, {}, args.points), flush=True)  # whatever becomes of the files
+    print(f"\n{listed(save_all(outcome, args.out, **describes))}")
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises ValueError, in the words of an option, for what would fail after the training."""
+    out = args.out
+    if out.suffix != ".safetensors" or out.is_dir():
+        raise ValueError(f"-o {out}: models are saved as files that end in .safetensors")
+    folder = next(place for place in out.absolute().parents if place.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        what = "cannot be written to" if folder.is_dir() else "is no folder"
+        raise ValueError(f"-o {out}: {folder} {what}: name a file in a folder that can be")
+    if not 0 < args.active <= 1:
+        raise ValueError(f"--active {args.active}: give a share above 0 and at most 1")
+    for option in ("epochs", "tune"):
+        if not 0 <= (passes := getattr(args, option)) < math.inf:
+            raise ValueError(f"--{option} {passes}: give passes over the images, 0 or more")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed}: give a whole number of at least 0")
 
 
 def dense_run(args: argparse.Namespace) -> RunSpec:

@@ -14,6 +14,7 @@ import lib
 from lib import paths
 from lib.api import compress
 from lib.api.compress import AGAIN, METHODS, Rules
+from lib.training.loop import Diverged
 
 LOADER = [batch(12, seed=1), batch(12, seed=2)]
 RULES = Rules(active=0.5, experts=4, layers=1, epochs=1.0, images=24)
@@ -74,6 +75,24 @@ def test_what_a_model_does_not_admit_is_said_and_left_out(monkeypatch):
     assert found.refused == {"pruned, ridge": "blocks.0.mlp has an inner norm"}
     assert list(found.models) == ["dense", "extracted"]
     assert "pruned, ridge: blocks.0.mlp has an inner norm" in compress.summary(found, {}, 2.0)
+
+
+@pytest.mark.parametrize("error", [KeyError("aux.mlp"), Diverged(3, [1.0])], ids=["key", "loss"])
+def test_a_method_that_fails_is_named_and_the_others_are_kept(monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(compress, "prune", fail)
+    rules = Rules(epochs=0, images=24)
+    found = compress.compress(build(), LOADER, LOADER, ["extract", "taylor"], rules, batches=(1,))
+    assert list(found.models) == ["dense", "extracted"] == list(found.table.index)
+    assert found.refused == {"pruned, Taylor": f"failed, {type(error).__name__}: {error}"}
+
+
+def test_a_loader_that_is_read_last_is_checked_first(monkeypatch):
+    monkeypatch.setattr(compress, "finetune", None)
+    with pytest.raises(ValueError, match="test is a list_iterator, which can be read once only"):
+        compress.compress(build(), LOADER, iter(LOADER))
 
 
 def test_experts_are_dropped_of_the_mixture_that_is_shown(monkeypatch):

@@ -100,6 +100,40 @@ def test_other_files_are_refused_before_any_work(out):
         compress.run(words("--data", "mnist5k", "-o", out))
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--active", "0"], "--active 0.0: give a share above 0 and at most 1"),
+        (["--active", "1.5"], "--active 1.5: give a share"),
+        (["--active", "nan"], "--active nan: give a share"),
+        (["--tune", "-1"], "--tune -1.0: give passes over the images, 0 or more"),
+        (["--epochs", "-2"], "--epochs -2.0: give passes"),
+        (["--tune", "inf"], "--tune inf: give passes"),
+        (["--seed", "-1"], "--seed -1: give a whole number"),
+    ],
+)
+def test_options_are_refused_in_their_words_before_any_work(given, says, monkeypatch):
+    monkeypatch.setattr(compress, "dense_run", None)
+    with pytest.raises(ValueError, match=says):
+        compress.run(words("--data", "mnist5k", *given))
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(compress, "dense_run", None)
+    (tmp_path / "notes").write_text("")
+    (tmp_path / "folder.safetensors").mkdir()
+    for out, says in (
+        (tmp_path / "notes" / "a.safetensors", "notes is no folder: name a file in a folder"),
+        (tmp_path / "folder.safetensors", "models are saved as files"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            compress.run(words("--data", "mnist5k", "-o", str(out)))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ValueError, match=f"{tmp_path} cannot be written to: name a file"):
+        compress.run(words("--data", "mnist5k", "-o", str(tmp_path / "new" / "a.safetensors")))
+    assert not (tmp_path / "new").exists()
+
+
 def test_unknown_methods_are_refused_before_any_work():
     with pytest.raises(ValueError, match="unknown method shrink: valid are upcycle, drop, prune"):
         compress.run(words("--data", "mnist5k", "--method", "prune", "shrink"))
@@ -126,6 +160,17 @@ def test_from_a_folder_to_a_file_that_reloads(rooms, tmp_path, capsys):
     assert small.blocks[0].mlp.fc1.out_features == whole.blocks[0].mlp.fc1.out_features // 4
     assert small.class_names == ["bath", "kitchen"] and small.preprocessing["size"] == 32
     assert small(torch.zeros(2, 3, 32, 32)).shape == (2, 2)
+
+
+def test_the_table_stands_before_a_file_fails(rooms, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("lib.api.compress.save_all", full)
+    assert command(rooms, tmp_path / "small.safetensors", "--method", "prune") != 0
+    said = capsys.readouterr()
+    assert "top1" in said.out and "pruned, ridge" in said.out
+    assert "No space left on device" in said.err
 
 
 def test_a_model_without_mlps_is_refused_by_name_and_nothing_is_written(rooms, tmp_path, capsys):
