@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from .. import paths
 from ..inputs.weights import sha256_state
 from .architecture import architecture_of, created, listed, mismatch, tensors_of
 from .structure import describe, rebuild
-from .traits import INFORMATION, take_settings, traits_of
+from .traits import INFORMATION, is_own, take_settings, told_by, traits_of, why_not_told
 
 FORMAT = 1
 KEY = "moe_vision"  # of the description among the file's metadata
@@ -37,7 +37,7 @@ def save(
     model: nn.Module,
     path: str | Path,
     *,
-    class_names: Sequence[str] | None = None,
+    class_names: Iterable[str] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     arguments: Mapping[str, Any] | None = None,
 ) -> None:
@@ -46,16 +46,25 @@ def save(
     Tensors are written once, however many names they have. What was done to the model is taken from
     its attributes `pruning`, `extraction` and the like, where it has them.
 
-    class_names: of the outputs, in their order; None takes those of a restored model, if any.
-    preprocessing: mean, std, size, interpolation, ... of the images; None takes those of a restored
-    model, or of timm's configuration of the model. arguments: what timm.create_model was called
-    with beside the name; None reads them off the model.
+    class_names: of the outputs, in their order, each once; None takes those of a restored model, if
+    any. preprocessing: mean, std, size, interpolation, ... of the images; None takes those of a
+    restored model, or of timm's configuration of the model. A module or a function of your own
+    under one of these names is part of the model, and not read or written over. arguments: what
+    timm.create_model was called with beside the name; None reads them off the model.
 
     Raises ValueError for a name that does not end in .safetensors, for a layer that cannot be
-    described, and for a model of timm that its name and arguments do not build; nothing is written
-    then. The file is written whole or not at all.
+    described, for a `forward` that was set on a module and is none of its class, and for a model of
+    timm that its name and arguments do not build; nothing is written then. The file is written
+    whole or not at all.
     """
-    path = _checked(Path(path), "saved as")
+    path = _checked(Path(path).expanduser(), "saved as")
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model is a {type(model).__name__}: give a torch.nn.Module, since a file says what "
+            "the model is; bare weights are written by safetensors.torch.save_file"
+        )
+    if reason := why_not_told(model):
+        raise ValueError(reason)
     structure = describe(model)
     tensors = tensors_of(model)
     if on_meta := [name for name, tensor in tensors.items() if tensor.is_meta]:
@@ -68,7 +77,7 @@ def save(
             "versions": {name: _version(name) for name in PACKAGES},
             "architecture": architecture_of(model, structure, arguments),
             "structure": structure,
-            "steps": {name: value for name, value in vars(model).items() if name in STEPS},
+            "steps": {name: rows for name in STEPS if (rows := told_by(model, name)) is not None},
             "class_names": _class_names(model, class_names),
             "preprocessing": _preprocessing(model, preprocessing),
             "same": same,
@@ -94,7 +103,11 @@ def restore(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     write, that is damaged or of a later format, and where the built model or the given one is not
     the saved one without its weights: other names, shapes, classes or numbers, each named.
     """
-    path = _checked(Path(path), "restored from")
+    path = _checked(Path(path).expanduser(), "restored from")
+    if model is not None and not isinstance(model, nn.Module):
+        called = f"{model.__name__}(...)" if isinstance(model, type) else "YourClass(...)"
+        what = "a class" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise ValueError(f"model is {what}: give a new module, restore(path, {called})")
     description, tensors = _read(path)
     if model is None:
         model = _built(path, description["architecture"])
@@ -115,10 +128,10 @@ def restore(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     # in another way.
     own = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
     _load(model, own, description)
-    for name in ("class_names", "preprocessing"):
-        setattr(model, name, description[name])
-    for name, value in description["steps"].items():
-        setattr(model, name, value)
+    told = {name: description[name] for name in ("class_names", "preprocessing")}
+    for name, value in (told | description["steps"]).items():
+        if not is_own(model, name):
+            setattr(model, name, value)
     return model.eval()
 
 
@@ -127,7 +140,7 @@ def description_of(path: str | Path) -> dict[str, Any]:
 
     Raises FileNotFoundError and ValueError as `restore`, but for damaged weights.
     """
-    return _description(_checked(Path(path), "read from"))
+    return _description(_checked(Path(path).expanduser(), "read from"))
 
 
 # ---- what is written
@@ -163,23 +176,39 @@ def _written_once(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dic
     return stored, same
 
 
-def _class_names(model: nn.Module, given: Sequence[str] | None) -> list[str] | None:
-    names = getattr(model, "class_names", None) if given is None else given
+def _class_names(model: nn.Module, given: Iterable[str] | None) -> list[str] | None:
+    names = told_by(model, "class_names") if given is None else given
     if names is None:
         return None
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    if isinstance(names, str | Mapping | set | frozenset) or not isinstance(names, Iterable):
+        raise ValueError(
+            f"class_names={names!r} is a {type(names).__name__}: give a list of words, one for "
+            "each output and in their order"
+        )
+    names = list(names)
+    if not all(isinstance(name, str) for name in names):
         raise ValueError(f"class_names={names!r} must be a list of words, one for each output")
+    if doubles := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"class_names has {', '.join(map(repr, doubles))} more than once: each output needs a "
+            "name of its own"
+        )
     classes = getattr(model, "num_classes", None)
     if isinstance(classes, int) and classes not in (0, len(names)):
         raise ValueError(
             f"class_names has {len(names)} names, the model {classes} outputs: give one for each"
         )
-    return list(names)
+    return names
 
 
 def _preprocessing(model: nn.Module, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if given is None:
-        given = getattr(model, "preprocessing", None)
+        given = told_by(model, "preprocessing")
+    if given is not None and not isinstance(given, Mapping):
+        raise ValueError(
+            f"preprocessing={given!r} is a {type(given).__name__}: give a dict of words and "
+            'numbers, {"mean": ..., "std": ..., "size": ...}'
+        )
     if given is not None:
         return dict(given)
     # of the model, or of the one inside a module of one's own

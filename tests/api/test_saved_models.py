@@ -357,7 +357,10 @@ def test_what_cannot_be_described_is_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize(
     "names, says",
-    [(["bath"], "class_names has 1 names, the model 5 outputs"), ("abcde", "must be a list")],
+    [
+        (["bath"], "class_names has 1 names, the model 5 outputs"),
+        ("abcde", "is a str: give"),
+    ],
 )
 def test_class_names_fit(names, says, tmp_path):
     with pytest.raises(ValueError, match=says):
