@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from ..measure.accuracy import paired_difference, top1
 from ..measure.cost import count, needs_measured_experts
 from ..measure.latency import latencies
-from ..measure.memory import stored_bytes
+from ..measure.memory import packed_in, stored_bytes
 from ..measure.served import ServedExperts
 from ..measure.timing import check_repeats
 from ..models.moe import RoutingTape
@@ -57,7 +57,8 @@ def compare(
     threads, cores, device, load (over 1, 5 and 15 minutes) and intervals.
 
     Models run in evaluation mode, without gradients, each on images of its own dtype; their modes
-    are restored. Raises ValueError for no models, models on several devices, a loader that can be
+    are restored. Raises ValueError for no models, models on several devices, packed weights (of a
+    quantised model), which no counter sees, a model that fails on the images, a loader that can be
     read only once, has no images or gives anything but such pairs, images on another device, a
     model whose output is not (B, classes) or not a number, labels beyond its classes, less than 20
     repeats, and a B below 1.
@@ -109,7 +110,15 @@ class _Candidate:
     def take(self, images: Tensor, labels: Tensor) -> None:
         """Runs the model on a batch."""
         with self.tape:
-            logits = self.model(images.to(self.dtype))
+            try:
+                logits = self.model(images.to(self.dtype))
+            except torch.OutOfMemoryError:
+                raise
+            except (AssertionError, RuntimeError, ValueError) as error:
+                raise ValueError(
+                    f"{self.name!r} fails on the loader's images {tuple(images.shape)}, which all "
+                    f"models are compared on: {error}"
+                ) from error
         self._check(logits, labels)
         self.served.update(self.tape.routings(), len(labels))
         self._correct.append((logits.argmax(dim=1).cpu() == labels).numpy())
@@ -285,6 +294,12 @@ def _checked_device(models: Mapping[str, nn.Module]) -> torch.device:
     for name, model in models.items():
         if not isinstance(model, nn.Module):
             raise ValueError(f"{name!r} is a {type(model).__name__}: valid is an nn.Module")
+        if packed := packed_in(model):
+            raise ValueError(
+                f"{name!r} holds packed weights that are not counted ({packed}, of a quantised "
+                "model): params, macs and mb would be those of the rest alone; compare it before "
+                "it was quantised"
+            )
         for tensor in [*model.parameters(), *model.buffers()]:
             device_of.setdefault(tensor.device, name)
     if len(device_of) > 1:
@@ -297,7 +312,7 @@ def _checked_device(models: Mapping[str, nn.Module]) -> torch.device:
 
 
 def _checked_batches(batches: Sequence[int]) -> tuple[int, ...]:
-    sizes = tuple(batches)
+    sizes = tuple(batches) if isinstance(batches, Iterable) else ()
     if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
         raise ValueError(f"batches={batches}: give numbers of images of 1 or more, as (1, 32)")
     return tuple(dict.fromkeys(sizes))

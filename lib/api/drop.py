@@ -50,6 +50,12 @@ def drop_experts(
     layers = routed(smaller)
     check_unshared(smaller, layers.items())
     counts = {name: layer.router.experts for name, layer in layers.items()}
+    for name, count in counts.items():
+        if abs(keep * count - round(keep * count)) > 1e-6 or round(keep * count) < 1:
+            raise ValueError(
+                f"keep={keep} of the {count} experts of {name} is {keep * count:g}: give a share "
+                f"that leaves a whole number of them, a multiple of 1/{count} above 0"
+            )
     batches = []
     if score in MEASURED or score in experts.MERGING:
         check_loader(loader)

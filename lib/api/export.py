@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..models.copies import WholeCopies
 from ..models.moe import MoELayer
 from ..models.pruned import PrunedLayer
+from .loaders import check_model
 
 
 class StaticLayer(nn.Module):
@@ -74,8 +75,10 @@ def for_export(model: nn.Module) -> nn.Module:
     token, so what an extracted model saves is not saved there. Capacities, and pools of a whole
     batch, are those of the number of images that is traced. Names in the state stay as they are.
 
-    Raises ValueError, by name, for a layer whose routing depends on more than its input.
+    Raises ValueError for what is no model and, by name, for a layer whose routing depends on more
+    than its input.
     """
+    check_model(model)
     copied = copy.deepcopy(model).eval()
     for name, layer in list(copied.named_modules()):
         if hasattr(layer, "fused_attn"):  # one kernel with a bias (BEiT) has no form in ONNX

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..extraction.extract import extract_layers
+from ..models.mlps import maps_of, why_no_neurons
 from ..models.moe import MoELayer
 from ..models.names import matches, matching
 from ..models.upcycle import block_mlps, chosen_mlps
@@ -167,6 +168,14 @@ class _Counts:
         fitting = [share for pattern, share in self.keep.items() if matches(name, pattern)]
         return float(fitting[0]) if fitting else 1.0
 
+    def keeps_all(self, name: str, mlp: nn.Module) -> bool:
+        """Says whether nothing of an MLP is removed, rounded up as it is."""
+        share = self.share_of(name)
+        if share == 1 or self.by_model or why_no_neurons(mlp):
+            return share == 1
+        hidden = maps_of(mlp).hidden
+        return self(name, hidden, hidden) == hidden
+
     def __call__(self, name: str, size: int, wanted: int) -> int:
         """Counts what stays of `size`; wanted: as many as the order over the model leaves."""
         self.sizes[name] = size
@@ -196,7 +205,7 @@ def _by_activations(
         name
         for name, mlp in mlps.items()
         # what loses nothing needs no repair, which would only change it
-        if name in whole or isinstance(mlp, MoELayer) or counts.share_of(name) == 1
+        if name in whole or isinstance(mlp, MoELayer) or counts.keeps_all(name, mlp)
     }
     check_loader(loader)
     if ignored == mlps.keys():

@@ -32,6 +32,14 @@ def stored_bytes(model: nn.Module) -> int:
     return sum(stored.values())
 
 
+def packed_in(model: nn.Module) -> str | None:
+    """Names a module whose weights lie in a packed object and not in tensors; None if none does."""
+    for name, module in model.named_modules():
+        if any(isinstance(value, torch.ScriptObject) for value in vars(module).values()):
+            return name
+    return None
+
+
 def step_mib(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, float]:
     """Counts the MiB that a training step holds at its fullest moment, after the forward pass.
 

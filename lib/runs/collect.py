@@ -14,7 +14,7 @@ import contextlib
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import BrokenExecutor, Future, as_completed
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +42,10 @@ def load(
     """Reads the records of a grid, in its order, None where there is none. Never computes.
 
     any_device: a run for a graphics card that has no finished record may have one of the same run
-    on the CPU, which then stands for it; the record's spec says so.
+    on the CPU, which then stands for it; the record's spec says so. Raises ValueError for what is
+    no grid.
     """
+    _check_grid(grid)
     where = where or store()
 
     def record(spec: RunSpec) -> Record | None:
@@ -64,8 +66,10 @@ def collect(
 
     A failed record counts as absent and is tried again. Raises RuntimeError naming the runs that
     failed and why, after all others have been computed and filed; ValueError, before anything is
-    computed, for a record that was made with other data than those of that name are now.
+    computed, for what is no grid, and for a record that was made with other data than those of that
+    name are now.
     """
+    _check_grid(grid)
     where = where or store()
     specs = unique(spec for group in grid.values() for spec in group)
     _refuse_records_of_other_data(specs, where)
@@ -94,6 +98,18 @@ def collect(
     records = {name: [where.get(spec) for spec in group] for name, group in grid.items()}
     where.index.save()
     return records
+
+
+def _check_grid(grid: Any) -> None:
+    """Raises ValueError for what is no {name: [specs]}."""
+    groups = grid.values() if isinstance(grid, Mapping) else [grid]
+    for group in groups:
+        listed = isinstance(group, Collection) and not isinstance(group, str | Mapping)
+        if grid is group or not listed or not all(isinstance(spec, RunSpec) for spec in group):
+            raise ValueError(
+                f"a grid has a {type(group).__name__} where a list of specs is to be: give "
+                '{"name": [spec, ...]}, a list of RunSpecs for each name'
+            )
 
 
 def _refuse_records_of_other_data(specs: Iterable[RunSpec], where: Store) -> None:

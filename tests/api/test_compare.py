@@ -1,5 +1,7 @@
 """The table that sets models side by side, by hand, and what it refuses."""
 
+import warnings
+
 import numpy as np
 import pytest
 import timm
@@ -99,7 +101,7 @@ def test_models_run_in_turn_in_evaluation_mode_and_get_their_modes_back(compared
 
 def test_modes_come_back_after_an_error_too():
     models = {"dense": Answers(RIGHT), "broken": nn.Linear(2, 2)}
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError):
         lib.compare(models, Loader())
     assert models["dense"].training and models["broken"].training
 
@@ -261,3 +263,30 @@ def test_bad_options_are_named_before_the_loader_is_read(options, message):
     with pytest.raises(ValueError, match=message):
         lib.compare(ONE, loader, **options)
     assert loader.reads == 0
+
+
+def quantised():
+    layers = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls it deprecated
+        return torch.ao.quantization.quantize_dynamic(layers, {torch.nn.Linear}, torch.qint8)
+
+
+def test_packed_weights_that_no_counter_sees_are_refused():
+    plain = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 4))
+    with pytest.raises(ValueError, match="'small' holds packed weights that are not counted .1._p"):
+        lib.compare({"dense": plain, "small": quantised()}, Loader())
+    inside = torch.nn.Sequential(plain, torch.nn.Sequential(quantised()))
+    with pytest.raises(ValueError, match="'small' holds packed weights .*1.0.1._packed_params"):
+        lib.compare({"dense": plain, "small": inside}, Loader())
+
+
+def test_a_model_of_other_images_is_named_and_batches_are_several():
+    models = {
+        name: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(width, 4))
+        for name, width in (("dense", 6), ("small", 8))
+    }
+    with pytest.raises(ValueError, match=r"'small' fails on the loader's images \(4, 1, 2, 3\)"):
+        lib.compare(models, Loader())
+    with pytest.raises(ValueError, match="batches=4: give numbers of images"):
+        lib.compare(models, Loader(), batches=4)

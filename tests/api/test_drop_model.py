@@ -105,7 +105,7 @@ def test_modes_and_types_stay():
         ({"before": mixture()}, "before= is for scores that compare, and score='load' does not"),
         ({"before": 3, "score": "router_change"}, "before is a int: give a torch.nn.Module"),
         ({"before": vit(), "score": "router_change"}, "has no blocks.0.mlp.router.weight"),
-        ({"keep": 0.3}, "give a multiple of 1/4"),
+        ({"keep": 0.3}, "keep=0.3 of the 4 experts .* a multiple of 1/4"),
         ({"keep": 0}, "keep=0: the share of experts that stays"),
         ({"score": "dern", "missing": "zero_update"}, "set missing='reroute'"),
     ],

@@ -1,0 +1,60 @@
+"""Small mistakes in what is given get an answer in the caller's words, before any work."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_classifier import H, loader, same_state, state_of, vit
+
+import lib
+from lib.spec import RunSpec
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, None])
+@pytest.mark.parametrize("call", [lib.prune, lib.extract], ids=lambda call: call.__name__)
+def test_seeds_are_whole_numbers(call, seed):
+    with pytest.raises(ValueError, match=f"seed={seed}: give a whole number of at least 0"):
+        call(vit(), loader(), seed=seed)
+
+
+@pytest.mark.parametrize("keep, stay", [(0.4, "1.6"), (0.1, "0.4")])
+def test_a_share_of_experts_is_refused_in_the_words_that_were_given(keep, stay):
+    model = lib.upcycle(vit(), layers=1, experts=4, router="token")
+    with pytest.raises(ValueError, match=f"keep={keep} of the 4 experts of blocks.1.mlp is {stay}"):
+        lib.drop_experts(model, loader(), keep=keep)
+    with pytest.raises(ValueError, match="seed=-1: give a whole number"):
+        lib.drop_experts(model, loader(), seed=-1)
+
+
+@pytest.mark.parametrize("options", [{"keep": 0.5, "round_to": H}, {"keep": 0.999}], ids=str)
+def test_what_keeps_all_neurons_is_not_repaired(options):
+    model = vit()
+    small = lib.prune(model, loader(), **options)
+    assert same_state(small, state_of(model)) and small.pruning == []
+
+
+def test_some_layers_that_keep_all_are_left_alone():
+    small = lib.prune(vit(), loader(), {"blocks.0": 0.5, "*": 0.99}, round_to=H // 2)
+    assert [(row["layer"], row["after"]) for row in small.pruning] == [("blocks.0.mlp", H // 2)]
+
+
+@pytest.mark.parametrize("what", ["model", {"weight": torch.ones(2)}], ids=["word", "state"])
+def test_only_modules_are_exported(what):
+    with pytest.raises(ValueError, match="model is a (str|dict): give a torch.nn.Module"):
+        lib.for_export(what)
+
+
+@pytest.mark.parametrize("read", [lib.collect, lib.load], ids=["collect", "load"])
+@pytest.mark.parametrize(
+    "grid, kind",
+    [
+        ({"a": RunSpec()}, "RunSpec"),
+        ([RunSpec()], "list"),
+        (RunSpec(), "RunSpec"),
+        ({"a": ["dense"]}, "list"),
+        ({"a": (spec for spec in ())}, "generator"),
+    ],
+)
+def test_a_grid_is_lists_of_specs_by_name(read, grid, kind):
+    with pytest.raises(ValueError, match=f"a grid has a {kind} where a list of specs is to be"):
+        read(grid)
