@@ -77,7 +77,11 @@ def save(
             "versions": {name: _version(name) for name in PACKAGES},
             "architecture": architecture_of(model, structure, arguments),
             "structure": structure,
-            "steps": {name: rows for name in STEPS if (rows := told_by(model, name)) is not None},
+            "steps": {  # in the order of what was done
+                name: value
+                for name, value in vars(model).items()
+                if name in STEPS and told_by(model, name) is not None
+            },
             "class_names": _class_names(model, class_names),
             "preprocessing": _preprocessing(model, preprocessing),
             "same": same,
