@@ -173,6 +173,11 @@ def findings(tab: Any, rules: list[str] = RULES) -> list[str]:
     """Runs axe on an open page and returns its serious findings, one line a kind."""
     from axe_playwright_python.sync_playwright import Axe
 
+    # a colour on its way from one theme to the other is neither
+    tab.evaluate(
+        "Promise.allSettled(document.getAnimations().filter(move =>"
+        " move.effect.getComputedTiming().endTime < Infinity).map(move => move.finished))"
+    )
     options = {
         "resultTypes": ["violations"],
         "runOnly": rules,
