@@ -11,7 +11,7 @@ import warnings
 
 from torch import nn
 
-from ..models.packed import can_pack, dense_maps_gain, pack
+from ..models import packed
 from .modules import to_change
 
 
@@ -33,16 +33,16 @@ def freeze_for_inference(model: nn.Module, *, inplace: bool = False) -> nn.Modul
     model's type of numbers (float32, and bfloat16 from AVX-512 on): the model then runs as it did.
     """
     frozen = to_change(model, inplace).eval()
-    if not pack(frozen):
+    if not packed.pack(frozen):
         weights = [p for p in frozen.parameters() if p.is_floating_point()]
         types = sorted({str(p.dtype).removeprefix("torch.") for p in weights})
         elsewhere = sorted({p.device.type for p in weights} - {"cpu"})
         why = "it has no linear map, MLP or experts whose weights can be packed"
         if elsewhere:
             why = f"its weights lie on {', '.join(elsewhere)}, and packed ones are for the CPU"
-        elif not any(can_pack(p.dtype) for p in weights):
+        elif not any(packed.can_pack(p.dtype) for p in weights):
             why = f"this torch has no packed weights of {', '.join(types)} for this processor"
-        elif not dense_maps_gain():
+        elif not packed.dense_maps_gain():
             why = "without AVX-512 only experts are faster with packed weights, and it has none"
         warnings.warn(
             f"freeze_for_inference left the {type(model).__name__} as it was: {why}", stacklevel=2

@@ -333,7 +333,6 @@ def test_without_avx_512_experts_alone_are_packed(monkeypatch, make):
 
 def test_without_avx_512_a_model_without_experts_stays_and_says_so(monkeypatch):
     monkeypatch.setattr(packed, "dense_maps_gain", lambda: False)
-    monkeypatch.setattr("lib.api.freeze.dense_maps_gain", lambda: False)
     with pytest.warns(UserWarning, match="without AVX-512 only experts are faster"):
         frozen = lib.freeze_for_inference(vit())
     assert not any(map(is_packed, frozen.modules()))

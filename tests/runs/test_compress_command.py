@@ -40,8 +40,9 @@ def rooms(home, tmp_path):
 
 
 @pytest.fixture
-def weights(tmp_path):
-    """A file of weights with a head for two classes."""
+def weights(tmp_path, monkeypatch):
+    """A file of weights with a head for two classes. What names its folder to a run is restored."""
+    monkeypatch.delenv("MOE_WEIGHTS", raising=False)
     file = tmp_path / "shelf" / "mine.safetensors"
     file.parent.mkdir()
     torch.manual_seed(0)
