@@ -290,7 +290,6 @@ def test_extraction_and_pruning_take_a_frozen_model():
 
 def test_without_packed_products_the_model_runs_as_it_did(monkeypatch):
     monkeypatch.setattr(packed, "can_pack", lambda dtype: False)
-    monkeypatch.setattr("lib.api.freeze.can_pack", lambda dtype: False)
     model = upcycled()
     with pytest.warns(UserWarning, match="no packed weights of float32 for this processor"):
         frozen = lib.freeze_for_inference(model)
