@@ -418,19 +418,14 @@ def test_a_row_may_name_a_file_of_the_data_set(home, tmp_path, monkeypatch):
         assert int(source.image(3)[0, 0, 0]) == int(source.job(3)()[0, 0, 0]) == 40
 
 
-@pytest.mark.parametrize("path", [None, ""])
-def test_a_row_with_neither_bytes_nor_file(home, path):
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [(path, "set, split train, row 3 has no image") for path in (None, "")]
+    + [(path, "row 3 names the file .*which does not read") for path in ("gone.png", ".", "a\0b")],
+)
+def test_a_row_without_an_image_that_reads(home, path, says):
     named_files(home, path)
     source = load_splits(DataSpec(name="set")).train.source
     for read in (source.image, source.stored):
-        with pytest.raises(ValueError, match="set, split train, row 3 has no image"):
-            read(3)
-
-
-@pytest.mark.parametrize("path", ["gone.png", ".", "a\0b"])
-def test_a_row_that_names_a_file_that_does_not_read(home, path):
-    named_files(home, path)
-    source = load_splits(DataSpec(name="set")).train.source
-    for read in (source.image, source.stored):
-        with pytest.raises(ValueError, match="row 3 names the file .*which does not read"):
+        with pytest.raises(ValueError, match=says):
             read(3)
