@@ -156,6 +156,19 @@ class TinyBook:
         )
 
 
+@pytest.fixture(autouse=True)
+def same_environment():
+    """Takes back what a command under test sets in the environment of this process.
+
+    `monkeypatch` takes back what it set itself, and notes nothing of a variable that was not set.
+    """
+    before = {name: value for name, value in os.environ.items() if name.startswith("MOE_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("MOE_") and name not in before]:
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture
 def tiny(tmp_path) -> TinyBook:
     """A tiny book that one test has for itself."""

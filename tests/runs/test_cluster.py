@@ -486,6 +486,7 @@ def gives_it_back(spec, states, checkpoint=None):
 
 def test_damaged_weights_name_file_and_worker(inside, where, monkeypatch):
     monkeypatch.setattr(runs, "execute", gives_it_back)
+    monkeypatch.delenv("MOE_WEIGHTS", raising=False)
     with cluster.opened(inside) as workers:
         [address] = workers.client.nthreads()
         with pytest.raises(RuntimeError) as said:
