@@ -95,9 +95,9 @@ class PatchModel:
         Dropping an expert takes its row away.
         """
         gate, chosen = self.gates(patches, taken)
-        rows = self.hidden.transpose(1, 2)  # (E, P, H)
-        expert = torch.arange(len(rows)).view(-1, 1, 1)
-        active = rows[expert, chosen].relu().sum(dim=-1)  # (E, B, L, H) -> (E, B, L)
+        # a patch is one pattern, so what its neurons add is a number an expert and pattern (E, P)
+        of_pattern = self.hidden.relu().sum(dim=1)
+        active = of_pattern.gather(1, chosen.flatten(1)).view_as(chosen)  # (E, B, L)
         return self.sign.unsqueeze(1) * (gate * active).sum(dim=-1)
 
     def gates(self, patches: Tensor, taken: int) -> tuple[Tensor, Tensor]:
