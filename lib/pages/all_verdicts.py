@@ -162,8 +162,8 @@ def state_of(listed: Sequence[Row]) -> str:
     return (
         f"**State of the claims.** The documents make {count(len(documents), 'claim')}. "
         f"{len(able)} can be tested here and {settled_here} of these "
-        f"{agree('are', settled_here)} decided, {pilots} of them on the first three seeds of more "
-        f"that are planned. All verdicts: {listing}. {count(own, 'control')} of this book "
+        f"{agree('are', settled_here)} decided, {pilots} of them with seeds still to come. "
+        f"All verdicts: {listing}. {count(own, 'control')} of this book "
         f"{agree('stand', own)} beside them. Behind these verdicts {agree('are', records)} "
         f"{count(records, 'record')} of runs."
     )

@@ -224,23 +224,22 @@ class Page:
         ours = _scales(specs[run] for v in judged for run in v.records if run in specs)
         if not ours:
             return intervals
-        documents = self._scales_of_document(judged)
-        there = f" The document's own scale: {documents}." if documents not in ("", ours) else ""
-        return f"{intervals} On {ours}.{there}"
+        return f"{intervals} On {ours}.{self._scales_of_document(judged, ours)}"
 
-    def _scales_of_document(self, judged: Sequence[Verdict]) -> str:
-        """Says on what the document judges claims: as the ledger states it, else by the arms of
-        its profile; "" without one."""
+    def _scales_of_document(self, judged: Sequence[Verdict], ours: str) -> str:
+        """Says on what the document judges claims, as the ledger states it, or else what arms its
+        profile has; "" without one, or where these are `ours`."""
         if not has_profile(self.p.notebook, "paper"):
             return ""
         theirs = profile(self.p.notebook, "paper")
         entries = [v.entry for v in judged if v.n and v.entry is not None]
         if stated := dict.fromkeys(entry.scale for entry in entries if entry.scale):
-            return "; ".join(stated)
+            return f" The document's own scale: {'; '.join(stated)}."
         arms = {arm for entry in entries for arm in entry.arms}
         planned = self._grid(theirs)
         of_arms = [run for name, runs in planned.items() if name in arms for run in runs[:1]]
-        return _scales(of_arms or [theirs.base])
+        arms_have = _scales(of_arms or [theirs.base])
+        return f" The profile of the document's scale: {arms_have}." if arms_have != ours else ""
 
     def called(self, data: str) -> str:
         """Names a data set of this page, and that of the document for which it stands in."""

@@ -68,14 +68,12 @@ class Profile:
     @property
     def base(self) -> RunSpec:
         """Returns the run that a grid varies with `p.base.but(...)`: data, backbone, budget."""
-        from ..spec import RunSpec
-
         if not self.base_fields:
             raise NotebookError(
                 f"notebooks/profiles/{self.profile}.yaml has no `base`: "
                 "it describes the run that grids vary"
             )
-        return RunSpec.model_validate_json(json.dumps(self.base_fields))
+        return _run_of(json.dumps(self.base_fields))
 
     def __getattr__(self, name: str) -> Any:  # only reached for names that are not there
         if name.startswith("__"):
@@ -91,6 +89,13 @@ class Profile:
 
     def __repr__(self) -> str:
         return f"Profile({', '.join(f'{k}={v!r}' for k, v in sorted(self.__dict__.items()))})"
+
+
+@functools.lru_cache(maxsize=64)  # a grid asks for its base run once an arm
+def _run_of(text: str) -> RunSpec:
+    from ..spec import RunSpec
+
+    return RunSpec.model_validate_json(text)
 
 
 def check_profile(name: Any) -> str:

@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 RULE = (
     "Verdicts by one rule: an order needs three seeds; it holds if the interval lies on the "
     "claimed side, is opposite if it lies on the other, and is not reproduced if it has zero "
-    "inside and the published size outside. That two are equal, or one not worse, holds if the "
-    "interval lies within the size that counts, and is not reproduced if it lies beyond. Smallest "
-    "that counts: the size that stands for it where the document prints none."
+    "inside and the published size outside. That two are equal holds if the interval lies within "
+    "the size that counts on both sides, and is not reproduced if it lies beyond; that one is not "
+    "worse asks for the lower end only. The size that counts is the published one, or, where none "
+    "is printed and for the last two, the one that stands in the row."
 )
 
 # for captions of tables with differences between runs
@@ -151,9 +152,16 @@ def published(entry: Claim | None) -> str:
     size = entry.published_size
     if size is None:
         smallest = f"smallest that counts: {amount(entry.size, entry.unit)}"
-        return smallest if entry.kind == "ours" else f"no size printed; {smallest}"
+        # an equality has a band, whatever is printed
+        has_none = entry.kind == "document" and entry.direction in ("greater", "less")
+        return f"no size printed; {smallest}" if has_none else smallest
     sign = {"greater": "+", "less": "-"}.get(entry.direction, "")
-    return f"{sign}{size:.{entry.decimals}f} {entry.unit}".strip()
+    said = f"{sign}{size:.{entry.decimals}f} {entry.unit}".strip()
+    if entry.is_derived:
+        said += " (derived)"
+    if entry.smallest is not None:  # a band, within which a printed zero can lie as well
+        said += f", judged within {amount(entry.smallest, entry.unit)}"
+    return said
 
 
 def boxed(*answer: str, sure: str = "", metadata: dict[str, Any] | None = None) -> Markdown:

@@ -98,6 +98,20 @@ def changes(curves: Iterable[Curve], level_within: float = 1.0) -> str:
     )
 
 
+def extremes(curves: Iterable[Curve], axis: str) -> str:
+    """Says where each curve is lowest and where highest, for lines that go up and down.
+
+    axis: what their x counts, such as "block".
+    """
+    said = []
+    for curve in curves:
+        at = {x: _mean(y) for x, y in zip(curve.x, curve.y, strict=True) if y is not None}
+        if at:
+            low, high = min(at, key=at.get), max(at, key=at.get)
+            said.append(f"{curve.label} is lowest at {axis} {low}, highest at {axis} {high}")
+    return f"{'; '.join(said)}." if said else "No value yet."
+
+
 def changes_by_panel(panels: Mapping[str, Sequence[Curve]], level_within: float = 1.0) -> str:
     """Says `changes` of the curves of each panel, one sentence a panel."""
     return " ".join(

@@ -38,6 +38,7 @@ def _printable(name: str) -> str:
     return name
 
 
+@functools.lru_cache(maxsize=1024)  # a plan of thousands of runs has the same few names
 def _file_name(name: str) -> str:
     """Refuses a name that leads out of a folder, or that no file can have."""
     parts = re.sub("^(hub|file|pth|satmae|vmoe):", "", name).split("/")
@@ -52,6 +53,7 @@ def _file_name(name: str) -> str:
     return name
 
 
+@functools.lru_cache(maxsize=1024)
 def _folder_name(name: str) -> str:
     """Refuses a name that has other than letters, digits, _, - and . between its slashes."""
     if not re.fullmatch(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*", name):

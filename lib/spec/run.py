@@ -124,14 +124,15 @@ class RunSpec(Spec):
     def _parent_fits(self):
         if self.init is None:
             return self
-        mine, parents = (run.backbone.but(drop_path=0.0) for run in (self, self.init))
-        if mine != parents:
-            names = [name for name, value in mine if value != getattr(parents, name)]
+        mine, parents = self.backbone, self.init.backbone
+        names = [name for name, value in mine if value != getattr(parents, name)]
+        if names not in ([], ["drop_path"]):
             raise ValueError(
                 "init must have the same backbone as the run that starts from it, and differs in "
                 + ", ".join(
                     f"{name} ({getattr(parents, name)!r}, here {getattr(mine, name)!r})"
                     for name in names
+                    if name != "drop_path"
                 )
             )
         if self.init.moe is not None:

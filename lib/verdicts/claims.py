@@ -63,7 +63,7 @@ class Verdict:
     of the records, or of ones that say it more clearly, where the claim is false, one-sided; None
     without interval. From the law of the estimate (`law.Law`) and not from its draws, whose
     smallest share is too large for a correction over many claims. So p is below 2.5% where the 95%
-    interval says "holds", but for the random error of its ends. entry: the claim in the ledger.
+    interval says "holds", but for the random error of ends that are drawn. entry: in the ledger.
     records: ids of those behind it. pilot: whether further seeds are planned. parts: of a joint
     claim, the verdicts that it follows from.
     """

@@ -144,6 +144,16 @@ class Claim(_Entry):
         return self.published
 
     @property
+    def is_derived(self) -> bool:
+        """Says whether the published size was computed from what is printed, such as shapes."""
+        from . import papers
+
+        if not isinstance(self.published, Cell):
+            return False
+        table = papers.table(self.study, self.published.table)
+        return table.attrs.get("confidence") == "derived"
+
+    @property
     def size(self) -> float | None:
         """Returns the smallest effect that counts, in `unit`; None of a joint claim."""
         if self.parts:

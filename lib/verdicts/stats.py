@@ -127,18 +127,12 @@ def sources_of_chance(estimates: Sequence[Interval]) -> str:
     return "seeds, some over test images as well" if any(of_images) else "seeds"
 
 
-def mean_interval(
-    values: Sequence[float],
-    method: str | None = None,
-    rng: np.random.Generator | None = None,
-    prior: SeedPrior | None = None,
-) -> Interval:
-    """Computes the mean of one number per seed and its 95% interval.
+def mean_interval(values: Sequence[float], prior: SeedPrior | None = None) -> Interval:
+    """Computes the mean of one number per seed and its 95% interval, Student's t.
 
-    method: "t" (Student), "bca" (bias-corrected bootstrap, scipy), None = t below 10 values and
-    with a prior, else bca: with a handful of values a bootstrap interval is too narrow. prior: of
-    the variance of the values, which moderates it. The law of either is Student's t. Raises
-    ValueError for no values, values that are not finite, another method, and bca with a prior.
+    It is that of any number of seeds: a bootstrap of ten or twenty values would be too narrow.
+    prior: of the variance of the values, which moderates it. Raises ValueError for no values, and
+    values that are not finite.
     """
     x = np.asarray(list(values), float)
     if x.size == 0 or not np.isfinite(x).all():
@@ -146,34 +140,17 @@ def mean_interval(
             f"values must be finite and at least one, got {x.tolist()}: "
             "leave failed and absent runs out first"
         )
-    if method not in (None, "t", "bca"):
-        raise ValueError(f"method={method!r} is unknown: use 't', 'bca' or None")
-    if method == "bca" and prior is not None:
-        raise ValueError("method='bca' resamples the values: a prior needs 't' or None")
     n, mean = x.size, float(x.mean())
     if n < MIN_SEEDS:
         return Interval(mean, None, None, n)
+    # equal values differ in the last digit once their mean is taken off
+    variance, degrees = float(x.var(ddof=1)) if np.ptp(x) else 0.0, float(n - 1)
     if prior is not None:
-        variance, degrees = prior.moderate(float(x.var(ddof=1)), n - 1)
-        law = Law(mean, 0.0, variance / n, degrees)
-        half = float(_stats.t.ppf((1 + LEVEL) / 2, degrees) * np.sqrt(variance / n))
-        return Interval(mean, mean - half, mean + half, n, "moderated t 95%", law=law)
-    law = Law(mean, 0.0, float(x.var(ddof=1)) / n, n - 1)
-    if np.ptp(x) == 0:
-        return Interval(mean, mean, mean, n, "t 95%", law=law)
-    if (method or ("t" if n < 10 else "bca")) == "t":
-        half = float(_stats.t.ppf((1 + LEVEL) / 2, n - 1) * x.std(ddof=1) / np.sqrt(n))
-        return Interval(mean, mean - half, mean + half, n, "t 95%", law=law)
-    result = _stats.bootstrap(
-        (x,),
-        np.mean,
-        confidence_level=LEVEL,
-        n_resamples=RESAMPLES,
-        method="BCa",
-        rng=rng or np.random.default_rng(0),
-    )
-    low, high = result.confidence_interval
-    return Interval(mean, float(low), float(high), n, "BCa bootstrap 95%", law=law)
+        variance, degrees = prior.moderate(variance, degrees)
+    half = float(_stats.t.ppf((1 + LEVEL) / 2, degrees) * np.sqrt(variance / n))
+    method = "t 95%" if prior is None else "moderated t 95%"
+    law = Law(mean, 0.0, variance / n, degrees)
+    return Interval(mean, mean - half, mean + half, n, method, law=law)
 
 
 def finished(records: Sequence[Any]) -> list[Any]:

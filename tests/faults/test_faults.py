@@ -202,12 +202,22 @@ folder = Path(sys.argv[1])
 def execute(spec, states, checkpoint=None):
     with open(folder / "computed", "a") as log:
         log.write(f"{os.getpid()}\\n")
-    time.sleep(1.0)
+    end = time.monotonic() + 30
+    while not (folder / "waits").exists() and time.monotonic() < end:  # the other one comes
+        time.sleep(0.01)
     head = {"id": spec.id, "spec": spec.model_dump(mode="json"), "status": "ok"}
     return head | {"weights": {"final": "f"}, "test": {"top1": os.getpid()}}, {}
 
+said = runs._say_waiting
+
+def says_waiting(spec):
+    def waiting():
+        said(spec)()
+        (folder / "waits").touch()
+    return waiting
+
 # without torch: both are at the lock within the same second
-runs.execute, runs.check = execute, lambda spec: None
+runs.execute, runs.check, runs._say_waiting = execute, lambda spec: None, says_waiting
 (folder / str(os.getpid())).touch()
 while len(list(folder.glob("[0-9]*"))) < 2:  # start together
     time.sleep(0.01)

@@ -106,7 +106,7 @@ def test_sentences_on_the_state_are_counted(book):
     rows = book(said("A1", 0.001), said("A2", 0.012), said("A3", 0.9, "opposite"))
     state = all_verdicts.state_of(list(rows.values()))
     assert "The documents make 5 claims. 4 can be tested here and 2 of these are decided," in state
-    assert "0 of them on the first three seeds" in state
+    assert "0 of them with seeds still to come" in state
     assert "1 *holds*; 1 *holds, alone*; 1 *opposite*; 1 *not judged yet*." in state
     assert (
         "1 control of this book stands beside them." in state and "are 4 records of runs." in state

@@ -288,7 +288,7 @@ def test_how_sure_names_the_data_that_the_document_has_for_the_claims(book, reco
     book.profile("paper", BASE % "cifar100" + "a/one: {seeds: [0]}\n")
     reproduce(records)
     base = pages.page(grid, profiles.profile("a/one", "quick")).answer(claims).data
-    assert "The document's own scale: CIFAR-100 at 28 px, all training images" in base
+    assert "The profile of the document's scale: CIFAR-100 at 28 px, all training images" in base
 
     def of_digits(p):  # the arms of a claim may have data of their own
         runs = grid(p)

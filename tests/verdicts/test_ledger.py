@@ -10,6 +10,7 @@ import yaml
 
 from lib import paths
 from lib.pages import contents, parameters, profiles
+from lib.report import text
 from lib.verdicts import ledger
 from lib.verdicts.claims import judge
 from lib.verdicts.stats import Interval
@@ -23,6 +24,7 @@ ENTRY = """
     page: a/one
     arms: [many, few]
 """
+PRINTED = "published: {table: scan, column: top1, of: {n: 8}, than: {n: 2}}"
 TABLE = """
 tables:
   scan: {columns: [n, top1], rows: [[2, 50.0], [8, 53.5], [4, 51.0], [4, 52.0]]}
@@ -56,6 +58,24 @@ def test_a_claim_has_its_size_from_the_printed_table(papers):
         )
     )
     assert ledger.claims()["A1"].size == 3.5  # above 0 in the claimed direction
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("", "", "+3.5 points"),
+        ("scan: {", "scan: {confidence: derived, ", "+3.5 points (derived)"),
+        ("scan: {", "scan: {confidence: primary text, ", "+3.5 points"),
+        (PRINTED, "smallest: 1", "no size printed; smallest that counts: 1 point"),
+        (f"greater\n    {PRINTED}", "not worse\n    smallest: 1", "smallest that counts: 1 point"),
+        (PRINTED, "kind: ours\n    smallest: 1", "smallest that counts: 1 point"),
+    ],
+)
+def test_a_reader_is_told_where_a_size_comes_from(papers, old, new, said):
+    papers(ENTRY)
+    file = paths.PAPERS / "a.yaml"
+    file.write_text(file.read_text().replace(old, new))
+    assert text.published(ledger.claims()["A1"]) == said
 
 
 @pytest.mark.parametrize("rows, count", [("{n: 9}", 0), ("{n: 4}", 2)])
