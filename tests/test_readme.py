@@ -8,7 +8,8 @@ from pathlib import Path
 from test_rooms import ORDER
 from toy_study import CELLS, CLASS, LEDGER, PARAMETERS, ROUTER, SPECS, WORD
 
-from lib.pages import all_verdicts
+from lib.__main__ import _parser
+from lib.pages import all_verdicts, parameters, profiles
 from lib.verdicts import ledger
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,6 +42,20 @@ def test_the_state_of_the_claims_is_that_of_the_ledger():
     assert f"{len(whole) - len(documents)} controls of this book" in said
     verdicts = said.partition("All verdicts:")[2].partition(". ")[0]
     assert sum(map(int, re.findall(r"(\d+) \*", verdicts))) == len(tested)
+
+
+def test_commands_that_a_reader_types_have_runs():
+    """Pages, profiles and values of `run`, in the README and in the book; PAGE is the reader's."""
+    texts = [README, *(path.read_text() for path in sorted((ROOT / "book").glob("*.md")))]
+    typed = [line for text in texts for line in re.findall(r"python -m (lib run [^`#\n]*)", text)]
+    assert len(typed) > 9
+    for line in typed:
+        options = _parser().parse_args(line.split()[1:])
+        if options.notebook == "PAGE":
+            continue
+        for key in parameters.keys_of(options.notebook):
+            given = parameters.from_text(key, dict(options.given))
+            assert profiles.plan(key, options.profile or profiles.PUBLISHED, **given) is not None
 
 
 def test_files_that_the_readme_names_are_there():

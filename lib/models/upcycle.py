@@ -42,8 +42,8 @@ from .names import matching
 from .plain import check_hooks, check_unshared
 from .tokens import check_batch_of_images, check_class_token
 
-# fields that add to what an MLP gave, or change its weights
-_CHANGES_FUNCTION = ("shared", "fresh_experts", "copy_noise")
+# fields that add to what an MLP gave, change its weights, or leave tokens or experts out
+_CHANGES_FUNCTION = ("shared", "fresh_experts", "copy_noise", "capacity_factor", "expert_dropout")
 LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)  # what modules that repeat are kept in
 
 

@@ -61,7 +61,8 @@ def add(commands: Any) -> None:
         type=float,
         default=1.0,
         metavar="EPOCHS",
-        help="further passes of each model after compression (default: 1)",
+        help="further passes of each model after compression; experts are dropped after them "
+        "(default: 1)",
     )
     parser.add_argument(
         "--points", type=float, default=2.0, help="of top-1 that speed may cost (default: 2)"
@@ -173,6 +174,8 @@ def _data(given: str) -> str:
     """Returns the name of a data set; a folder that is there becomes one under MOE_DATA."""
     folder = Path(given).expanduser()
     if not folder.is_dir():  # mnist5k, hub:owner/name, or a name under MOE_DATA
+        if folder.is_absolute() or given.startswith("."):
+            raise FileNotFoundError(f"--data {given}: no such folder")
         return given
     os.environ["MOE_DATA"] = str(folder.resolve().parent)
     return folder.resolve().name

@@ -97,15 +97,15 @@ def _cut(joined: Path, folder: Path, part_bytes: int) -> list[Path]:
 def _pack_images(specs: Sequence[RunSpec], home: Path) -> None:
     """Writes a file for each data set, with the rows that the runs read.
 
-    Raises ValueError for images that are not in colour.
+    Raises ValueError for images of chosen bands.
     """
     opened: dict[str, dict[str, Opened]] = {}  # by data set and label column
     rows: dict[str, dict[str, set[int]]] = {}  # by data set and stored split
     for data in {spec.data.id: spec.data for spec in specs}.values():
         if data.bands is not None:
             raise ValueError(
-                f"data set {data.name} with bands={data.bands} is not packed, only colour images "
-                "are: copy its folder to MOE_DATA there, and pack the other runs"
+                f"data set {data.name} with bands={data.bands} is not packed: copy its folder "
+                "to MOE_DATA there, and pack the other runs"
             )
         by_label = opened.setdefault(data.name, {})
         by_label[data.label] = sources_of(data.name, data.label, paths.data_home())

@@ -66,10 +66,13 @@ def test_fields_that_change_the_function_say_so():
         ({"router": "soft"}, "router='soft'"),
         ({"router": "expert_choice"}, "router='expert_choice'"),
         ({"copy_noise": 0.5}, "copy_noise=0.5"),
+        ({"router": "token", "capacity_factor": 0.5}, "capacity_factor=0.5"),
     ):
         with pytest.warns(UserWarning, match=f"with {word} the model need not compute"):
             changed = lib.upcycle(model, experts=3, **fields)
         assert not torch.allclose(output(changed), wanted, atol=1e-3)
+    with pytest.warns(UserWarning, match="with expert_dropout=0.5 the model need not compute"):
+        lib.upcycle(model, experts=3, router="token", expert_dropout=0.5)  # in training mode
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for fields in ({"router": "token", "top_k": 2}, {"router": "priority"}, {}):

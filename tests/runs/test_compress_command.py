@@ -95,6 +95,13 @@ def test_what_cannot_be_a_run_is_refused(given, says):
     assert says in str(error.value)
 
 
+def test_a_folder_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given in (str(tmp_path / "rooms"), "~/absent/rooms", "./rooms", "../rooms"):
+        with pytest.raises(FileNotFoundError, match=f"--data {given}: no such folder"):
+            compress.dense_run(words("--data", given))
+
+
 @pytest.mark.parametrize("out", ["small.pth", "small"])
 def test_other_files_are_refused_before_any_work(out):
     with pytest.raises(ValueError, match="end in .safetensors"):
