@@ -239,7 +239,7 @@ class Page:
         planned = self._grid(theirs)
         of_arms = [run for name, runs in planned.items() if name in arms for run in runs[:1]]
         arms_have = _scales(of_arms or [theirs.base])
-        return f" The profile of the document's scale: {arms_have}." if arms_have != ours else ""
+        return f" The profile `paper` has {arms_have}." if arms_have != ours else ""
 
     def called(self, data: str) -> str:
         """Names a data set of this page, and that of the document for which it stands in."""

@@ -288,7 +288,7 @@ def test_how_sure_names_the_data_that_the_document_has_for_the_claims(book, reco
     book.profile("paper", BASE % "cifar100" + "a/one: {seeds: [0]}\n")
     reproduce(records)
     base = pages.page(grid, profiles.profile("a/one", "quick")).answer(claims).data
-    assert "The profile of the document's scale: CIFAR-100 at 28 px, all training images" in base
+    assert "The profile `paper` has CIFAR-100 at 28 px, all training images" in base
 
     def of_digits(p):  # the arms of a claim may have data of their own
         runs = grid(p)
@@ -299,7 +299,7 @@ def test_how_sure_names_the_data_that_the_document_has_for_the_claims(book, reco
 
     page = pages.page(of_digits, profiles.profile("a/one", "quick"))
     at = "all training images, vit_tiny_patch16_224"
-    assert f"scale: CIFAR-100 at 28 px, {at}; MNIST at 14 px, {at}." in page.answer(claims).data
+    assert f"`paper` has CIFAR-100 at 28 px, {at}; MNIST at 14 px, {at}." in page.answer(claims).data
 
 
 def test_data_of_one_size_and_model_are_listed_together():
