@@ -114,17 +114,22 @@ def _frame(ax: Axes, rows: int, columns: int) -> None:
 
 
 def cam_shares(
-    record: Any, layer: int, prefix: int = 1, shift: int = 0, cam: str = "cam"
+    record: Any,
+    layer: int,
+    prefix: int = 1,
+    shift: int = 0,
+    cam: str = "cam",
+    shown: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Computes (E,) the share of the GradCAM on each expert's patches, and (E,) of the patches.
 
-    Over all probe images. shift: the patches of an image meet the GradCAM of the one that comes so
-    many later, around the end; then places alone can bring the two together. cam: as of
-    `cam_masks`. Raises ValueError if the record does not hold it.
+    shown: over the first so many probe images; None = over all. shift: the patches of an image meet
+    the GradCAM of the one that comes so many later, around the end; then places alone can bring the
+    two together. cam: as of `cam_masks`. Raises ValueError if the record does not hold it.
     """
-    heat = np.roll(_heat_of_patches(record, prefix, cam), -shift, axis=0)
+    heat = np.roll(_heat_of_patches(record, prefix, cam)[:shown], -shift, axis=0)
     experts = range(len(record.moe[layer]["load"]))
-    expert_of_patch = first_choices(record, layer, prefix)  # (P, h, w)
+    expert_of_patch = first_choices(record, layer, prefix)[:shown]  # (P, h, w)
     heat_of_expert = np.array([heat[expert_of_patch == e].sum() for e in experts])
     share_of_patches = np.array([(expert_of_patch == e).mean() for e in experts])
     return heat_of_expert / max(heat_of_expert.sum(), 1e-12), share_of_patches
@@ -174,8 +179,8 @@ def cam_masks(
             aspect=40,
             shrink=0.6,
             pad=0.12 / fig.get_figheight(),
-            label="GradCAM of the predicted class, largest of an image = 1\n"
-            "(below an expert: on its patches alone)",
+            label="GradCAM of the predicted class, mean over a patch; the largest\n"
+            "pixel of an image = 1 (below an expert: on its patches alone)",
         )
     return fig
 

@@ -167,8 +167,9 @@ def position_maps(
 ) -> Figure:
     """Draws which expert a patch's place leads to, on average: a row a model, a column a layer.
 
-    Colour: the expert with the largest share at a place; strength: that share. Even maps of full
-    colour mean routing by place.
+    Colour: the expert with the largest share at a place; strength: that share. Full colours
+    that change from place to place mean routing by place; one colour all over is an expert that
+    gets most of all tokens.
     """
     first = next(iter(records.values()))
     chosen = spread(len(first.moe)) if layers is None else list(layers)

@@ -106,10 +106,13 @@ def extremes(curves: Iterable[Curve], axis: str) -> str:
     said = []
     for curve in curves:
         at = {x: _mean(y) for x, y in zip(curve.x, curve.y, strict=True) if y is not None}
-        if at:
+        if len(set(at.values())) > 1:
             low, high = min(at, key=at.get), max(at, key=at.get)
             said.append(f"{curve.label} is lowest at {axis} {low}, highest at {axis} {high}")
-    return f"{'; '.join(said)}." if said else "No value yet."
+        elif at:
+            said.append(f"{curve.label} has one value")
+    sentence = f"{'; '.join(said)}." if said else "no value yet."
+    return sentence[:1].upper() + sentence[1:]
 
 
 def changes_by_panel(panels: Mapping[str, Sequence[Curve]], level_within: float = 1.0) -> str:

@@ -249,6 +249,8 @@ def test_gradcam_shares_by_hand():
     mass, patches = masks.cam_shares(r, 1)
     assert mass.tolist() == [0, 0, 0, 1] and patches.tolist() == [15 / 16, 0, 0, 1 / 16]
     r.arrays["token_expert"][1, 1:, 1] = 0  # of the first image alone
+    of_first, of_its_patches = masks.cam_shares(r, 1, shown=1)
+    assert of_first.tolist() == [0, 0, 0, 1] and of_its_patches[3] == 1 / 16
     r.arrays["cam"][:2] = 0.0
     assert masks.cam_shares(r, 1)[0].tolist() == [1, 0, 0, 0]
     assert masks.cam_shares(r, 1, shift=2)[0].tolist() == [0.9, 0, 0, 0.1]
