@@ -237,7 +237,7 @@ class _LoaderTask(Task):
         parts = {"task_loss": task_loss}
         total = task_loss
         if self.teacher is not None:
-            with torch.no_grad():
+            with torch.no_grad(), labelled(self.teacher, labels):
                 taught = check_logits(self.teacher(images), labels, self.teacher)
             if taught.shape != logits.shape:
                 raise ValueError(

@@ -29,11 +29,17 @@ def upcycle(
         lib.upcycle(model, layers=2, experts=8)
         lib.upcycle(model, MoESpec(layers=2, experts=8))
 
-    With fields the function stays as it is until it is trained, or a warning says what changes it.
-    Returns the changed model; the given one is left as it is unless `inplace`. `model.upcycling`
-    gets a row a layer. What is taken, what the gate is, and what is refused: see
-    `lib.models.upcycle.upcycle`, which does it.
+    Raises ValueError for `members`, which make an ensemble. With fields the function stays as it is
+    until it is trained, or a warning says what changes it. Returns the changed model; the given one
+    is left as it is unless `inplace`. `model.upcycling` gets a row a layer. What is taken, what the
+    gate is, and what is refused: see `lib.models.upcycle.upcycle`, which does it.
     """
+    members = fields.get("members", 1) if spec is None else spec.members
+    if members != 1:
+        raise ValueError(
+            f"members={members} is for runs, which make an ensemble: upcycle makes one model, so "
+            "leave it out"
+        )
     mixed = to_change(model, inplace, "upcycling")
     before = _moe_layers(mixed)
     layers.upcycle(mixed, spec, modules=modules, ignore=ignore, generator=generator, **fields)

@@ -117,7 +117,10 @@ def _middle(image: Tensor, axis: int, most: int) -> Tensor:
 
 
 def random_resized_crop(image: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """Resizes a random box of an image, of 20-100% of its area and aspect 3/4-4/3, to (C, S, S)."""
+    """Resizes a random box of an image, of 20-100% of its area and aspect 3/4-4/3, to (C, S, S).
+
+    What reaches beyond the image is cut off, so boxes of oblong images are smaller and narrower.
+    """
     height, width = image.shape[-2:]
     draw = torch.rand(4, generator=generator).tolist()
     area = height * width * (0.2 + 0.8 * draw[0])

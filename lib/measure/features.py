@@ -1,8 +1,9 @@
 """What a backbone knows, by depth: nearest neighbours and a linear probe on the features after each
 block.
 
-Features are the class token where all blocks have it first, the mean patch otherwise, as the head
-would read them (after the model's last norm). Axis letters: **n** images of a split, **D** width.
+Features are the class token where all blocks have it first, the mean patch otherwise, after the
+model's last norm before pooling. Of models that pool patches beside a class token (BEiT, EVA-02)
+that is another token than their head reads. Axis letters: **n** images of a split, **D** width.
 """
 
 from __future__ import annotations

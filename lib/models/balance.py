@@ -17,9 +17,9 @@ def switch_loss(routing: Routing) -> Tensor:
     """Computes E * sum_e f_e P_e (Switch 2101.03961, eq. 4).
 
     f_e: share of first choices, without gradient; P_e: mean probability. It is 1 at uniform load
-    and E when one expert gets all with certainty. For K > 1 the share is taken over all R*K
-    choices, the GShard reading that counts each choice once. Rows are images under image-level
-    routing (ViMoE, eq. 6).
+    and E when one expert gets all with certainty; E counts experts that were masked, too. For K > 1
+    the share is taken over all R*K choices, the GShard reading that counts each choice once. Rows
+    are images under image-level routing (ViMoE, eq. 6).
     """
     experts = routing.experts
     chosen = routing.choice[routing.choice >= 0]

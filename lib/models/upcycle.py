@@ -203,6 +203,8 @@ def _spec_of_guest(fields: dict[str, Any], named: int | None) -> MoESpec:
 def _warn_of_another_function(spec: MoESpec) -> None:
     """Warns of fields by which the model does not compute what it did, whatever the gate."""
     asked = [f"{word}={getattr(spec, word)!r}" for word in _CHANGES_FUNCTION if getattr(spec, word)]
+    if "gate" in ROUTERS[spec.router].takes and spec.gate == "printed":
+        asked.append("gate='printed'")
     if not ROUTERS[spec.router].serves_all:
         asked.append(f"router={spec.router!r}")
     if asked:

@@ -237,8 +237,8 @@ class LinearRouter(Router):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None = None) -> None:
-        """Draws the weight anew, normal with `std`; zeros leave ties, which a choice breaks by
-        index."""
+        """Draws the weight anew, normal with `std`; zeros leave ties, which `topk` breaks in
+        an order of its own, so that one expert gets all."""
         if self.std:
             self.weight.normal_(0.0, self.std, generator=generator)
         else:

@@ -280,6 +280,11 @@ class RunSpec(Spec):
             return self
         if self.train.distil_logits and self.init is None:
             raise ValueError("distil_logits needs a parent to learn from: set init")
+        if self.train.distil_logits and self.moe is not None and self.moe.members > 1:
+            raise ValueError(
+                f"distil_logits={self.train.distil_logits} asks for one prediction an image, and "
+                f"moe.members={self.moe.members} make one each: set one of the two"
+            )
         if self.train.distil != "none" and (self.init is None or self.init.moe is None):
             raise ValueError(
                 f"distil={self.train.distil!r} needs a parent with gates: "
@@ -296,6 +301,14 @@ class RunSpec(Spec):
             raise ValueError(
                 f"{asked} teaches the logits of a router, and router={self.moe.router!r} has none "
                 "that learn: set distil='none', or another router"
+            )
+        taught = self.init.moe
+        if taught.per_image != self.moe.per_image:
+            by_image, by_token = sorted((taught, self.moe), key=lambda moe: not moe.per_image)
+            raise ValueError(
+                f"{asked} compares decisions one by one, and router={by_image.router!r} decides "
+                f"for images, router={by_token.router!r} for tokens: set distil='none', or routers "
+                "of one kind"
             )
         if self.train.single_expert_at:
             raise ValueError(

@@ -40,7 +40,7 @@ class TrainSpec(Spec):
     epochs: Annotated[float, Field(gt=0, le=1_000_000)] = 3.0
     batch: Positive = 64  # images a step
     lr: Rate = 3e-4  # peak learning rate of the head
-    # AdamW's; none on biases, norms and position embeddings
+    # AdamW's; none on biases, norms and position embeddings (which decay in ensembles)
     weight_decay: Weight = 0.05
     # lr factor a block, from the head down (ViMoE: 0.65)
     layer_decay: Annotated[float, Field(ge=0.01, le=1)] = 1.0

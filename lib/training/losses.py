@@ -55,7 +55,7 @@ def losses(
     which brings its share of the images; all get the losses of the whole batch, and the tape holds
     the routings of the whole batch afterwards.
     """
-    members = model.size if isinstance(model, Ensemble) else 1
+    members, own_labels = model.size if isinstance(model, Ensemble) else 1, labels
     with tape, autocast(spec), labelled(model, labels), ranks.draws(members):
         out = model.members(images).flatten(0, 1) if isinstance(model, Ensemble) else model(images)
     if ranks.count > 1:
@@ -69,7 +69,7 @@ def losses(
         parts = {"task_loss": task_loss}
     total = parts["task_loss"]
     if spec.train.distil_logits:
-        with torch.no_grad(), autocast(spec):
+        with torch.no_grad(), autocast(spec), labelled(teacher, own_labels):
             (teacher_logits,) = ranks.whole([teacher(images)])
         parts["distil_loss"] = distil_loss(out, teacher_logits)
         total = torch.lerp(total, parts["distil_loss"], spec.train.distil_logits)
@@ -84,7 +84,7 @@ def losses(
             loss_of_layer = torch.stack([auxiliary_loss(routing) for routing in routings])  # (L,)
             total = total + (loss_of_layer * loss_of_layer.new_tensor(weights)).sum()
         if spec.train.distil != "none":
-            parts["distil_loss"] = _distilled(routings, teacher, images, spec, ranks)
+            parts["distil_loss"] = _distilled(routings, teacher, (images, own_labels), spec, ranks)
             total = total + parts["distil_loss"]
     return {"loss": total} | parts
 
@@ -151,15 +151,20 @@ def _auxiliary(moe: MoESpec) -> list[tuple[float | tuple[float, ...], Callable]]
 
 
 def _distilled(
-    routings: list[Routing], teacher: nn.Module, images: Tensor, spec: RunSpec, ranks: One
+    routings: list[Routing],
+    teacher: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    spec: RunSpec,
+    ranks: One,
 ) -> Tensor:
     """Computes the mean over layers of the cross-entropy to the teacher's choice, or of the
     divergence from its probabilities, in nats.
 
     The teacher sees the same images through its own layers, so the target is what the dense model
-    decides.
+    decides. batch: images and labels of this rank.
     """
-    with torch.no_grad(), RoutingTape(teacher) as tape, autocast(spec):
+    images, labels = batch
+    with torch.no_grad(), RoutingTape(teacher) as tape, autocast(spec), labelled(teacher, labels):
         teacher(images)
     targets = ranks.whole([routing.probs for routing in tape.routings()])
     loss_of_layer = []

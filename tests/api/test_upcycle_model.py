@@ -51,6 +51,11 @@ def test_what_fits_no_model_changes_none():
             r"^MoESpec: router='best': it should be 'token', 'image'",
         ),
         ({"experts": 2, "top_k": 3}, r"^MoESpec: top_k=3 needs at least 3 experts, got experts=2$"),
+        (
+            {"experts": 2, "router": "token", "members": 2},
+            r"^members=2 is for runs, which make an ensemble",
+        ),
+        ({"spec": lib.MoESpec(experts=2, router="token", members=2)}, r"^members=2 is for runs"),
     ],
 )
 def test_fields_that_do_not_fit_are_refused_in_a_sentence(fields, says):
@@ -66,6 +71,7 @@ def test_fields_that_change_the_function_say_so():
         ({"router": "soft"}, "router='soft'"),
         ({"router": "expert_choice"}, "router='expert_choice'"),
         ({"copy_noise": 0.5}, "copy_noise=0.5"),
+        ({"router": "token", "gate": "printed"}, "gate='printed'"),
         ({"router": "token", "capacity_factor": 0.5}, "capacity_factor=0.5"),
     ):
         with pytest.warns(UserWarning, match=f"with {word} the model need not compute"):

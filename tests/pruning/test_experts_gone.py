@@ -38,6 +38,28 @@ def outputs(layer, rows):
 # ---- scores
 
 
+@pytest.mark.parametrize("convolutions", [True, False])
+def test_rows_are_tokens_where_a_layer_has_its_channels_first_or_last(convolutions):
+    """Of maps as wide as they have channels no shape tells the two apart."""
+    model = timm.create_model(
+        "convnext_atto",
+        num_classes=4,
+        depths=(1, 1, 1, 1),
+        dims=(8, 8, 8, 8),
+        conv_mlp=convolutions,
+    )
+    upcycle(model, blocks=(1,), experts=2, router="token")  # 8 x 8 places, 8 channels
+    [(name, layer)] = dropping.routed(model).items()
+    assert layer.channels_first == convolutions
+    given, seen = [], []
+    layer.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    scores.observe(model, [images], lambda name, layer, rows, routing: seen.append(rows))
+    [x], [rows] = given, seen
+    tokens = x.permute(0, 2, 3, 1) if convolutions else x
+    assert tokens.shape == (2, 8, 8, 8) and torch.equal(rows, tokens.reshape(-1, 8))
+
+
 def test_scores_from_weights_by_hand():
     model = Toy()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

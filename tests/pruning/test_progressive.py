@@ -90,6 +90,17 @@ def test_until_one_expert_a_layer_is_left_half_way():
     assert all(layer.experts.experts == 1 for layer in dropping.routed(drop.finish()).values())
 
 
+@pytest.mark.parametrize("steps", [1, 10])
+def test_one_expert_is_left_after_the_last_step_also_where_that_is_the_end(steps):
+    model = build(moe=moe(experts=4, layers=2, router_std=1.0))
+    drop = ProgressiveDrop(model, steps=steps, end=1.0)
+    for step in range(steps):
+        with RoutingTape(model) as tape:
+            model(batch(seed=step)[0])
+        drop.after(step, tape)
+    assert all(layer.experts.experts == 1 for layer in dropping.routed(drop.finish()).values())
+
+
 @pytest.mark.parametrize("settings", [{"steps": 0}, {"end": 0.0}, {"end": 1.5}, {"decay": 1.0}])
 def test_bad_settings_of_a_progressive_drop(settings):
     refused_unchanged(

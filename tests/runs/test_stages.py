@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from lib.measure.cost import count
@@ -147,6 +148,22 @@ def test_manual_routing_sends_classes_to_their_expert(where):
             MoESpec(layers=1, experts=2, router="manual", groups=groups, balance="none"),
         ).modules()
     )
+
+
+@pytest.mark.parametrize(
+    ("distil", "router"),
+    [({"distil": "probabilities"}, "image"), ({"distil_logits": 0.5}, "token")],
+)
+def test_a_model_that_is_routed_by_hand_can_teach(where, distil, router):
+    """The teacher is told the classes, too."""
+    groups = ((0, 1, 2, 3, 4), (5, 6, 7, 8, 9))
+    by_hand = {"router": "manual", "groups": groups, "balance": "none"}
+    parent = BASE.but(moe=MoESpec(layers=1, experts=2, **by_hand), keep=True)
+    learnt = MoESpec(layers=1, experts=2, router=router)
+    child = parent.but(init=parent, moe=learnt, train={"epochs": 1.0, **distil}, keep=False)
+    assert run(where, child).status == "ok"
+    with pytest.raises(ValidationError, match="'manual' decides for images, router='token' for"):
+        child.but(moe={"router": "token"}, train={"distil": "choice"})
 
 
 def test_a_loss_that_blows_up_is_a_failed_record(where):

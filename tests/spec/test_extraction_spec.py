@@ -116,6 +116,14 @@ EXTRACTED = DENSE.but(init=DENSE, train=None, extract=rules())
             "extract takes experts from the MLPs of a trained model",
         ),
         (lambda: DENSE.but(train={"distil_logits": 0.5}), "distil_logits needs a parent"),
+        (
+            lambda: DENSE.but(
+                init=DENSE.but(keep=True),
+                moe=MoESpec(router="token", members=2),
+                train={"distil_logits": 0.5},
+            ),
+            "distil_logits=0.5 asks for one prediction an image, and moe.members=2 make one each",
+        ),
     ],
 )
 def test_bad_specs(make, says):

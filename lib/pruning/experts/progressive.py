@@ -30,9 +30,9 @@ class ProgressiveDrop:
     Proficiency in a step: hit rate times mean gate weight, that is an expert's sum of gates, as a
     share of its layer's sum; averaged over steps with weight `decay` on the past. After step t an
     expert goes if its proficiency is below t / (end * steps) of the best in its layer; from step
-    end * steps on the best stays alone, of equals the one with the lower number. Simplified against
-    the paper, which compares with a fixed threshold at the ends of windows and drops the rest by
-    force.
+    end * steps on, or the last one, the best stays alone, of equals the one with the lower number.
+    Simplified against the paper, which compares with a fixed threshold at the ends of windows and
+    drops the rest by force.
 
     model: its top-1 routers are replaced until `finish`. steps: of the whole run. end: share of the
     steps after which one expert a layer is left (paper: half). decay: from 0 to below 1. Raises
@@ -46,7 +46,8 @@ class ProgressiveDrop:
                 f"steps={steps} must be at least 1, end={end} above 0 and at most 1, "
                 f"decay={decay} at least 0 and below 1"
             )
-        self.model, self.last_step, self.decay = model, end * steps, decay
+        self.model, self.decay = model, decay
+        self.last_step = min(end * steps, steps - 1)  # steps count from 0
         layers = routed(model)
         for name, layer in layers.items():
             if type(layer.router) is not TopKRouter or layer.router.top_k != 1:
@@ -66,7 +67,7 @@ class ProgressiveDrop:
 
         It is 0 at the start, and 1 from the end on.
         """
-        return min(1.0, step / self.last_step)
+        return step / self.last_step if step < self.last_step else 1.0
 
     def after(self, step: int, tape: RoutingTape) -> None:
         """Takes in one training step of all layers, and masks the experts that are due."""

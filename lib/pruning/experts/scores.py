@@ -107,9 +107,11 @@ def observe(
 
     # A forward hook, since a block hands the input of its MLP to nobody else.
     def hook(name: str) -> Callable:
-        return lambda layer, inputs, _: observer(
-            name, layer, inputs[0].reshape(-1, inputs[0].shape[-1]), tape[layer]
-        )
+        def seen(layer: MoELayer, inputs: tuple[Tensor], _: Tensor) -> None:
+            tokens = inputs[0].movedim(1, -1) if layer.channels_first else inputs[0]
+            observer(name, layer, tokens.reshape(-1, tokens.shape[-1]), tape[layer])
+
+        return seen
 
     handles = [layer.register_forward_hook(hook(name)) for name, layer in routed(model).items()]
     image_count = 0
