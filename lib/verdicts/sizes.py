@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .stats import Interval, accuracy_interval, finished, retained
+from .stats import MIN_SEEDS, Interval, accuracy_interval, finished, retained
 
 Family = Mapping[float, Sequence[Any]]
 
@@ -71,14 +71,20 @@ def retained_change(records: Sequence[Any], dense: Sequence[Any]) -> Interval | 
 def best_on_validation(settings: Mapping[str, Sequence[Any]]) -> str | None:
     """Chooses the setting with the best mean validation top-1; None without a finished record.
 
-    Only settings with the most finished seeds take part: a mean over fewer would be compared with a
-    mean over other seeds. Test images have no say.
+    Settings take part that have MIN_SEEDS finished seeds, or, where none has, the most that one
+    has. The means are over the seeds that all of these have: further seeds of one setting do not
+    decide. Test images have no say. Raises ValueError where these settings share no seed.
     """
-    done = {name: finished(records) for name, records in settings.items()}
-    most = max(map(len, done.values()), default=0)
+    done = {name: {r.spec.seed: r for r in finished(rs)} for name, rs in settings.items()}
+    enough = min(MIN_SEEDS, max(map(len, done.values()), default=0))
+    done = {name: of_seed for name, of_seed in done.items() if enough and len(of_seed) >= enough}
+    if not done:
+        return None
+    shared = set.intersection(*(set(of_seed) for of_seed in done.values()))
+    if not shared:
+        raise ValueError(f"{', '.join(done)} share no seed: which of them is best is not known")
     means = {
-        name: np.mean([record.val["top1"] for record in records])
-        for name, records in done.items()
-        if most and len(records) == most
+        name: np.mean([of_seed[seed].val["top1"] for seed in sorted(shared)])
+        for name, of_seed in done.items()
     }
-    return max(means, key=means.get, default=None)
+    return max(means, key=means.get)

@@ -94,5 +94,11 @@ def test_best_on_validation_compares_equally_many_seeds():
         "failed": [run(50.0, 1, seed, "failed", val=99.0) for seed in range(2)],
     }
     assert best_on_validation(settings) == "better, two seeds"
+    ten = [run(50.0, 1, seed, val=61.0 if seed < 3 else 99.0) for seed in range(10)]
+    three = [run(50.0, 1, seed, val=62.0) for seed in range(3)]
+    assert best_on_validation(settings | {"ten seeds": ten, "three": three}) == "three"
+    assert best_on_validation({"ten seeds": ten, "lucky": settings["lucky"]}) == "ten seeds"
+    with pytest.raises(ValueError, match="a, b share no seed"):
+        best_on_validation({"a": [run(50.0, 1, 0)], "b": [run(50.0, 1, 1)]})
     assert best_on_validation({"a": [None], "b": []}) is None
     assert best_on_validation({}) is None
