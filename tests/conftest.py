@@ -18,7 +18,7 @@ import pytest
 # one for all tests: a backbone that two of them need is trained once
 _CACHE = tempfile.mkdtemp(prefix="cache-")
 os.environ["MOE_CACHE"] = _CACHE
-# two processes share the tests of `make test`, and each is to keep to its core
+# several processes share the tests of `make test`, and each is to keep to one core
 os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 os.environ.pop("PROFILE", None)  # tests say which profile they mean
 
