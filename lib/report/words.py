@@ -11,7 +11,16 @@ from itertools import pairwise
 from ..verdicts.stats import Interval
 from .figures import Curve
 
-__all__ = ["change", "changes", "changes_by_panel", "move", "order", "order_by_panel", "score"]
+__all__ = [
+    "change",
+    "changes",
+    "changes_by_panel",
+    "extremes",
+    "move",
+    "order",
+    "order_by_panel",
+    "score",
+]
 
 # scores by which experts are dropped, where their name in a spec is not the word for it
 _SCORES = {
@@ -108,9 +117,9 @@ def extremes(curves: Iterable[Curve], axis: str) -> str:
         at = {x: _mean(y) for x, y in zip(curve.x, curve.y, strict=True) if y is not None}
         if len(set(at.values())) > 1:
             low, high = min(at, key=at.get), max(at, key=at.get)
-            said.append(f"{curve.label} is lowest at {axis} {low}, highest at {axis} {high}")
+            said.append(f"{curve.label}: lowest at {axis} {low}, highest at {axis} {high}")
         elif at:
-            said.append(f"{curve.label} has one value")
+            said.append(f"{curve.label}: one value")
     sentence = f"{'; '.join(said)}." if said else "no value yet."
     return sentence[:1].upper() + sentence[1:]
 

@@ -126,13 +126,12 @@ class RunSpec(Spec):
             return self
         mine, parents = self.backbone, self.init.backbone
         names = [name for name, value in mine if value != getattr(parents, name)]
-        if names not in ([], ["drop_path"]):
+        if names := [name for name in names if name != "drop_path"]:
             raise ValueError(
                 "init must have the same backbone as the run that starts from it, and differs in "
                 + ", ".join(
                     f"{name} ({getattr(parents, name)!r}, here {getattr(mine, name)!r})"
                     for name in names
-                    if name != "drop_path"
                 )
             )
         if self.init.moe is not None:
@@ -304,7 +303,8 @@ class RunSpec(Spec):
             )
         taught = self.init.moe
         if taught.per_image != self.moe.per_image:
-            by_image, by_token = sorted((taught, self.moe), key=lambda moe: not moe.per_image)
+            pair = (taught, self.moe)
+            by_image, by_token = pair if taught.per_image else reversed(pair)
             raise ValueError(
                 f"{asked} compares decisions one by one, and router={by_image.router!r} decides "
                 f"for images, router={by_token.router!r} for tokens: set distil='none', or routers "

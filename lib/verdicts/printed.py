@@ -60,10 +60,12 @@ class PrintedCells(dict[str, Cell]):
         """Returns the cells whose printed digits differ from ours."""
         return {label: cell for label, cell in self.items() if len(set(cell.texts())) > 1}
 
-    def extremes(self, count: int) -> dict[str, float]:
-        """Returns the `count` smallest ratios and the `count` largest, from small to large."""
+    def telling(self, count: int) -> dict[str, float]:
+        """Returns the `count` smallest ratios, the `count` largest and those `apart`, from small to
+        large."""
         ratios = sorted(((label, cell.ratio) for label, cell in self.items()), key=lambda x: x[1])
-        return dict([*ratios[:count], *ratios[-count:]])
+        wanted = {label for label, _ in (*ratios[:count], *ratios[-count:])} | self.apart().keys()
+        return {label: ratio for label, ratio in ratios if label in wanted}
 
 
 def gain_over(records: Sequence[Any], reference: Sequence[Any]) -> Interval | None:

@@ -59,12 +59,12 @@ def test_changes_compare_the_last_value_with_the_first_that_are_there():
 def test_extremes_say_where_a_line_that_jumps_is_lowest_and_highest():
     noise = Curve([1, 2, 3, 4], [0.9, Interval(0.1, 0.0, 0.2, 3), None, 0.8], "noise")
     stable = Curve([1, 2, 3], [0.2, 0.1, 1.0], "stability")
-    said = "Noise is lowest at block 2, highest at block 1"
+    said = "Noise: lowest at block 2, highest at block 1"
     assert words.extremes([noise, Curve([1], [None], "none")], "block") == f"{said}."
     assert words.extremes([noise, stable], "block") == (
-        f"{said}; stability is lowest at block 2, highest at block 3."
+        f"{said}; stability: lowest at block 2, highest at block 3."
     )
-    assert words.extremes([Curve([1, 2], [0.5, 0.5], "load")], "block") == "Load has one value."
+    assert words.extremes([Curve([1, 2], [0.5, 0.5], "load")], "block") == "Load: one value."
     assert words.extremes([], "block") == "No value yet."
 
 

@@ -31,13 +31,17 @@ def test_cells_are_apart_where_printed_digits_differ(cells):
     assert list(cells.apart()) == ["T1 stored b"]
 
 
-def test_extremes_are_the_smallest_and_largest_ratios_each_once(cells):
-    for row, ours in {"a": 1.0, "b": 1.2, "c": 0.9, "d": 1.1, "e": 0.8}.items():
-        cells.row("T1", row, {"stored (M)": (ours, 1.0)})
-    assert cells.extremes(2) == {
-        f"T1 stored {row}": ratio for row, ratio in {"e": 0.8, "c": 0.9, "d": 1.1, "b": 1.2}.items()
+def test_telling_are_the_smallest_and_largest_ratios_and_digits_that_differ_each_once(cells):
+    for row, ours in {"a": 10.0, "b": 10.02, "c": 9.99, "d": 10.01, "e": 9.98}.items():
+        cells.row("T1", row, {"stored (M)": (ours, 10.0)})  # printed alike
+    assert {label: round(ratio, 6) for label, ratio in cells.telling(2).items()} == {
+        f"T1 stored {row}": ratio
+        for row, ratio in {"e": 0.998, "c": 0.999, "d": 1.001, "b": 1.002}.items()
     }
-    assert list(cells.extremes(4).values()) == [0.8, 0.9, 1.0, 1.1, 1.2]
+    assert [label[-1] for label in cells.telling(4)] == ["e", "c", "a", "d", "b"]
+    cells.row("T1", "f", {"stored (M)": (100.06, 100.0)})  # printed as 100.1
+    assert [label[-1] for label in cells.telling(1)] == ["e", "f", "b"]
+    assert list(cells.telling(2)) == sorted(cells.telling(2), key=lambda label: cells[label].ratio)
 
 
 def test_a_column_needs_its_decimals(cells):
