@@ -22,7 +22,7 @@ book/conf.py: $(READY) _config.yml $(wildcard book/_static/*)
 
 # three processes on two cores: many tests wait for the processes that they start
 test: $(READY)
-	$(BIN)/python -m pytest -n 3 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # opens every page of the book that was built last in Chromium: apt-get install --no-install-recommends chromium
 browser: $(READY)

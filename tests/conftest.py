@@ -40,6 +40,15 @@ def grid(p):
 """
 
 
+# folders whose tests start processes of their own, and last
+SLOW = ("runs", "pages", "training", "bench", "faults")
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the slow folders first: one long file left at the end would keep one core alone."""
+    items.sort(key=lambda item: item.path.parent.name not in SLOW)  # keeps the order otherwise
+
+
 def pytest_sessionfinish(session, exitstatus):
     shutil.rmtree(_CACHE, ignore_errors=True)
 

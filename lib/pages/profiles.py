@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from .. import paths
 from ..paths import ROOT, need_checkout
 from .parameters import (
     NotebookError,
@@ -48,6 +49,8 @@ BASE_FIELDS = {
 }
 # (notebook, profile) -> values that this process was asked for; part of the manifest
 asked: dict[tuple[str, str], dict[str, Any]] = {}
+# what was planned, by what was asked and the state of the files that decide it
+_plans: dict[tuple[Any, ...], dict[str, list[RunSpec]]] = {}
 
 
 class Profile:
@@ -315,6 +318,16 @@ def plan(key: str, name: str, **given: Any) -> Runs:
     Raises NotebookError where the cells do not define such a `grid`, or serve another notebook, and
     for given values with which the notebook has no runs.
     """
+    # a build asks several times; a notebook may plan the runs of others, so all files count
+    files = [*ROOT.glob("notebooks/*/*"), *paths.PAPERS.glob("*.yaml")]
+    states = [(file, file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+    question = (key, name, repr(given), *states)
+    if question not in _plans:
+        _plans[question] = _planned(key, name, given)
+    return Runs({arm: list(runs) for arm, runs in _plans[question].items()}, key, name)
+
+
+def _planned(key: str, name: str, given: Mapping[str, Any]) -> dict[str, list[RunSpec]]:
     space: dict[str, Any] = {"__name__": f"plan:{key}"}
     exec(compile(tagged(key, "parameters"), f"notebooks/{key}.ipynb[parameters]", "exec"), space)
     space.update(given, profile=check_profile(name))  # where papermill puts its injected cell
@@ -338,7 +351,7 @@ def plan(key: str, name: str, **given: Any) -> Runs:
         raise NotebookError(
             f"notebooks/{key}.ipynb: grid(p) must return dict[str, list[RunSpec]], got {runs!r:.80}"
         )
-    return Runs(runs, key, name)
+    return runs
 
 
 def _no_runs(p: Profile, usual: Profile, by_hand: list[str], error: Exception) -> str:

@@ -29,10 +29,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .. import paths
+from . import papers
 
 __all__ = [
     "Cell",
@@ -247,7 +247,7 @@ def _around(key: str) -> Iterator[Claim]:
 
 @functools.lru_cache(maxsize=32)
 def _read(study: str, path: Path, stamp: tuple[int, int]) -> tuple[Claim, ...]:
-    entries = yaml.safe_load(path.read_text(encoding="utf-8")).get("claims") or []
+    entries = papers.read(path).get("claims") or []
     return tuple(_claim(study, entry) for entry in entries)
 
 

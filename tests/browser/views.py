@@ -22,7 +22,7 @@ from typing import Any
 
 WIDTHS = (1300, 390)  # CSS pixels: a laptop with both side bars, a phone
 THEMES = ("light", "dark")
-# in the dark colours change, and no box: one width will do
+# in the dark colours change, and no box: axe at one width will do, after a switch of the theme
 VIEWS = ((WIDTHS[0], "light"), (WIDTHS[0], "dark"), (WIDTHS[1], "light"))
 HEIGHTS = {1300: 900, 390: 844}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
@@ -80,6 +80,8 @@ TABLES = """() => {
 # what axe need not look at: further rows of a table, which are alike, and the insides of formulas
 ALIKE = [["tbody tr:nth-child(n+6)"], ["mjx-container"]]
 RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]
+WITHOUT_HIDDEN_CODE = """() => document.querySelectorAll('.cell > .cell_input').forEach(
+  code => code.checkVisibility() || code.remove())"""
 BARS = "() => document.querySelectorAll('main details > summary .collapsed').length"
 
 
@@ -135,20 +137,22 @@ def opened(tab: Any, book: Path, page: str) -> None:
     tab.evaluate(SETTLED)
 
 
-def looked_at(tab: Any, book: Path, page: str, width: int, theme: str, axe: bool) -> View:
-    """Opens a page and notes what there is to see."""
-    view = View(page, width, theme)
+def looked_at(tab: Any, book: Path, page: str, width: int) -> list[View]:
+    """Opens a page and notes what there is to see; at the first width by axe as well, and then in
+    the dark."""
+    view = View(page, width, THEMES[0])
+    seen = [view]
 
     def on_console(message: Any) -> None:
         if message.type == "error":
-            view.errors.append(message.text)
+            seen[-1].errors.append(message.text)
 
     def on_request(request: Any) -> None:
         if not request.url.startswith(("file:", "data:", "blob:")):
-            view.foreign.append(request.url)
+            seen[-1].foreign.append(request.url)
 
     def on_error(error: Any) -> None:
-        view.errors.append(str(error))
+        seen[-1].errors.append(str(error))
 
     listeners = {"console": on_console, "request": on_request, "pageerror": on_error}
     for event, listener in listeners.items():
@@ -157,16 +161,24 @@ def looked_at(tab: Any, book: Path, page: str, width: int, theme: str, axe: bool
     view.bars = tab.evaluate(BARS)
     tab.evaluate(OPEN_ALL)
     tab.evaluate(SETTLED)
-    seen = tab.evaluate(TABLES)
-    view.tables = seen["count"]
+    boxes = tab.evaluate(TABLES)
+    view.tables = boxes["count"]
     for kind in ("clipped", "lost", "spilt", "sideways"):
-        setattr(view, kind, seen[kind])
-    if axe:
+        setattr(view, kind, boxes[kind])
+    if width == WIDTHS[0]:
+        # axe walks through all there is, and code that is hidden is half of it
+        tab.evaluate(WITHOUT_HIDDEN_CODE)
+        view.findings = findings(tab)
+        seen.append(View(page, width, THEMES[1]))
+        tab.emulate_media(color_scheme=THEMES[1])
+        tab.evaluate(SETTLED)
+        assert tab.evaluate("document.documentElement.dataset.theme") == THEMES[1], page
         # what is not a colour is the same in both themes
-        view.findings = findings(tab, RULES if theme == THEMES[0] else ["color-contrast"])
+        seen[-1].findings = findings(tab, ["color-contrast"])
+        tab.emulate_media(color_scheme=THEMES[0])
     for event, listener in listeners.items():
         tab.remove_listener(event, listener)
-    return view
+    return seen
 
 
 def findings(tab: Any, rules: list[str] = RULES) -> list[str]:
@@ -206,11 +218,12 @@ def _views(book: Path, of: list[str]) -> list[View]:
     """Looks at some pages in a browser of their own."""
     seen = []
     with chromium() as browser:
-        for width, theme in VIEWS:
+        for width in WIDTHS:
             size = {"width": width, "height": HEIGHTS[width]}
-            context = browser.new_context(viewport=size, color_scheme=theme)
-            tab, axe = context.new_page(), width == WIDTHS[0]
-            seen += [looked_at(tab, book, page, width, theme, axe) for page in of]
+            context = browser.new_context(viewport=size, color_scheme=THEMES[0])
+            tab = context.new_page()
+            for page in of:
+                seen += looked_at(tab, book, page, width)
             context.close()
     return seen
 

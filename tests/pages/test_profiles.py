@@ -277,6 +277,22 @@ def test_plan_runs_two_cells_only(book):
     assert plan["runs"][0].train.epochs == 0.5
 
 
+def test_what_was_planned_is_planned_anew_once_a_file_changed(book, monkeypatch):
+    first = profiles.plan("a/one", "quick")
+    first["runs"].clear()
+    first["more"] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(profiles, "_planned", None)  # asked again, it need not plan
+        again = profiles.plan("a/one", "quick")
+    assert [spec.seed for spec in again["runs"]] == [0, 1] and "more" not in again
+    assert len(profiles.plan("a/one", "quick", layers=[4])["runs"]) == 1
+    book.profile("quick", "a/one: {width: 3, layers: [7]}")
+    assert [spec.seed for spec in profiles.plan("a/one", "quick")["runs"]] == [7]
+    notebook = book.root / "notebooks" / "a" / "one.ipynb"
+    notebook.write_text(notebook.read_text().replace('\\"runs\\"', '\\"renamed\\"'))
+    assert list(profiles.plan("a/one", "quick")) == ["renamed"]
+
+
 def test_plan_checks_its_notebook(book):
     book.notebook("a/two").write_text((book.root / "notebooks" / "a" / "one.ipynb").read_text())
     with pytest.raises(NotebookError, match="asks lib.profile for 'a/one'; write 'a/two'"):

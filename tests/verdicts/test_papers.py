@@ -18,3 +18,14 @@ def test_a_file_is_read_again_once_it_changed(tmp_path, monkeypatch):
     assert papers.load("a")["paper"]["short"] == "the second"
     with pytest.raises(ValueError, match="no published values called 'b': known are a; a new pape"):
         papers.load("b")
+
+
+def test_a_frame_may_be_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "PAPERS", tmp_path)
+    entry = "{columns: [top1], rows: [[70.0]], source: [Table 1]}"
+    (tmp_path / "a.yaml").write_text(f"paper: {{}}\ntables: {{t: {entry}}}\n")
+    frame = papers.table("a", "t")
+    frame.loc[0, "top1"] = 0.0
+    frame.attrs["source"].append("a reader")
+    again = papers.table("a", "t")
+    assert again["top1"].tolist() == [70.0] and again.attrs["source"] == ["Table 1"]
