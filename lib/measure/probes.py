@@ -42,9 +42,11 @@ class ProbeInputs:
 
     @cached_property
     def index(self) -> Tensor:
-        """(P,) the fixed images, evenly spread over the test split."""
-        images = len(self.splits.test)
-        return torch.linspace(0, images - 1, min(PROBE_IMAGES, images)).long()
+        """(P,) the fixed images: evenly spread over the test split, or pairs of a class."""
+        test = self.splits.test
+        if self.spec.probe_pairs:
+            return pairs_of_a_class(test.labels, PROBE_IMAGES // 2)
+        return torch.linspace(0, len(test) - 1, min(PROBE_IMAGES, len(test))).long()
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,20 @@ class Probe:
 
     wanted: Callable[[RunSpec, nn.Module], bool]
     measure: Callable[[ProbeInputs], ProbeResult]
+
+
+def pairs_of_a_class(labels: Tensor, pairs: int) -> Tensor:
+    """Chooses images, evenly spread, and after each the next one of its class.
+
+    labels: (n,). Returns their (P,) places, P at most twice `pairs`: after the last image of a
+    class comes its first one, and no image comes twice.
+    """
+    chosen: dict[int, None] = {}  # a set that keeps its order
+    for place in torch.linspace(0, len(labels) - 1, min(pairs, len(labels))).long().tolist():
+        of_class = (labels == labels[place]).nonzero().flatten().tolist()
+        partner = of_class[(of_class.index(place) + 1) % len(of_class)]
+        chosen |= {place: None, partner: None}
+    return torch.tensor(list(chosen))
 
 
 def probed(inputs: ProbeInputs) -> ProbeResult:
@@ -168,7 +184,10 @@ def _gradcam(inputs: ProbeInputs) -> ProbeResult:
 
 def _probe_index(inputs: ProbeInputs) -> ProbeResult:
     rows = inputs.splits.test.rows[inputs.index.numpy()]
-    return ProbeResult(arrays={"probe_index": rows.astype(np.int32)})
+    arrays = {"probe_index": rows.astype(np.int32)}
+    if inputs.spec.probe_pairs:  # places in the test split, which are known where they are spread
+        arrays["probe_place"] = inputs.index.numpy().astype(np.int32)
+    return ProbeResult(arrays=arrays)
 
 
 PROBES: dict[str, Probe] = {

@@ -52,6 +52,7 @@ class RunSpec(Spec):
     depth_probe: bool = False  # also kNN and a linear probe on the features after each block
     cam_probe: bool = False  # also GradCAM of the fixed probe images, taken in the last block
     cam_first: bool = False  # and that which is taken in the first block
+    probe_pairs: bool = False  # the probe images are pairs of a class
     # also the resident set of training steps, measured in a process of their own
     resident: bool = False
     keep: bool = False  # keep the final weights in the cache; not part of the id
@@ -180,6 +181,11 @@ class RunSpec(Spec):
             raise ValueError(
                 "image_loads counts the tokens of each test image by expert, and this run has "
                 "no single model with experts: set moe with members=1, or leave image_loads False"
+            )
+        if self.probe_pairs and not (routed or self.cam_probe):
+            raise ValueError(
+                "probe_pairs chooses the images whose routes and GradCAM a record keeps, and this "
+                "run keeps neither: set moe with members=1 or cam_probe=True, or leave it False"
             )
         if self.cam_first and not self.cam_probe:
             raise ValueError(

@@ -60,6 +60,7 @@ PICTURES = {"test_label", "picture", "hidden", "probe_index"}
         (MOE.but(experts_off=True), {"memory", "experts_off"}, PREDICTIONS | ROUTING),
         (MOE.but(colour_probe=True), {"memory"}, PREDICTIONS | ROUTING | {"checker_expert"}),
         (MOE.but(image_loads=True), {"memory"}, PREDICTIONS | ROUTING | {"image_loads"}),
+        (MOE.but(probe_pairs=True), {"memory"}, PREDICTIONS | ROUTING | {"probe_place"}),
         (DENSE.but(init=DENSE, prune=PRUNE), {"memory", "prune"}, PREDICTIONS),
         (
             MOE.but(init=MOE, drop=DropSpec(score="load", images=20), train=None),

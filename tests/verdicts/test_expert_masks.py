@@ -66,6 +66,8 @@ def test_labels_and_choice_of_the_probe_images_by_hand():
     # of seven test images the first, fourth and last are probe images; then all of them
     few = SimpleNamespace(arrays={"test_label": np.arange(7), "probe_index": np.zeros(3)})
     assert probe_labels(few).tolist() == [0, 3, 6]
+    few.arrays["probe_place"] = np.array([6, 1, 2])  # a record that says which they are
+    assert probe_labels(few).tolist() == [6, 1, 2]
     labels = np.array([2, 2, 5, 0, 2, 5, 0])
     every = SimpleNamespace(arrays={"test_label": labels, "probe_index": np.arange(7)})
     assert probes_of_classes(every, 2, 2) == [0, 1, 2, 5]  # of classes 2 and 5
