@@ -10,7 +10,7 @@ from ..pruning.experts import drop as experts
 from ..pruning.experts.dropping import routed
 from ..pruning.experts.scores import MEASURED
 from ..spec import DropSpec
-from .loaders import Loader, calibration_images, check_loader, check_model
+from .loaders import Loader, calibration_images, check_finite, check_loader, check_model
 from .modules import check_seed, note, rules_of, to_change
 
 
@@ -60,6 +60,8 @@ def drop_experts(
     if score in MEASURED or score in experts.MERGING:
         check_loader(loader)
         batches = [part for part, _ in calibration_images(loader, smaller, images, seed)]
+        for part in batches:
+            check_finite(part, "loader")
     dropped = experts.drop(
         smaller,
         rules,

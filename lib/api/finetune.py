@@ -24,6 +24,7 @@ from .loaders import (
     Loader,
     batches_of,
     check_batch,
+    check_finite,
     check_loader,
     check_logits,
     check_model,
@@ -78,6 +79,11 @@ def finetune(
     if val is not None:
         check_loader(val, "val")
     check_seed(seed)
+    if type(model).__name__ == "OptimizedModule":  # by name: its module takes long to import
+        raise ValueError(
+            "the model is compiled, and its weights go by other names than those by which rates "
+            "fall from block to block: finetune model._orig_mod, and compile what is returned"
+        )
     if torch.is_inference_mode_enabled():
         raise ValueError("nothing is trained under torch.inference_mode(): call finetune outside")
     trained = to_change(model, inplace, "finetuning")
@@ -107,6 +113,7 @@ def finetune(
         if teacher is not None:
             teacher.eval()
         trainer.run()
+    trained.zero_grad(set_to_none=True)  # the next loop, one's own, is not to begin with them
     return note(trained, "finetuning", trainer.progress.history)
 
 
@@ -167,15 +174,6 @@ def _check_types(model: nn.Module) -> None:
             )
 
 
-def _check_finite(images: Tensor, argument: str) -> None:
-    """Raises ValueError for images whose loss would be blamed on the training."""
-    if not images.isfinite().all():
-        raise ValueError(
-            f"{argument} gave images with numbers that are not finite (NaN or infinite): leave "
-            "these images out, or mend them"
-        )
-
-
 def _decay(model: nn.Module, layer_decay: float | None) -> float:
     """The factor of rates a block; ValueError for one on a model that does not tell its blocks."""
     tells = hasattr(model, "group_matcher")
@@ -208,7 +206,8 @@ class _LoaderTask(Task):
             raise ValueError(
                 f"teacher lies on {there} and model on {device}: teacher.to('{device}')"
             )
-        self.steps_per_epoch = length(loader) or sum(1 for _ in loader)
+        with torch.random.fork_rng(devices=[]):  # a pass that counts may draw, and none may see it
+            self.steps_per_epoch = length(loader) or sum(1 for _ in loader)
         if not self.steps_per_epoch:
             raise ValueError("loader gave no batch: it must hold images")
         self.under_way: Iterator[Batch] = iter(())
@@ -224,7 +223,7 @@ class _LoaderTask(Task):
                 f"{self.steps_per_epoch}: it must give as many in every pass"
             )
         images, labels = check_batch(batch, self.model)
-        _check_finite(images, "loader")
+        check_finite(images, "loader")
         return images, labels
 
     def losses(self, images: Tensor, labels: Tensor, tape: RoutingTape) -> dict[str, Tensor]:
@@ -259,7 +258,7 @@ class _LoaderTask(Task):
         model.eval()
         count, correct, losses = 0, 0, []
         for images, labels in batches_of(self.val, model, "validate", "val"):
-            _check_finite(images, "val")
+            check_finite(images, "val")
             with labelled(model, labels):
                 logits = check_logits(model(images), labels, model).float()
             losses.append(F.cross_entropy(logits, labels, reduction="sum").item())

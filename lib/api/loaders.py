@@ -170,6 +170,15 @@ def _check_place(images: Tensor, labels: Tensor, model: nn.Module, argument: str
         )
 
 
+def check_finite(images: Tensor, argument: str) -> None:
+    """Raises ValueError for images whose outputs would be blamed on the model."""
+    if not images.isfinite().all():
+        raise ValueError(
+            f"{argument} gave images with numbers that are not finite (NaN or infinite): leave "
+            "these images out, or mend them"
+        )
+
+
 def check_logits(logits: Any, labels: Tensor, model: nn.Module) -> Tensor:
     """Returns the output of a model; ValueError unless it is (B, classes) and has the labels'
     classes."""

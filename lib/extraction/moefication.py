@@ -88,4 +88,5 @@ def trained_router(
             scores = router.scores(tokens.inputs[index])
             F.binary_cross_entropy_with_logits(scores, wanted[index]).backward()
             optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
     return router.requires_grad_(True)

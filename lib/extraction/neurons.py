@@ -156,9 +156,15 @@ def neurons_by_layer(
         return dict.fromkeys(mlps)
     if rules.neurons.budget != "model":
         return {name: max(1, round(active * maps_of(mlp).hidden)) for name, mlp in mlps.items()}
-    ranked = torch.cat(list(scores.values())).sort(descending=True).values
-    lowest = ranked[max(1, round(active * len(ranked))) - 1]
-    return {name: max(LEAST, int((score >= lowest).sum())) for name, score in scores.items()}
+    # by rank, since many scores may be equal: of neurons that never fire all are 0
+    ranked = torch.cat(list(scores.values())).argsort(descending=True, stable=True)
+    best = ranked[: max(1, round(active * len(ranked)))]
+    ends = torch.tensor([len(score) for score in scores.values()]).cumsum(0).tolist()
+    counts = {
+        name: int(((best >= end - len(score)) & (best < end)).sum())
+        for (name, score), end in zip(scores.items(), ends, strict=True)
+    }
+    return {name: max(LEAST, count) for name, count in counts.items()}
 
 
 def neurons_by_added_error(

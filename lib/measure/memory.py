@@ -1,4 +1,5 @@
-"""Memory of a training step by what it holds: exact, and the same on every machine.
+"""Memory of a training step by what it holds: exact, and under one version of this package the same
+on every machine.
 
 The resident set that the system sees is `lib.runs.resident`'s. Axis letters: **B** images.
 """

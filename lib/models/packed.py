@@ -212,6 +212,7 @@ class PackedMlp(PackedForward):
         first, last = vars(mlp.fc1).get("forward"), vars(mlp.fc2).get("forward")
         act = _fused(mlp.act)
         maps_packed = isinstance(first, PackedLinear) and isinstance(last, PackedLinear)
+        maps_packed = maps_packed and isinstance(mlp.norm, nn.Identity)
         if dtype is None or act is None or not maps_packed or _has_listeners(mlp):
             return self.plain(x)
         return last.run(first.run(x.to(dtype), act))
@@ -254,7 +255,12 @@ KINDS: list[tuple[Callable[[nn.Module], bool], type[PackedForward]]] = [
     (lambda module: type(module) is nn.Linear, PackedLinear),
     (lambda module: isinstance(module, Experts), PackedExperts),
     (
-        lambda module: type(module).forward is Mlp.forward and type(module.fc1) is nn.Linear,
+        # with a norm between its maps (BEiT-3), each of them is packed for itself
+        lambda module: (
+            type(module).forward is Mlp.forward
+            and type(module.fc1) is nn.Linear
+            and isinstance(module.norm, nn.Identity)
+        ),
         PackedMlp,
     ),
 ]

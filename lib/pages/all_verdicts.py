@@ -61,6 +61,7 @@ def _row(claim: ledger.Claim, said: Mapping[str, Any] | None) -> Row:
         "published": claim.published_size,
         "smallest": claim.size,
         "unit": claim.unit,
+        "statistic": claim.statistic,
         "page": claim.page,
         "arms": list(claim.arms),
         "reason": claim.reason,

@@ -113,11 +113,20 @@ def ways(keys: Sequence[str]) -> list[Way]:
     for key, plan in plans.items():
         for run in _compared(key, plan):
             listed.setdefault(_text_of(run), Way(run))
-    for key, plan in plans.items():  # pages that show such a model, though no claim needs it there
+    for (
+        key,
+        plan,
+    ) in plans.items():  # pages that show such a model or start from it, though no claim needs it
         for run in (run for runs in plan.values() for run in runs if is_whole(run)):
             if way := listed.get(_text_of(run)):
                 way.pages[key] = None
                 way.runs_of_seed.setdefault(run.seed, []).append(run)
+        parents = {
+            past.id: past for runs in plan.values() for run in runs for past in run.lineage[1:]
+        }
+        for past in filter(is_whole, parents.values()):
+            if way := listed.get(_text_of(past)):
+                way.pages[key] = None
     by_data: dict[str, list[Way]] = {}
     for way in listed.values():
         by_data.setdefault(way.spec.data.name, []).append(way)

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from ..paths import ROOT
-from ..verdicts import DECIDED, MARKS, agree, count, speed
+from ..verdicts import MARKS, agree, count, speed
 from ..verdicts.papers import load
 from . import all_verdicts, datasets
 from .verdict_table import anchor, word_of
@@ -107,7 +107,7 @@ def said(asked: Mapping[str, Any], rows: Mapping[str, Row]) -> list[str]:
 
 def _outcome(row: Row) -> str:
     """Says whether a claim holds, fails or is open, as `says` in the file names it."""
-    if row["verdict"] not in DECIDED:
+    if not all_verdicts.decided(row):
         return "open"
     return "holds" if word_of(row).startswith("holds") else "fails"
 
@@ -120,10 +120,11 @@ def _numbers(row: Row) -> str:
 def lead(asked: Sequence[Row]) -> str:
     """Counts the verdicts of a question.
 
-    Which way they speak is left to `said`: a claim that holds may speak against what is asked.
+    Which way they speak is left to `said`: a claim that holds may speak against what is asked. One
+    that holds alone is open.
     """
-    held = sum(word_of(row).startswith("holds") for row in asked)
-    open_claims = sum(row["verdict"] not in DECIDED for row in asked)
+    open_claims = sum(not all_verdicts.decided(row) for row in asked)
+    held = sum(all_verdicts.decided(row) and all_verdicts.holds(row) for row in asked)
     if open_claims == len(asked):
         return "*Open:* none of the claims on it is decided yet."
     against = len(asked) - held - open_claims
@@ -149,7 +150,9 @@ def _bullet(row: Row, rows: Mapping[str, Row]) -> str:
     """
     from ..report.text import plain
 
-    ours = f": {_numbers(row)}" if _numbers(row) else ""
+    # a number without a unit says nothing unless one knows of what it is
+    of_what = f" ({plain(row['statistic'])})" if row["statistic"] and not row["unit"] else ""
+    ours = f": {_numbers(row)}{of_what}" if _numbers(row) else ""
     mark = MARKS[row["verdict"] or "not tested"]
     name = f'<a href="verdicts.html#{anchor(row)}">{row["id"]}</a>'
     whole = ""
@@ -172,7 +175,8 @@ def _want(want: Mapping[str, Any], rows: Mapping[str, Row]) -> list[str]:
         if want["speed_up"] <= 1:
             answer += filter(None, [times])
         else:
-            answer += [] if fastest is None else [f"Measured at best: {fastest:.2f} times."]
+            if fastest is not None:
+                answer.append(f"The mixture reached {fastest:.2f} times at best.")
             kept = [_outcome(rows[claim]) for claim in want["says"]][:1]
             answer.insert(0, enough(fastest, want["speed_up"], kept[0] if kept else "open"))
     answer += [want["text"]] if "text" in want else []
@@ -200,15 +204,16 @@ def enough(fastest: float | None, wanted: float, accuracy: str) -> str:
 
 
 def clock() -> tuple[float | None, str, str]:
-    """Finds how many times as fast cut models are at best, on whichever machine; says how fast
-    they could be, and how fast each kind is on each machine."""
+    """Finds how many times as fast an extracted mixture is at best, on whichever machine; says how
+    fast cut models could be, and how fast each kind is on each machine."""
     from ..report import speeds
 
     try:
         machines = [speed.read(speed.file_of("short")), *speed.elsewhere("short")]
     except FileNotFoundError:
         return None, "No time is measured yet (`make bench`).", ""
-    return speeds.fastest_cut(machines), speeds.cut_limit(machines), speeds.cut_times(machines)
+    fastest = speeds.fastest_cut(machines, "extracted")
+    return fastest, speeds.cut_limit(machines), speeds.cut_times(machines)
 
 
 def _card(study: str, links: Mapping[str, str], rows: Iterable[Row]) -> list[str]:

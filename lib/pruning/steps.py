@@ -125,7 +125,7 @@ class PruneStep(Step):
         return [self._batches(inputs, index) for index in drawn]
 
     def _batches(self, inputs: StepInputs, index: Tensor) -> Batches:
-        return [_batch(inputs, part) for part in index.chunk(self.rules.batches)]
+        return [_batch(inputs, part) for part in index.tensor_split(self.rules.batches)]
 
 
 class DropStep(Step):

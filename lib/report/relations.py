@@ -84,8 +84,11 @@ def surface(panels: dict[str, Sequence[Spot]]) -> Figure:
     with style():
         fig, axes = figure(1, len(panels), height=3.8)
         for ax, (title, spots) in zip(axes[0], panels.items(), strict=True):
-            is_on_front = front([(s.active, s.stored, -s.top1) for s in spots])
+            # sizes as tables print them: what differs by less is of one size
+            is_on_front = front([(round(s.active, 1), round(s.stored, 1), -s.top1) for s in spots])
             low, high = min(s.top1 for s in spots), max(s.top1 for s in spots)
+            if low == high:  # one scale for both kinds, of one accuracy, too
+                low, high = low - 0.5, high + 0.5
             for mixture, marker in ((False, "s"), (True, "o")):
                 chosen = [i for i, spot in enumerate(spots) if spot.mixture == mixture]
                 points = ax.scatter(

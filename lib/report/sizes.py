@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from ..verdicts.sizes import SizedModel
@@ -51,19 +52,24 @@ def accuracy_over(
 
 
 def order_over(models: Iterable[SizedModel], size: str, methods: Iterable[str]) -> str:
-    """Says in which order `accuracy_over` draws its lines where they begin, and what a second panel
-    leaves out, for those who do not see it."""
+    """Says in which order `accuracy_over` draws its lines at the smallest size that all have, and
+    what a second panel leaves out, for those who do not see it."""
     models, shown = list(models), list(methods)
     there = [m for m in models if m.method in shown and m.top1 is not None]
-    smallest = {m.method: m for m in sorted(there, key=lambda m: -m.level)}
     curves = _curves(models, size, shown)
     upper = {curve.label for curve in _upper(curves)}
     low = [curve.label.replace(",", "") for curve in curves if curve.label not in upper]
     alone = f" A second panel leaves out the lowest: {', '.join(low)}." if low else ""
     if size == "macs":
-        rank = "Where fewest are left, from the most accurate down"
-        values = {method: m.top1 for method, m in smallest.items()}
+        # lines begin at different sizes: they are compared at the smallest that all have
+        at = max((curve.x[0] for curve in curves), default=0)
+        rank = f"At {at:g}% of the multiply-adds, from the most accurate down"
+        values = {
+            curve.label: float(np.interp(at, curve.x, [top1.mean for top1 in curve.y]))
+            for curve in curves
+        }
     else:
+        smallest = {m.method: m for m in sorted(there, key=lambda m: -m.level)}
         rank = "By what their smallest model stores, from the most down"
         values = {method: m.params_stored for method, m in smallest.items()}
     axis = _AXES[size].partition(" (")[0]
@@ -93,10 +99,10 @@ def _curves(models: Sequence[SizedModel], size: str, methods: Sequence[str]) -> 
 def front_rows(models: Iterable[SizedModel]) -> Iterator[dict[str, Any]]:
     """Yields a row for each model that none beats in one of three without losing in another.
 
-    The three are multiply-adds, stored parameters and test accuracy.
+    The three are multiply-adds, stored parameters and test accuracy; sizes as they are printed.
     """
     measured = [model for model in models if model.top1 is not None]
-    costs = [(model.macs, model.params_stored, -model.top1.mean) for model in measured]
+    costs = [(round(m.macs, 1), round(m.params_stored, 1), -m.top1.mean) for m in measured]
     for model, on_front in zip(measured, relations.front(costs), strict=True):
         if on_front:
             yield {

@@ -116,12 +116,18 @@ def extremes(curves: Iterable[Curve], axis: str) -> str:
     for curve in curves:
         at = {x: _mean(y) for x, y in zip(curve.x, curve.y, strict=True) if y is not None}
         if len(set(at.values())) > 1:
-            low, high = min(at, key=at.get), max(at, key=at.get)
-            said.append(f"{curve.label}: lowest at {axis} {low}, highest at {axis} {high}")
+            low, high = (_places(at, axis, end(at.values())) for end in (min, max))
+            said.append(f"{curve.label}: lowest at {low}, highest at {high}")
         elif at:
             said.append(f"{curve.label}: one value")
     sentence = f"{'; '.join(said)}." if said else "no value yet."
     return sentence[:1].upper() + sentence[1:]
+
+
+def _places(at: Mapping[float, float], axis: str, value: float) -> str:
+    """Lists all places with a value: "block 3", "blocks 3, 7 and 9"."""
+    *others, last = (str(x) for x, y in at.items() if y == value)
+    return f"{axis}s {', '.join(others)} and {last}" if others else f"{axis} {last}"
 
 
 def changes_by_panel(panels: Mapping[str, Sequence[Curve]], level_within: float = 1.0) -> str:

@@ -7,6 +7,7 @@ T, or B if one decision serves a whole image.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -304,7 +305,8 @@ def one_in_value(gates: Tensor, deciding: Tensor, choice: Tensor) -> Tensor:
 
 def capacity(factor: float, top_k: int, tokens: int, experts: int) -> int:
     """Computes the slots of each expert: ceil(factor * K * T / E), at least one."""
-    return max(1, -int(-factor * top_k * tokens // experts))
+    slots = factor * top_k * tokens / experts
+    return max(1, math.ceil(slots - 1e-9))  # of a whole number, which the product may just miss
 
 
 def check_pool(group: str) -> None:

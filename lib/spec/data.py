@@ -16,7 +16,7 @@ TITLES = {
     "imagenet": "ImageNet",
     "mit-indoor": "MIT Indoor",
     "solar_pv": "solar panels",
-    PACKAGED: "MNIST",
+    PACKAGED: "MNIST (5,000 images)",
 }
 
 

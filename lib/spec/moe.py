@@ -113,7 +113,8 @@ class MoESpec(Spec):
     # share of training steps in which the experts with the largest response win (CompeteSMoE); None
     # = never
     compete_rate: Annotated[float, Field(gt=0, le=1)] | None = None
-    # with compete_rate: of the loss that pulls the router after them
+    # with compete_rate: of the loss that pulls the router after them. A balance loss would train
+    # the experts in the steps in which they compete: set balance_weight=0
     compete_weight: Weight = 1.0
 
     @property

@@ -94,8 +94,8 @@ class Ranks(One):
 
     Collectives go through gloo in memory, and through NCCL on graphics cards. Gradients are summed
     here and not by DistributedDataParallel: the loss of a rank reaches all weights only through
-    what was joined, an expert that nobody used keeps no gradient (so AdamW treats it as in one
-    process), and there is no wrapper around the modules that a RoutingTape knows.
+    what was joined, an expert that nobody used gets a zero gradient, as in one process, and there
+    is no wrapper around the modules that a RoutingTape knows.
     """
 
     def __init__(self):

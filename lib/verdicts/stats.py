@@ -208,14 +208,13 @@ def seed_of(record: Any) -> tuple[int, str]:
 
 
 def _pair_by_seed(a: list[Any], b: list[Any]) -> tuple[list[Any], list[Any], bool]:
-    """Puts finished records in pairs by seed and device, if the sides share three or have the same
-    ones.
+    """Puts finished records in pairs by seed and device, if the sides share any.
 
     Returns both sides, and whether they are paired; if not, they are as given.
     """
     by_seed = [{seed_of(record): record for record in side} for side in (a, b)]
     shared = sorted(by_seed[0].keys() & by_seed[1].keys())
-    if not (len(shared) >= MIN_SEEDS or len(shared) == len(a) == len(b)):
+    if not shared:
         return a, b, False
     a, b = ([side[seed] for seed in shared] for side in by_seed)
     return a, b, True
@@ -246,10 +245,10 @@ def paired_difference(
 ) -> Difference | None:
     """Computes test top-1 of a minus b in points, paired over test images and, if possible, seeds.
 
-    Seeds are paired if the two sides share at least three, or have the same ones; runs with other
-    seeds are then left out. Otherwise the two sides vary independently, n is the smaller count, and
-    a prior is left out. None if a side has no finished record. prior: of the variance between the
-    seeds of a paired difference, in squared points (`moderated.study_prior`).
+    Seeds are paired if the two sides share any; runs with other seeds are then left out. Otherwise
+    the two sides vary independently, n is the smaller count, and a prior is left out. None if a
+    side has no finished record. prior: of the variance between the seeds of a paired difference, in
+    squared points (`moderated.study_prior`).
     """
     a, b = finished(records_a), finished(records_b)
     if not a or not b:
@@ -311,29 +310,55 @@ def beyond_line(
 ) -> Interval | None:
     """Computes test top-1 of the records less what a rival reaches at their size, in points.
 
-    family: the rival's records, a sequence for each of its sizes. Of each, the record of the same
-    seed is taken, or the only one; the first finished one of `whole` closes the line. Between two
-    of them the rival is a straight line over size, an entry of `cost`; beyond the whole model it is
-    the whole model. Left out: a record smaller than all of the line, or with a seed that several
-    records of one size lack. The interval is the hierarchical bootstrap's, paired over test images.
-    prior: of the variance between the seeds of such a difference, in squared points. None if
-    nothing is left.
+    family: the rival's records, a sequence for each of its sizes, none of them empty. Of each, the
+    record of the same seed is taken, or the only one; the first finished one of `whole` closes the
+    line. Between two neighbours the rival is a straight line over size, an entry of `cost`; beyond
+    the whole model it is the whole model. Left out: a record smaller than all of the line, or with
+    a seed that a neighbour of its size lacks. The interval is the hierarchical bootstrap's, paired
+    over test images. n is the smallest number of seeds among ours and those of the neighbours, and
+    below three there is no interval: where the rival ran once, that its seed was lucky is as likely
+    as that ours were. The whole model is one and does not count. prior: of the variance between the
+    seeds of such a difference, in squared points. None if nothing is left.
     """
     whole_model = finished(whole)[:1]
     levels = [finished(level) for level in family]
-    differences = []  # (I,) for each record that has a line
+    if not whole_model or not all(levels):
+        return None
+    levels.sort(key=lambda level: level[0].cost[size])
+    differences, partners = [], {}  # (I,) for each record; seeds by place of a level
     for r in finished(records):
-        line = [x for level in levels for x in level if len(level) == 1 or seed_of(x) == seed_of(r)]
-        line = sorted(line + whole_model, key=lambda x: x.cost[size])
-        sizes = [x.cost[size] for x in line]
-        if len(line) == len(family) + 1 and whole_model and sizes[0] <= r.cost[size]:
-            # weights of the points of the line at the record's size: at most two are not 0
-            weights = [np.interp(r.cost[size], sizes, unit) for unit in np.eye(len(line))]
-            y = _correct([r, *line])
-            differences.append(y[0] - weights @ y[1:])
+        line = [_of_seed(level, r) for level in levels] + whole_model
+        weights = _between(r.cost[size], [*(level[0] for level in levels), *whole_model], size)
+        used = [at for at, weight in enumerate(weights) if weight]
+        if not used or any(line[at] is None for at in used):
+            continue
+        y = _correct([r, *(line[at] for at in used)])
+        differences.append(y[0] - weights[used] @ y[1:])
+        for at in used:
+            partners.setdefault(at, set()).add(seed_of(line[at]))
     if not differences:
         return None
-    return _around(float(np.mean(differences)), np.stack(differences), rng, prior)
+    partners.pop(len(levels), None)
+    n = min([len(differences), *map(len, partners.values())])
+    y = np.stack(differences)
+    if n < len(differences) and n < MIN_SEEDS:
+        return Interval(100 * float(y.mean()), None, None, n)
+    return _around(float(y.mean()), y, rng, prior)
+
+
+def _of_seed(level: list[Any], record: Any) -> Any:
+    """Returns the record of a level that has the seed of another, or its only one; else None."""
+    same = [x for x in level if len(level) == 1 or seed_of(x) == seed_of(record)]
+    return same[0] if same else None
+
+
+def _between(at: float, line: list[Any], size: str) -> np.ndarray:
+    """Computes the weights of the points of a line at a size: at most two are not 0, and none is
+    where the size is smaller than all of them."""
+    sizes = [x.cost[size] for x in line]
+    if at < sizes[0]:
+        return np.zeros(len(line))
+    return np.array([np.interp(at, sizes, unit) for unit in np.eye(len(line))])
 
 
 def _around(

@@ -118,6 +118,13 @@ def test_what_is_refused(options, says):
     assert same_state(model, state)
 
 
+@pytest.mark.parametrize("score", ["load", "man", "merge"])
+def test_images_that_are_not_finite_are_refused(score):
+    broken = [(torch.full_like(images, float("nan")), labels) for images, labels in loader()[:1]]
+    with pytest.raises(ValueError, match="loader gave images with numbers that are not finite"):
+        lib.drop_experts(mixture(), broken, score=score, images=4)
+
+
 def test_models_without_experts_to_rank_are_refused():
     with pytest.raises(ValueError, match="has no MoELayer whose experts could be ranked"):
         lib.drop_experts(vit(), loader())

@@ -139,10 +139,22 @@ def test_a_seed_decides_all_and_the_global_generator_is_left_alone():
 
 
 class Stream:
-    """A loader without a length."""
+    """A loader without a length, which draws in each pass."""
 
     def __iter__(self):
+        torch.rand(3)
         yield from loader()
+
+
+def test_neither_generator_nor_gradients_are_left_changed():
+    model = vit()
+    torch.manual_seed(11)
+    state = torch.get_rng_state()
+    trained = lib.finetune(model, Stream(), epochs=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in trained.parameters())
+    extracted = lib.extract(vit(), loader(), clusters="moefication", count=2)
+    assert all(parameter.grad is None for parameter in extracted.parameters())
 
 
 def test_a_loader_without_a_length_and_parts_of_an_epoch():
@@ -235,6 +247,7 @@ def shrinking():
         (vit(), {"teacher": vit(num_classes=9)}, "teacher predicts 9 classes and model 5"),
         (vit(), {"val": iter(loader())}, "val is a list_iterator, which can be read once"),
         (vit(), {"val": [IMAGES]}, "val gave a Tensor"),
+        (torch.compile(vit(), backend="eager"), {}, "is compiled, .* finetune model._orig_mod"),
         (vit().requires_grad_(False), {}, "every parameter of the model is frozen"),
         (vit(), {"distil": 0.9}, "distil=0.9 weighs what a teacher predicts"),
         (vit(), {"seed": -1}, "seed=-1: give a whole number"),

@@ -144,6 +144,25 @@ def test_packed_products_run(monkeypatch):
         torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("layers", [0, 1])
+@pytest.mark.parametrize("options", [{"scale_mlp_norm": True}, {}])
+def test_a_norm_between_the_maps_of_an_mlp_is_not_left_out(layers, options):
+    model = vit(**options)
+    for block in model.blocks:
+        if options:
+            assert isinstance(block.mlp.norm, nn.LayerNorm)
+            nn.init.normal_(block.mlp.norm.weight)
+    if layers:
+        model = upcycle(model, MoESpec(layers=1, experts=2, router="token")).eval()
+    frozen = lib.freeze_for_inference(model)
+    with torch.inference_mode():
+        torch.testing.assert_close(frozen(images()), model(images()), rtol=1e-5, atol=1e-5)
+    # one that is put in later is seen, too
+    frozen.blocks[0].mlp.norm = model.blocks[0].mlp.norm = nn.LayerNorm(128)
+    with torch.inference_mode():
+        torch.testing.assert_close(frozen(images()), model(images()), rtol=1e-5, atol=1e-5)
+
+
 def test_hooks_on_parts_of_an_mlp_are_heard():
     frozen = lib.freeze_for_inference(vit())
     heard = []

@@ -313,6 +313,12 @@ def test_capacity_by_hand():
     assert capacity(1.0, 1, 7, 2) == 4
     assert capacity(0.5, 2, 6, 4) == 2
     assert capacity(0.01, 1, 6, 2) == 1
+    # products that lie a rounding above a whole number
+    assert (capacity(1.1, 1, 100, 2), capacity(1.1, 1, 100, 10), capacity(1.05, 3, 40, 2)) == (
+        55,
+        11,
+        63,
+    )
     # T = 4, K = 2, E = 2; factor 0.5: two slots each.
     choice = torch.tensor([[0, 1], [0, 1], [0, 1], [1, 0]])
     probs = torch.full((4, 2), 0.5)

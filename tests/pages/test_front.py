@@ -17,6 +17,7 @@ from lib.verdicts.speed import Ratio, Timing
 
 def row(name, verdict, after=True, **more):
     found = {"id": name, "statement": f"Claim {name}.", "part_of": None, "effect": 1.0}
+    found |= {"unit": "points", "statistic": None}
     given = {"verdict": verdict, "after_correction": after, "reason": None, "text": "+1, n=3; all"}
     return found | given | more
 
@@ -160,7 +161,7 @@ def test_the_clock_says_how_fast_each_kind_is(tmp_path, monkeypatch):
     assert absent(tmp_path, monkeypatch) == (None, "No time is measured yet (`make bench`).", "")
     measured(tmp_path / "a", monkeypatch, {"extracted": 25.0, "static model": 24.0})
     fastest, limit, sentence = front.clock()
-    assert fastest == 1.25 and "could run 1.50 times as fast, by its multiply-adds" in limit
+    assert fastest == 1.2 and "could run 1.50 times as fast, by its multiply-adds" in limit
     assert "at best, on a chip with AMX, 2 threads: the extracted mixture reaches" in sentence
     assert "reaches 1.20 times the speed in bf16 (batch 16), a static pruner" in sentence
     assert sentence.endswith("reaches 1.25 times the speed in bf16 (batch 16).")
@@ -192,6 +193,19 @@ def test_a_speed_counts_only_where_accuracy_is_kept(fastest, accuracy, answer):
     assert front.enough(fastest, 1.5, accuracy) == answer
 
 
+def test_a_claim_that_holds_alone_is_open():
+    alone, stands = row("A1", "holds", after=False), row("A2", "holds, smaller than published")
+    assert front.lead([alone, stands]) == ("*Counted:* 1 of 2 claims on it holds, 1 still open.")
+    says = {"A1": {"holds": "Yes.", "open": "Perhaps."}, "A2": {"holds": "Surely."}}
+    assert front.said({"says": says}, {"A1": alone, "A2": stands}) == ["Perhaps.", "Surely."]
+
+
+def test_a_number_without_a_unit_says_of_what_it_is():
+    bare = row("A1", "holds", unit="", statistic="largest load over the mean, less one")
+    assert ": +1, n=3 (largest load over the mean, less one) (" in front._bullet(bare, {})
+    assert ": +1, n=3 (<a" in front._bullet(row("A2", "holds", statistic="of no matter"), {})
+
+
 def test_the_sentence_of_an_answer_follows_the_verdict():
     words = {"holds": "Yes ({ours}).", "fails": "No ({ours})."}
     asked = {"says": {"A1": words, "A2": words, "A3": words, "A4": words | {"open": "Perhaps."}}}
@@ -211,7 +225,7 @@ def test_a_want_is_answered_before_its_claims(tmp_path, monkeypatch):
         "**Nothing measured here does that.** It loses (+1, n=3). With half of the"
     )
     assert lines[2].endswith(
-        "1.50 times as fast, by its multiply-adds. Measured at best: 1.25 times. "
+        "1.50 times as fast, by its multiply-adds. The mixture reached 1.20 times at best. "
         "More: [](notebooks/a/one.ipynb)."
     )
     assert lines[4] == "<details><summary>1 claim behind this</summary>" and "A1" in lines[6]

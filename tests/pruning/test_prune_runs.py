@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from lib.inputs.splits import load_splits
 from lib.models.backbone import build
 from lib.models.step import StepInputs
+from lib.pruning import steps
 from lib.pruning.neurons.calibration import calibration
 from lib.pruning.neurons.removal import remove
 from lib.pruning.neurons.scores import expert_scores, keep_indices, neuron_scores
@@ -42,6 +43,14 @@ BASE = RunSpec(
 HEAD = BASE.but(train={"trainable": "head"})
 PRUNE = PruneSpec(share=0.5, images=20, batches=2)
 MOE = MoESpec(layers=DEPTH, experts=E, top_k=2, router="token")
+
+
+@pytest.mark.parametrize("batches", [1, 3, 12, 20])
+def test_images_are_divided_into_as_many_batches_as_asked(batches, monkeypatch):
+    monkeypatch.setattr(steps, "_batch", lambda inputs, part: part)
+    parts = PruneStep(PRUNE.but(batches=batches))._batches(None, torch.arange(20))
+    assert len(parts) == batches and torch.equal(torch.cat(parts), torch.arange(20))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def run(where, spec):

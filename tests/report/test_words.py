@@ -64,6 +64,10 @@ def test_extremes_say_where_a_line_that_jumps_is_lowest_and_highest():
     assert words.extremes([noise, stable], "block") == (
         f"{said}; stability: lowest at block 2, highest at block 3."
     )
+    tied = Curve([3, 5, 7, 9], [1.0, 0.5, 1.0, 1.0], "stability")
+    assert words.extremes([tied], "block") == (
+        "Stability: lowest at block 5, highest at blocks 3, 7 and 9."
+    )
     assert words.extremes([Curve([1, 2], [0.5, 0.5], "load")], "block") == "Load: one value."
     assert words.extremes([], "block") == "No value yet."
 

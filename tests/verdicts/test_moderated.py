@@ -133,7 +133,8 @@ def test_study_prior_from_records():
 def test_differences_are_paired_by_seed_and_not_by_order():
     a, b = runs(right_of(60, 70, 80), "a", [0, 1, 2]), runs(right_of(75, 65, 55), "b", [2, 1, 0])
     assert stats.seed_differences(a, b) == pytest.approx([5, 5, 5])
-    assert stats.seed_differences(a, b[:2]) is None
+    assert stats.seed_differences(a, b[:2]) == pytest.approx([5, 5])
+    assert stats.seed_differences(a[:2], b[:1]) is None  # no seed is shared
 
 
 # ---------------------------------------------------------------- intervals with it

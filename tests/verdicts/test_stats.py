@@ -224,9 +224,29 @@ def test_beyond_the_line_of_a_family_by_hand():
     only = [family[0][:1], family[1][1:]]
     assert stats.beyond_line([sized(63.0, 50, 5)], only, whole).mean == pytest.approx(63 - 60)
     three = [[sized(50.0, 40, seed) for seed in range(3)]]
-    result = stats.beyond_line([sized(70.0, 40, seed) for seed in range(3)], three, whole)
+    ours = [sized(70.0, 40, seed) for seed in range(3)]
+    result = stats.beyond_line(ours, three, whole)
     assert result.mean == pytest.approx(20.0)
     assert result.high - result.low == pytest.approx(200 * 1.96 * 0.4 / np.sqrt(1000), rel=0.05)
+    # a level that carries no weight may lack a seed, and one that carries some counts its own
+    elsewhere = [*three, [sized(70.0, 60, seed=0)]]
+    assert stats.beyond_line(ours, elsewhere, whole) == result
+    between = [sized(70.0, 50, seed) for seed in range(3)]
+    luck = stats.beyond_line(between, elsewhere, whole)
+    assert (luck.mean, luck.low, luck.n) == (pytest.approx(70 - 60), None, 1)
+    fewer = stats.beyond_line(between, [*three, [sized(70.0, 60, seed) for seed in (0, 1)]], whole)
+    assert (fewer.low, fewer.n) == (None, 2)  # seed 2 has no line
+    assert stats.beyond_line(ours, [*three, [None]], whole) is None
+
+
+def test_a_comparison_of_one_shared_seed_is_of_that_seed():
+    many = paired_runs.runs(right_of(60, 90, 90), "a", [0, 1, 2])
+    alone = stats.paired_difference(many, paired_runs.runs(right_of(50), "b", [0]))
+    assert (alone.mean, alone.n, alone.paired) == (pytest.approx(10.0), 1, True)
+    other_device = paired_runs.runs(right_of(50), "c", [0], "cuda")
+    both = paired_runs.runs(right_of(70), "d", [7], "cuda")
+    on_card = stats.paired_difference([*many, *both], [*other_device, *both])
+    assert (on_card.mean, on_card.n) == (0.0, 1)
 
 
 # ---------------------------------------------------------------- seeds on two devices
