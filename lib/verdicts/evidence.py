@@ -25,7 +25,7 @@ from .claims import Verdict, judge, judge_jointly
 from .ledger import Claim
 from .moderated import study_prior
 from .sizes import Family, retained_change
-from .stats import Interval, beyond_line, finished, paired_difference
+from .stats import Interval, beyond_line, finished, paired_difference, seed_of
 from .values import Value, value_difference, value_interval
 
 if TYPE_CHECKING:
@@ -66,14 +66,20 @@ def compare(claim: str, records_a: Records, records_b: Records) -> Evidence:
     def estimate(prior: SeedPrior | None) -> Interval | None:
         return paired_difference(records_a, records_b, prior=prior)
 
-    records = (*finished(records_a), *finished(records_b))
-    return Evidence(claim, estimate, records, (records_a, records_b))
+    return Evidence(claim, estimate, _that_meet(records_a, records_b), (records_a, records_b))
+
+
+def _that_meet(records_a: Records, records_b: Records) -> tuple[Any, ...]:
+    """Keeps the finished records of seeds that both sides have; all, where they share none."""
+    sides = finished(records_a), finished(records_b)
+    shared = set.intersection(*({seed_of(record) for record in side} for side in sides))
+    return tuple(r for side in sides for r in side if not shared or seed_of(r) in shared)
 
 
 def compare_values(claim: str, records_a: Records, records_b: Records, value: Value) -> Evidence:
     """Compares a number that each record gives, a with b, paired by seed."""
     estimate = value_difference(records_a, records_b, value)
-    return judge_estimate(claim, estimate, [*records_a, *records_b])
+    return judge_estimate(claim, estimate, _that_meet(records_a, records_b))
 
 
 def compare_at_size(
@@ -155,4 +161,5 @@ def _verdict(claim: Claim, piece: Evidence, prior: SeedPrior | None) -> Verdict:
     pilot = verdict.n > 0 and not counted and claim.is_pilot(verdict.n)
     ids = tuple(dict.fromkeys(record.id for record in piece.records))
     one_sided = {"text": "no seed has records of both sides"} if estimate is None and ids else {}
-    return replace(verdict, entry=claim, records=ids, pilot=pilot, **one_sided)
+    # a claim that is not tested has nothing behind it
+    return replace(verdict, entry=claim, records=ids if estimate else (), pilot=pilot, **one_sided)

@@ -37,7 +37,7 @@ def test_a_new_study_is_built_and_its_own_command_fills_it(book):
     built = book.build("-W")
     assert built.returncode == 0, built.stdout + built.stderr
     page = html_of(book, f"notebooks/{KEY}")
-    assert "<strong>Reproduced:</strong> MNIST at 28 px, 64 training images" in page
+    assert "<strong>Reproduced:</strong> MNIST (5,000 images) at 28 px, 64 training images" in page
     assert "The claim of this page has no records yet." in page
     assert FILL not in page  # the commands stand on the page of the status, once
     # below the table, and in the caption of the costs
