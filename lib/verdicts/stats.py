@@ -65,6 +65,7 @@ MIN_SEEDS = 3  # below, a mean gets no interval and no rank
 LEVEL = 0.95
 RESAMPLES = 4000
 MOST_SEEDS = 10  # of a second stage
+CARRIES = 0.2  # below this share of a line a model adds less than a 25th of its variance to it
 BOOTSTRAP = "hierarchical bootstrap"  # begins the name of an interval over seeds and test images
 
 
@@ -315,10 +316,11 @@ def beyond_line(
     line. Between two neighbours the rival is a straight line over size, an entry of `cost`; beyond
     the whole model it is the whole model. Left out: a record smaller than all of the line, or with
     a seed that a neighbour of its size lacks. The interval is the hierarchical bootstrap's, paired
-    over test images. n is the smallest number of seeds among ours and those of the neighbours, and
-    below three there is no interval: where the rival ran once, that its seed was lucky is as likely
-    as that ours were. The whole model is one and does not count. prior: of the variance between the
-    seeds of such a difference, in squared points. None if nothing is left.
+    over test images. n is the smallest number of seeds among ours and those of the neighbours that
+    have a share of the line of CARRIES or more, and below three there is no interval: where the
+    rival ran once, its seed may be a lucky one. The whole model is one and does not count. prior:
+    of the variance between the seeds of such a difference, in squared points. None if nothing is
+    left.
     """
     whole_model = finished(whole)[:1]
     levels = [finished(level) for level in family]
@@ -334,7 +336,7 @@ def beyond_line(
             continue
         y = _correct([r, *(line[at] for at in used)])
         differences.append(y[0] - weights[used] @ y[1:])
-        for at in used:
+        for at in np.flatnonzero(weights >= CARRIES).tolist():
             partners.setdefault(at, set()).add(seed_of(line[at]))
     if not differences:
         return None

@@ -300,7 +300,8 @@ def test_how_sure_names_the_data_that_the_document_has_for_the_claims(book, reco
     page = pages.page(of_digits, profiles.profile("a/one", "quick"))
     at = "all training images, vit_tiny_patch16_224"
     assert (
-        f"`paper` has CIFAR-100 at 28 px, {at}; MNIST (5,000 images) at 14 px, {at}." in page.answer(claims).data
+        f"`paper` has CIFAR-100 at 28 px, {at}; MNIST (5,000 images) at 14 px, {at}."
+        in page.answer(claims).data
     )
 
 

@@ -234,6 +234,10 @@ def test_beyond_the_line_of_a_family_by_hand():
     between = [sized(70.0, 50, seed) for seed in range(3)]
     luck = stats.beyond_line(between, elsewhere, whole)
     assert (luck.mean, luck.low, luck.n) == (pytest.approx(70 - 60), None, 1)
+    near = [sized(70.0, 43, seed) for seed in range(3)]  # 0.15 of the level with one seed
+    small_share = stats.beyond_line(near, elsewhere, whole)
+    assert (small_share.mean, small_share.n) == (pytest.approx(70 - 53), 3)
+    assert small_share.low < small_share.mean < small_share.high
     fewer = stats.beyond_line(between, [*three, [sized(70.0, 60, seed) for seed in (0, 1)]], whole)
     assert (fewer.low, fewer.n) == (None, 2)  # seed 2 has no line
     assert stats.beyond_line(ours, [*three, [None]], whole) is None
