@@ -40,7 +40,7 @@ def grid(p):
 """
 
 
-# folders whose tests start processes of their own, and last
+# folders whose tests start processes and wait for them
 SLOW = ("runs", "pages", "training", "bench", "faults")
 
 

@@ -212,8 +212,8 @@ class PackedMlp(PackedForward):
         first, last = vars(mlp.fc1).get("forward"), vars(mlp.fc2).get("forward")
         act = _fused(mlp.act)
         maps_packed = isinstance(first, PackedLinear) and isinstance(last, PackedLinear)
-        maps_packed = maps_packed and isinstance(mlp.norm, nn.Identity)
-        if dtype is None or act is None or not maps_packed or _has_listeners(mlp):
+        plain = isinstance(mlp.norm, nn.Identity)  # one may have been put in since
+        if dtype is None or act is None or not (maps_packed and plain) or _has_listeners(mlp):
             return self.plain(x)
         return last.run(first.run(x.to(dtype), act))
 

@@ -113,10 +113,8 @@ def ways(keys: Sequence[str]) -> list[Way]:
     for key, plan in plans.items():
         for run in _compared(key, plan):
             listed.setdefault(_text_of(run), Way(run))
-    for (
-        key,
-        plan,
-    ) in plans.items():  # pages that show such a model or start from it, though no claim needs it
+    # pages that show such a model or start from it, though no claim needs it there
+    for key, plan in plans.items():
         for run in (run for runs in plan.values() for run in runs if is_whole(run)):
             if way := listed.get(_text_of(run)):
                 way.pages[key] = None

@@ -109,7 +109,13 @@ def _outcome(row: Row) -> str:
     """Says whether a claim holds, fails or is open, as `says` in the file names it."""
     if not all_verdicts.decided(row):
         return "open"
-    return "holds" if word_of(row).startswith("holds") else "fails"
+    return "holds" if all_verdicts.holds(row) else "fails"
+
+
+def _counted(claims: Iterable[Row]) -> list[int]:
+    """Counts the claims that hold, that fail and that are open."""
+    outcomes = [_outcome(row) for row in claims]
+    return [outcomes.count(outcome) for outcome in ("holds", "fails", "open")]
 
 
 def _numbers(row: Row) -> str:
@@ -123,11 +129,9 @@ def lead(asked: Sequence[Row]) -> str:
     Which way they speak is left to `said`: a claim that holds may speak against what is asked. One
     that holds alone is open.
     """
-    open_claims = sum(not all_verdicts.decided(row) for row in asked)
-    held = sum(all_verdicts.decided(row) and all_verdicts.holds(row) for row in asked)
+    held, against, open_claims = _counted(asked)
     if open_claims == len(asked):
         return "*Open:* none of the claims on it is decided yet."
-    against = len(asked) - held - open_claims
     fail = f", {against} {agree('do', against)} not" if against else ""
     still = f", {open_claims} still open" if open_claims else ""
     hold = agree("hold", held, len(asked))
@@ -238,11 +242,10 @@ def _card(study: str, links: Mapping[str, str], rows: Iterable[Row]) -> list[str
 
 def standing(claims: Sequence[Row]) -> str:
     """Says how many claims hold, do not, and are open; one that holds alone is open."""
-    held = sum(all_verdicts.decided(row) and all_verdicts.holds(row) for row in claims)
-    against = sum(row["verdict"] in ("not reproduced", "opposite") for row in claims)
+    held, against, open_claims = _counted(claims)
     return (
         f"{held} of {count(len(claims), 'claim')} {agree('hold', held, len(claims))}, "
-        f"{against} {agree('do', against)} not, {len(claims) - held - against} open"
+        f"{against} {agree('do', against)} not, {open_claims} open"
     )
 
 

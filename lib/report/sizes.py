@@ -55,7 +55,6 @@ def order_over(models: Iterable[SizedModel], size: str, methods: Iterable[str]) 
     """Says in which order `accuracy_over` draws its lines at the smallest size that all have, and
     what a second panel leaves out, for those who do not see it."""
     models, shown = list(models), list(methods)
-    there = [m for m in models if m.method in shown and m.top1 is not None]
     curves = _curves(models, size, shown)
     upper = {curve.label for curve in _upper(curves)}
     low = [curve.label.replace(",", "") for curve in curves if curve.label not in upper]
@@ -69,6 +68,7 @@ def order_over(models: Iterable[SizedModel], size: str, methods: Iterable[str]) 
             for curve in curves
         }
     else:
+        there = [m for m in models if m.method in shown and m.top1 is not None]
         smallest = {m.method: m for m in sorted(there, key=lambda m: -m.level)}
         rank = "By what their smallest model stores, from the most down"
         values = {method: m.params_stored for method, m in smallest.items()}

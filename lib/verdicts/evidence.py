@@ -25,8 +25,8 @@ from .claims import Verdict, judge, judge_jointly
 from .ledger import Claim
 from .moderated import study_prior
 from .sizes import Family, retained_change
-from .stats import Interval, beyond_line, finished, paired_difference, seed_of
-from .values import Value, value_difference, value_interval
+from .stats import Interval, beyond_line, finished, paired_difference
+from .values import Value, same_seed, value_difference, value_interval
 
 if TYPE_CHECKING:
     from .moderated import SeedPrior
@@ -71,9 +71,8 @@ def compare(claim: str, records_a: Records, records_b: Records) -> Evidence:
 
 def _that_meet(records_a: Records, records_b: Records) -> tuple[Any, ...]:
     """Keeps the finished records of seeds that both sides have; all, where they share none."""
-    sides = finished(records_a), finished(records_b)
-    shared = set.intersection(*({seed_of(record) for record in side} for side in sides))
-    return tuple(r for side in sides for r in side if not shared or seed_of(r) in shared)
+    sides = zip(*same_seed(records_a, records_b), strict=True)
+    return tuple(chain(*sides)) or (*finished(records_a), *finished(records_b))
 
 
 def compare_values(claim: str, records_a: Records, records_b: Records, value: Value) -> Evidence:

@@ -316,18 +316,17 @@ def beyond_line(
     line. Between two neighbours the rival is a straight line over size, an entry of `cost`; beyond
     the whole model it is the whole model. Left out: a record smaller than all of the line, or with
     a seed that a neighbour of its size lacks. The interval is the hierarchical bootstrap's, paired
-    over test images. n is the smallest number of seeds among ours and those of the neighbours that
-    have a share of the line of CARRIES or more, and below three there is no interval: where the
-    rival ran once, its seed may be a lucky one. The whole model is one and does not count. prior:
-    of the variance between the seeds of such a difference, in squared points. None if nothing is
-    left.
+    over test images. Where a neighbour that has a share of the line of CARRIES or more ran once,
+    that seed may be a lucky one: n is 1 and there is no interval, however many seeds ours has. The
+    whole model is one and does not count. prior: of the variance between the seeds of such a
+    difference, in squared points. None if nothing is left.
     """
     whole_model = finished(whole)[:1]
     levels = [finished(level) for level in family]
     if not whole_model or not all(levels):
         return None
     levels.sort(key=lambda level: level[0].cost[size])
-    differences, partners = [], {}  # (I,) for each record; seeds by place of a level
+    differences, rival_ran_once = [], False  # (I,) for each record that has a line
     for r in finished(records):
         line = [_of_seed(level, r) for level in levels] + whole_model
         weights = _between(r.cost[size], [*(level[0] for level in levels), *whole_model], size)
@@ -336,15 +335,13 @@ def beyond_line(
             continue
         y = _correct([r, *(line[at] for at in used)])
         differences.append(y[0] - weights[used] @ y[1:])
-        for at in np.flatnonzero(weights >= CARRIES).tolist():
-            partners.setdefault(at, set()).add(seed_of(line[at]))
+        alone = (len(level) == 1 for level in levels)
+        rival_ran_once |= any(w >= CARRIES and one for w, one in zip(weights, alone, strict=False))
     if not differences:
         return None
-    partners.pop(len(levels), None)
-    n = min([len(differences), *map(len, partners.values())])
     y = np.stack(differences)
-    if n < len(differences) and n < MIN_SEEDS:
-        return Interval(100 * float(y.mean()), None, None, n)
+    if rival_ran_once:
+        return Interval(100 * float(y.mean()), None, None, 1)
     return _around(float(y.mean()), y, rng, prior)
 
 
