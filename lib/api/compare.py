@@ -19,12 +19,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..machine import cores
 from ..measure.accuracy import paired_difference, top1
 from ..measure.cost import count, needs_measured_experts
 from ..measure.latency import latencies
 from ..measure.memory import packed_in, stored_bytes
 from ..measure.served import ServedExperts
 from ..measure.timing import check_repeats
+from ..models.modes import modes_kept
 from ..models.moe import RoutingTape
 from .loaders import Batch, Loader, check_form, check_loader, length
 
@@ -83,7 +85,7 @@ def compare(
         "batches": batches,
         "repeats": repeats,
         "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "device": str(device),
         "load": load,
         "intervals": INTERVALS,
@@ -203,16 +205,15 @@ def _add_times(
 
 @contextmanager
 def _evaluation_mode(models: Iterable[nn.Module]) -> Iterator[None]:
-    modes = {model: {m: m.training for m in model.modules()} for model in models}
-    try:
-        for model in modes:
-            model.eval()
-        yield
-    finally:
-        for model, training_of_module in modes.items():
-            model.train(training_of_module[model])  # a model may do more than set flags
-            for module, training in training_of_module.items():
-                module.training = training
+    modes = {model: model.training for model in models}
+    with modes_kept(nn.ModuleList(modes)):
+        try:
+            for model in modes:
+                model.eval()
+            yield
+        finally:
+            for model, mode in modes.items():
+                model.train(mode)  # a model may do more than set flags
 
 
 # ---- the sentence below the table

@@ -13,12 +13,13 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from ..models.modes import modes_kept
 from .compare import advice, compare
 from .drop import drop_experts
 from .extract import extract
 from .finetune import finetune
 from .loaders import Loader, check_loader
-from .modules import copied, modes_kept
+from .modules import copied
 from .prune import prune
 from .save import restore, save
 from .upcycle import upcycle

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.balance import switch_loss
+from ..models.modes import modes_kept
 from ..models.moe import RoutingTape
 from ..routers.manual import labelled
 from ..spec import TrainSpec
@@ -30,7 +31,7 @@ from .loaders import (
     check_model,
     length,
 )
-from .modules import check_seed, modes_kept, note, rules_of, to_change
+from .modules import check_seed, note, rules_of, to_change
 
 DISTIL = 0.5  # weight of a teacher's predictions
 LAYER_DECAY = 0.65  # rates fall by it from block to block, counted from the head (ViMoE)

@@ -4,8 +4,7 @@ what was done."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
@@ -72,14 +71,3 @@ def rules_of(spec: type[Spec], /, **fields: Any) -> Any:
         return spec(**fields)
     except ValidationError as error:
         raise ValueError(sentence(error)) from None
-
-
-@contextmanager
-def modes_kept(model: nn.Module | None) -> Iterator[None]:
-    """Puts the mode (training or evaluation) of each module back at its end."""
-    modes = [] if model is None else [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from .. import paths
 from ..inputs.weights import sha256_state
+from ..machine import version_of
 from .architecture import architecture_of, created, listed, mismatch, tensors_of
 from .structure import describe, rebuild
 from .traits import INFORMATION, is_own, take_settings, told_by, traits_of, why_not_told
@@ -74,7 +74,7 @@ def save(
     description = _plain(
         {
             "format": FORMAT,
-            "versions": {name: _version(name) for name in PACKAGES},
+            "versions": {name: version_of(name) for name in PACKAGES},
             "architecture": architecture_of(model, structure, arguments),
             "structure": structure,
             "steps": {  # in the order of what was done
@@ -239,13 +239,6 @@ def _plain(description: Mapping[str, Any]) -> dict[str, Any]:
         )
 
     return json.loads(json.dumps(description, default=plain))
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _sha256(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

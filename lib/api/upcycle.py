@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..models import upcycle as layers
-from ..models.moe import MoELayer
+from ..models.moe import moe_layers
 from ..spec import MoESpec
 from .modules import note, to_change
 
@@ -41,15 +41,11 @@ def upcycle(
             "leave it out"
         )
     mixed = to_change(model, inplace, "upcycling")
-    before = _moe_layers(mixed)
+    before = moe_layers(mixed)
     layers.upcycle(mixed, spec, modules=modules, ignore=ignore, generator=generator, **fields)
     rows = [
         {"layer": name, "experts": layer.router.experts, "shared": layer.shared is not None}
-        for name, layer in _moe_layers(mixed).items()
+        for name, layer in moe_layers(mixed).items()
         if name not in before
     ]
     return note(mixed, "upcycling", rows)
-
-
-def _moe_layers(model: nn.Module) -> dict[str, MoELayer]:
-    return {name: part for name, part in model.named_modules() if isinstance(part, MoELayer)}

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from ..models.modes import modes_kept
 from .closed_form import moments_of, ridge_regression
 
 
@@ -31,14 +32,12 @@ def features_and_logits(model: nn.Module, batches: Iterable[Tensor]) -> tuple[Te
     batches: of images (channels, height, width).
     """
     features: list[Tensor] = []
-    training_modes = {module: module.training for module in model.modules()}
     handle = head_of(model).register_forward_pre_hook(lambda _, args: features.append(args[0]))
     try:
-        logits = torch.cat([model.eval()(images) for images in batches])
+        with modes_kept(model):
+            logits = torch.cat([model.eval()(images) for images in batches])
     finally:
         handle.remove()
-        for module, training in training_modes.items():
-            module.training = training
     return torch.cat(features).float(), logits.float()
 
 

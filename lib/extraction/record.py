@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.mlps import MlpMaps, maps_of, why_no_neurons, why_not_copied
+from ..models.modes import modes_kept
 from ..models.plain import check_unshared
 from ..models.upcycle import chosen_mlps
 
@@ -93,18 +94,16 @@ def record_tokens(
     MLPs that do not run.
     """
     mlps = mlps_of(model) if mlps is None else mlps
-    training_modes = {module: module.training for module in model.modules()}
     sample = _Sample(per_image, limit, seed)
     watch = _Watch(mlps, norms or {}, sample.add)
     try:
-        model.eval()
-        for images in batches:
-            model(images)
-            sample.images_seen += len(images)
+        with modes_kept(model):
+            model.eval()
+            for images in batches:
+                model(images)
+                sample.images_seen += len(images)
     finally:
         watch.stop()
-        for module, training in training_modes.items():
-            module.training = training
     if not sample.images_seen:
         raise ValueError(
             "recording needs images: batches is an iterable of tensors (B, C, height, width), and "

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..extraction.runtime_masks import ChannelMask
 from ..models.experts import Experts
-from ..models.moe import MoELayer
+from ..models.moe import MoELayer, moe_layers
 from ..models.pruned import PrunedLayer
 from ..routers.base import Router
 from .cost_rows import Cost, Row
@@ -77,7 +77,7 @@ def check_capacity(model: nn.Module, image_size: int, images: int) -> None:
 
     Every such factor does the same, as an expert serves at least one. images: of the largest batch.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, MoELayer)}
+    layers = moe_layers(model)
     if all(getattr(layer.router, "capacity_factor", None) is None for layer in layers.values()):
         return
     seen = run(model, given_images(model, image_size, 1, None))
@@ -94,7 +94,7 @@ def check_capacity(model: nn.Module, image_size: int, images: int) -> None:
 
 def needs_measured_experts(model: nn.Module) -> bool:
     """Says whether only data decide how many experts of some MoE layer an image touches."""
-    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+    layers = moe_layers(model).values()
     return any(layer.router.experts_per_image() is None for layer in layers)
 
 
@@ -232,7 +232,7 @@ def _parts(experts: nn.Module, load: Sequence[float] | None) -> list[_Part]:
         stored, products = (sum(p.numel() for p in some) for some in (parameters, matrices))
         return [_Part("", stored, stored / experts.experts, products / experts.experts)]
     width, hidden = experts.width, _mean_hidden(experts, load)
-    rows = hidden * getattr(experts, "rows_of_neuron", 1)  # two where experts are gated
+    rows = hidden * experts.rows_of_neuron  # two where experts are gated
     parts = []
     for part, of_one, macs in (
         ("fc1", rows * (width + 1), rows * width),

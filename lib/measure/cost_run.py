@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..models.moe import MoELayer
+from ..models.moe import MoELayer, moe_layers
 from .ledger import Ledger
 
 
@@ -115,7 +115,7 @@ def _run(model: nn.Module, given: Given, place: Callable[[Tensor], Tensor]) -> S
     # Outside of inference mode, where an operation is not taken apart into its products.
     with torch.inference_mode(False), torch.no_grad():
         twin = _twin(model, place)
-        layers = {name: m for name, m in twin.named_modules() if isinstance(m, MoELayer)}
+        layers = moe_layers(twin)
         for name, layer in layers.items():
             twin.set_submodule(name, _Stand(layer))
         args, kwargs = given.moved(place)

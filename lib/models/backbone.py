@@ -302,7 +302,7 @@ def _resampled_positions(
         raise ValueError(
             f"weights of {origin} have {count} positions, and nothing says how many rows and "
             f"columns they are of: set backbone.grid, {' or '.join(choices) or 'if it is one'}, or "
-            "with rows and columns exchanged"
+            "with rows and columns exchanged (compress: --grid 4 4; its page: -p patch_grid 4,4)"
         )
     if math.prod(old_grid) != count:
         raise ValueError(

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..routers.group import GroupRouter, check_members
-from .moe import MoELayer
+from .moe import MoELayer, moe_layers
 from .upcycle import before_blocks
 
 
@@ -76,9 +76,7 @@ def ensemble(model: nn.Module, members: int) -> Ensemble:
             "an ensemble runs the blocks one by one, without checkpointing: "
             "set_grad_checkpointing(False) first"
         )
-    layers = {
-        name: module for name, module in model.named_modules() if isinstance(module, MoELayer)
-    }
+    layers = moe_layers(model)
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no MoE layer to split into groups: upcycle it first"

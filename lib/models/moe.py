@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ class RoutingTape:
     Entries are keyed by module and hold live tensors. A second pass of one layer inside the same
     tape (gradient checkpointing runs the forward again in backward) is ignored if the tape is
     closed by then, else it replaces the entry. Without an open tape a layer keeps nothing. A tape
-    can be opened again: it starts empty.
+    can be opened again: it starts empty. Passes in other threads than the one that opened it are
+    not heard, but for those of a compiled model.
 
     A tape hears the very modules of its model. Where a layer did not run, because a copy of the
     model did, reading the tape is an error: a loss over no routing would be the number 0. It is one
@@ -41,9 +43,8 @@ class RoutingTape:
         self._of = type(model).__name__
         # Order of definition in the model, so entries come out from the shallowest layer to the
         # deepest.
-        self.layers = {
-            module: name for name, module in model.named_modules() if isinstance(module, MoELayer)
-        }
+        self.layers = {layer: name for name, layer in moe_layers(model).items()}
+        self._thread = 0
         self._entries: dict[MoELayer, Routing] = {}
         self._opened_with_gradients = False
         self._ran_with_gradients: dict[MoELayer, bool] = {}
@@ -56,6 +57,7 @@ class RoutingTape:
             )
         for layer in self.layers:
             layer.tape = self
+        self._thread = get_ident()
         self._entries.clear()
         self._ran_with_gradients.clear()
         self._opened_with_gradients = torch.is_grad_enabled()
@@ -85,6 +87,9 @@ class RoutingTape:
                 "tell its place: replicas of nn.DataParallel are such copies. Run the model itself "
                 "on one device, or a process a device with DistributedDataParallel"
             )
+        # torch.compile cannot trace the question
+        if not torch.compiler.is_compiling() and get_ident() != self._thread:
+            return
         self._entries[layer] = routing
         self._ran_with_gradients[layer] = torch.is_grad_enabled()
 
@@ -99,8 +104,8 @@ class RoutingTape:
             raise RuntimeError(
                 f"the RoutingTape of a {self._of} has nothing of {', '.join(silent)}; while it was "
                 f"open there ran {', '.join(ran) or 'none of its MoE layers'}. Run this very model "
-                "inside `with`, not a copy of it (copy.deepcopy, an average of weights) and not "
-                "one whose layers were replaced since"
+                "inside `with`, in the same thread, not a copy of it (copy.deepcopy, an average of "
+                "weights) and not one whose layers were replaced since"
             )
         self._check_gradients(self.layers)
         return ((name, self._entries[layer]) for layer, name in self.layers.items())
@@ -188,11 +193,16 @@ class MoELayer(nn.Module):
         return self.router.serve(self.experts, rows, routing)
 
 
+def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
+    """Lists the MoE layers of a model by name, in the order of definition."""
+    return {name: part for name, part in model.named_modules() if isinstance(part, MoELayer)}
+
+
 @contextmanager
 def without_experts(model: nn.Module) -> Iterator[None]:
     """Switches the routed experts of every MoE layer off inside: attention and shared experts are
     left."""
-    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+    layers = moe_layers(model).values()
     for layer in layers:
         layer.off = True
     try:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
@@ -31,9 +32,15 @@ from .rows import Rows
 
 # Rows that a packed form is made for; it takes any number of them.
 USUAL_ROWS = 256
-# Numbers of a parameter that are compared before each use: a write through `.data`, which torch
-# itself does not count, is seen by them.
+# Numbers of a parameter that are compared before each use, beside one whole row: a write through
+# `.data`, which torch itself does not count, is seen if it changes one of them.
 SAMPLES = 64
+# Rows of an expert, on average, up to which packed experts are used where packing gains dense maps
+# nothing. On an AVX2 machine (data/results/bench/cpu/short-avx2.json) one image, 257 tokens to 8
+# experts, 32 rows each, gained: an upcycled ViT-S took 214 -> 164 ms, 1.64 -> 1.34 times as long as
+# the dense model beside it. Layers lost: 23.1 -> 24.2 ms at 136 rows, 81.4 -> 83.0 at 514 and
+# 156.5 -> 175.4 at 1,028. Between 32 and 136 nothing was measured.
+FEW_ROWS = 64
 NUMBER_TYPES = (torch.float32, torch.bfloat16)
 
 
@@ -65,7 +72,7 @@ def dense_maps_gain() -> bool:
 
     Without AVX-512 torch's plain products are as fast, a GELU that a product applies takes four
     times as long as torch's own, and a packed ViT-S took a tenth longer than a plain one. Experts
-    gain all the same where few tokens read the weights of each (136 -> 116 ms for an image).
+    gain all the same where few tokens read the weights of each (`FEW_ROWS`).
     """
     return torch.backends.cpu.get_cpu_capability() != "AVX2"
 
@@ -74,18 +81,17 @@ def pack(model: nn.Module) -> int:
     """Gives the linear maps, MLPs and experts of a model, in place, packed weights; returns how
     many modules have them.
 
-    Only what lies on the CPU, in a type that `can_pack`, and is faster so (`dense_maps_gain`), is
-    taken; `unpack` takes it back.
+    Only what lies on the CPU, in a type that `can_pack`, tells when it changes (tensors made under
+    torch.inference_mode() do not), and is faster so (`dense_maps_gain`), is taken; `unpack` takes
+    it back. What is packed already is packed anew.
     """
     modules = [m for m in model.modules() if "forward" not in vars(m) or is_packed(m)]
     for module in modules:
         kind = next((kind for fits, kind in KINDS if fits(module)), None)
-        if kind is None or is_packed(module):
-            continue
-        if kind is not PackedExperts and not dense_maps_gain():
+        if kind is None or (kind is not PackedExperts and not dense_maps_gain()):
             continue
         weights = kind.watched(module)
-        if all(w.device.type == "cpu" for w in weights) and can_pack(weights[0].dtype):
+        if _can_be_watched(weights) and can_pack(weights[0].dtype):
             module.forward = kind(module)
             module.forward.prepare()
     return sum(map(is_packed, modules))
@@ -106,7 +112,8 @@ def is_packed(module: nn.Module) -> bool:
 class PackedForward(ABC):
     """Stands in the place of a module's `forward`: the contract of the kinds below.
 
-    A copy of the module, by deepcopy or pickle, has its own, and packs its weights anew.
+    A copy of the module, by deepcopy or pickle, has its own, and packs its weights anew. A shallow
+    one (copy.copy, replicas of nn.DataParallel) shares it, and so runs the module it was made of.
     """
 
     is_of_class = True  # the function is that of the class: `why_not_plain` lets it pass
@@ -115,7 +122,7 @@ class PackedForward(ABC):
         self.module = module
         self._packed: dict[torch.dtype, Any] = {}
         self._state: list[Any] = []
-        self._samples: list[Any] = []
+        self._samples: list[tuple[Callable[[], bytes], bytes]] = []
 
     @staticmethod
     @abstractmethod
@@ -135,10 +142,10 @@ class PackedForward(ABC):
         """Returns the packed form for a type, made anew if a parameter has changed since."""
         tensors = self.watched(self.module)
         state = [_state(tensor) for tensor in tensors]
-        if state != self._state or any(view.tobytes() != seen for view, seen in self._samples):
+        if state != self._state or any(read() != seen for read, seen in self._samples):
             self._packed.clear()
             self._state = state
-            self._samples = [(view, view.tobytes()) for view in map(_sample, tensors)]
+            self._samples = [(read, read()) for read in map(_sample, tensors)]
         if dtype not in self._packed:
             self._packed[dtype] = self.make(dtype)
         return self._packed[dtype]
@@ -150,14 +157,16 @@ class PackedForward(ABC):
         if self.module.training:
             self._packed.clear()
             return None
-        weight = self.watched(self.module)[0]
-        if x.device.type != "cpu" or weight.device.type != "cpu" or _is_watched_by_a_mode():
+        weights = self.watched(self.module)
+        if x.device.type != "cpu" or not _can_be_watched(weights) or _is_watched_by_a_mode():
             return None
-        dtype = weight.dtype
+        if x.shape[-1:] != weights[0].shape[-1:]:
+            return None  # torch says what is wrong with it
+        dtype = weights[0].dtype
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
         elif x.dtype != dtype:
-            return None  # torch says what is wrong with it
+            return None  # the same
         return dtype if can_pack(dtype) else None
 
     def plain(self, *args: Any) -> Any:
@@ -201,25 +210,31 @@ class PackedMlp(PackedForward):
 
     @staticmethod
     def watched(module: nn.Module) -> list[Tensor]:
-        return [module.fc1.weight]
+        return [module.fc1.weight, module.fc2.weight]
 
     def make(self, dtype: torch.dtype) -> None:
         """Makes nothing: the maps have packed weights of their own."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Computes (..., D) from (..., D)."""
-        mlp, dtype = self.module, self.type_for(x)
+        mlp = self.module
         first, last = vars(mlp.fc1).get("forward"), vars(mlp.fc2).get("forward")
-        act = _fused(mlp.act)
-        maps_packed = isinstance(first, PackedLinear) and isinstance(last, PackedLinear)
-        plain = isinstance(mlp.norm, nn.Identity)  # one may have been put in since
-        if dtype is None or act is None or not (maps_packed and plain) or _has_listeners(mlp):
+        if not (isinstance(first, PackedLinear) and isinstance(last, PackedLinear)):
+            return self.plain(x)
+        # a norm may have been put in since, or dropout switched on
+        only_maps = all(map(_does_nothing, (mlp.drop1, mlp.norm, mlp.drop2)))
+        dtype, act = self.type_for(x), _fused(mlp.act)
+        if dtype is None or act is None or not only_maps or _has_listeners(mlp):
             return self.plain(x)
         return last.run(first.run(x.to(dtype), act))
 
 
 class PackedExperts(PackedForward):
-    """Runs `Experts` in stacked, unequal or shared weights."""
+    """Runs `Experts` in stacked, unequal or shared weights.
+
+    Where each has many rows and dense maps gain nothing (`FEW_ROWS`), or somebody listens to their
+    parts, the class's own forward runs.
+    """
 
     @staticmethod
     def watched(module: nn.Module) -> list[Tensor]:
@@ -233,10 +248,11 @@ class PackedExperts(PackedForward):
 
     def __call__(self, x: Tensor, routing: Routing) -> Tensor:
         """Computes for each token the weighted sum over its assignments: (T, D) -> (T, D)."""
-        dtype = self.type_for(x)
-        if dtype is None:
+        dtype, assignments = self.type_for(x), len(routing.expert)
+        gains = dense_maps_gain() or assignments <= FEW_ROWS * self.module.experts
+        if dtype is None or not gains or _has_listeners(self.module):
             return self.plain(x, routing)
-        rows = Rows.of(routing, len(x), multiple_for(len(routing.expert), self.module.experts))
+        rows = Rows.of(routing, len(x), multiple_for(assignments, self.module.experts))
         act, outputs = _fused(self.module.act), []
         inputs = rows.gather(x.to(dtype)).split(rows.lengths)
         for part, (w1, b1, w2, b2) in zip(inputs, self.packed(dtype), strict=True):
@@ -258,7 +274,7 @@ KINDS: list[tuple[Callable[[nn.Module], bool], type[PackedForward]]] = [
         # with a norm between its maps (BEiT-3), each of them is packed for itself
         lambda module: (
             type(module).forward is Mlp.forward
-            and type(module.fc1) is nn.Linear
+            and type(module.fc1) is type(module.fc2) is nn.Linear
             and isinstance(module.norm, nn.Identity)
         ),
         PackedMlp,
@@ -299,15 +315,26 @@ def _fused(act: nn.Module) -> tuple[str, str] | None:
 
 def _state(tensor: Tensor) -> tuple[Any, ...]:
     """What torch changes about a tensor when somebody writes to it or replaces it."""
-    version = None if tensor.is_inference() else tensor._version
-    return id(tensor), tensor.data_ptr(), version, tensor.dtype, tensor.shape
+    return id(tensor), tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape
 
 
-def _sample(tensor: Tensor) -> Any:
-    """Some numbers of a tensor, spread over it, as a NumPy view of its memory."""
-    flat = tensor.detach().reshape(-1)
-    flat = flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat
-    return flat[:: max(1, len(flat) // SAMPLES)].numpy()
+def _can_be_watched(weights: list[Tensor]) -> bool:
+    """Says whether weights lie on the CPU, hold numbers, and have a version that tells of writes,
+    which tensors made under torch.inference_mode() have not."""
+    return all(w.device.type == "cpu" and w.numel() and not w.is_inference() for w in weights)
+
+
+def _sample(tensor: Tensor) -> Callable[[], bytes]:
+    """Returns what reads some numbers of a tensor off its memory: some by chance, so that no
+    regular pattern passes between them, and a whole row, which a change of any column touches."""
+    # from the longest stride to the shortest, so that nothing is copied where it is transposed
+    axes = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+    rows = tensor.detach().permute(axes)
+    rows = rows.reshape(-1, rows.shape[-1])
+    rows = (rows.view(torch.int16) if rows.dtype == torch.bfloat16 else rows).numpy()
+    flat, row = rows.reshape(-1), rows[len(rows) // 2]
+    places = np.random.default_rng(0).integers(len(flat), size=SAMPLES)
+    return lambda: flat[places].tobytes() + row.tobytes()
 
 
 def _is_watched_by_a_mode() -> bool:
@@ -315,9 +342,15 @@ def _is_watched_by_a_mode() -> bool:
     return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
 
 
-def _has_listeners(mlp: nn.Module) -> bool:
-    """Says whether a hook on a part of an MLP, or on all modules, would go unheard."""
+def _does_nothing(part: nn.Module) -> bool:
+    """Says whether a module passes on what it gets: no norm, no dropout that is switched on."""
+    is_dropout = type(part) is nn.Dropout and not (part.training and part.p)
+    return is_dropout or type(part) is nn.Identity
+
+
+def _has_listeners(module: nn.Module) -> bool:
+    """Says whether a hook on a part of an MLP, of experts, or on all modules, would go unheard."""
     hooks = [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
-    for part in mlp.children():
+    for part in module.children():
         hooks += [part._forward_hooks, part._forward_pre_hooks]
     return any(hooks)

@@ -43,8 +43,8 @@ class SharedExperts(Experts):
         if self.own_output_weights:
             w2 = torch.cat(list(w2), dim=1)
         self.experts, self.width = len(sets), w1.shape[1]
-        self._widths = tuple(map(len, sets))
-        self.hidden = self._widths if len(set(self._widths)) > 1 else self._widths[0]
+        widths = tuple(map(len, sets))
+        self.hidden = widths if len(set(widths)) > 1 else widths[0]
         self.act = act if act is not None else nn.GELU()
         # On the meta device no memory is taken: the parameters are replaced at once.
         with torch.device("meta"):
@@ -56,12 +56,7 @@ class SharedExperts(Experts):
         )
         self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias = parameters
         self.register_buffer("index", torch.cat([torch.as_tensor(neurons) for neurons in sets]))
-        self.register_buffer("rows", torch.tensor(self._widths))
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Returns H of each expert."""
-        return self._widths
+        self.register_buffer("rows", torch.tensor(widths))
 
     def each(
         self, transform: Callable[[Tensor], Tensor] = lambda parameter: parameter
@@ -72,9 +67,9 @@ class SharedExperts(Experts):
         """
         parameters = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
         w1, b1, w2, b2 = map(transform, parameters)
-        sets, stored = self.index.split(self._widths), len(b1) // self.rows_of_neuron
+        sets, stored = self.index.split(self.widths), len(b1) // self.rows_of_neuron
         if self.own_output_weights:
-            output_weights = w2.split(self._widths)
+            output_weights = w2.split(self.widths)
         else:
             output_weights = (w2[neurons] for neurons in sets)
         for neurons, w2_rows, bias in zip(sets, output_weights, b2.unbind(0), strict=True):

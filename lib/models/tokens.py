@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
+from .modes import modes_kept
+
 PROBED_IMAGES = 3  # no width, side or number of windows is one by chance in all layers
 
 
@@ -133,13 +135,8 @@ def _forward_without_values(model: nn.Module) -> Tensor:
     first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
     shape = (PROBED_IMAGES, first.in_channels, height, width)
     images = torch.empty(shape, device="meta", dtype=dtype)
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad():
-            return functional_call(model.eval(), on_meta, (images,))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with modes_kept(model), torch.no_grad():
+        return functional_call(model.eval(), on_meta, (images,))
 
 
 def _image_size(model: nn.Module) -> tuple[int, int]:

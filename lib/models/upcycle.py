@@ -63,9 +63,9 @@ def block_mlps(model: nn.Module) -> list[tuple[str, nn.Module]]:
     gate); what lies in no list, where others do, belongs to a head (pooling). A model without lists
     has its blocks' MLPs nearest below itself.
     """
-    places = {
-        name: _place(model, name) for name, _ in model.named_modules() if name.endswith(".mlp")
-    }
+    # an MLP that two blocks share is one of each, so that `check_unshared` names both
+    modules = model.named_modules(remove_duplicate=False)
+    places = {name: _place(model, name) for name, _ in modules if name.endswith(".mlp")}
     nearest = min(places.values(), default=None)
     return [(name, model.get_submodule(name)) for name, place in places.items() if place == nearest]
 
@@ -95,7 +95,8 @@ def chosen_mlps(
     if modules is None:
         mlps = block_mlps(model)
     else:
-        names = matching([name for name, _ in model.named_modules() if name], modules, "modules")
+        every = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+        names = matching(every, modules, "modules")
         # * stands for dots, too: what is inside another module that is chosen goes with it
         outer = [name for name in names if not any(name.startswith(f"{n}.") for n in names)]
         mlps = [(name, model.get_submodule(name)) for name in outer]
@@ -165,8 +166,8 @@ def upcycle(
         raise ValueError(
             f"a MoESpec and {_listed(list(fields))} beside it: give a spec, or its fields by name"
         )
-    mlps = _of_blocks(type(model).__name__, candidates, spec)
     check_unshared(model, candidates)
+    mlps = _of_blocks(type(model).__name__, candidates, spec)
     for name, mlp in mlps:
         _check(name, mlp, spec)
     names = [name for name, _ in mlps]

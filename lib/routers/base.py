@@ -148,7 +148,7 @@ class Router(nn.Module, ABC):
         Weights are no settings. Raises ValueError if the router does not keep what its constructor
         takes, under the same names.
         """
-        names = _arguments_of(type(self)) - {"generator"}
+        names = arguments_of(type(self)) - {"generator"}
         if absent := [name for name in names if not hasattr(self, name)]:
             raise ValueError(
                 f"a {type(self).__name__} cannot be described: its constructor takes "
@@ -196,7 +196,7 @@ class Router(nn.Module, ABC):
         return out
 
 
-def _arguments_of(router: type[Router]) -> set[str]:
+def arguments_of(router: type[Router]) -> set[str]:
     """Names what the constructor of a router takes, and of its parent where it hands options on."""
     names: set[str] = set()
     for kind in router.__mro__:

@@ -88,9 +88,9 @@ class ExpertChoiceRouter(LinearRouter):
     def _chosen(self, probs: Tensor, shape: tuple[int, int]) -> Tensor:
         """Says which experts take which tokens: (T, E) bool. shape: (B, N)."""
         b, n = shape
-        pools = b if self.group == "image" else 1
-        scores = probs.detach().view(pools, b * n // pools, self.experts)  # (P, T / P, E)
-        taken = scores.topk(self._slots(scores.shape[1]), dim=1).indices  # (P, C, E): which tokens
+        pools, size = (b, n) if self.group == "image" else (1, b * n)
+        scores = probs.detach().view(pools, size, self.experts)  # (P, T / P, E)
+        taken = scores.topk(self._slots(size), dim=1).indices  # (P, C, E): which tokens
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(1, taken, True)
         return chosen.view(b * n, self.experts)
 
@@ -101,7 +101,7 @@ class ExpertChoiceRouter(LinearRouter):
     def expert_rows(self, tokens: int, images: int) -> int:
         """Counts C rows an expert and pool."""
         pools = images if self.group == "image" else 1
-        return pools * self._slots(tokens // pools) * self.experts
+        return pools * self._slots(tokens // max(1, pools)) * self.experts
 
     def experts_per_image(self) -> float | None:
         """Counts all experts where each image is a pool; in a pool of a batch data decide."""

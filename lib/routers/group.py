@@ -33,7 +33,7 @@ class GroupRouter(TopKRouter):
     @classmethod
     def of(cls, router: TopKRouter, members: int) -> Self:
         """Makes the same router, parameter included, with the experts split into equal groups."""
-        out = cls.like(router, members)
+        out = cls.like(router, members=members)
         out.group = torch.arange(members, device=router.weight.device).repeat_interleave(
             router.experts // members
         )

@@ -58,8 +58,8 @@ class PriorityRouter(LinearRouter):
         """Gives every token of x, (B, N, D), one expert."""
         b, n, d = x.shape
         probs, logits, deciding = self.scores(x.reshape(b * n, d))
-        pools = b if self.group == "image" else 1
-        pooled = probs.detach().view(pools, b * n // pools, self.experts)  # (P, S, E)
+        pools, size = (b, n) if self.group == "image" else (1, b * n)
+        pooled = probs.detach().view(pools, size, self.experts)  # (P, S, E)
         choice = balanced_match(pooled).view(b * n, 1)
         weight = probs.gather(1, choice)
         if self.gate == "renormalised":  # one in value, with a gradient

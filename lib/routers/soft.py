@@ -87,14 +87,14 @@ class SoftRouter(Router):
         self, experts: Callable[[Tensor, Routing], Tensor], rows: Tensor, routing: SoftRouting
     ) -> Tensor:
         """Runs each slot through its expert: rows, (T, D) -> (T, D)."""
-        b, n, slots = routing.dispatch.shape
-        tokens = rows.view(b, n, -1)
+        (b, n, slots), d = routing.dispatch.shape, rows.shape[1]
+        tokens = rows.view(b, n, d)
         dispatch = routing.dispatch.transpose(1, 2).to(rows.dtype)
-        inputs = (dispatch @ tokens).reshape(b * slots, -1)  # (B, S, D) -> (B*S, D)
+        inputs = (dispatch @ tokens).reshape(b * slots, d)  # (B, S, D) -> (B*S, D)
         numbers = torch.arange(self.experts, device=rows.device)
         expert_of_slot = numbers.repeat_interleave(self.slots).repeat(b)
         out = experts(inputs, fixed(expert_of_slot.unsqueeze(1), self.experts, (b * slots, 1)))
-        return (routing.combine.to(out.dtype) @ out.view(b, slots, -1)).reshape(b * n, -1)
+        return (routing.combine.to(out.dtype) @ out.view(b, slots, d)).reshape(b * n, d)
 
     def serve_all(self, experts: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
         """Runs the slots of each expert through it, and mixes them: (B, N, D) -> (T, D)."""

@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..spec import MoESpec
-from .base import LinearRouter, Routing, Scores, assign, capacity, one_in_value, renormalised
+from .base import (
+    LinearRouter,
+    Routing,
+    Scores,
+    arguments_of,
+    assign,
+    capacity,
+    one_in_value,
+    renormalised,
+)
 
 
 class TopKRouter(LinearRouter):
@@ -95,25 +104,15 @@ class TopKRouter(LinearRouter):
         return assign(choice, weight, probs, logits, shape, limit, first)
 
     @classmethod
-    def like(cls, router: TopKRouter, *sizes: int) -> Self:
+    def like(cls, router: TopKRouter, **sizes: int) -> Self:
         """Makes a router of this class with the parameter, bias and options of `router`.
 
-        sizes: what its class asks for beyond K.
+        sizes: what its class asks for beyond those.
         """
-        options = {
-            name: getattr(router, name)
-            for name in (
-                "per_image",
-                "pool",
-                "gate",
-                "capacity_factor",
-                "batch_priority",
-                "noise",
-                "std",
-            )
-        }
+        names = arguments_of(TopKRouter) - {"generator"}
+        options = {name: getattr(router, name) for name in names}
         with torch.device("meta"):  # nothing is drawn for a weight that is replaced at once
-            out = cls(router.weight.shape[1], router.experts, router.top_k, *sizes, **options)
+            out = cls(**options, **sizes)
         out.weight, out.choice_bias = router.weight, router.choice_bias
         return out.train(router.training)
 

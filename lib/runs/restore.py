@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from ..models.backbone import build
-from ..models.moe import MoELayer
+from ..models.moe import moe_layers
 from ..models.step import Step
 from ..pruning.neurons.groups import shapes_of, supported
 from ..pruning.steps import DropStep
@@ -41,7 +41,7 @@ def restored(spec: RunSpec, state: Mapping[str, Tensor], classes: int, channels:
     """
     unchanged = spec.but(
         init=None,
-        backbone={"weights": None},
+        backbone={"weights": None, "grid": None},
         train=None,
         fresh_routers=False,
         **dict.fromkeys(STEPS),
@@ -77,8 +77,7 @@ def _sizes(model: nn.Module) -> dict[str, int]:
     """How many neurons or head dimensions each layer has that can be pruned, and how many experts
     each MoE layer."""
     neurons = {name: shape[-1] for name, shape in shapes_of(supported(model)).items()}
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, MoELayer)]
-    return neurons | {name: layer.experts.experts for name, layer in layers}
+    return neurons | {name: layer.experts.experts for name, layer in moe_layers(model).items()}
 
 
 def _check_sizes(spec: RunSpec, unchanged: dict[str, int], sizes: dict[str, int]) -> None:

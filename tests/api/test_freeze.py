@@ -172,6 +172,153 @@ def test_hooks_on_parts_of_an_mlp_are_heard():
     assert len(heard) == 1
 
 
+def test_hooks_on_the_activation_of_experts_are_heard():
+    frozen = lib.freeze_for_inference(upcycled())
+    heard, act = [], frozen.blocks[0].mlp.experts.act
+    handle = act.register_forward_pre_hook(lambda *args: heard.append(1))
+    with torch.inference_mode():
+        frozen(images())
+        assert heard
+        handle.remove()
+        heard.clear()
+        every = nn.modules.module.register_module_forward_hook(
+            lambda module, *rest: heard.append(1) if module is act else None
+        )
+        try:
+            frozen(images())
+        finally:
+            every.remove()
+    assert heard
+
+
+def test_dropout_that_is_switched_on_is_not_left_out():
+    """As in Monte Carlo dropout: the model in evaluation mode, its dropout in training mode."""
+    frozen = lib.freeze_for_inference(vit(proj_drop_rate=0.5))
+    mlp, x = frozen.blocks[0].mlp, torch.randn(4, 17, 32)
+    with torch.inference_mode():
+        expected = mlp(x)
+        for name in ("drop1", "drop2"):
+            part = getattr(mlp, name).train()
+            assert not torch.allclose(mlp(x), expected, atol=1e-3)
+            part.p = 0.0
+            torch.testing.assert_close(mlp(x), expected, rtol=1e-5, atol=1e-5)
+            part.eval()
+        mlp.drop1 = nn.AlphaDropout(0.5)  # another kind
+        assert not torch.allclose(mlp(x), expected, atol=1e-3)
+
+
+def test_a_map_of_an_mlp_put_in_another_is_run():
+    frozen = lib.freeze_for_inference(vit())
+    mlp, x = frozen.blocks[0].mlp, torch.randn(4, 17, 32)
+    with torch.inference_mode():
+        expected = mlp(x)
+        mlp.fc1 = nn.Sequential(mlp.fc1)  # as an adapter around it, without a weight of its own
+        torch.testing.assert_close(mlp(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (7,), ()], ids=str)
+def test_a_wrong_width_is_refused_in_torchs_own_words(shape):
+    plain, x = nn.Linear(8, 4), torch.randn(shape)
+    mlp = Mlp(8, 4).eval()
+    for module in (plain, mlp):
+        frozen = lib.freeze_for_inference(module)
+        with torch.no_grad():
+            with pytest.raises(RuntimeError) as of_plain:
+                module(x)
+            with pytest.raises(RuntimeError) as of_frozen:
+                frozen(x)
+        assert str(of_frozen.value) == str(of_plain.value)
+    experts = lib.freeze_for_inference(MoELayer(TopKRouter(8, 2, 1), Experts(2, 8, 4)).eval())
+    routing = experts.router(torch.randn(1, 3, 8))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        experts.experts(torch.randn(3, 7), routing)
+
+
+@pytest.mark.filterwarnings("ignore:freeze_for_inference left", "ignore:Initializing zero-element")
+@pytest.mark.parametrize("sizes", [(8, 0), (0, 8)], ids=str)
+def test_a_linear_map_without_numbers_stays_plain(sizes):
+    frozen = lib.freeze_for_inference(nn.Linear(*sizes))
+    with torch.no_grad():
+        assert frozen(torch.randn(3, sizes[0])).shape == (3, sizes[1])
+    assert not is_packed(frozen)
+
+
+def _wide():
+    """64 numbers lie 128 apart in the first weight, which is twice the length of its rows."""
+    torch.manual_seed(0)
+    return Mlp(64, 128).eval()
+
+
+def _column(weight):
+    weight.data[:, 5] += 1.0
+
+
+def _masked(weight):
+    """All but every second row."""
+    weight.data.mul_((torch.arange(len(weight)) % 2).unsqueeze(1))
+
+
+def _masked_elsewhere(weight):
+    weight.data.mul_((torch.arange(len(weight)) % 2 == 0).unsqueeze(1))
+
+
+def _all_but_a_column(weight):
+    weight.data[:, 1:] += 1.0
+
+
+@pytest.mark.parametrize("write", [_column, _masked, _masked_elsewhere, _all_but_a_column])
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_writes_through_data_to_columns_and_rows(write, is_transposed):
+    model, x = _wide(), torch.randn(4, 64)
+    if is_transposed:
+        model.fc1.weight = nn.Parameter(model.fc1.weight.detach().t().contiguous().t())
+        if write is _column:
+            pytest.skip("it lies in memory as a row, one of 64")
+    frozen = lib.freeze_for_inference(model, inplace=True)
+    with torch.inference_mode():
+        frozen(x)
+        write(frozen.fc1.weight)
+        torch.testing.assert_close(frozen(x), Mlp.forward(packed.unpack(frozen), x))
+
+
+def test_frozen_again_it_is_packed_anew():
+    """So after a write through `.data` to a number that is not compared."""
+    frozen, x = lib.freeze_for_inference(_wide()), torch.randn(4, 64)
+    forward = frozen.fc1.forward
+    lib.freeze_for_inference(frozen, inplace=True)
+    assert frozen.fc1.forward is not forward
+    with torch.inference_mode():
+        torch.testing.assert_close(frozen(x), packed.unpack(frozen)(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [vit, upcycled], ids=["plain", "upcycled"])
+def test_weights_made_under_inference_mode(make):
+    """Torch counts no changes of them: a copy has its own, in place nothing is packed."""
+    with torch.inference_mode():
+        model = make()
+        frozen = lib.freeze_for_inference(model)
+        assert any(map(is_packed, frozen.modules()))
+        for each in (model, frozen):
+            each.blocks[1].attn.proj.weight[3, 5] += 10.0  # no number that is compared
+        torch.testing.assert_close(frozen(images()), model(images()), rtol=1e-4, atol=1e-4)
+    with pytest.warns(UserWarning, match=r"made under torch.inference_mode.*inplace=False"):
+        assert lib.freeze_for_inference(model, inplace=True) is model
+    assert not any(map(is_packed, model.modules()))
+
+
+def test_weights_put_in_under_inference_mode_run_plain():
+    frozen = lib.freeze_for_inference(vit())
+    with torch.inference_mode():
+        frozen.head.weight = nn.Parameter(torch.ones(5, 32))
+        frozen.blocks[0].mlp.fc2 = copy.deepcopy(frozen.blocks[0].mlp.fc2)
+        frozen(images())
+        frozen.head.weight[:, 7] = 3.0
+        frozen.blocks[0].mlp.fc2.weight[2, 3] = 9.0
+        torch.testing.assert_close(
+            frozen(images()), packed.unpack(copy.deepcopy(frozen))(images()), rtol=1e-4, atol=1e-4
+        )
+
+
 def _step(model):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     model(images()).square().sum().backward()
@@ -347,6 +494,24 @@ def test_without_avx_512_experts_alone_are_packed(monkeypatch, make):
         torch.testing.assert_close(frozen(images()), model(images()), rtol=1e-4, atol=1e-5)
     # a product's own GELU is the slower one there
     assert ("none", "") in acts and not any(name == "gelu" for name, _ in acts)
+
+
+@pytest.mark.parametrize("tokens, is_used", [(3 * packed.FEW_ROWS, True), (200, False)])
+def test_without_avx_512_many_rows_of_an_expert_run_plain(monkeypatch, tokens, is_used):
+    monkeypatch.setattr(packed, "dense_maps_gain", lambda: False)
+    calls = []
+    run = packed._linear
+    monkeypatch.setattr(packed, "_linear", lambda *args: calls.append(1) or run(*args))
+    torch.manual_seed(0)
+    layer = MoELayer(TopKRouter(D, 3, 1, std=1.0), Experts(3, D, H)).eval()
+    frozen, x = lib.freeze_for_inference(layer), torch.randn(1, tokens, D)
+    with torch.inference_mode():
+        torch.testing.assert_close(frozen(x), layer(x), rtol=1e-5, atol=1e-6)
+        assert bool(calls) == is_used
+        calls.clear()
+        monkeypatch.setattr(packed, "dense_maps_gain", lambda: True)
+        frozen(x)  # with wide vectors, any number of rows
+    assert calls
 
 
 def test_without_avx_512_a_model_without_experts_stays_and_says_so(monkeypatch):

@@ -8,6 +8,7 @@ from small_classifier import Wrapped, images_and_labels, vit
 from small_models import images_for, modules_of, small
 
 import lib
+from lib.extraction.record import mlps_of
 from lib.models.moe import MoELayer
 
 
@@ -61,6 +62,27 @@ def test_what_fits_no_model_changes_none():
 def test_fields_that_do_not_fit_are_refused_in_a_sentence(fields, says):
     with pytest.raises(ValueError, match=says):
         lib.upcycle(vit(), **fields)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layers": 2},
+        {"layers": 2, "blocks": (1, 2), "modules": ["blocks.*.mlp"]},
+        {"layers": 1, "modules": ["blocks.1.mlp"]},
+        {"layers": 1, "ignore": ["blocks.0"]},
+    ],
+    ids=str,
+)
+def test_an_mlp_of_two_blocks_is_named_as_one(options):
+    model = vit()
+    model.blocks[1].mlp = model.blocks[0].mlp
+    with pytest.raises(ValueError, match=r"blocks.\d.mlp shares parameters with blocks.\d.mlp"):
+        lib.upcycle(model, experts=3, router="token", **options)
+    with pytest.raises(ValueError, match="shares parameters"):
+        lib.prune(model, None, 0.5, score="magnitude", repair="none")
+    with pytest.raises(ValueError, match="shares parameters"):
+        mlps_of(model)
 
 
 def test_fields_that_change_the_function_say_so():

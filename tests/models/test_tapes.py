@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -81,6 +82,28 @@ def test_replicas_of_data_parallel_are_named():
         replica = model.blocks[2].mlp._replicate_for_data_parallel()
         with pytest.raises(RuntimeError, match="replicas of nn.DataParallel are such copies"):
             replica(torch.randn(2, 17, 24))
+
+
+def test_a_tape_hears_its_own_thread_alone():
+    model, other = mixture(), torch.randn(3, 3, 28, 28)
+    with ThreadPoolExecutor(1) as pool:
+        with RoutingTape(model) as tape:
+            model(X)
+            mine = tape.routings()
+            pool.submit(model, other).result()
+        assert [routing.shape[0] for routing in tape.routings()] == [2, 2]
+        assert all(a is b for a, b in zip(tape.routings(), mine, strict=True))
+        with tape:  # a pass elsewhere is none of this thread's
+            pool.submit(model, other).result()
+        with pytest.raises(RuntimeError, match="ran none of its MoE layers.*in the same thread"):
+            tape.routings()
+
+        def elsewhere():
+            with tape:  # opened again, it is that thread's
+                model(other)
+            return [routing.shape[0] for routing in tape.routings()]
+
+        assert pool.submit(elsewhere).result() == [3, 3]
 
 
 def test_a_layer_that_was_left_out_or_replaced():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.experts import Experts
-from ...models.moe import MoELayer
+from ...models.moe import MoELayer, moe_layers
 from ...models.pruned import PrunedLayer, picked_experts
 from ...routers.base import LinearRouter
 from ...routers.group import GroupRouter
@@ -31,9 +31,7 @@ def routed(model: nn.Module) -> dict[str, MoELayer]:
     Raises ValueError if there is none, or if one has no router row for each expert, experts of
     unequal width, or is pruned with zero updates already.
     """
-    layers = {
-        name: module for name, module in model.named_modules() if isinstance(module, MoELayer)
-    }
+    layers = moe_layers(model)
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no MoELayer whose experts could be ranked: upcycle it "

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ...models.modes import modes_kept
 from ...models.moe import MoELayer, RoutingTape
 from ...models.pruned import STACKS, stacks_of
 from ...routers.base import Routing
@@ -103,7 +104,7 @@ def observe(
     batches: images (B, channels, height, width). rows: (T, D), the input of the layer. In
     evaluation mode; the modes of the modules are put back. Raises ValueError without an image.
     """
-    tape, modes = RoutingTape(model), [(module, module.training) for module in model.modules()]
+    tape = RoutingTape(model)
 
     # A forward hook, since a block hands the input of its MLP to nobody else.
     def hook(name: str) -> Callable:
@@ -116,16 +117,15 @@ def observe(
     handles = [layer.register_forward_hook(hook(name)) for name, layer in routed(model).items()]
     image_count = 0
     try:
-        model.eval()
-        for images in batches:
-            with tape:
-                model(images)
-            image_count += len(images)
+        with modes_kept(model):
+            model.eval()
+            for images in batches:
+                with tape:
+                    model(images)
+                image_count += len(images)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes:
-            module.training = mode
     if not image_count:
         raise ValueError(
             "calibration needs images: batches is an iterable of tensors (B, C, height, width), "

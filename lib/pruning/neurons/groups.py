@@ -125,7 +125,7 @@ def _candidates(
             yield "mlp", name, mlp
             continue
         yield "experts", f"{name}.experts", mlp.experts
-        if getattr(mlp, "shared", None) is not None:
+        if mlp.shared is not None:
             yield "mlp", f"{name}.shared", mlp.shared
     for name, module in model.named_modules():
         if name.endswith(".attn"):

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from ...models.experts import Experts
 from ...models.mlps import maps_of
-from ...models.moe import MoELayer
+from ...models.modes import modes_kept
+from ...models.moe import moe_layers
 from ...routers.forced import ForcedRouter
 from .groups import NamedSets, groups_of, prunable, shapes_of, supported
 
@@ -133,7 +134,6 @@ def removal_effects(
             f"{', '.join(dense_mlps) or 'none'}"
         )
     weight = maps_of(dense_mlps[name]).last_map.weight
-    modes = {module: module.training for module in model.modules()}
     if wrong := [neuron for neuron in neurons if not 0 <= neuron < weight.shape[1]]:
         raise ValueError(
             f"neurons={wrong} of {name} are out of range: it has 0..{weight.shape[1] - 1}"
@@ -144,21 +144,20 @@ def removal_effects(
             "effects are measured on images: batches is an iterable of (images, labels), and it "
             "was empty"
         )
-    model.eval()
 
     def mean_loss() -> Tensor:
         return torch.stack([loss(model, *batch).double() for batch in batches]).mean()
 
-    whole_loss, effects, whole_weight = mean_loss(), [], weight.detach().clone()
-    try:
-        for neuron in neurons:
-            weight[:, neuron] = 0.0  # a neuron acts by its column alone
-            effects.append(mean_loss() - whole_loss)
-            weight[:, neuron] = whole_weight[:, neuron]
-    finally:
-        weight.copy_(whole_weight)
-        for module, mode in modes.items():
-            module.training = mode
+    with modes_kept(model):
+        model.eval()
+        whole_loss, effects, whole_weight = mean_loss(), [], weight.detach().clone()
+        try:
+            for neuron in neurons:
+                weight[:, neuron] = 0.0  # a neuron acts by its column alone
+                effects.append(mean_loss() - whole_loss)
+                weight[:, neuron] = whole_weight[:, neuron]
+        finally:
+            weight.copy_(whole_weight)
     return torch.stack(effects).cpu()
 
 
@@ -169,9 +168,7 @@ def forced(model: nn.Module, expert: int) -> Iterator[None]:
     No weight is touched, and shared experts run on. Raises ValueError if a layer has no such
     expert, if it mixes by slots (Soft MoE), and if there is no MoE layer.
     """
-    layers = {
-        name: module for name, module in model.named_modules() if isinstance(module, MoELayer)
-    }
+    layers = moe_layers(model)
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no MoE layer whose tokens could be forced to expert "
@@ -376,17 +373,15 @@ def _differentiable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Ite
 
     Each parameter has a gradient, frozen or not; afterwards all is as it was.
     """
-    modes = {module: module.training for module in model.modules()}
     frozen = [p for p in parameters if not p.requires_grad]
-    model.eval()
-    for p in frozen:
-        p.requires_grad_(True)
-    try:
-        # A backward pass inside a caller's autocast would multiply in its precision.
-        with torch.enable_grad(), torch.autocast(parameters[0].device.type, enabled=False):
-            yield
-    finally:
+    # A backward pass inside a caller's autocast would multiply in its precision.
+    no_autocast = torch.autocast(parameters[0].device.type, enabled=False)
+    with modes_kept(model), torch.enable_grad(), no_autocast:
+        model.eval()
         for p in frozen:
-            p.requires_grad_(False)
-        for module, mode in modes.items():
-            module.training = mode
+            p.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for p in frozen:
+                p.requires_grad_(False)
