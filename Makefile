@@ -32,7 +32,7 @@ browser: $(READY)
 faults: $(READY)
 	$(BIN)/python tests/faults/stress.py $(PARTS)
 
-# one table of ratios, five minutes on two quiet cores; the full one takes an hour or two. Layers of other libraries: pip install -e .[bench]
+# one table of ratios, under five minutes on two quiet cores; the full one takes far longer. Layers of other libraries: pip install -e .[bench]
 bench: $(READY)
 	$(BIN)/python -m benchmarks
 

@@ -1,8 +1,9 @@
 """Measures speeds against their limits and prints one table of ratios: `python -m benchmarks`.
 
 Without `--full`: the layer, its peers, whole models and growth where goals are set, in less than
-five minutes on two quiet cores. With it: every setting, batch 64, pruning, extraction, attention,
-the trainer and its input, in an hour or two.
+five minutes on two quiet cores; with 20 repeats, as the committed tables have them, in eight. With
+`--full`: every setting, batch 64, pruning, extraction, attention, the trainer and its input, which
+takes far longer.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def main() -> None:
     for row in measured(given.full, repeats):
         rows.append(row)
         print(line(row), flush=True)
-    about = machine.about("make bench-full" if given.full else "make bench", repeats, start, load)
+    about = machine.about("benchmarks", repeats, start, load)
     speed.write(given.out, about, rows)
     print(f"{len(rows)} rows in {about['seconds']} s, written to {given.out}")
 

@@ -3,8 +3,8 @@
 
 Models are those that the further pass of each method trains: built from the dense model's weights,
 pruned, extracted or dropped on its images. So it needs the data (MOE_DATA), and the weights of the
-runs that others start from, which `python -m lib fill --pages beyond/frontier` leaves in the cache.
-All are frozen for inference and timed in turn, alone.
+runs that others start from, which `python -m lib fill --profile small --pages beyond/frontier`
+leaves in the cache. All are frozen for inference and timed in turn, alone.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def main() -> None:
         measured.append(row)
         share = 100 * row.ours.median / row.other.median
         print(f"{row.what:<52} {row.shape:<18} {row.dtype:<5} {share:6.1f}% of dense", flush=True)
-    about = machine.about(speed.COMMANDS["frontier"], given.repeats, start, load)
+    about = machine.about("benchmarks.frontier", given.repeats, start, load)
     speed.write(given.out, about, measured)
     print(f"{len(measured)} rows, written to {given.out}")
 

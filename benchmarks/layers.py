@@ -18,7 +18,14 @@ from lib.models.experts import Experts
 from lib.models.moe import MoELayer
 from lib.models.packed import dense_maps_gain
 from lib.routers.top_k import TopKRouter
-from lib.verdicts.speed import FASTEST_PEER, MEDIAN_PEER, Ratio, Timing
+from lib.verdicts.speed import (
+    FASTEST_PEER,
+    MEDIAN_PEER,
+    MEDIAN_PEER_EXPERTS,
+    MEDIAN_PEER_GOAL,
+    Ratio,
+    Timing,
+)
 
 from . import machine
 from .clock import DTYPES, Call, forward, forward_backward, timed
@@ -31,7 +38,6 @@ PASSES = ("forward", "forward+backward")
 SKEW = 1.5  # the e-th expert's logit is lower by SKEW ln e: the first one gets half of the tokens
 PLAIN, FROZEN = "layer", "layer, frozen"
 BOUND, CHUNKS = ("one MLP", "equal chunks"), "equal chunks"
-MEDIAN_PEER_GOAL, MEDIAN_PEER_EXPERTS = 1.3, (8, 32)
 
 
 @dataclass(frozen=True)

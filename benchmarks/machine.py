@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 import time
 from datetime import UTC, datetime
-from importlib import metadata
 from typing import Any
 
 import torch
 
+from lib.machine import cores, version_of
 from lib.models.packed import can_pack
-from lib.pages.manifest import cores
 from lib.runs.environment import processor
 
 PACKAGES = ("torch", "timm", "mixture-of-experts", "st-moe-pytorch", "transformers")
@@ -65,13 +66,14 @@ def load_before() -> float:
     return load
 
 
-def about(command: str, repeats: int, began: float, load: float) -> dict[str, Any]:
+def about(module: str, repeats: int, began: float, load: float) -> dict[str, Any]:
     """Describes a measurement that ends now, for its file.
 
-    began: by time.perf_counter; load: before anything was measured.
+    module: that was started, such as "benchmarks"; with the options of the command line it makes
+    the command. began: by time.perf_counter; load: before anything was measured.
     """
     return {
-        "command": command,
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "seconds": round(time.perf_counter() - began),
         "repeats": repeats,
@@ -88,16 +90,9 @@ def describe(load: float) -> dict[str, Any]:
         "processor": processor(),
         "cores": cores(),
         "threads": torch.get_num_threads(),
-        "versions": {package: _version(package) for package in PACKAGES},
+        "versions": {package: version_of(package) for package in PACKAGES},
         # after: this program's own threads are in it
         "load_average": [round(load, 2), round(os.getloadavg()[0], 2)],
         "capabilities": capabilities(),
         "cannot": cannot(),
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"

@@ -17,7 +17,8 @@ from pathlib import Path
 from lib.pages import contents, manifest, profiles
 from lib.runs import collect, order
 from lib.runs.estimate import Estimates
-from lib.runs.store import Record, Store, _checksum
+from lib.runs.index import checksum_of
+from lib.runs.store import Record, Store
 from lib.spec import BackboneSpec, DataSpec, RunSpec, TrainSpec
 
 from . import machine
@@ -50,7 +51,7 @@ def copies(record: Record, count: int, where: Store) -> list[RunSpec]:
             "semantics": json.loads(json.dumps(spec.canonical())),
         }
         del content["checksum"]
-        content["checksum"] = _checksum(content)
+        content["checksum"] = checksum_of(content)
         (folder / f"{spec.id}.json").write_text(json.dumps(content, indent=1) + "\n")
         (folder / f"{spec.id}.npz").write_bytes(arrays)
     return specs

@@ -28,8 +28,8 @@ from torch import nn
 from tqdm import tqdm
 
 from lib.extraction.record import mlps_of
+from lib.machine import cores
 from lib.models.upcycle import chosen_mlps, upcycle
-from lib.pages.manifest import cores
 from lib.paths import written_whole
 from lib.pruning.neurons.groups import prunable, shapes_of
 from lib.pruning.neurons.removal import remove

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from ..spec import ExtractSpec
+from ..verdicts import ledger
 from ..verdicts.layers import layer_mean
 from ..verdicts.sizes import Family
-from ..verdicts.stats import accuracy_interval, finished
+from ..verdicts.stats import accuracy_interval, finished, retained
 
 
 def called(arm: str) -> str:
@@ -93,3 +94,24 @@ def active_by_block(record: Any) -> dict[str, float]:
     active = np.array([row["active"] for row in record.extract])
     shares = (100 * record.spec.extract.neurons.active * active / active.mean()).round()
     return {str(block): float(share) for block, share in enumerate(shares, 1)}
+
+
+def goal_of(claim: str) -> float:
+    """Returns the percentage of the dense accuracy that a claim of the ledger asks for."""
+    return 100 - ledger.claims()[claim].smallest
+
+
+def moves(tried: Mapping[str, tuple[Sequence[Any], Sequence[Any]]], dense: Sequence[Any]) -> str:
+    """Says by how much each change moves the percentage of the dense accuracy that is kept.
+
+    tried: what was changed: (records with the change, records without), of which those seeds count
+    that both have. A change without records is left out.
+    """
+    said = []
+    for what, (changed, plain) in tried.items():
+        seeds = {r.spec.seed for r in finished(changed)} & {r.spec.seed for r in finished(plain)}
+        sides = ([r for r in finished(side) if r.spec.seed in seeds] for side in (changed, plain))
+        after, before = (retained(side, dense) for side in sides)
+        if after and before:
+            said.append(f"{what} {after.mean - before.mean:+.1f} (n={len(seeds)})")
+    return "; ".join(said)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from ..verdicts import count
-from ..verdicts.speed import FASTEST_PEER, PARTS, Measurement, Ratio
+from ..verdicts.speed import (
+    FASTEST_PEER,
+    MEDIAN_PEER,
+    MEDIAN_PEER_EXPERTS,
+    MEDIAN_PEER_GOAL,
+    PARTS,
+    Measurement,
+    Ratio,
+)
 from .style import COLOURS, MARKERS, figure, legend_above, style
 from .tables import Table, table
 
@@ -22,11 +32,6 @@ _SERIES = {
 
 # models of fewer active neurons in the benchmark, in words
 CUT = {"extracted": "the extracted mixture", "static model": "a static pruner"}
-
-
-def is_frozen(row: Ratio) -> bool:
-    """Says whether ours ran with packed weights."""
-    return "frozen" in row.ours_is or row.shape.endswith("frozen")
 
 
 def what(row: Ratio) -> str:
@@ -64,7 +69,7 @@ def shares(rows: Sequence[Ratio]) -> Figure:
         ax = axes[0, 0]
         ax.axvline(1, color="#555555", linewidth=1)
         for place, ((dtype, frozen), (name, colour, marker)) in enumerate(_SERIES.items()):
-            chosen = [row for row in drawn if (row.dtype, is_frozen(row)) == (dtype, frozen)]
+            chosen = [row for row in drawn if (row.dtype, row.is_frozen) == (dtype, frozen)]
             if not chosen:
                 continue
             ys = [labels.index(label(row)) + 0.18 * (place - 1.5) for row in chosen]
@@ -93,17 +98,159 @@ _TICK = {"marker": "|", "markersize": 9, "markeredgewidth": 2, "linestyle": ""}
 
 def speed_table(rows: Sequence[Ratio], caption: str) -> Table:
     """Tabulates rows: times, ratio to the bound, both with their 10% quantile, goal, reached."""
-    return table(pd.DataFrame([_cells(row) for row in rows]), caption, decimals=_DECIMALS)
+    return table(pd.DataFrame([_cells(row) for row in rows]), caption, decimals=2)
 
 
-def beside_others(measured: Measurement) -> str:
+def shortfalls(machines: Sequence[Measurement], caption: str) -> Table:
+    """Tabulates the rows below their goal on each machine, farthest first, with the cause."""
+    missed = [(measured, row) for measured in machines for row in measured.short]
+    missed.sort(key=lambda pair: pair[1].ratio / pair[1].goal)
+    rows = [
+        {
+            "processor": measured.machine_name,
+            "what": what(row),
+            "shape": row.shape,
+            "dtype": row.dtype,
+            "ours": row.ours_is,
+            "against": _named(row),
+            **_ratio_and_goal(row),
+            "cause": measured.cause(row),
+        }
+        for measured, row in missed
+    ]
+    columns = ["processor", "what", "shape", "dtype", "ours", "against", "ratio", "goal", "cause"]
+    return table(pd.DataFrame(rows, columns=columns), caption, wrap=True)
+
+
+def goals_reached(machines: Sequence[Measurement]) -> str:
+    """Says how many of its goals each machine reaches, and how many it could not measure."""
+    goals, said = _rows_by_goal(machines), []
+    for measured in machines:
+        rows = [found.get(measured.machine_name) for found in goals.values()]
+        there = [row for row in rows if row and row.reached is not None]
+        counted = f"{sum(bool(row.reached) for row in there)} of {len(there)}"
+        absent = len(rows) - len(there)
+        more = f", {absent} more not measured" if absent else ""
+        said.append(f"{counted} on {measured.machine_name}{more}")
+    return f"Goals of the benchmark reached: {'; '.join(said)}."
+
+
+def not_measured(machines: Sequence[Measurement]) -> str:
+    """Says in a sentence for a caption why machines could not measure goals, and how many; "" where
+    each measured all."""
+    goals, said = _rows_by_goal(machines), []
+    for measured in machines:
+        rows = {sides: found.get(measured.machine_name) for sides, found in goals.items()}
+        absent = [sides for sides, row in rows.items() if not row or row.reached is None]
+        reasons = Counter(_why_absent(measured, rows[sides], sides) for sides in absent)
+        whys = "; ".join(f"{why}: {count(number, 'row')}" for why, number in reasons.items())
+        said += [f"on {measured.machine_name}, {whys}"] if whys else []
+    return f" Not measured: {'. Not measured: '.join(said)}." if said else ""
+
+
+def _rows_by_goal(machines: Sequence[Measurement]) -> dict[tuple[str, ...], dict[str, Ratio]]:
+    """Finds the rows of every goal that some machine has, by the machine's name."""
+    found: dict[tuple[str, ...], dict[str, Ratio]] = {}
+    for measured in machines:
+        for row in map(_with_goal_of_median, measured.rows):
+            sides = (what(row), row.shape, row.dtype, row.ours_is, _against(row))
+            found.setdefault(sides, {})[measured.machine_name] = row
+    return {sides: rows for sides, rows in found.items() if any(r.goal for r in rows.values())}
+
+
+def _with_goal_of_median(row: Ratio) -> Ratio:
+    """Takes the times from a row that has one other layer for a median, and gives it the goal that
+    two would have: it is not measured, and not left out."""
+    has_goal = any(f" E={experts} " in row.shape for experts in MEDIAN_PEER_EXPERTS)
+    if row.against != MEDIAN_PEER or row.goal is not None or not has_goal:
+        return row
+    why = "a median wants two other layers that compute the same"
+    return replace(row, goal=MEDIAN_PEER_GOAL, ours=None, other=None, note=why)
+
+
+def _why_absent(measured: Measurement, row: Ratio | None, sides: tuple[str, ...]) -> str:
+    """Says why a goal was not measured: by its own row, else by the one of the layer that says what
+    the machine cannot do in that dtype."""
+    _, _, dtype, _, against = sides
+    rows = [row] if row else [r for r in measured.rows if r.part == "layer" and r.dtype == dtype]
+    notes = (r.note for r in rows if r.ratio is None and r.note)
+    return next(notes, f"no {against} to compare with")
+
+
+def beside_others(machines: Sequence[Measurement]) -> str:
     """Says in how many settings ours is at least as fast as each other layer that was timed beside
-    it and computes the same."""
-    rows = measured.of("peers")
-    fastest = [row for row in rows if row.against == FASTEST_PEER]
-    others = dict.fromkeys(row.against for row in rows if not row.note)  # a note: it drops tokens
-    settings = f"{sum(row.ratio >= 1 for row in fastest)} of {len(fastest)} settings"
-    return f"in {settings} beside {' / '.join(others)} ({measured.machine_name})"
+    it and computes the same: as they are, and ours frozen."""
+    plain, frozen = [], []
+    for measured in machines:
+        fastest = _fastest_peers(measured)
+        alike = [row for row in map(measured.plain, fastest) if row]
+        plain.append(f"{_not_slower(alike)} settings on {measured.machine_name}")
+        frozen.append(_not_slower([row for row in fastest if row.is_frozen]))
+    return (
+        "It is at least as fast as each other layer that computes the same, plain against plain, "
+        f"in {' and '.join(plain)}; ours frozen, the others plain, in {' and '.join(frozen)}."
+    )
+
+
+def peer_table(machines: Sequence[Measurement], caption: str) -> Table:
+    """Tabulates ours beside the fastest other layer that computes the same, plain against plain and
+    frozen against plain; the caption names those that were timed."""
+    rows = []
+    for measured in machines:
+        others = dict.fromkeys(r.against for r in measured.of("peers") if not r.note)  # some drop
+        caption += f" On {measured.machine_name} beside: {', '.join(others)}."
+        for row in _fastest_peers(measured):
+            plain = measured.plain(row)
+            rows.append(
+                {
+                    "processor": measured.machine_name,
+                    "what": what(row),
+                    "shape": row.shape,
+                    "dtype": row.dtype,
+                    "fastest other": _fastest(row),
+                    "plain, against plain": plain and plain.ratio,
+                    "frozen, against plain": row.ratio if row.is_frozen else None,
+                }
+            )
+    return table(pd.DataFrame(rows), caption, decimals=3)
+
+
+def _fastest_peers(measured: Measurement) -> list[Ratio]:
+    return [row for row in measured.of("peers") if row.against == FASTEST_PEER]
+
+
+def _not_slower(rows: Sequence[Ratio]) -> str:
+    return f"{sum(row.ratio >= 1 for row in rows)} of {len(rows)}"
+
+
+def _fastest(row: Ratio) -> str:
+    """Names the layer that a row of the fastest peer stands for, which its note begins with."""
+    return row.note.rpartition(", of the ")[0]
+
+
+def _named(row: Ratio) -> str:
+    return f"{row.against}: {_fastest(row)}" if row.against == FASTEST_PEER else row.against
+
+
+# Until then experts were packed on processors without AVX-512 however many rows each got.
+PACKED_LESS_SINCE = "2026-11-29 21:30 UTC"
+
+
+def packed_before(machines: Sequence[Measurement]) -> str:
+    """Says whose frozen times are of experts that are plain now; "" of none."""
+    before = [
+        measured.machine_name
+        for measured in machines
+        if not measured.about["machine"]["capabilities"].get("avx512")
+        and measured.about["date"] < PACKED_LESS_SINCE
+    ]
+    if not before:
+        return ""
+    return (
+        f"The frozen times of {' and of '.join(before)} are of code that packed all experts. They "
+        "show that without AVX-512 packed weights gain only where an expert gets few rows, so now "
+        "they are used only there; elsewhere a frozen layer runs as the plain one does."
+    )
 
 
 def _cut_rows(measured: Measurement) -> list[Ratio]:
@@ -119,64 +266,73 @@ def fastest_cut(machines: Sequence[Measurement], kind: str) -> float:
 
 
 def cut_limit(machines: Sequence[Measurement]) -> str:
-    """Says how many times as fast as the whole model a cut one could be."""
+    """Says how many times fewer multiply-adds a cut model has, and that the clock may differ."""
     limit = max(row.ideal for measured in machines for row in _cut_rows(measured))
     return (
-        f"With half of the MLPs' neurons a ViT-S at 224 px could run {limit:.2f} times as fast, by "
-        "its multiply-adds."
+        f"With half of the MLPs' neurons a ViT-S at 224 px has {limit:.2f} times fewer "
+        "multiply-adds; that is a count, and no upper bound on the clock."
     )
 
 
 def cut_times(machines: Sequence[Measurement]) -> str:
-    """Says how many times as fast as the whole model each kind of CUT is, at best and at worst, on
-    each machine."""
-    return f"Measured at best, on {'; on '.join(map(_best_times, machines))}."
+    """Says how many times as fast as the whole model each kind of CUT is at best, a sentence a
+    dtype, narrow ones first; then on which machines that was measured."""
+    rows = [row for measured in machines for row in _cut_rows(measured)]
+    dtypes = sorted({row.dtype for row in rows})  # bf16 before fp32
+    sentences = [_best_times([row for row in rows if row.dtype == dtype]) for dtype in dtypes]
+    return " ".join([*sentences, f"Timed on {'; on '.join(map(_machine, machines))}."])
 
 
-def _best_times(measured: Measurement) -> str:
+def _best_times(rows: Sequence[Ratio]) -> str:
+    """Says of rows of one dtype how fast each kind is at best, plain or frozen, by batch."""
     kinds = []
     for kind, name in CUT.items():
-        times: dict[str, list[tuple[float, str]]] = {}
-        for row in (row for row in _cut_rows(measured) if row.ours_is == kind):
-            where = f"{row.dtype} ({row.shape.removesuffix(', plain')})"
-            ratio = row.other.median / row.ours.median
-            times.setdefault(row.dtype, []).append((ratio, where))
-        best = (
-            f"{ratio:.2f} times the speed in {where}" for ratio, where in map(max, times.values())
-        )
-        least, where = min(map(min, times.values()))
-        slower = f", but {least:.2f} times in {where}" if least < 1 else ""
-        kinds.append(f"{name} reaches {' and '.join(best)}{slower}")
+        best: dict[str, float] = {}
+        for row in (row for row in rows if row.ours_is == kind):
+            batch = row.shape.partition(",")[0]
+            best[batch] = max(best.get(batch, 0.0), row.other.median / row.ours.median)
+        # the largest batch first, where a cut pays most
+        batches = sorted(best, key=lambda batch: -int(batch.split()[-1]))
+        if batches:
+            times = " and ".join(f"{best[batch]:.2f} at {batch}" for batch in batches)
+            kinds.append(f"{name} {times}")
+    return f"In {rows[0].dtype}, times as fast as the whole model at best: {'; '.join(kinds)}."
+
+
+def _machine(measured: Measurement) -> str:
+    """Names a machine with its threads, and says where other work made its times uncertain."""
     caution = " (uncertain: other work ran beside it)" if measured.disturbed else ""
     threads = count(measured.about["machine"]["threads"], "thread")
-    return f"{measured.machine_name}, {threads}{caution}: {', '.join(kinds)}"
+    return f"{measured.machine_name}, {threads}{caution}"
 
 
-def by_machine(measurements: Sequence[Measurement], caption: str) -> Table:
-    """Tabulates the rows with a goal: the ratio that each machine reached, absent where it cannot
-    measure the row."""
-    ratios: dict[tuple[object, ...], dict[str, float | None]] = {}
-    for measurement in measurements:
-        for row in measurement.rows:
-            if row.goal is not None:
-                key = (what(row), row.shape, row.dtype, row.ours_is, _against(row), row.goal)
-                ratios.setdefault(key, {})[measurement.machine_name] = row.ratio
-    names = [measurement.machine_name for measurement in measurements]
-    columns = ["what", "shape", "dtype", "ours", "against", "goal"]
-    cells = [
-        dict(zip(columns, key, strict=True)) | {name: found.get(name) for name in names}
-        for key, found in ratios.items()
-    ]
-    decimals = dict.fromkeys(["goal", *names], 2)
-    return table(pd.DataFrame(cells, columns=[*columns, *names]), caption, decimals=decimals)
+def by_machine(machines: Sequence[Measurement], caption: str) -> Table:
+    """Tabulates the goals that some machine was measured against: the ratio that each reached, and
+    "not measured" where it cannot measure the row or had nothing to compare with."""
+    names = [measured.machine_name for measured in machines]
+    cells = []
+    for sides, rows in _rows_by_goal(machines).items():
+        with_goal = {name: row for name, row in rows.items() if row.reached is not None}
+        written = {name: _ratio_and_goal(row) for name, row in with_goal.items()}
+        goal = max((w["goal"] for w in written.values()), key=len, default="")
+        ratios = {n: written[n]["ratio"] if n in written else "not measured" for n in names}
+        cells.append([*sides, goal, *ratios.values()])
+    columns = ["what", "shape", "dtype", "ours", "against", "goal", *names]
+    return table(pd.DataFrame(cells, columns=columns), caption)
 
 
-_DECIMALS = {"ours (ms)": 1, "against (ms)": 1, "ratio": 2, "ratio of 10% quantiles": 2, "goal": 2}
+def _ratio_and_goal(row: Ratio) -> dict[str, str]:
+    """Writes the ratio and goal of a measured row with two decimals, and with three where two would
+    hide a miss."""
+    decimals = 3 if row.reached is False and round(row.ratio, 2) >= round(row.goal, 2) else 2
+    goal = "" if row.goal is None else f"{row.goal:.{decimals}f}"
+    return {"ratio": f"{row.ratio:.{decimals}f}", "goal": goal}
 
 
 def _cells(row: Ratio) -> dict[str, object]:
     """Makes the cells of one row; times are absent where nothing was measured."""
     times = {"ours (ms)": row.ours, "against (ms)": row.other}
+    written = _ratio_and_goal(row) if row.ratio is not None else {"ratio": "", "goal": ""}
     return {
         "what": what(row),
         "shape": row.shape,
@@ -187,9 +343,9 @@ def _cells(row: Ratio) -> dict[str, object]:
             name: timing and f"{timing.median:.1f} ({timing.low:.1f})"
             for name, timing in times.items()
         },
-        "ratio": row.ratio,
+        "ratio": written["ratio"],
         "ratio of 10% quantiles": row.low_ratio,
-        "goal": row.goal,
+        "goal": written["goal"],
         "reached": row.reached,
         "note": row.note,
     }

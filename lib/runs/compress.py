@@ -36,6 +36,13 @@ def add(commands: Any) -> None:
         help="timm (default), none, dinov2-s14-saliency, file:PATH.safetensors or pth:PATH.pth",
     )
     parser.add_argument(
+        "--grid",
+        type=int,
+        nargs=2,
+        metavar=("ROWS", "COLUMNS"),
+        help="patches of an image that the weights are of, where their file does not say",
+    )
+    parser.add_argument(
         "--data",
         required=True,
         metavar="FOLDER",
@@ -146,7 +153,7 @@ def dense_run(args: argparse.Namespace) -> RunSpec:
     except ValidationError as error:
         raise ValueError(sentence(error)) from error
     if dense.train is None:
-        _check_head(dense)
+        check_head(dense)
     return dense
 
 
@@ -162,7 +169,7 @@ def _described(args: argparse.Namespace, data: str, weights: str | None) -> RunS
             image_size=_pretrained_size(name) if args.size is None else args.size,
             augment="shift" if data == PACKAGED else "flip",
         ),
-        backbone=BackboneSpec(name=name, weights=weights),
+        backbone=BackboneSpec(name=name, weights=weights, grid=args.grid),
         train=TrainSpec(epochs=args.epochs, batch=BATCH, lr=lr) if args.epochs else None,
         seed=args.seed,
         device=args.device,
@@ -207,7 +214,7 @@ def _pretrained_size(name: str) -> int:
     return 224 if cfg is None else cfg.input_size[-1]
 
 
-def _check_head(dense: RunSpec) -> None:
+def check_head(dense: RunSpec) -> None:
     """Raises ValueError for a model that is not trained here and whose weights have no head that
     fits the classes of the data."""
     from ..inputs.splits import load_splits

@@ -7,14 +7,14 @@ a machine of another kind lies beside it: `short-avx2.json` beside `short.json`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .. import paths
+from ..runs.index import checksum_of
 
 VERSION = 1
 PARTS = {
@@ -27,6 +27,7 @@ PARTS = {
 
 # sides of rows that stand for several other libraries; their notes say for how many
 FASTEST_PEER, MEDIAN_PEER = "fastest peer", "median peer"
+MEDIAN_PEER_GOAL, MEDIAN_PEER_EXPERTS = 1.3, (8, 32)  # for layers of so many experts
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ class Ratio:
     def low_ratio(self) -> float | None:
         """Computes the same by low quantiles, which other work on the machine moves less."""
         return self._share("low")
+
+    @property
+    def is_frozen(self) -> bool:
+        """Says whether ours ran with packed weights."""
+        return "frozen" in self.ours_is or self.shape.endswith("frozen")
 
     @property
     def reached(self) -> bool | None:
@@ -157,10 +163,48 @@ class Measurement:
         return [row for row in self.rows if row.part == part and row.ratio is not None]
 
     @property
+    def promised(self) -> list[Ratio]:
+        """Lists the measured rows that have a goal."""
+        return [row for row in self.rows if row.reached is not None]
+
+    @property
     def short(self) -> list[Ratio]:
         """Lists the rows that fall short of their goal, farthest first."""
-        missed = [row for row in self.rows if row.reached is False]
+        missed = [row for row in self.promised if not row.reached]
         return sorted(missed, key=lambda row: row.ratio / row.goal)
+
+    def plain(self, row: Ratio) -> Ratio | None:
+        """Returns a row beside another layer, with our plain layer of the same turns in place of a
+        frozen one; None where that was not timed.
+
+        Other layers are never frozen, so this is the comparison of like with like.
+        """
+        if not row.is_frozen:
+            return row
+        ours = (turn for turn in self._layer_beside(row) if not turn.is_frozen)
+        return next((replace(row, ours_is=o.ours_is, ours=o.ours) for o in ours), None)
+
+    def cause(self, row: Ratio) -> str:
+        """Says what keeps the ours of a row from its goal, as far as the same turns measured it.
+
+        Beside another layer that is what packed weights cost, and how near that layer is to the
+        dense bound already: beyond it, ours would have to beat the bound.
+        """
+        if row.part != "peers" or row.ours is None or row.other is None:
+            return row.cause
+        said, plain = [], self.plain(row)
+        if row.is_frozen and plain:
+            added = row.ours.median - plain.ours.median
+            said.append(f"packed weights {added:+.1f} ms, plain ratio {plain.ratio:.3f}")
+        if bounds := [turn.other.median for turn in self._layer_beside(row)]:
+            room = row.other.median / min(bounds)
+            said.append(f"at the dense bound the ratio would be {room:.3f}")
+        return "; ".join(said)
+
+    def _layer_beside(self, row: Ratio) -> list[Ratio]:
+        """Lists the rows of our layer against its bounds that come of the same turns as a row."""
+        same = (row.what, row.shape, row.dtype)
+        return [turn for turn in self.of("layer") if (turn.what, turn.shape, turn.dtype) == same]
 
 
 def file_of(name: str, device: str = "cpu") -> Path:
@@ -177,7 +221,7 @@ def write(file: Path, about: Mapping[str, Any], rows: Iterable[Ratio]) -> None:
     """Writes a measurement whole, with a checksum over its content."""
     content = {"version": VERSION, "about": dict(about), "rows": [asdict(row) for row in rows]}
     with paths.written_whole(file) as part:
-        text = json.dumps(content | {"checksum": _checksum(content)}, indent=1, allow_nan=False)
+        text = json.dumps(content | {"checksum": checksum_of(content)}, indent=1, allow_nan=False)
         part.write_text(text + "\n", encoding="utf-8")
 
 
@@ -192,7 +236,7 @@ def read(file: Path) -> Measurement:
         content = json.loads(file.read_bytes())
         if not isinstance(content, dict):
             raise ValueError("it holds no JSON object")
-        if content.pop("checksum", None) != _checksum(content):
+        if content.pop("checksum", None) != checksum_of(content):
             raise ValueError("its checksum does not match its content")
         if content["version"] != VERSION:
             raise ValueError(f"it is of version {content['version']}, not {VERSION}")
@@ -218,9 +262,3 @@ def _row(content: dict[str, Any]) -> Ratio:
     timings = {key: content[key] and Timing(**content[key]) for key in ("ours", "other")}
     beside = {name: Timing(**timing) for name, timing in content["beside"].items()}
     return Ratio(**content | timings | {"beside": beside})
-
-
-def _checksum(content: Mapping[str, Any]) -> str:
-    """Computes the SHA-256 over a content of JSON, whatever white space its file has."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -222,6 +222,15 @@ def test_rows_of_extraction_say_whether_labels_agree_and_what_memory_it_takes(mo
     assert whole.shape == "2 layers, 300 tokens"
 
 
+def test_a_measurement_names_the_command_that_made_it(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["benchmarks/__main__.py", "--repeats", "9", "--out", "a b"])
+    about = machine.about("benchmarks", 9, 0.0, 0.0)
+    assert about["command"] == "python -m benchmarks --repeats 9 --out 'a b'"
+    monkeypatch.setattr("sys.argv", ["benchmarks/frontier.py"])
+    about = machine.about("benchmarks.frontier", 9, 0.0, 0.0)
+    assert about["command"] == "python -m benchmarks.frontier"
+
+
 def test_a_line_says_whether_the_goal_is_reached():
     sides = {"part": "layer", "what": "forward", "shape": "B=1", "dtype": "fp32"}
     sides |= {"ours_is": "layer", "against": "one MLP"}

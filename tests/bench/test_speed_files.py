@@ -7,6 +7,7 @@ import json
 import pytest
 
 from lib import paths
+from lib.runs.index import checksum_of
 from lib.runs.store import Store
 from lib.verdicts import speed
 from lib.verdicts.speed import Ratio, Timing
@@ -48,6 +49,42 @@ def test_a_cause_adds_up_to_the_distance_from_the_bound():
     assert ratio().cause == ""
 
 
+def in_turns(ours, other, part="peers", **sides):
+    times = {"ours": Timing(ours, ours), "other": Timing(other, other)}
+    return Ratio(**(SIDES | {"part": part} | times | sides))
+
+
+TURNS = (  # plain 6 ms, frozen 8; dense MLPs 5, packed ones 4; the other layer 5
+    in_turns(6.0, 5.0, "layer"),
+    in_turns(8.0, 5.0, "layer", ours_is="layer, frozen"),
+    in_turns(8.0, 4.0, "layer", ours_is="layer, frozen", against="one MLP, packed"),
+    in_turns(8.0, 5.0, ours_is="layer, frozen", against="fastest peer", goal=1.0),
+    in_turns(3.0, 5.0, shape="B=2", ours_is="layer, frozen", against="fastest peer", goal=1.0),
+    in_turns(9.0, 8.0, what="forward+backward", against="fastest peer", goal=1.0),
+    in_turns(9.0, 3.0, "layer", what="forward+backward"),
+)
+
+
+def test_beside_another_layer_a_plain_one_of_the_same_turns_stands_for_a_frozen_one():
+    measured = speed.Measurement(ABOUT, TURNS)
+    assert [row.is_frozen for row in TURNS] == [False, True, True, True, True, False, False]
+    plain = measured.plain(TURNS[3])
+    assert (plain.ours_is, plain.ours.median, plain.ratio) == ("layer", 6.0, 5 / 6)
+    assert measured.plain(TURNS[4]) is None  # nothing plain was timed at that shape
+    assert measured.plain(TURNS[5]) is TURNS[5]
+
+
+def test_a_cause_beside_another_layer_says_what_packing_costs_and_what_the_bound_allows():
+    measured = speed.Measurement(ABOUT, TURNS)
+    assert measured.cause(TURNS[3]) == (
+        "packed weights +2.0 ms, plain ratio 0.833; at the dense bound the ratio would be 1.250"
+    )
+    assert measured.cause(TURNS[5]) == "at the dense bound the ratio would be 2.667"
+    assert measured.cause(TURNS[4]) == ""
+    chunks = {"equal chunks": Timing(1.5, 1.5)}
+    assert measured.cause(ratio(beside=chunks)) == ratio(beside=chunks).cause != ""
+
+
 def test_a_measurement_is_read_as_it_was_written(tmp_path):
     absent = Ratio(part="peers", note="not installed", **SIDES)
     rows = (ratio(goal=0.9, beside={"one MLP": Timing(1.0, 0.9)}), absent, ratio(goal=0.7))
@@ -56,6 +93,7 @@ def test_a_measurement_is_read_as_it_was_written(tmp_path):
     assert read.rows == rows and read.about == ABOUT and not read.disturbed
     assert read.of("layer") == [rows[0], rows[2]] and read.of("peers") == []
     assert read.short == [rows[0], rows[2]]  # farthest from its goal first
+    assert read.promised == [rows[0], rows[2]]
 
 
 @pytest.mark.parametrize(
@@ -83,7 +121,7 @@ def test_a_measurement_of_another_form_is_refused_by_name(tmp_path, change):
     speed.write(file, ABOUT, [ratio()])
     content = json.loads(file.read_text()) | change
     del content["checksum"]
-    file.write_text(json.dumps(content | {"checksum": speed._checksum(content)}))
+    file.write_text(json.dumps(content | {"checksum": checksum_of(content)}))
     with pytest.raises(ValueError, match="damaged") as error:
         speed.read(file)
     assert str(file) in str(error.value)
@@ -130,7 +168,7 @@ def test_committed_measurements_are_whole_and_say_where_they_were_made():
         assert {row.part for row in read.rows} <= set(speed.PARTS)
         assert all(row.ratio is not None or row.note for row in read.rows)
         about, machine = read.about, read.about["machine"]
-        assert about["command"] == {"short": "make bench", "full": "make bench-full"}[file.stem]
+        assert about["command"].startswith(("make bench", "python -m benchmarks"))
         assert {"processor", "cores", "threads", "versions", "capabilities"} <= set(machine)
         assert len(machine["load_average"]) == 2
 

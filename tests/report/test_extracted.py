@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from paired_runs import right_of, runs
 
 from lib.report.extracted import (
     active_by_block,
@@ -11,6 +12,8 @@ from lib.report.extracted import (
     by_active_share,
     called,
     extraction_row,
+    goal_of,
+    moves,
     rows_by_block,
     rules_row,
 )
@@ -105,3 +108,19 @@ def test_what_an_extraction_kept_and_found():
     }
     assert list(extraction_row([None])) == list(extraction_row([run(0, 2, 70.0)]))
     assert set(extraction_row([None]).values()) == {None}
+
+
+def test_a_goal_is_what_is_left_of_the_dense_accuracy():
+    assert (goal_of("M.refit30"), goal_of("M.pass50")) == (92.0, 99.0)
+
+
+def test_a_change_moves_what_is_kept_on_the_seeds_that_both_sides_have():
+    dense, plain = runs(right_of(80)), runs(right_of(40, 60, 20))
+    tried = {
+        "more images": (runs(right_of(48), seeds=[1]), plain),  # 60% of the dense, after 75%
+        "an oracle": (runs(right_of(40, 64)), plain),  # 65% on seeds 0 and 1, after 62.5%
+        "not run": ([None], plain),
+        "nothing beside": (runs(right_of(48), seeds=[9]), plain),
+    }
+    assert moves(tried, dense) == "more images -15.0 (n=1); an oracle +2.5 (n=2)"
+    assert moves({}, dense) == ""

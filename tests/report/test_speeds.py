@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from lib.report.speeds import beside_others, by_machine, is_frozen, label, shares, speed_table
+from lib.report.speeds import (
+    PACKED_LESS_SINCE,
+    beside_others,
+    by_machine,
+    goals_reached,
+    label,
+    not_measured,
+    packed_before,
+    peer_table,
+    shares,
+    shortfalls,
+    speed_table,
+)
 from lib.report.style import luma
-from lib.verdicts.speed import FASTEST_PEER, Measurement, Ratio, Timing
+from lib.verdicts.speed import FASTEST_PEER, MEDIAN_PEER, Measurement, Ratio, Timing
 
 
 def row(dtype="fp32", ours_is="layer", against="one MLP", part="layer", shape="B=1", **more):
@@ -29,7 +41,7 @@ def test_rows_of_one_shape_share_a_label_whatever_dtype_and_form_of_the_bound():
     assert label(ROWS[1]) == label(ROWS[2]) == "forward, B=1\nagainst plain dense MLPs"
     assert label(ROWS[3]) == "forward, B=1\nagainst packed dense MLPs"
     assert label(ROWS[0]) == "forward, batch 1\nagainst whole model"
-    assert [is_frozen(row) for row in ROWS[:4]] == [True, False, False, True]
+    assert [row.is_frozen for row in ROWS[:4]] == [True, False, False, True]
 
 
 def test_the_figure_draws_measured_rows_by_part_with_their_goals():
@@ -64,9 +76,24 @@ def test_the_table_has_every_row_and_no_number_where_nothing_was_measured():
     assert last["note"] == "not installed"
 
 
-def measured(processor, *rows):
-    machine = {"processor": processor, "capabilities": {"avx2": True}}
-    return Measurement({"machine": machine}, rows)
+def test_a_third_decimal_stands_where_two_would_hide_a_miss():
+    frame = speed_table(
+        [
+            row(goal=1.0, other=Timing(1.996, 1.0)),  # 0.998
+            row(goal=0.704, other=Timing(1.4, 1.0)),  # 0.70
+            row(goal=0.9, other=Timing(1.6, 1.0)),  # 0.80
+            row(goal=1.0, other=Timing(2.0, 1.0)),
+        ],
+        "Speeds.",
+    ).frame
+    assert list(frame["ratio"]) == ["0.998", "0.700", "0.80", "1.00"]
+    assert list(frame["goal"]) == ["1.000", "0.704", "0.90", "1.00"]
+    assert list(frame["reached"]) == ["no", "no", "no", "yes"]
+
+
+def measured(processor, *rows, date="2026-01-01 00:00 UTC", **capabilities):
+    machine = {"processor": processor, "capabilities": {"avx2": True} | capabilities}
+    return Measurement({"machine": machine, "date": date}, rows)
 
 
 def test_machines_stand_side_by_side_whatever_form_of_the_bound_was_the_faster_one():
@@ -77,7 +104,8 @@ def test_machines_stand_side_by_side_whatever_form_of_the_bound_was_the_faster_o
     first, second = frame.iloc[0], frame.iloc[1]
     assert len(frame) == 2 and first["against"] == "plain dense MLPs"
     assert [first[m.machine_name] for m in (one, two)] == ["0.50", "1.00"]
-    assert [second[m.machine_name] for m in (one, two)] == ["", ""]  # no goal; not measured
+    # a row without its goal; a row without times
+    assert [second[m.machine_name] for m in (one, two)] == ["not measured", "not measured"]
 
 
 def test_what_drops_tokens_is_no_layer_to_be_compared_with():
@@ -89,5 +117,86 @@ def test_what_drops_tokens_is_no_layer_to_be_compared_with():
     fastest = row(
         against=FASTEST_PEER, part="peers", other=Timing(2.0, 2.0), note="loop, of the 2", goal=1.0
     )
-    said = beside_others(measured("One", *peers, fastest))
-    assert said.startswith("in 1 of 1 settings beside loop / theirs (One with AVX2")
+    one = measured("One", *peers, fastest)
+    assert "plain against plain, in 1 of 1 settings on One with AVX2" in beside_others([one])
+    table = peer_table([one], "Beside the fastest.")
+    assert table.caption.endswith("without bf16 products beside: loop, theirs.")
+
+
+def peer(ours_is, ours, other, against=FASTEST_PEER, **more):
+    times = {"ours": Timing(ours, ours), "other": other and Timing(other, other)}
+    sides = {"against": against, "ours_is": ours_is, "shape": "B=1 E=8 K=1", "goal": 1.0}
+    return row(part="peers", **(times | sides | {"note": "loop, of the 2"} | more))
+
+
+def test_plain_and_frozen_are_counted_apart():
+    frozen = "layer, frozen"
+    one = measured(
+        "One",
+        row(shape="B=1 E=8 K=1", ours=Timing(4.0, 4.0), other=Timing(3.0, 3.0)),
+        peer(frozen, 2.0, 3.0),
+        peer("layer", 3.0, 3.0, shape="B=2 E=8 K=1"),
+    )
+    two = measured("Two", peer("layer", 3.0, 2.0))
+    assert beside_others([one, two]).endswith(
+        f"plain against plain, in 1 of 2 settings on {one.machine_name} and 0 of 1 settings on "
+        f"{two.machine_name}; ours frozen, the others plain, in 1 of 1 and 0 of 0."
+    )
+    frame = peer_table([one], "Beside the fastest.").frame
+    assert list(frame["plain, against plain"]) == ["0.750", "1.000"]
+    assert list(frame["frozen, against plain"]) == ["1.500", ""]
+    assert set(frame["fastest other"]) == {"loop"}
+
+
+def test_goals_that_a_machine_could_not_measure_are_named_with_the_reason():
+    bf16 = {"part": "layer", "dtype": "bf16"}
+    one = measured(
+        "One",
+        row(goal=0.4, **bf16),
+        row(goal=0.9, against="one MLP, packed"),
+        peer("layer", 2.0, 3.0),
+        peer("layer", 2.0, 3.0, MEDIAN_PEER, goal=None, note="of the 1 that compute the same"),
+        # nobody has a goal for four experts
+        peer("layer", 2.0, 3.0, MEDIAN_PEER, goal=None, shape="B=1 E=4 K=1"),
+    )
+    two = measured(
+        "Two",
+        row(ours=None, other=None, against="bound", note="no bf16 products", **bf16),
+        peer("layer", 4.0, 3.0),
+        peer("layer", 2.0, 3.0, MEDIAN_PEER, goal=1.3, note="of the 2"),
+    )
+    assert goals_reached([one, two]) == (
+        f"Goals of the benchmark reached: 2 of 3 on {one.machine_name}, 1 more not measured; "
+        f"1 of 2 on {two.machine_name}, 2 more not measured."
+    )
+    assert not_measured([one, two]) == (
+        f" Not measured: on {one.machine_name}, a median wants two other layers that compute the "
+        f"same: 1 row. Not measured: on {two.machine_name}, no bf16 products: 1 row; no packed "
+        "dense MLPs to compare with: 1 row."
+    )
+    alone = goals_reached([measured("One", *one.rows[:2])])
+    assert "not measured" not in alone and not_measured([measured("One", *one.rows[:2])]) == ""
+    frame = by_machine([one, two], "Shares.").frame
+    of_median = frame[frame["against"] == MEDIAN_PEER]
+    assert list(of_median[one.machine_name]) == ["not measured"]
+    assert list(of_median[two.machine_name]) == ["1.50"]
+
+
+def test_shortfalls_of_all_machines_stand_in_one_table_with_their_causes():
+    chunks = {"one MLP": Timing(1.0, 1.0), "equal chunks": Timing(1.5, 1.5)}
+    one = measured("One", row(goal=0.9, beside=chunks), row(goal=0.4))
+    two = measured("Two", peer("layer", 4.0, 1.0), row(shape="B=1 E=8 K=1", other=Timing(2.0, 2.0)))
+    frame = shortfalls([one, two], "Short.").frame
+    assert list(frame["processor"]) == [two.machine_name, one.machine_name]
+    assert list(frame["ratio"]) == ["0.25", "0.50"]
+    assert list(frame["against"]) == ["fastest peer: loop", "one MLP"]
+    assert frame["cause"][0] == "at the dense bound the ratio would be 0.500"
+    assert frame["cause"][1].startswith("several weights in place of one +0.5 ms")
+    assert len(shortfalls([measured("One")], "Short.").frame) == 0
+
+
+def test_frozen_times_of_the_code_before_are_said_to_be_so():
+    old, new = "2026-11-29 05:54 UTC", PACKED_LESS_SINCE
+    assert "times of Old with AVX2" in packed_before([measured("Old", date=old)])
+    assert packed_before([measured("New", date=new)]) == ""
+    assert packed_before([measured("Wide", date=old, avx512=True)]) == ""

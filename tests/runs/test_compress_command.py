@@ -62,6 +62,14 @@ def test_a_folder_and_a_file_become_names_under_their_variables(rooms, weights, 
     assert os.environ["MOE_WEIGHTS"] == str(weights.parent)
 
 
+def test_the_grid_of_a_weight_file_is_that_of_the_command_line(rooms, weights):
+    given = ["--data", str(rooms), "--weights", f"file:{weights}", "--size", "32"]
+    assert compress.dense_run(words(*given)).backbone.grid is None
+    assert compress.dense_run(words(*given, "--grid", "8", "2")).backbone.grid == (8, 2)
+    with pytest.raises(ValueError, match="grid.*is of the positions in a weight file"):
+        compress.dense_run(words("--data", "mnist5k", "--grid", "8", "2"))
+
+
 def test_random_weights_take_larger_steps_and_the_size_is_the_architectures():
     run = compress.dense_run(words("--data", "mnist5k", "--weights", "none"))
     assert (run.backbone.weights, run.train.lr) == (None, compress.LR_FROM_NOTHING)
