@@ -1,9 +1,10 @@
-// Before a page goes to paper: the theme is light, what is folded is opened, and a wide table becomes smaller,
-// or breaks its lines where it would become too small. Afterwards the page is as it was.
+// Before a page goes to paper: the theme is light, what is folded is opened but for what this build ran, and a wide table
+// becomes smaller, or breaks its lines where it would become too small. Afterwards the page is as it was.
 (() => {
   const PAPER = 676; // CSS pixels between the margins of print.css: 210 mm less two of 15 mm, rounded down
   const SMALLER = 0.75; // a table shrinks this far before its lines break
   const FOLDS = ".bd-article details:not([open], .above-input, table details)"; // cells of a table stay as they are
+  const BUILD = /^(what )?this build/i; // what is folded because it is no evidence stays away, unless a reader opened it
   let undo = [];
 
   const style = (element, values) => {
@@ -40,8 +41,10 @@
       root.dataset.theme = theme;
     });
     for (const fold of document.querySelectorAll(FOLDS)) {
-      fold.open = true;
-      undo.push(() => (fold.open = false));
+      const isOfBuild = BUILD.test(fold.querySelector("summary")?.textContent.trim());
+      if (isOfBuild) fold.classList.add("noprint");
+      else fold.open = true;
+      undo.push(() => (isOfBuild ? fold.classList.remove("noprint") : (fold.open = false)));
     }
     document.querySelectorAll(".bd-article table:not(table table)").forEach(fit);
     if (location.protocol === "file:") document.querySelectorAll(".bd-article a[href]").forEach(unlink);

@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 
 from ..paths import ROOT
-from ..verdicts import MARKS, agree, count, speed
+from ..verdicts import MARKS, agree, count
 from ..verdicts.papers import load
-from . import all_verdicts, datasets
+from . import all_verdicts, datasets, front_numbers
 from .verdict_table import anchor, word_of
 
 Row = Mapping[str, Any]
@@ -35,14 +35,15 @@ def page(keys: Sequence[str]) -> str:
     lines = ["## Four questions", ""]
     for question in front["questions"]:
         asked = [rows[claim] for claim in question["claims"]]
-        answered = " ".join([*said(question, rows), lead(asked)])
+        answered = " ".join([*said(question, rows), *_measured(question), lead(asked)])
         lines += [f"**{question['ask']}** {answered}", "", *_behind(asked, rows), ""]
     lines += ["To some questions the documents have different answers: [](contradictions.md).", ""]
     lines += compared(front["compared"])
     lines += ["## What do you want to do?", ""]
     for want in front["wants"]:
-        lines += [*_want(want, rows), ""]
-    lines += ["## The five studies", "", "::::{grid} 1 1 2 2", ":gutter: 3", ""]
+        lines += [*_want(want, rows, front["compared"]), ""]
+    # one below the other: a figure at half the width of the page has letters too small to read
+    lines += ["## The five studies", "", "::::{grid} 1", ":gutter: 3", ""]
     for study in all_verdicts.in_order(front["studies"], keys):
         lines += [*_card(study, front["studies"][study], rows.values()), ""]
     lines += ["::::", "", _colophon(rows.values())]
@@ -84,6 +85,7 @@ def _check(front: Mapping[str, Any], rows: Mapping[str, Row], keys: Sequence[str
     pages = [page for want in front["wants"] for page in want["pages"]]
     pages += [page for card in front["studies"].values() for page in card.values()]
     pages += [front["compared"]]
+    pages += [sentence["page"] for one in asked for sentence in one.get("measured", [])]
     absent = [name for name in claims if name not in rows]
     absent += [name for name in pages if name not in keys]
     if absent:
@@ -96,13 +98,22 @@ def _check(front: Mapping[str, Any], rows: Mapping[str, Row], keys: Sequence[str
 def said(asked: Mapping[str, Any], rows: Mapping[str, Row]) -> list[str]:
     """Answers in a sentence for each claim under `says`: the one for its verdict, with our number.
 
-    A claim that is not decided and has no sentence for that is left to the list below the answer.
+    One that is opposite, or holds alone, has a sentence of its own where the file gives one. A
+    claim that is not decided and has no sentence for that is left to the list below the answer.
     """
     sentences = []
     for claim, words in asked.get("says", {}).items():
-        if sentence := words.get(_outcome(rows[claim])):
-            sentences.append(sentence.format(ours=_numbers(rows[claim])))
+        row = rows[claim]
+        is_alone = all_verdicts.holds(row) and not all_verdicts.decided(row)
+        special = "alone" if is_alone else row["verdict"]
+        if sentence := words.get(special) or words.get(_outcome(row)):
+            sentences.append(sentence.format(ours=_numbers(row)))
     return sentences
+
+
+def _measured(asked: Mapping[str, Any]) -> list[str]:
+    """Lists the sentences under `measured`, over records; see `front_numbers.measured`."""
+    return list(filter(None, map(front_numbers.measured, asked.get("measured", []))))
 
 
 def _outcome(row: Row) -> str:
@@ -169,21 +180,22 @@ def _bullet(row: Row, rows: Mapping[str, Row]) -> str:
     return f"- {mark} *{word_of(row)}*: {statement}{ours} ({name}{whole})"
 
 
-def _want(want: Mapping[str, Any], rows: Mapping[str, Row]) -> list[str]:
+def _want(want: Mapping[str, Any], rows: Mapping[str, Row], compared_on: str = "") -> list[str]:
     """Writes what a reader wants, the answer, the claims behind it, and the pages that have it
-    whole."""
-    answer = said(want, rows)
+    whole. compared_on: the page that compares all methods, for a wish with a budget (`within`)."""
+    answer = [*said(want, rows), *_measured(want)]
     if "speed_up" in want:
-        fastest, limit, times = clock()
-        answer.append(limit)
+        fastest, limit, times = front_numbers.clock()
         if want["speed_up"] <= 1:
-            answer += filter(None, [times])
+            answer += [times, limit]
         else:
-            if fastest is not None:
-                answer.append(f"The mixture reached {fastest:.2f} times at best.")
+            answer += [front_numbers.at_best(fastest), limit]
             kept = [_outcome(rows[claim]) for claim in want["says"]][:1]
-            answer.insert(0, enough(fastest, want["speed_up"], kept[0] if kept else "open"))
-    answer += [want["text"]] if "text" in want else []
+            mixture = next(iter(fastest.values()), None)  # whose accuracy the first claim is on
+            answer.insert(0, enough(mixture, want["speed_up"], kept[0] if kept else "open"))
+    if "within" in want:
+        answer.append(front_numbers.nearest(compared_on, want["within"]))
+    answer = [sentence for sentence in (*answer, want.get("text")) if sentence]
     links = ", ".join(f"[](notebooks/{key}.ipynb)" for key in want["pages"])  # MyST knows titles
     return [
         f"**{want['want']}**",
@@ -205,19 +217,6 @@ def enough(fastest: float | None, wanted: float, accuracy: str) -> str:
     if accuracy == "open" or fastest is None:
         return "**Not known yet.**"
     return "**Yes, as measured here.**"
-
-
-def clock() -> tuple[float | None, str, str]:
-    """Finds how many times as fast an extracted mixture is at best, on whichever machine; says how
-    fast cut models could be, and how fast each kind is on each machine."""
-    from ..report import speeds
-
-    try:
-        machines = [speed.read(speed.file_of("short")), *speed.elsewhere("short")]
-    except FileNotFoundError:
-        return None, "No time is measured yet (`make bench`).", ""
-    fastest = speeds.fastest_cut(machines, "extracted")
-    return fastest, speeds.cut_limit(machines), speeds.cut_times(machines)
 
 
 def _card(study: str, links: Mapping[str, str], rows: Iterable[Row]) -> list[str]:

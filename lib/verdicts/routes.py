@@ -11,16 +11,15 @@ Axis letters: **M** MoE layers from the shallowest to the deepest, **C** classes
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
-from itertools import combinations, product
+from collections.abc import Collection, Iterable
+from itertools import chain, combinations
 from typing import Any
 
 import numpy as np
 
-from ..measure.routing import load_share
+from ..measure.routing import BOARD_CELLS, load_share
+from .masks import CLASS_TOKENS
 from .routing import information
-
-BOARD_CELLS = 4  # squares in a row of the checkerboard that records hold the routing of
 
 
 def main_route(record: Any, label: int) -> tuple[list[int], list[float]]:
@@ -32,8 +31,8 @@ def main_route(record: Any, label: int) -> tuple[list[int], list[float]]:
     return share.argmax(1).tolist(), share.max(1).tolist()
 
 
-def main_expert(record: Any, layer: int = -1) -> np.ndarray:
-    """Finds the expert that gets most of the tokens of each test image: (I,).
+def main_expert(record: Any) -> np.ndarray:
+    """Finds the expert of the last MoE layer that gets most of the tokens of each test image: (I,).
 
     Of experts with equally many the first. Raises ValueError for a record without these counts.
     """
@@ -42,14 +41,14 @@ def main_expert(record: Any, layer: int = -1) -> np.ndarray:
             f"record {record.id} holds no tokens of single images: give a record whose spec has "
             "image_loads"
         )
-    return record.arrays["image_loads"][:, layer].argmax(1)
+    return record.arrays["image_loads"][:, -1].argmax(1)
 
 
-def images_by_expert(record: Any, layer: int = -1) -> np.ndarray:
-    """Counts the test images of each class by their main expert: (C, E)."""
-    experts = len(record.moe[layer]["load"])
+def images_by_expert(record: Any) -> np.ndarray:
+    """Counts the test images of each class by their `main_expert`: (C, E)."""
+    experts = len(record.moe[-1]["load"])
     table = np.zeros((record.arrays["class_expert"].shape[1], experts), int)
-    np.add.at(table, (record.arrays["test_label"], main_expert(record, layer)), 1)
+    np.add.at(table, (record.arrays["test_label"], main_expert(record)), 1)
     return table
 
 
@@ -67,19 +66,21 @@ def widest_route(record: Any) -> float:
     return 100 * max(classes_of_route.values()) / classes_of_route.total()
 
 
-def pairs_on_one_route(record: Any, together: Collection[str]) -> tuple[float, float]:
+def pairs_on_one_route(record: Any, *groups: Collection[str]) -> tuple[float, float]:
     """Computes the share of pairs of classes, in percent, that have one main route.
 
-    together: the names of classes that belong together, two or more, and not all of the record's.
-    First of their pairs, then of the pairs of one of them and another class.
+    groups: the names of classes that belong together, two or more in each and not all of the
+    record's. First of the pairs inside a group, then of the pairs of one in a group and a class
+    outside it.
     """
     route = _route_of_class(record)
-    others = [name for name in route if name not in together]
 
-    def share_of_pairs(pairs: Any) -> float:
+    def share_of_pairs(pairs: Iterable[tuple[str, str]]) -> float:
         return 100 * float(np.mean([route[a] == route[b] for a, b in pairs]))
 
-    return share_of_pairs(combinations(together, 2)), share_of_pairs(product(together, others))
+    inside = chain.from_iterable(combinations(group, 2) for group in groups)
+    across = ((a, b) for group in groups for a in group for b in route if b not in group)
+    return share_of_pairs(inside), share_of_pairs(across)
 
 
 def shared_route_excess(record: Any, together: Collection[str]) -> float:
@@ -92,18 +93,17 @@ def shared_route_excess(record: Any, together: Collection[str]) -> float:
     return inside - mixed
 
 
-def colour_information(record: Any, prefix: int = 1) -> float | None:
+def colour_information(record: Any) -> float | None:
     """Computes how far colour determines the expert of a patch of the checkerboard, 0 to 1.
 
     I(colour; expert) / H(expert), corrected for the number of patches; mean over layers. Patches of
     both colours and those that no expert took are left out. Either colour stands at all places of
-    the board alike, so that routing by place gives 0. prefix: tokens before the patches. None where
-    every patch has both colours.
+    the board alike, so that routing by place gives 0. None where every patch has both colours.
     """
-    share = _second_colour(record, prefix)
+    share = _second_colour(record)
     is_pure = (share == 0) | (share == 1)
     values = []
-    for expert_of_patch in record.arrays["checker_expert"][:, prefix:]:
+    for expert_of_patch in record.arrays["checker_expert"][:, CLASS_TOKENS:]:
         counted = is_pure & (expert_of_patch >= 0)
         if not counted.any():
             continue
@@ -118,12 +118,12 @@ def _route_of_class(record: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(main_route(record, label)[0]) for label, name in enumerate(names)}
 
 
-def _second_colour(record: Any, prefix: int) -> np.ndarray:
+def _second_colour(record: Any) -> np.ndarray:
     """Computes the share of the second colour in each patch of the board: (patches,)."""
     pixels = record.spec.data.image_size
     cell = np.arange(pixels) * BOARD_CELLS // pixels
     board = (cell[:, None] + cell) % 2
-    patches = record.arrays["checker_expert"].shape[1] - prefix
+    patches = record.arrays["checker_expert"].shape[1] - CLASS_TOKENS
     rows = round(patches**0.5)
     # (rows, pixels of a patch, columns, pixels of a patch): one cell a patch
     return board.reshape(rows, pixels // rows, rows, pixels // rows).mean((1, 3)).ravel()

@@ -15,7 +15,7 @@ import views
 
 BOOK = Path(os.environ.get("BOOK") or Path(__file__).resolve().parents[2] / "_build" / "html")
 ROWS = "[...document.querySelectorAll('tr.claim')].filter(row => !row.hidden).length"
-ROUTES = "notebooks/foundations/moe_layer.html"
+ROUTES = ("notebooks/foundations/moe_layer.html", "notebooks/durham/decomposition.html")
 TABLES = "notebooks/vimoe/layer_scan.html"
 MODELS = "notebooks/moee/static_rival.html"
 LINK = "article figcaption a.take-away[href^='data:text/csv']"
@@ -67,8 +67,9 @@ def test_verdicts_are_filtered_by_click_and_by_key_and_the_address_says_how(tab)
     assert tab.evaluate(ROWS) == 0
 
 
-def test_routes_are_explored_by_slider_and_by_arrow_keys(tab):
-    views.opened(tab, BOOK, ROUTES)
+@pytest.mark.parametrize("page", ROUTES)
+def test_routes_are_explored_by_slider_and_by_arrow_keys(tab, page):
+    views.opened(tab, BOOK, page)
     tab.focus(".routing svg >> nth=0")
     before = told(tab, ".routing >> nth=0")
     tab.keyboard.press("ArrowRight")

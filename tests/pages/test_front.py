@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import yaml
 
-from lib import paths
-from lib.pages import all_verdicts, front, order
+from lib.pages import all_verdicts, front, front_numbers, order
 from lib.paths import ROOT
 from lib.report import text
-from lib.verdicts import ledger, speed
-from lib.verdicts.speed import Ratio, Timing
+from lib.verdicts import ledger
 
 
 def row(name, verdict, after=True, **more):
@@ -84,6 +80,15 @@ def test_a_card_shows_the_figure_at_the_head_of_its_page(monkeypatch):
     assert front.picture("a/none") == [] and order.HEADLINES[front.FIGURE] == "figure"
 
 
+def test_cards_stand_below_each_other_so_that_figures_keep_the_width_of_the_text(monkeypatch):
+    content = {"questions": [], "wants": [], "studies": {"leiden": {}}, "compared": "a/all"}
+    monkeypatch.setattr(front, "_read", lambda keys: (content, {}))
+    monkeypatch.setattr(front, "compared", lambda key: [])
+    monkeypatch.setattr(front, "_card", lambda study, links, rows: [f"card of {study}"])
+    lines = front.page(["leiden/tables"]).splitlines()
+    assert "::::{grid} 1" in lines and "card of leiden" in lines
+
+
 def test_a_card_may_show_the_figure_of_another_page(monkeypatch):
     monkeypatch.setattr(front, "picture", lambda key: [f"figure of {key}"])
     links = {"start": "leiden/tables", "cost": "leiden/tables"}
@@ -117,12 +122,13 @@ def test_all_methods_are_shown_with_the_answer_of_their_page(monkeypatch):
 def test_what_the_book_has_not_is_named():
     content = {
         "questions": [{"ask": "?", "claims": ["A1", "A7"], "says": {"A8": {}}}],
-        "wants": [{"want": "x", "pages": ["a/one", "a/none"]}],
+        "wants": [{"want": "x", "pages": ["a/one", "a/none"], "measured": [{"page": "c/gone"}]}],
         "studies": {"a": {"start": "a/one", "cost": "a/gone"}},
         "compared": "b/gone",
     }
     with pytest.raises(
-        ValueError, match="names A7, A8, a/none, a/gone, b/gone, which the book does not have"
+        ValueError,
+        match="names A7, A8, a/none, a/gone, b/gone, c/gone, which the book does not have",
     ):
         front._check(content, {"A1": row("A1", "holds")}, ["a/one"])
 
@@ -139,43 +145,6 @@ def test_the_front_page_of_this_book_names_what_is_there():
         and len(content["questions"]) == 4
         and len(content["wants"]) == 6
     )
-
-
-def measured(tmp_path, monkeypatch, ours, load=0.2, name="short"):
-    """A measurement in which the whole model takes 30 ms, and these others in bf16."""
-    monkeypatch.setattr(paths, "BENCH", tmp_path)
-    whole = Timing(30.0, 29.0)
-    rows = [
-        Ratio("models", "x", "batch 16", "bf16", kind, "whole model", Timing(ms, ms), whole, 1.5)
-        for kind, ms in ours.items()
-    ]
-    machine = {"processor": "a chip", "threads": 2, "load_average": [load, 0.0]}
-    machine["capabilities"] = {"avx2": True, "amx": name == "short"}
-    file = speed.file_of(name)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    speed.write(file, {"machine": machine}, rows)
-    assert json.loads(file.read_text())["rows"]
-
-
-def test_the_clock_says_how_fast_each_kind_is(tmp_path, monkeypatch):
-    assert absent(tmp_path, monkeypatch) == (None, "No time is measured yet (`make bench`).", "")
-    measured(tmp_path / "a", monkeypatch, {"extracted": 25.0, "static model": 24.0})
-    fastest, limit, sentence = front.clock()
-    assert fastest == 1.2 and "could run 1.50 times as fast, by its multiply-adds" in limit
-    assert "at best, on a chip with AMX, 2 threads: the extracted mixture reaches" in sentence
-    assert "reaches 1.20 times the speed in bf16 (batch 16), a static pruner" in sentence
-    assert sentence.endswith("reaches 1.25 times the speed in bf16 (batch 16).")
-    others = {"extracted": 15.0, "static model": 24.0}
-    measured(tmp_path / "a", monkeypatch, others, load=3.0, name="short-old")
-    fastest, _, sentence = front.clock()
-    assert fastest == 2.0
-    measured(tmp_path / "c", monkeypatch, {"extracted": 40.0, "static model": 24.0})
-    assert "in bf16 (batch 16), but 0.75 times in bf16 (batch 16), a static" in front.clock()[2]
-    monkeypatch.setattr(paths, "BENCH", tmp_path / "a")
-    assert (
-        "1.25 times the speed in bf16 (batch 16); on a chip with AVX2, without bf16 products, "
-        "2 threads (uncertain: other work ran beside it): the extracted mixture reaches 2.00 times"
-    ) in sentence
 
 
 @pytest.mark.parametrize(
@@ -215,22 +184,42 @@ def test_the_sentence_of_an_answer_follows_the_verdict():
     assert front.said({}, rows) == []
 
 
-def test_a_want_is_answered_before_its_claims(tmp_path, monkeypatch):
-    measured(tmp_path / "a", monkeypatch, {"extracted": 25.0, "static model": 24.0})
-    want = {"want": "Faster?", "pages": ["a/one"], "claims": ["A1"], "speed_up": 1.5}
-    rows = {"A1": row("A1", "opposite")}
-    lines = front._want(want | {"says": {"A1": {"fails": "It loses ({ours})."}}}, rows)
+def test_what_is_opposite_or_holds_alone_has_a_sentence_of_its_own():
+    words = {"holds": "Better.", "fails": "No better.", "open": "Perhaps better."}
+    special = words | {"opposite": "Worse ({ours}).", "alone": "Better by itself ({ours})."}
+    opposite, alone = row("A1", "opposite"), row("A2", "holds", after=False)
+    asked = {"says": {"A1": special, "A2": special}}
+    assert front.said(asked, {"A1": opposite, "A2": alone}) == [
+        "Worse (+1, n=3).",
+        "Better by itself (+1, n=3).",
+    ]
+    assert front.said(asked, {"A1": row("A1", "not reproduced"), "A2": row("A2", "holds")}) == [
+        "No better.",
+        "Better.",
+    ]
+    undecided = {"A1": row("A1", "undecided"), "A2": row("A2", "undecided")}
+    assert front.said(asked, undecided) == ["Perhaps better."] * 2
+    assert front.said({"says": {"A1": words, "A2": words}}, {"A1": opposite, "A2": alone}) == [
+        "No better.",
+        "Perhaps better.",
+    ]
+
+
+def test_a_want_is_answered_before_its_claims(monkeypatch):
+    clock = {"the mixture": 1.2, "a pruner": 1.6}, "Fewer multiply-adds.", "Times."
+    monkeypatch.setattr(front_numbers, "clock", lambda: clock)
+    monkeypatch.setattr(front_numbers, "nearest", lambda key, within: f"{key} at {within}.")
+    monkeypatch.setattr(front_numbers, "measured", lambda sentence: sentence["text"])
+    want = {"want": "Faster?", "pages": ["a/one"], "claims": ["A1"], "speed_up": 1.5, "within": 80}
+    want |= {"says": {"A1": {"fails": "It loses ({ours})."}}, "text": "Try it."}
+    lines = front._want(want, {"A1": row("A1", "opposite")}, "a/all")
     assert lines[0] == "**Faster?**"
-    assert lines[2].startswith(
-        "**Nothing measured here does that.** It loses (+1, n=3). With half of the"
-    )
-    assert lines[2].endswith(
-        "1.50 times as fast, by its multiply-adds. The mixture reached 1.20 times at best. "
-        "More: [](notebooks/a/one.ipynb)."
+    assert lines[2] == (
+        "**Nothing measured here does that.** It loses (+1, n=3). Times as fast as the whole "
+        "model, at best on the clock: the mixture 1.20 and a pruner 1.60. Fewer multiply-adds. "
+        "a/all at 80. Try it. More: [](notebooks/a/one.ipynb)."
     )
     assert lines[4] == "<details><summary>1 claim behind this</summary>" and "A1" in lines[6]
-
-
-def absent(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "BENCH", tmp_path / "none")
-    return front.clock()
+    on_clock = {"want": "How fast?", "pages": ["a/one"], "speed_up": 1.0}
+    [_, _, answer, *_] = front._want(on_clock | {"measured": [{"text": "Look."}, {"text": ""}]}, {})
+    assert answer == "Look. Times. Fewer multiply-adds. More: [](notebooks/a/one.ipynb)."

@@ -74,20 +74,27 @@ def test_the_book_is_printed_as_one_with_bookmarks(built):
 
 ON_PAPER = """<script>addEventListener("load", () => {
   dispatchEvent(new Event("beforeprint"));
+  const folds = [...document.querySelectorAll("details")];
+  const shown = () => folds.map(fold => (fold.open ? "open" : "") + fold.className).join(",");
   document.title = [
     document.querySelector("table").getBoundingClientRect().width <= 680,
-    document.querySelector("details").open,
+    shown(),
     document.links.length,
     document.documentElement.dataset.theme,
   ].join(" ");
   dispatchEvent(new Event("afterprint"));
-  document.title += ` ${document.querySelector("details").open} ${document.links.length}`;
+  document.title += ` ${shown()} ${document.links.length}`;
   document.title += ` ${document.documentElement.dataset.theme}`;
-});</script><details><summary>Folded</summary></details>"""
+});</script><details><summary>Folded</summary></details>
+<details><summary>this build</summary></details>
+<details><summary>
+What this build ran on</summary></details>
+<details open><summary>This build: opened by hand</summary></details>"""
 
 
 def test_a_page_is_made_ready_for_paper_and_put_back(built):
-    """A wide table fits, what is folded is open, links into this machine are none, all is light."""
+    """A wide table fits, what is folded is open but for this build's, links into this machine are
+    none, all is light."""
     if not any(map(shutil.which, pdf.BROWSERS)):
         with pytest.raises(FileNotFoundError, match="apt install chromium"):
             pdf.browser()
@@ -97,7 +104,7 @@ def test_a_page_is_made_ready_for_paper_and_put_back(built):
     command = [pdf.browser(), "--headless", "--disable-gpu", "--no-sandbox", "--dump-dom"]
     command += [f"--user-data-dir={built.root / 'home'}", "--virtual-time-budget=10000"]
     done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, check=True)
-    assert "<title>true true 1 light false 2 dark</title>" in done.stdout
+    assert "<title>true open,noprint,noprint,open 1 light ,,,open 2 dark</title>" in done.stdout
 
 
 def test_without_a_browser_it_says_how_to_get_one(built, tmp_path):

@@ -50,6 +50,10 @@ def test_pairs_on_one_route():
     assert pairs_on_one_route(FOUR, ["a", "b", "c"]) == (pytest.approx(100 / 3), 0.0)
     # a-c does not; of a-b, a-d, c-b, c-d one does
     assert pairs_on_one_route(FOUR, ["a", "c"]) == (0.0, 25.0)
+    # of two groups: a-b does, c-d does not; of the four pairs across none does
+    assert pairs_on_one_route(FOUR, ["a", "b"], ["c", "d"]) == (50.0, 0.0)
+    # neither a-c nor b-d; of a-b, a-d, c-b, c-d one does
+    assert pairs_on_one_route(FOUR, ["a", "c"], ["b", "d"]) == (0.0, 25.0)
 
 
 def test_excess_of_shared_routes():
@@ -119,7 +123,6 @@ def test_images_by_their_main_expert():
     )
     assert main_expert(run).tolist() == [0, 1, 0, 1, 0]
     assert images_by_expert(run).tolist() == [[1, 1], [2, 1]]
-    assert images_by_expert(run, 0).tolist() == [[0, 2], [0, 3]]
     assert purity(images_by_expert(run)) == 60.0  # two of three, and one of two
     del run.arrays["image_loads"]
     with pytest.raises(ValueError, match="record one .* whose spec has image_loads"):
