@@ -78,6 +78,7 @@ def _row(claim: ledger.Claim, said: Mapping[str, Any] | None) -> Row:
         "after_correction": None,
         "text": said.get("text"),
         "records": said.get("records", []),
+        "decisive": said.get("decisive"),
     }
 
 

@@ -42,7 +42,7 @@ def _claim(row: Row, listed: Sequence[Row], entries: Mapping[str, ledger.Claim],
     word = word_of(row)
     cells = [
         f'<th scope="row" id="{anchor(row)}">{statement}</th>',
-        _cell(published(entries[row["id"]]), "Paper"),
+        _cell(_paper(row, entries), "Paper"),
         _cell(_ours(row, parts), "Ours"),
         f'<td data-name="Verdict">{badge(row)}</td>',
         _cell(_seeds(row, parts), "Seeds"),
@@ -80,14 +80,24 @@ def _more(row: Row, parts: Sequence[Row], entries: Mapping[str, ledger.Claim]) -
     return f"<details><summary>{counted}</summary>{inner}</details>"
 
 
-def _ours(row: Row, parts: Sequence[Row]) -> str:
-    """Says the effect; of a joint claim, how many of its parts hold."""
-    if parts:
-        from ..report.text import parts_held
+def _paper(row: Row, entries: Mapping[str, ledger.Claim]) -> str:
+    """Says what was published; of a joint claim, of the part that decides it."""
+    part = row["decisive"]
+    said = published(entries[part or row["id"]])
+    return f"{part}: {said}" if part and said else said
 
-        words = [part["verdict"] or "not tested" for part in parts]
-        return "" if set(words) == {"not tested"} else parts_held(words)
-    return _effect(row)
+
+def _ours(row: Row, parts: Sequence[Row]) -> str:
+    """Says the effect; of a joint claim, how many parts hold, and that of the deciding one."""
+    if not parts:
+        return _effect(row)
+    from ..report.text import parts_held
+
+    words = [part["verdict"] or "not tested" for part in parts]
+    if set(words) == {"not tested"}:
+        return ""
+    of_id = {part["id"]: f" ({part['id']}: {_effect(part)})" for part in parts}
+    return parts_held(words) + of_id.get(row["decisive"], "")
 
 
 def _effect(row: Row) -> str:

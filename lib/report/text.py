@@ -39,7 +39,7 @@ ALONE = (
     "narrower one there."
 )
 
-HEAD = 4  # claims that the head of a page lists
+HEAD = 3  # claims that the head of a page lists
 
 __all__ = [
     "ALONE",
@@ -113,11 +113,12 @@ def _with_measure(verdict: Verdict) -> str:
 
 
 def numbers(verdict: Verdict) -> str:
-    """Returns the interval behind a verdict; of a joint claim how many of its parts hold, and
-    between which effects they lie."""
+    """Returns the interval behind a verdict; of a joint claim how many of its parts hold, and that
+    of the part that decides it."""
     if not verdict.parts:
         return verdict.text.partition(";")[0]
-    return f"{parts_held([part.verdict for part in verdict.parts])}{_span(verdict.parts)}"
+    held, decisive = parts_held([part.verdict for part in verdict.parts]), verdict.decisive
+    return held if decisive is None else f"{held} ({decisive.id}: {numbers(decisive)})"
 
 
 def parts_held(words: Sequence[str]) -> str:
@@ -129,20 +130,6 @@ def parts_held(words: Sequence[str]) -> str:
     rest = "; ".join(f"{others[word]} {word}" for word in WORDS if others[word])
     hold = agree("hold", held, len(words))
     return f"{held} of {count(len(words), 'part')} {hold}; {rest}"
-
-
-def _span(parts: Sequence[Verdict]) -> str:
-    """Says from which effect to which those of the parts go; "" where they measure unlike things,
-    or one has no records."""
-    entries = [part.entry for part in parts]
-    if None in entries or any(part.estimate is None for part in parts):
-        return ""
-    if len({(entry.direction, entry.unit, entry.statistic) for entry in entries}) > 1:
-        return ""
-    means = sorted(part.estimate.mean for part in parts)
-    decimals = max(entry.decimals for entry in entries)
-    span = f"{means[0]:+.{decimals}f} to {means[-1]:+.{decimals}f} {entries[0].unit}"
-    return f" ({span.rstrip()})"
 
 
 def published(entry: Claim | None) -> str:
@@ -197,7 +184,7 @@ def answer(judged: Iterable[Verdict], source: str = "Reproduced", sure: str = ""
     tested = sorted((v for v in whole if v.verdict != "not tested"), key=_rank)
     shown = sorted(tested[:HEAD], key=lambda v: WORDS.index(v.verdict))
     lines = [_line(v) for v in shown if v.verdict in DECIDED]
-    if undecided := [_sentence(v) for v in shown if v.verdict == "undecided"]:
+    if undecided := [_with_numbers(v) for v in shown if v.verdict == "undecided"]:
         lines.append(f"- {MARKS['undecided']} *Undecided:* {'. '.join(undecided)}.")
     if others := Counter(v.verdict for v in tested[HEAD:]):
         counted = "; ".join(f"{word}: {others[word]}" for word in WORDS if others[word])
@@ -209,14 +196,23 @@ def answer(judged: Iterable[Verdict], source: str = "Reproduced", sure: str = ""
 
 def _line(verdict: Verdict) -> str:
     """Writes the line of a decided claim: the verdict, the claim, the paper's number and ours."""
+    mark = MARKS[verdict.verdict]
+    return f"- {mark} *{verdict.word.capitalize()}:* {_with_numbers(verdict)}."
+
+
+def _with_numbers(verdict: Verdict) -> str:
+    """Writes a claim, the paper's number and ours; a joint one with those of its deciding part."""
+    if verdict.parts:
+        held = f"{_sentence(verdict)}: {parts_held([part.verdict for part in verdict.parts])}"
+        decisive = verdict.decisive
+        return held if decisive is None else f"{held}. {_with_numbers(decisive)}"
     entry = verdict.entry
     printed = entry is not None and entry.size is not None and entry.published_size is not None
     paper = f"paper {published(entry)}, ours " if printed else ""
-    # a number without a unit says nothing unless one knows of what it is
-    bare = entry is not None and not entry.parts and not entry.unit and entry.statistic
-    what = f" ({plain(entry.statistic)})" if bare else ""
-    mark, ours = MARKS[verdict.verdict], numbers(verdict)
-    return f"- {mark} *{verdict.word.capitalize()}:* {_sentence(verdict)}: {paper}{ours}{what}."
+    # a number without a unit, or a share, says nothing unless one knows of what it is
+    bare = entry is not None and entry.unit in ("", "percent") and entry.statistic
+    what = f" ({plain(entry.statistic.partition(';')[0])})" if bare else ""
+    return f"{_sentence(verdict)}: {paper}{numbers(verdict)}{what}"
 
 
 def plain(text: str) -> str:
@@ -242,6 +238,7 @@ def _plain(verdict: Verdict) -> dict[str, Any]:
     """Returns a verdict as data: its numbers, without the law behind them and without its parts,
     which stand beside it."""
     numbers = asdict(replace(verdict, estimate=None, entry=None, parts=())) | {"id": verdict.id}
+    numbers["decisive"] = verdict.decisive.id if verdict.decisive else None
     del numbers["entry"], numbers["parts"]
     estimate = verdict.estimate
     if estimate is None:

@@ -98,6 +98,15 @@ class Verdict:
         """Says whether the claim holds, at its published size or a smaller one."""
         return self.verdict.startswith("holds")
 
+    @property
+    def decisive(self) -> Verdict | None:
+        """Returns the part that decides a joint claim: of those from which its verdict follows, the
+        one that speaks least for it; None without a number, or for a claim without parts."""
+        fails = ("opposite", "not reproduced")
+        words = fails if self.verdict in fails else (self.verdict,)
+        deciding = [p for p in self.parts if p.verdict in words and p.estimate is not None]
+        return max(deciding, key=lambda part: -1 if part.p is None else part.p, default=None)
+
 
 def judge(
     claim: str,

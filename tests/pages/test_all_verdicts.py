@@ -117,7 +117,8 @@ def test_the_page_shows_published_beside_ours(book, monkeypatch):
     monkeypatch.setattr(datasets, "stand_ins", lambda study: {"pictures": "photos & more"})
     monkeypatch.setattr(datasets, "_data_of", {"run of A1": "pictures", "run of A9a": "x"}.get)
     parts = [said("A9a", 0.001), said("A9b", 0.3, "undecided")]
-    book(said("A1", 0.001, pilot=True), said("A2", 0.012), said("A9", None, "undecided"), *parts)
+    joint = said("A9", None, "undecided") | {"decisive": "A9b"}
+    book(said("A1", 0.001, pilot=True), said("A2", 0.012), joint, *parts)
     tables = Tables.of(all_verdicts.page(["a/one"]))
     headlines, others = tables.rows["A1"], tables.rows["A2"]
     assert tables.table_of["A1"] != tables.table_of["A2"] == tables.table_of["A9"]
@@ -132,7 +133,9 @@ def test_the_page_shows_published_beside_ours(book, monkeypatch):
     }  # fmt: skip
     assert others["Verdict"] == "✔ holds, alone" and others["Data"] == ""
     joint = tables.rows["A9"]
-    assert (joint["Ours"], joint["Verdict"]) == ("1 of 2 parts holds; 1 undecided", "? undecided")
+    assert joint["Paper"] == "A9b: smallest that counts: 1 point"
+    assert joint["Ours"] == "1 of 2 parts holds; 1 undecided (A9b: +1.0)"
+    assert joint["Verdict"] == "? undecided"
     assert "A9b Second. smallest that counts: 1 point +1.0 ? undecided" in joint["Claim"]
     assert "A9a First. Measured: the load < 2. smallest that counts:" in joint["Claim"]
     assert "Not at this scale." in tables.rows["A10"]["Claim"]

@@ -11,7 +11,6 @@ import pytest
 from factory import record
 
 from lib.report import NOT_YET, tables, text
-from lib.verdicts import ledger
 from lib.verdicts.claims import Verdict, judge, judge_jointly
 from lib.verdicts.stats import Interval, accuracy_interval
 
@@ -214,7 +213,7 @@ def test_the_head_lists_the_claims_of_the_document_before_ours(monkeypatch):
     judged = [ours, verdict("X1", "document", "undecided"), verdict("X2", "document", "opposite")]
     assert bullets(text.answer(judged)) == [
         "- ⇄ *Opposite:* claim X2 (X2): +2.",
-        "- ? *Undecided:* claim X1 (X1).",
+        "- ? *Undecided:* claim X1 (X1): +2.",
         "- *Further claims*, below: 1 (holds: 1).",
     ]
     first = bullets(text.answer([*judged, verdict("X.head", "ours", "holds")]))[0]
@@ -245,17 +244,44 @@ def test_parts_of_a_claim_are_counted_by_verdict(words, said):
     assert "parts" not in data[0] and json.dumps(data)
 
 
-def test_a_joint_claim_says_between_which_effects_its_parts_lie():
-    entries = [ledger.claims()[name] for name in ("M.static30", "M.static50")]
-    effects = [Interval(2.71, 2.0, 3.4, 3), Interval(1.38, 0.9, 1.9, 3)]
-    pairs = list(zip(entries, effects, strict=True))
-    parts = [replace(judge("p", e, "greater", 1.0), entry=entry) for entry, e in pairs]
-    assert text.numbers(judge_jointly("all", parts)) == "both parts hold (+1.4 to +2.7 points)"
-    # of one side nothing is known, or unlike things are measured
-    lacking = [parts[0], replace(judge("p", None, "greater", 1.0), entry=entries[1])]
-    assert text.numbers(judge_jointly("all", lacking)).endswith("1 not tested")
-    other_way = replace(parts[1], entry=entries[1].model_copy(update={"direction": "less"}))
-    assert text.numbers(judge_jointly("all", [parts[0], other_way])) == "both parts hold"
+def part(name, mean, low, high, direction="greater", law_p=None):
+    entry = SimpleNamespace(
+        id=name, parts=(), size=1.0, published_size=None, unit="points", kind="document",
+        part_of="X", headline=False, statistic="s",
+    )  # fmt: skip
+    interval = None if mean is None else Interval(mean, low, high, 3)
+    return replace(judge(f"Claim {name}", interval, direction, 1.0), entry=entry, p=law_p)
+
+
+def test_a_joint_claim_gives_the_interval_of_the_part_that_decides_it():
+    sure, less_sure = (
+        part("X.a", 2.7, 2.0, 3.4, law_p=0.001),
+        part("X.b", 1.4, 0.9, 1.9, law_p=0.02),
+    )
+    both = judge_jointly("all", [sure, less_sure])
+    assert text.numbers(both) == "both parts hold (X.b: +1.4 [+0.9, +1.9] points, n=3)"
+    # a part that fails decides, however sure the others are; of two the one that fails more clearly
+    failed, opposite = part("X.c", 0.1, -0.2, 0.4, law_p=0.3), part("X.d", -2, -3, -1, law_p=0.99)
+    said = text.numbers(judge_jointly("all", [sure, failed, opposite]))
+    assert said == (
+        "1 of 3 parts holds; 1 not reproduced; 1 opposite (X.d: -2.0 [-3.0, -1.0] points, n=3)"
+    )
+    # the head says what that part is
+    [line] = bullets(text.answer([judge_jointly("all", [sure, failed])]))
+    assert line == (
+        "- ✘ *Not reproduced:* all: 1 of 2 parts holds; 1 not reproduced. "
+        "Claim X.c (X.c): +0.1 [-0.2, +0.4] points, n=3."
+    )
+
+
+def test_a_part_without_a_number_decides_without_one():
+    measured = part("X.a", 2.7, 2.0, 3.4)
+    assert text.numbers(judge_jointly("all", [measured, part("X.b", None, None, None)])) == (
+        "1 of 2 parts holds; 1 not tested"
+    )
+    single = part("X.b", 0.5, None, None)
+    said = text.numbers(judge_jointly("all", [measured, single]))
+    assert said == "1 of 2 parts holds; 1 undecided (X.b: +0.5 points, n=3)"
 
 
 def test_a_box_is_markdown_inside_html():
@@ -277,18 +303,19 @@ def test_gaps_name_the_command():
     assert text.gaps({"a": [record(0)]}) == ""
 
 
-def test_answer_sorts_the_claims_by_verdict():
+def test_answer_sorts_the_claims_by_verdict(monkeypatch):
+    monkeypatch.setattr(text, "HEAD", 4)
     judged = [
-        Verdict("Reproduced: b", "undecided", "", 1),
+        Verdict("Reproduced: b", "undecided", "+3, n=1; no order", 1),
         Verdict("Reproduced: a", "holds", "+1 [0, 2]; all above 0", 3),
         Verdict("c", "not reproduced", "-1", 3, pilot=True),
         Verdict("d", "not tested", "", 0),
-        Verdict("e", "undecided", "", 1),
+        Verdict("e", "undecided", "-2, n=1", 1),
     ]
     assert bullets(text.answer(judged)) == [
         "- ✔ *Holds:* a: +1 [0, 2].",
         "- ✘ *Not reproduced (pilot):* c: -1.",
-        "- ? *Undecided:* b. e.",
+        "- ? *Undecided:* b: +3, n=1. e: -2, n=1.",
         "- *Not tested* for want of records: 1 of 5 claims.",
     ]
     assert "**How sure.** By chance." in text.answer(judged, sure="By chance.").data
