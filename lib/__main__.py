@@ -136,7 +136,7 @@ def _add_rate(command: Any) -> None:
         type=float,
         metavar="X",
         help="with --dry: multiply-adds a second of a card, or of a thread, such as 2e13 (default: "
-        "measured by make bench, else assumed)",
+        "hours by the records of this machine, else by an assumed rate)",
     )
 
 

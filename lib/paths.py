@@ -100,6 +100,15 @@ def written_whole(target: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def marks_of(status: os.stat_result) -> tuple[int, int, int, int]:
+    """Returns what tells a file from one that took its place: size, times of change, number.
+
+    A copy may keep the time of what it replaces, but not the number, nor the time of change, of its
+    entry.
+    """
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
 def set_aside(files: Sequence[Path], folder: Path, why: str, then: str) -> None:
     """Moves files that cannot be trusted to a new folder inside `folder`, with a warning.
 

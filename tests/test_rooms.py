@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LIB = ROOT / "lib"
 # Rooms on one line may import each other.
 ORDER = (
-    {"paths"},
+    {"machine", "paths"},
     {"spec"},
     {"inputs"},
     {"routers", "models"},

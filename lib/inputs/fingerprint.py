@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .. import paths
+
 if TYPE_CHECKING:
     from .sources import Source
 
@@ -51,9 +53,8 @@ def marks(place: Path) -> str | None:
     """Hashes path, size, times and number of all files and folders at a place, without reading any;
     None where nothing is.
 
-    They are those that `tables` marks its files by: a copy may keep the time of what it replaces,
-    but not the number, nor the time of change, of its entry. What begins with a dot is left out,
-    and so is what cannot be looked at, which readers name.
+    They are those of `paths.marks_of`. What begins with a dot is left out, and so is what cannot be
+    looked at, which readers name.
     """
     digest, is_there = hashlib.sha256(), False
     for path in [place] if place.is_file() else _all_below(place):
@@ -61,8 +62,7 @@ def marks(place: Path) -> str | None:
             status = os.stat(path)
         except OSError:
             continue
-        numbers = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-        digest.update(f"{path} {numbers}\n".encode(errors="surrogatepass"))
+        digest.update(f"{path} {paths.marks_of(status)}\n".encode(errors="surrogatepass"))
         is_there = True
     return digest.hexdigest()[:16] if is_there else None
 

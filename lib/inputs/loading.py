@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..machine import cores
 from ..spec import RunSpec
 from .augment import augmented, normalised
 
@@ -119,11 +120,9 @@ def _by_cores(run: RunSpec) -> int:
     """
     if multiprocessing.parent_process() is not None:
         return 0
-    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
-    cores = len(affinity(0)) if affinity else os.cpu_count()
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torch's launchers
     computing = run.threads if run.device == "cpu" else 1
-    return max(0, min(MOST, cores // ranks_here - computing))
+    return max(0, min(MOST, cores() // ranks_here - computing))
 
 
 # ---------------------------------------------------------------- reading ahead

@@ -252,15 +252,12 @@ def _only_one(images: Sequence[str], where: str, columns: Sequence[str]) -> str:
 def _identity(files_of_split: dict[str, list[str]]) -> str:
     """Names the files as they are now, for the cache of what was made of them.
 
-    The library goes by name and time of change, and a copy may keep the time of what it replaces;
-    a file's number and the time of change of its entry it cannot keep.
+    The library goes by name and time of change, which is not enough (`paths.marks_of`).
     """
     content = []
     for split, files in sorted(files_of_split.items()):
         for file in files:
-            status = os.stat(file)
-            numbers = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-            content.append(f"{split} {file} {numbers}")
+            content.append(f"{split} {file} {paths.marks_of(os.stat(file))}")
     return hashlib.sha256("\n".join(content).encode(errors="surrogatepass")).hexdigest()[:16]
 
 

@@ -10,7 +10,7 @@ No pickle is ever run: of a .pth file torch takes tensors and plain containers a
 - `pth:NAME@SHA256`: a published checkpoint under MOE_WEIGHTS, such as DINOv2's, DeiT's, Swin's or
   ConvNeXt's own, read by torch with `weights_only=True`.
 - `satmae:NAME@SHA256`: one of SatMAE's, read in the same way (see `satmae`).
-- `vmoe:NAME@SHA256`: a checkpoint of V-MoE, several files (see `vmoe`).
+- `vmoe:PREFIX@SHA256`: a checkpoint of V-MoE, several files (see `vmoe`).
 
 Weights that were packed for another machine lie under MOE_WEIGHTS, too, and are taken first.
 """
@@ -91,7 +91,7 @@ def fetch(name: str, architecture: str) -> dict[str, Tensor]:
         return state
     raise ValueError(
         f"weights={name!r} is unknown: valid are {SALIENCY!r}, 'timm', 'file:NAME[@SHA256]', "
-        "'pth:NAME@SHA256', 'satmae:NAME@SHA256' and 'vmoe:NAME@SHA256'"
+        "'pth:NAME@SHA256', 'satmae:NAME@SHA256' and 'vmoe:PREFIX@SHA256'"
     )
 
 

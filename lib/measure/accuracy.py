@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
+from scipy.stats import binomtest
 
 Z = NormalDist().inv_cdf(0.975)
 
@@ -27,9 +28,8 @@ class Estimate:
 def top1(correct: np.ndarray) -> Estimate:
     """Computes top-1 with Wilson's interval (1927), from which images (I,) are correct."""
     n, right = correct.size, int(correct.sum())
-    centre = (right + Z**2 / 2) / (n + Z**2)
-    half = Z / (n + Z**2) * math.sqrt(right * (n - right) / n + Z**2 / 4)
-    return Estimate(100 * right / n, 100 * (centre - half), 100 * (centre + half))
+    interval = binomtest(right, n).proportion_ci(0.95, "wilson")
+    return Estimate(100 * right / n, 100 * interval.low, 100 * interval.high)
 
 
 def paired_difference(correct: np.ndarray, reference: np.ndarray) -> Estimate:

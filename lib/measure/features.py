@@ -19,6 +19,7 @@ from ..inputs.splits import Split, Splits
 from ..models.tokens import begins_with_class_token, returns_tokens
 from ..models.upcycle import block_mlps
 from ..spec import RunSpec
+from ..training.evaluate import BATCH
 from ..training.losses import autocast
 
 NEIGHBOURS = 20  # k of DINO's protocol (Caron et al. 2021), with cosine distance
@@ -68,14 +69,14 @@ def by_depth(model: nn.Module, splits: Splits, spec: RunSpec) -> list[dict[str, 
 
 
 @torch.inference_mode()
-def features(model: nn.Module, split: Split, spec: RunSpec, batch: int = 250) -> list[np.ndarray]:
+def features(model: nn.Module, split: Split, spec: RunSpec) -> list[np.ndarray]:
     """Computes the (n, D) float32 features of a split after each block, but not of the input
     embedding, normed by the model's last norm."""
     model.eval()
     batches_of_block: list[list[Tensor]] = []
     names = [name for name, _ in block_mlps(model)]
     has_class_token = bool(names) and all(begins_with_class_token(model, name) for name in names)
-    for index in torch.arange(len(split)).split(batch):
+    for index in torch.arange(len(split)).split(BATCH):
         images = split.batch(index, spec).to(spec.device)
         with autocast(spec):
             # norm=True applies the last norm at every depth; NLC keeps tokens in one axis

@@ -21,6 +21,7 @@ from ..routers.manual import labelled
 from ..spec import RunSpec
 from ..training.evaluate import whole_type
 from ..training.losses import autocast
+from .routing import BOARD_CELLS
 
 
 @torch.inference_mode()
@@ -107,15 +108,15 @@ def gradcam(
 
 
 @torch.inference_mode()
-def checkerboard(model: nn.Module, spec: RunSpec, channels: int, cells: int = 4) -> Tensor:
-    """Returns the (M, N) first-choice expert of each token of a checkerboard of `cells` x
-    `cells` squares in two colours.
+def checkerboard(model: nn.Module, spec: RunSpec, channels: int) -> Tensor:
+    """Returns the (M, N) first-choice expert of each token of a checkerboard of BOARD_CELLS x
+    BOARD_CELLS squares in two colours.
 
     An image without objects: what still differs between its tokens is colour and place. Under
     manual routing it is of class 0.
     """
     side = spec.data.image_size
-    cell = torch.arange(side) * cells // side
+    cell = torch.arange(side) * BOARD_CELLS // side
     second_colour = (cell[:, None] + cell[None, :]) % 2 == 1  # (S, S)
     colours = torch.tensor([[0.1], [0.9]])  # (2, C)
     if channels == 3:

@@ -19,6 +19,8 @@ import numpy as np
 if TYPE_CHECKING:  # torch is not needed to read records
     from ..routers.base import Routing
 
+BOARD_CELLS = 4  # squares in a row of the checkerboard that records hold the routing of
+
 
 def load_share(counts: np.ndarray) -> np.ndarray:
     """Turns (..., E) assignments into shares that sum to 1; uniform where nothing was assigned."""

@@ -37,15 +37,10 @@ def peak_rss_mib(reset: bool = False) -> float:
 
 @dataclass(frozen=True)
 class Latency:
-    """Wall time of one call in ms: median, and the 5 %, 10 %, 25 %, 75 % and 95 % quantiles over
-    `repeats` calls."""
+    """Wall time of one call in ms: median and 10 % quantile over `repeats` calls."""
 
     median: float
-    q05: float
     q10: float
-    q25: float
-    q75: float
-    q95: float
     repeats: int
 
 
@@ -54,7 +49,7 @@ def compare(
 ) -> dict[str, Latency]:
     """Times several functions as `times_of` does, and sums each up.
 
-    repeats: at least 20, so that the quantiles mean something. Raises ValueError for fewer.
+    repeats: at least 20, so that the quantile means something. Raises ValueError for fewer.
     """
     check_repeats(repeats)
     times = times_of(candidates, repeats, warmup, settle)
@@ -92,10 +87,8 @@ def check_repeats(repeats: int) -> None:
 
 
 def _summary(values: list[float]) -> Latency:
-    # the k-th of these 19 cuts is the quantile of 5 k percent
-    cuts = statistics.quantiles(values, n=20, method="inclusive")
-    low, high = (cuts[0], cuts[1], cuts[4]), (cuts[14], cuts[18])
-    return Latency(statistics.median(values), *low, *high, len(values))
+    q10 = statistics.quantiles(values, n=10, method="inclusive")[0]
+    return Latency(statistics.median(values), q10, len(values))
 
 
 def _synchronize() -> None:

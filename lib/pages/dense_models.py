@@ -34,13 +34,12 @@ class Way:
         """Returns what two ways may differ in, by name."""
         data, last = self.spec.data, self.spec.train
         stages = [run for run in reversed(self.spec.lineage) if run.train]
-        images = "all training images" if data.train is None else f"{data.train:,} training images"
         return {
             "model": _model(self.spec),
             "weights": f"from {self.spec.backbone.weights or 'random weights'}",
             "labels": f"labels `{data.label}`",
             "classes": " after ".join(dict.fromkeys(map(_classes, reversed(stages)))),
-            "training images": f"{images} at {data.image_size} px",
+            "training images": f"{data.training_images} at {data.image_size} px",
             "augmentation": f"augmentation `{data.augment}`",
             "epochs": f"{' + '.join(map(_epochs, stages))} epochs",
             "learning rate": f"learning rate {last.lr:g}",

@@ -16,10 +16,10 @@ import os
 import platform
 import sys
 from collections.abc import Iterable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ..machine import cores, version_of
 from ..paths import BENCH, PAPERS, ROOT
 from . import parameters, profiles
 
@@ -143,22 +143,8 @@ def machine() -> dict[str, Any]:
         "processor": processor(),
         "cores": cores(),
         "threads": int(os.environ.get("OMP_NUM_THREADS") or cores()),
-        "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{p: version_of(p) for p in PACKAGES}},
     }
-
-
-def cores() -> int:
-    """Counts the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def executed(key: str) -> Path:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:  # the build imports this module, and does without torch
     from ..runs.fill import Outcome
     from ..runs.order import Item, Plan, Purpose
 
+FIRST = 5  # runs that the head of the list shows
+
 
 def plan(profile: str, keys: Sequence[str], card: bool | None = None) -> Plan:
     """Plans what pages lack under a profile; the first page goes first among equals.
@@ -62,14 +64,19 @@ def listing(plan: Plan, budget: float, workers: int) -> str:
 
 def price(plan: Plan, profile: str, keys: Sequence[str], rate: float | None) -> str:
     """Writes what the missing runs of pages ask for, those for an absent card as well, and what
-    this machine lacks. rate: as in `scale.rates`."""
+    this machine lacks. rate: as in `scale.priced`; None = the times of the plan."""
     from . import scale
 
     purposes = (*plan.purposes, *plan.without_card)
     lacking = {run for purpose in purposes for run in purpose.missing}
     pages = scale.runs_of(keys, profile)
-    pages = {page: [run for run in runs if run.id in lacking] for page, runs in pages.items()}
-    priced = scale.priced(pages, profile, rate)
+    pages = {
+        # without a card, seeds that a claim lacks are planned on the CPU
+        page: [run for spec in runs for run in (spec, spec.on("cpu")) if run.id in lacking]
+        for page, runs in pages.items()
+    }
+    left = dict.fromkeys(lacking) | {item.spec.id: item.estimate for item in plan.items}
+    priced = scale.priced(pages, profile, rate, left)
     return "\n".join(["", scale.listing(priced), *scale.here(priced.runs.values(), check=False)])
 
 
@@ -118,16 +125,16 @@ def _counted(served: Sequence[Purpose], purposes: Sequence[Purpose]) -> str:
     return " and ".join(f"{n} of {total} {kind}" for kind, (n, total) in counts.items() if total)
 
 
-def head(profile: str, keys: Sequence[str], lines: int = 5) -> list[str]:
+def head(profile: str, keys: Sequence[str]) -> list[str]:
     """Writes the first runs of the list, with the command that computes them; none if nothing is
     missing."""
     items = plan(profile, keys).items
     if not items:
         return []
-    more = len(items) - lines
+    more = len(items) - FIRST
     tail = [f"  ... and {more} more"] if more > 0 else []
     command = f"python -m lib fill --profile {profile} --budget 1h"
-    first = [f"  {line}" for line in rows(items[:lines])]
+    first = [f"  {line}" for line in rows(items[:FIRST])]
     return [f"Next, by claims decided an hour ({command}):", *first, *tail]
 
 

@@ -366,9 +366,8 @@ def _scales(runs: Iterable[RunSpec]) -> str:
 def _scale(run: RunSpec) -> tuple[str, str]:
     """Returns the data of a run, and at what size, on how many images and with which model."""
     data, backbone = run.data, run.backbone
-    images = "all training images" if data.train is None else f"{data.train:,} training images"
     model = backbone.weights if backbone.weights not in (None, "timm") else backbone.name
-    return data.title, f"at {data.image_size} px, {images}, {model}"
+    return data.title, f"at {data.image_size} px, {data.training_images}, {model}"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -5,7 +5,8 @@ The numbers are those of `lib.runs.demand`. Nothing is computed, opened or downl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,14 +15,10 @@ from . import profiles
 
 if TYPE_CHECKING:  # the build imports this module, and does without torch
     from ..runs.demand import Demand, Total
+    from ..runs.estimate import Estimate, Estimates
     from ..spec import RunSpec
 
 GIB, GB = 2**30, 1e9
-# Multiply-adds a second that a card is assumed to reach in training where none was measured and
-# none given. A ViT-S at 224 px trains 1,600 to 2,300 images a second on an H100 in bfloat16 without
-# compilation (benchmarks of nvSubquadratic, ViT-5-Small, batch 256), which at 4.6e9 multiply-adds
-# an image and three passes is 2.2e13 to 3.2e13: a twentieth of the card's data sheet.
-ASSUMED_RATE = 2e13
 RULE = (
     "Multiply-adds: three forward passes for a training image (one, and two that stand for the "
     "backward pass), one for an image of each validation (before the first epoch and after each) "
@@ -30,78 +27,22 @@ RULE = (
 )
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Holds multiply-adds a second by device and dtype, of a thread or a card, and their source."""
-
-    values: Mapping[tuple[str, str], float]
-    said: Sequence[str]
-
-
-def rates(given: float | None = None) -> Rates:
-    """Returns the throughput that hours rest on: given, measured by `make bench`, or assumed.
-
-    given: multiply-adds a second of a card or, for runs on the CPU, of a thread.
-    """
-    from ..runs.estimate import DEFAULT_RATE
-
-    dtypes = ("float32", "bfloat16")
-    if given is not None and not given > 0:
-        raise ValueError(f"--rate {given}: give multiply-adds a second above 0, such as 2e13")
-    if given is not None:
-        values = {(device, dtype): given for device in ("cpu", "cuda") for dtype in dtypes}
-        return Rates(values, [f"{given:.2g} multiply-adds a second, as given with --rate"])
-    values, said = {}, []
-    assumed = {"cpu": (DEFAULT_RATE["cpu"], "thread"), "cuda": (ASSUMED_RATE, "card")}
-    for device, (default, unit) in assumed.items():
-        for dtype in dtypes:
-            measured = _measured(device, dtype)
-            values[device, dtype] = measured or default
-            origin = "measured by make bench" if measured else "assumed, nothing was measured here"
-            rate = f"{values[device, dtype]:.2g} multiply-adds a second and {unit}"
-            said.append(f"{device}, {dtype}: {rate} ({origin})")
-    return Rates(values, said)
-
-
-def _measured(device: str, dtype: str) -> float | None:
-    """Reads how many multiply-adds a second the dense model of `make bench` reached, a thread."""
-    from ..runs.model_size import model_size
-    from ..spec import BackboneSpec, DataSpec, RunSpec
-    from ..verdicts import speed
-
-    try:
-        measurement = speed.read(speed.file_of("short", device))
-    except (OSError, ValueError):
-        return None
-    short = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
-    batch = 16
-    rows = [
-        row.other.median
-        for row in measurement.of("models")
-        if (row.dtype, row.against, row.shape) == (short, "whole model", f"batch {batch}, plain")
-    ]
-    if not rows:
-        return None
-    dense = RunSpec(
-        data=DataSpec(image_size=224), backbone=BackboneSpec(name="vit_small_patch14_dinov2")
-    )
-    threads = measurement.about["machine"]["threads"] if device == "cpu" else 1
-    return batch * model_size(dense).macs / (min(rows) / 1e3) / threads
-
-
 # ---- the plan of some pages
 
 
 @dataclass(frozen=True)
 class Priced:
-    """Holds pages with what each asks for, and their sum, in which each run counts once."""
+    """Holds pages with what each asks for, and their sum, in which each run counts once.
+
+    pace: a sentence that says what the hours rest on.
+    """
 
     profile: str
     runs: Mapping[str, RunSpec]
     demands: Mapping[str, Demand]
     pages: Mapping[str, Total]
     total: Total
-    rates: Rates
+    pace: str
 
 
 def runs_of(keys: Sequence[str], profile: str, **given: object) -> dict[str, list[RunSpec]]:
@@ -117,39 +58,82 @@ def runs_of(keys: Sequence[str], profile: str, **given: object) -> dict[str, lis
 
 
 def priced(
-    pages: Mapping[str, Sequence[RunSpec]], profile: str, rate: float | None = None
+    pages: Mapping[str, Sequence[RunSpec]],
+    profile: str,
+    rate: float | None = None,
+    left: Mapping[str, Estimate | None] | None = None,
 ) -> Priced:
-    """Prices the runs of some pages, as `runs_of` returns them. rate: see `rates`."""
+    """Prices the runs of some pages, as `runs_of` returns them.
+
+    rate: multiply-adds a second of a card or, for runs on the CPU, of a thread, above 0; None =
+    hours are those that `fill` expects here. left: the runs of a plan, parents among them, with
+    what each still takes (None = not estimated yet); no others count. Raises ValueError for a rate
+    of 0 or below.
+    """
     from ..runs import demand
 
+    if rate is not None and not rate > 0:
+        raise ValueError(f"--rate {rate}: give multiply-adds a second above 0, such as 2e13")
     asked = {run.id: run for runs in pages.values() for run in runs}
     runs = demand.with_parents(asked.values())
-    demands, throughput = demand.demands_of(runs, _sizes()), rates(rate)
+    if left is not None:
+        runs = {run: spec for run, spec in runs.items() if run in left}
+    known = functools.cache(_known)
+    demands = demand.demands_of(runs, _sizes(known))
+    if rate is None:
+        left = left or {}
+        expected = {run: left.get(run) or known().of(runs[run]) for run in demands}
+        seconds = {run: estimate.seconds for run, estimate in expected.items()}
+        pace = _pace(expected.values())
+    else:
+        seconds = {run: demand.seconds_at(rate, runs[run], demands[run]) for run in demands}
+        pace = f"Hours: at {rate:.2g} multiply-adds a second of a card, or of a thread."
 
     def total(specs: Iterable[RunSpec]) -> Total:
-        wanted = dict.fromkeys(spec.id for spec in specs)  # in their order: sums are then the same
-        family = {run: runs[run] for run in demand.with_parents(runs[run] for run in wanted)}
+        # in their order: sums are then the same
+        wanted = dict.fromkeys(spec.id for spec in specs if spec.id in runs)
+        family = demand.with_parents(runs[run] for run in wanted)
+        family = {run: runs[run] for run in family if run in runs}
         of_family = {run: demands[run] for run in family if run in demands}
-        return demand.total_of(wanted, family, of_family, throughput.values)
+        return demand.total_of(wanted, family, of_family, seconds)
 
     totals = {key: total(specs) for key, specs in pages.items()}
-    return Priced(profile, runs, demands, totals, total(asked.values()), throughput)
+    return Priced(profile, runs, demands, totals, total(asked.values()), pace)
 
 
-def _sizes():
-    """Returns what gives the images of a run: published sizes, else those of records."""
-    from ..runs import demand, estimate
+def _known() -> Estimates:
+    """Reads what records say of times and sizes, most of which the index remembers."""
+    from ..runs.estimate import Estimates
     from ..runs.store import store
 
-    known = None
+    estimates = Estimates.of_store(store())
+    store().index.save()
+    return estimates
+
+
+def _pace(expected: Iterable[Estimate]) -> str:
+    """Says what expected seconds rest on."""
+    from ..runs.estimate import BY_DEFAULT, DEFAULT_RATE
+
+    by_default = [estimate.basis.startswith(BY_DEFAULT) for estimate in expected]
+    said = f"Hours: as `fill` expects them, of {count(len(by_default), 'run')} "
+    said += f"{by_default.count(False):,} by records of this processor or card"
+    if any(by_default):
+        said += (
+            f", the others at an assumed rate, {DEFAULT_RATE['cpu']:.2g} multiply-adds a second of "
+            f"a thread, {DEFAULT_RATE['cuda']:.2g} of a card (--rate gives another)"
+        )
+    return f"{said}."
+
+
+def _sizes(known: Callable[[], Estimates]):
+    """Returns what gives the images of a run: published sizes, else those of records."""
+    from ..runs import demand
 
     def sizes(spec: RunSpec):
-        nonlocal known
         if (images := demand.published_sizes(spec)) is not None:
             return images
-        if known is None:
-            known = estimate.Estimates.of_store(store())
-        return known.images(spec), "records"
+        return known().images(spec), "records"
 
     return sizes
 
@@ -190,18 +174,11 @@ def listing(plan: Priced) -> str:
             "",
             RULE,
             "Parents are further runs that these start from. Memory is that of the largest run.",
-            f"Throughput: {'; '.join(said_of(plan))}.",
+            plan.pace,
             *_sources(plan),
             *readings(plan),
         ]
     )
-
-
-def said_of(plan: Priced) -> list[str]:
-    """Lists what is said of the rates that the runs of a plan use."""
-    used = {(spec.device, spec.dtype) for spec in plan.runs.values()}
-    lines = plan.rates.said
-    return [line for line in lines if tuple(line.split(":")[0].split(", ")) in used] or list(lines)
 
 
 def _sources(plan: Priced) -> list[str]:

@@ -34,10 +34,11 @@ class Point:
     highlight: bool = False
 
 
+TOLERANCE = 0.005  # of the ratio of two counts that agree
 _COSTS = {"params_m": "active parameters (million)", "macs_g": "multiply-adds (10⁹ per image)"}
 
 
-def frontier(panels: dict[str, Sequence[Point]], missing: str = "no record yet") -> Figure:
+def frontier(panels: dict[str, Sequence[Point]]) -> Figure:
     """Draws accuracy against active parameters and multiply-adds, one row of panels a source.
 
     A label has one look in all rows.
@@ -80,7 +81,7 @@ def frontier(panels: dict[str, Sequence[Point]], missing: str = "no record yet")
                     middle = (max(values) + min(values)) / 2
                     ax.set_xlim(0.95 * middle, 1.05 * middle)
                 if not drawn:
-                    note(ax, missing)
+                    note(ax, "no record yet")
             if row[1].get_legend_handles_labels()[1]:
                 row[1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.02))
     return fig
@@ -171,23 +172,21 @@ def _front(ax, cost: str, models: Sequence[Priced], looks: Mapping[str, tuple[st
     ax.margins(0.1)
 
 
-def cost_ratio(
-    ratios: dict[str, float], tolerance: float = 0.005, xlabel: str = "ours / paper"
-) -> Figure:
+def cost_ratio(ratios: dict[str, float]) -> Figure:
     """Draws the ratio of our count to the printed one, a dot a cell of a table.
 
-    A dot is filled where it lies within `tolerance` of 1. Raises ValueError without a ratio.
+    A dot is filled where it lies within TOLERANCE of 1. Raises ValueError without a ratio.
     """
     if not ratios:
         raise ValueError("ratios is empty: give {cell: ours / paper}")
     names, values = list(ratios), np.array(list(ratios.values()), float)
-    close = np.abs(values - 1) <= tolerance
+    close = np.abs(values - 1) <= TOLERANCE
     rows = np.arange(len(names))
     with style():
         fig, axes = figure(height=1.0 + 0.2 * len(names))
         ax = axes[0, 0]
         ax.axvspan(
-            1 - tolerance, 1 + tolerance, color="#dfe6ee", label=f"within {100 * tolerance:g}%"
+            1 - TOLERANCE, 1 + TOLERANCE, color="#dfe6ee", label=f"within {100 * TOLERANCE:g}%"
         )
         ax.axvline(1, color="#555555", linewidth=1)
         ax.plot(values[close], rows[close], "o", color=COLOURS[0], linestyle="", label="agrees")
@@ -201,7 +200,7 @@ def cost_ratio(
             label="_" if close.all() else "differs",
         )
         ax.set(
-            xlabel=xlabel,
+            xlabel="ours / paper",
             ylabel="cell of the table",
             yticks=rows,
             yticklabels=names,

@@ -21,14 +21,14 @@ __all__ = ["images_of_experts", "what_experts_get"]
 SHOWN = 12  # images an expert
 
 
-def images_of_experts(record: Any, layer: int = -1) -> Figure:
-    """Draws a dozen test images of each expert, a row an expert.
+def images_of_experts(record: Any) -> Figure:
+    """Draws a dozen test images of each expert of the last MoE layer, a row an expert.
 
     They are evenly spread over all images of which the expert gets most tokens, in the order of the
     test split. Raises as `routes.main_expert` and `probes.test_images`.
     """
-    expert_of_image = main_expert(record, layer)
-    experts = len(record.moe[layer]["load"])
+    expert_of_image = main_expert(record)
+    experts = len(record.moe[-1]["load"])
     side = (WIDTH - 0.9) / SHOWN
     with style():
         fig, axes = figure(experts, SHOWN, height=0.2 + experts * (side + 0.06))
@@ -46,11 +46,11 @@ def images_of_experts(record: Any, layer: int = -1) -> Figure:
     return fig
 
 
-def what_experts_get(record: Any, layer: int = -1) -> str:
+def what_experts_get(record: Any) -> str:
     """Says for a caption how many images each expert gets, and which class is the most common."""
-    names = class_names(record, len(record.arrays["class_expert"][layer]))
+    names = class_names(record, len(record.arrays["class_expert"][-1]))
     parts = []
-    for expert, count_of_class in enumerate(images_by_expert(record, layer).T):
+    for expert, count_of_class in enumerate(images_by_expert(record).T):
         images, most = count_of_class.sum(), count_of_class.argmax()
         parts.append(f"expert {number(expert)}: {images} images")
         if images:

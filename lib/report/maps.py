@@ -111,19 +111,17 @@ def class_expert_heatmap(record: Any, layers: Sequence[int] | None = None) -> Fi
     return fig
 
 
-def class_expert_counts(records: dict[str, Any], layer: int = -1) -> Figure:
+def class_expert_counts(records: dict[str, Any]) -> Figure:
     """Draws how many images (or tokens) of each class each expert gets, a panel a model.
 
-    After Durham, Figures 13 and 14. Rows are classes and columns experts, in their order; the
-    number is that of `counts_of_routing`, the colour its share of the class. layer: index into the
-    MoE layers.
+    After Durham, Figures 13 and 14. Rows are classes and columns experts of the last MoE layer, in
+    their order; the number is that of `counts_of_routing`, the colour its share of the class.
     """
     with style():
         classes = max(len(record.arrays["class_expert"][0]) for record in records.values())
         fig, axes = figure(1, len(records), height=1.9 + 0.24 * classes, sharey=True)
         for ax, (label, record) in zip(axes[0], records.items(), strict=True):
-            (index,) = _layers(record, [layer])
-            counts, unit = counts_of_routing(record, index)
+            counts, unit = counts_of_routing(record)
             share = load_share(counts)
             image = ax.imshow(share, vmin=0, vmax=1, aspect="auto")
             for (row, column), count in np.ndenumerate(counts):
@@ -138,16 +136,18 @@ def class_expert_counts(records: dict[str, Any], layer: int = -1) -> Figure:
     return fig
 
 
-def counts_of_routing(record: Any, layer: int = -1) -> tuple[np.ndarray, str]:
-    """Counts what each expert gets of each class, (C, E); also says what is counted.
+def counts_of_routing(record: Any) -> tuple[np.ndarray, str]:
+    """Counts what each expert of the last MoE layer gets of each class, (C, E); also says what is
+    counted.
 
     Images by the expert that gets most of their tokens; tokens where the record does not have them
     by image and they are routed on their own.
     """
     if "image_loads" in record.arrays:
-        return images_by_expert(record, layer), "images"
-    counts = record.arrays["class_expert"][layer]
-    return counts[:, : len(record.moe[layer]["load"])], _unit_of_routing(record)
+        return images_by_expert(record), "images"
+    (last,) = _layers(record, [-1])
+    counts = record.arrays["class_expert"][last]
+    return counts[:, : len(record.moe[last]["load"])], _unit_of_routing(record)
 
 
 def _draw_shares(ax: Axes, table: np.ndarray, edges: np.ndarray) -> AxesImage:
@@ -171,14 +171,14 @@ def _unit_of_routing(record: Any) -> str:
     return "images" if moe is not None and moe.per_image else "tokens"
 
 
-def classes_by_expert(record: Any, layer: int = -1) -> list[dict[str, Any]]:
-    """Gives the heatmap of one layer as rows of a table.
+def classes_by_expert(record: Any) -> list[dict[str, Any]]:
+    """Gives the heatmap of the last MoE layer as rows of a table.
 
     A row has the expert, its load in percent, and the classes that prefer it with their share.
     """
-    (index,) = _layers(record, [layer])
-    load = record.moe[index]["load"]
-    share = load_share(record.arrays["class_expert"][index][:, : len(load)])
+    (last,) = _layers(record, [-1])
+    load = record.moe[last]["load"]
+    share = load_share(record.arrays["class_expert"][last][:, : len(load)])
     names, favourite = class_names(record, len(share)), share.argmax(1)
     rows = []
     for expert in range(len(load)):

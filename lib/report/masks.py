@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from ..verdicts.masks import first_choices
+from ..verdicts.masks import CLASS_TOKENS, first_choices
 from .overlays import as_picture, bare, draw_dimmed, row_name, token_grid
 from .probes import probe_images, probe_names
 from .style import WIDTH, figure, number, style
@@ -26,9 +26,7 @@ HEAT = "plasma"  # MAP has grey in its middle, which over a grey image is no col
 OPACITY_OF_HEAT = 0.75  # of a GradCAM over the image
 
 
-def expert_masks(
-    rows: Sequence[tuple[str, Any, int]], layers: Sequence[int] = (-1,), prefix: int = 1
-) -> Figure:
+def expert_masks(rows: Sequence[tuple[str, Any, int]], layers: Sequence[int] = (-1,)) -> Figure:
     """Draws the patches of each expert: a row an image of a model, a column an expert of a layer.
 
     After Leiden, Figures 2, 3 and 5. rows: name of the model ("" for none), its record, and which
@@ -62,7 +60,7 @@ def expert_masks(
             label = row_name(probe_names(record)[probe])
             row[0].set_ylabel(f"{name}\n{label}" if name else label, fontsize=8)
             for ax, (layer, expert) in zip(row[len(titles) - len(columns) :], columns, strict=True):
-                _draw_mask(ax, image, first_choices(record, layer, prefix)[probe] == expert)
+                _draw_mask(ax, image, first_choices(record, layer)[probe] == expert)
         for ax, title in zip(axes[0], titles, strict=True):
             ax.set_title(title, fontsize=8.5)
         mask = "clear: patches of the expert; faded: all others"
@@ -116,7 +114,6 @@ def _frame(ax: Axes, rows: int, columns: int) -> None:
 def cam_shares(
     record: Any,
     layer: int,
-    prefix: int = 1,
     shift: int = 0,
     cam: str = "cam",
     shown: int | None = None,
@@ -127,25 +124,23 @@ def cam_shares(
     the GradCAM of the one that comes so many later, around the end; then places alone can bring the
     two together. cam: as of `cam_masks`. Raises ValueError if the record does not hold it.
     """
-    heat = np.roll(_heat_of_patches(record, prefix, cam)[:shown], -shift, axis=0)
+    heat = np.roll(_heat_of_patches(record, cam)[:shown], -shift, axis=0)
     experts = range(len(record.moe[layer]["load"]))
-    expert_of_patch = first_choices(record, layer, prefix)[:shown]  # (P, h, w)
+    expert_of_patch = first_choices(record, layer)[:shown]  # (P, h, w)
     heat_of_expert = np.array([heat[expert_of_patch == e].sum() for e in experts])
     share_of_patches = np.array([(expert_of_patch == e).mean() for e in experts])
     return heat_of_expert / max(heat_of_expert.sum(), 1e-12), share_of_patches
 
 
-def cam_masks(
-    record: Any, layer: int = -1, shown: int = 4, prefix: int = 1, cam: str = "cam"
-) -> Figure:
+def cam_masks(record: Any, layer: int = -1, shown: int = 4, cam: str = "cam") -> Figure:
     """Draws probe images, their GradCAM, and the GradCAM on the patches of each expert alone.
 
     After Leiden, Figure 4; a row an image, which lies dimmed below the heat where it is at hand.
     cam: the GradCAM of the record, "cam" of the last block or "cam_first" of the first. Raises
     ValueError if the record does not hold it.
     """
-    heat = _heat_of_patches(record, prefix, cam)[:shown]
-    expert_of_patch = first_choices(record, layer, prefix)[:shown]
+    heat = _heat_of_patches(record, cam)[:shown]
+    expert_of_patch = first_choices(record, layer)[:shown]
     experts = range(len(record.moe[layer]["load"]))
     images, names = probe_images(record, shown), probe_names(record)
     titles = ["image"] * (images is not None) + [
@@ -211,7 +206,7 @@ def _draw_heat(ax: Axes, image: np.ndarray | None, heat: np.ndarray):
     return shades
 
 
-def _heat_of_patches(record: Any, prefix: int, cam: str = "cam") -> np.ndarray:
+def _heat_of_patches(record: Any, cam: str) -> np.ndarray:
     """Averages a GradCAM over the pixels of each patch: (P, h, w)."""
     if cam not in record.arrays:
         raise ValueError(
@@ -219,7 +214,7 @@ def _heat_of_patches(record: Any, prefix: int, cam: str = "cam") -> np.ndarray:
             f"{'cam_probe' if cam == 'cam' else cam}"
         )
     heat = record.arrays[cam].astype(float)
-    rows, columns = token_grid(record.arrays["token_expert"].shape[-1], prefix, None)
+    rows, columns = token_grid(record.arrays["token_expert"].shape[-1], CLASS_TOKENS, None)
     # (P, H, W) pixels -> (P, h, pixels, w, pixels): one cell a patch
     cells = heat.reshape(len(heat), rows, heat.shape[1] // rows, columns, heat.shape[2] // columns)
     return cells.mean(axis=(2, 4))

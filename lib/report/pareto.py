@@ -33,10 +33,10 @@ class Point:
     stored: float
 
 
-def points_of(records: Mapping[str, Sequence[Any]], dense: str = "dense") -> list[Point]:
-    """Makes the points of all names of runs that start from one of the runs named `dense`, each
+def points_of(records: Mapping[str, Sequence[Any]]) -> list[Point]:
+    """Makes the points of all names of runs that start from one of the runs named "dense", each
     against the model that it starts from."""
-    whole = {record.id: record for record in finished(records.get(dense, []))}
+    whole = {record.id: record for record in finished(records.get("dense", []))}
 
     def start(run: Any) -> Any:
         return whole[run.spec.init.id]

@@ -14,7 +14,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..measure.routing import load_share
+from ..measure.routing import BOARD_CELLS, load_share
+from ..verdicts.masks import CLASS_TOKENS
 from ..verdicts.routes import main_route, pairs_on_one_route
 from .maps import class_names
 from .overlays import (
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 ROUTE = "route (expert in each block)"
+PANELS = 4  # of routes, in a row
 
 
 def layer_shares(records: dict[str, Any]) -> Figure:
@@ -61,15 +63,14 @@ def layer_shares(records: dict[str, Any]) -> Figure:
     return fig
 
 
-def routes(record: Any, labels: Sequence[int], columns: int = 4) -> Figure:
-    """Draws the main route of some classes through the layers, a panel a class.
+def routes(record: Any, labels: Sequence[int]) -> Figure:
+    """Draws the main route of some classes through the layers, a panel a class, four in a row.
 
-    After Durham, Figures 7 to 9. The width of a step is the share it carries. columns: panels in a
-    row, at most.
+    After Durham, Figures 7 to 9. The width of a step is the share it carries.
     """
     names = class_names(record, len(record.arrays["class_expert"][0]))
     experts = _most_experts([record])
-    rows, columns = -(-len(labels) // columns), min(columns, len(labels))
+    rows, columns = -(-len(labels) // PANELS), min(PANELS, len(labels))
     with style():
         fig, axes = figure(rows, columns, height=rows * max(2.6, 0.9 + 0.45 * experts), sharey=True)
         for ax in axes.flat[len(labels) :]:
@@ -162,17 +163,16 @@ def _most_experts(records: Iterable[Any]) -> int:
     return max(len(layer["load"]) for record in records for layer in record.moe)
 
 
-def position_maps(
-    records: dict[str, Any], layers: Sequence[int] | None = None, prefix: int = 1
-) -> Figure:
-    """Draws which expert a patch's place leads to, on average: a row a model, a column a layer.
+def position_maps(records: dict[str, Any]) -> Figure:
+    """Draws which expert a patch's place leads to, on average: a row a model, a column a layer, up
+    to four of them.
 
     Colour: the expert with the largest share at a place; strength: that share. Full colours
     that change from place to place mean routing by place; one colour all over is an expert that
     gets most of all tokens.
     """
     first = next(iter(records.values()))
-    chosen = spread(len(first.moe)) if layers is None else list(layers)
+    chosen = spread(len(first.moe))
     experts = _most_experts(records.values())
     side = (WIDTH - 1.6) / max(len(chosen), 4)
     with style():
@@ -184,8 +184,8 @@ def position_maps(
         )
         for row, (label, record) in zip(axes, records.items(), strict=True):
             for ax, layer in zip(row, chosen, strict=True):
-                share = load_share(record.arrays["position_expert"][layer][prefix:])
-                rows, columns = token_grid(len(share) + prefix, prefix, None)
+                share = load_share(record.arrays["position_expert"][layer][CLASS_TOKENS:])
+                rows, columns = token_grid(len(share) + CLASS_TOKENS, CLASS_TOKENS, None)
                 favourite, strength = share.argmax(1), share.max(1)[:, None]
                 # (patches, 3): from white, where no expert is preferred, to the favourite's colour
                 colour = strength * np.array(expert_colours(experts))[favourite] + (1 - strength)
@@ -203,13 +203,13 @@ def position_maps(
     return fig
 
 
-def checker_maps(records: dict[str, Any], cells: int = 4, prefix: int = 1) -> Figure:
+def checker_maps(records: dict[str, Any]) -> Figure:
     """Draws the routing of the two-colour checkerboard: a row a model, the image, a column a layer.
 
-    After Durham, Figure 12. cells: of the board, in a row.
+    After Durham, Figure 12.
     """
     first = next(iter(records.values()))
-    cell_of_pixel = np.arange(8 * cells) // 8
+    cell_of_pixel = np.arange(8 * BOARD_CELLS) // 8
     board = np.where((cell_of_pixel[:, None] + cell_of_pixel) % 2, 0.75, 0.25)
     chosen = spread(len(first.moe))
     experts = _most_experts(records.values())
@@ -226,12 +226,10 @@ def checker_maps(records: dict[str, Any], cells: int = 4, prefix: int = 1) -> Fi
             bare(row[0])
             row[0].set_ylabel(label, fontsize=8.5)
             for ax, layer in zip(row[1:], chosen, strict=True):
-                token_view(
-                    ax, board, record.arrays["checker_expert"][layer], experts, prefix=prefix
-                )
+                token_view(ax, board, record.arrays["checker_expert"][layer], experts)
         titles = ["image", *(f"block {number(first.moe[layer]['block'])}" for layer in chosen)]
         for ax, title in zip(axes[0], titles, strict=True):
             ax.set_title(title)
-        tiles = [r.arrays["checker_expert"][chosen][:, prefix:] for r in records.values()]
+        tiles = [r.arrays["checker_expert"][chosen][:, CLASS_TOKENS:] for r in records.values()]
         expert_bar(fig, list(axes.ravel()), experts, tiles_in_words(np.stack(tiles), True))
     return fig

@@ -75,7 +75,7 @@ class Table:
         shown, of_build = self._by_source()
         folds = {}
         if 0 < len(self.deciding) < len(shown):
-            folds[f"all {len(shown)} rows"] = shown
+            folds[f"all {len(_without_blank_rows(shown))} rows"] = shown
             shown = shown.iloc[list(self.deciding)]
         if of_build is not None:
             folds[GROUPS[2]] = of_build

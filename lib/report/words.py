@@ -33,6 +33,7 @@ _SCORES = {
     **{name: name.upper() for name in ("ean", "man", "msan", "reap")},
 }
 
+LEVEL_WITHIN = 1.0  # points that the ends of a curve may lie apart if it stays level
 Value = float | Interval | None
 
 
@@ -81,27 +82,24 @@ def move(difference: Interval) -> str:
     return "a fall" if difference.high < 0 else "no change beyond chance"
 
 
-def change(values: Iterable[Value], level_within: float = 1.0) -> str:
-    """Says whether values rise, fall or stay level, from the first that is there to the last.
-
-    level_within: how far the two may lie apart if they stay level, in the unit of the values.
-    """
+def change(values: Iterable[Value]) -> str:
+    """Says whether values rise, fall or stay level, from the first that is there to the last."""
     means = [mean for mean in map(_mean, values) if mean is not None]
     if len(means) < 2:
         return "one value" if means else "no value yet"
     rise = means[-1] - means[0]
-    if abs(rise) <= level_within:
+    if abs(rise) <= LEVEL_WITHIN:
         return "level"
     return "rising" if rise > 0 else "falling"
 
 
-def changes(curves: Iterable[Curve], level_within: float = 1.0) -> str:
+def changes(curves: Iterable[Curve]) -> str:
     """Sorts curves by the `change` of their values."""
     names_of_change: dict[str, list[str]] = {
         word: [] for word in ("rising", "level", "falling", "one value", "no value yet")
     }
     for curve in curves:
-        names_of_change[change(curve.y, level_within)].append(curve.label.replace(",", ""))
+        names_of_change[change(curve.y)].append(curve.label.replace(",", ""))
     return "; ".join(
         f"{word} {', '.join(names)}" for word, names in names_of_change.items() if names
     )
@@ -130,11 +128,10 @@ def _places(at: Mapping[float, float], axis: str, value: float) -> str:
     return f"{axis}s {', '.join(others)} and {last}" if others else f"{axis} {last}"
 
 
-def changes_by_panel(panels: Mapping[str, Sequence[Curve]], level_within: float = 1.0) -> str:
+def changes_by_panel(panels: Mapping[str, Sequence[Curve]]) -> str:
     """Says `changes` of the curves of each panel, one sentence a panel."""
     return " ".join(
-        f"{title[:1].upper()}{title[1:]}: {changes(curves, level_within)}."
-        for title, curves in panels.items()
+        f"{title[:1].upper()}{title[1:]}: {changes(curves)}." for title, curves in panels.items()
     )
 
 

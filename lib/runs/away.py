@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .. import paths
+from ..machine import cores
 from ..spec import RunSpec
 from . import processes, record_files
 from .collect import collect
@@ -211,10 +212,9 @@ def main() -> int:
 
         if not torch.cuda.is_available():
             sys.exit("error: these runs are for a graphics card, and torch sees none here")
-    cores = len(os.sched_getaffinity(0))
     threads = 1 if on_card else max(spec.threads for spec in specs)
     bundles = paths.cache().parent / "records"
-    queue = Queue(specs, bundles, args.workers or max(1, cores // threads), args.settle)
+    queue = Queue(specs, bundles, args.workers or max(1, cores() // threads), args.settle)
     try:
         with processes.interruptible():
             queue.carry_out()

@@ -1,7 +1,7 @@
 """What runs ask of a machine before they start: images, multiply-adds, memory, hours and disk.
 
     demand = demand_of(spec, sizes)  # of one run
-    total = total_of(demands.values(), rates)
+    total = total_of(asked, runs, demands, seconds)
 
 The rule for multiply-adds: a training image counts a forward pass and BACKWARD more for the
 backward pass, also where only a head or the routers learn; a validation image counts a forward
@@ -27,7 +27,6 @@ MOMENTS = 2  # that AdamW keeps of each trained weight
 # bytes that autograd saves for the backward pass for each number that a layer gives out: the
 # medians of the committed records, which lie between 2.5 and 6.6
 SAVED_BYTES = {"bfloat16": 3.5, "float32": 4.3}
-EVALUATED = 250  # images at a time, as `training.evaluate` takes them
 # of a record: its JSON, and its arrays for each test image, as in the committed ones
 RECORD_BYTES, RECORD_BYTES_OF_IMAGE = 20_000, 3
 
@@ -79,7 +78,7 @@ def demand_of(spec: RunSpec, sizes: Sizes, is_kept: bool = False) -> Demand:
     disk = RECORD_BYTES + RECORD_BYTES_OF_IMAGE * images[2]
     if spec.keep or is_kept:
         disk += BYTES * model.parameters
-    return Demand(images, basis, epochs, steps, trained, macs, _memory(spec, model), disk)
+    return Demand(images, basis, epochs, steps, trained, macs, memory_of(spec), disk)
 
 
 def _masked_macs(spec: RunSpec, model: ModelSize, mask: MaskSpec) -> float:
@@ -95,17 +94,22 @@ def _masked_macs(spec: RunSpec, model: ModelSize, mask: MaskSpec) -> float:
     return (1 - mask.ratio) * model.macs + mask.depth * block + ends
 
 
-def _memory(spec: RunSpec, model: ModelSize) -> float:
-    """Computes the bytes that a run holds at its fullest moment.
+def memory_of(spec: RunSpec) -> float:
+    """Computes the bytes that a run holds at its fullest moment, as `step_mib` of
+    `lib.measure.memory` counts those of training on data.
 
     Training: weights, gradients and moments of all parameters (of none but the weights where a head
     or the routers learn), what autograd saves, an average of the weights, a teacher. Evaluation:
-    weights, and a tenth of what a layer-by-layer pass gives out.
+    weights, and a tenth of what a layer-by-layer pass gives out. What pruning takes away is not
+    taken off. Raises ValueError for a model that cannot be built.
     """
+    from ..training.evaluate import BATCH
+
+    model = model_size(spec)
     weights = BYTES * model.parameters
     saved = SAVED_BYTES[spec.dtype] * model.outputs
     if spec.train is None:
-        return weights + EVALUATED * saved / 10
+        return weights + BATCH * saved / 10
     if spec.train.trainable == "head":
         return weights + spec.train.batch * saved / 10
     whole = weights * (2 + MOMENTS) if spec.train.trainable != "routers" else weights
@@ -161,16 +165,12 @@ def total_of(
     asked: Collection[str],
     runs: Mapping[str, RunSpec],
     demands: Mapping[str, Demand],
-    rates: Mapping[tuple[str, str], float],
+    seconds: Mapping[str, float],
 ) -> Total:
-    """Adds up demands. asked: ids that are no mere parents. rates: multiply-adds a second of a
-    thread or a card, by device and dtype."""
+    """Adds up demands. asked: ids that are no mere parents. seconds: that each run takes, by id."""
     hours: dict[str, list[float]] = {}
-    for run, demand in demands.items():
-        spec = runs[run]
-        threads = spec.threads if spec.device == "cpu" else 1
-        seconds = demand.macs / (rates[spec.device, spec.dtype] * threads)
-        hours.setdefault(spec.device, []).append(seconds / 3600)
+    for run in demands:
+        hours.setdefault(runs[run].device, []).append(seconds[run] / 3600)
     listed = demands.values()  # added up by fsum: the same in any order
     return Total(
         runs=len(asked),
@@ -182,6 +182,11 @@ def total_of(
         hours={device: math.fsum(of_device) for device, of_device in hours.items()},
         disk=math.fsum(demand.disk for demand in listed),
     )
+
+
+def seconds_at(rate: float, spec: RunSpec, demand: Demand) -> float:
+    """Returns the seconds of a run at a rate: multiply-adds a second of a card or of a thread."""
+    return demand.macs / (rate * (spec.threads if spec.device == "cpu" else 1))
 
 
 def failing(specs: Iterable[RunSpec]) -> dict[str, int]:

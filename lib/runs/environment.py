@@ -6,10 +6,10 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..machine import version_of
 from ..spec import RunSpec
 
 
@@ -22,20 +22,13 @@ def environment(spec: RunSpec) -> dict[str, Any]:
     accelerator = {} if spec.device == "cpu" else {"accelerator": _accelerator()}
     return {
         "python": platform.python_version(),
-        **{name: _version(name) for name in names},
+        # "none": packed images need no `datasets`
+        **{name: version_of(name, absent="none") for name in names},
         "processor": processor(),
         **accelerator,
         "threads": spec.threads,
         "products": spec.dtype if in_hardware(spec) else f"float32, rounded to {spec.dtype}",
     }
-
-
-def _version(name: str) -> str:
-    """A package's version; "none" where it is not: packed images need no `datasets`."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "none"
 
 
 def _accelerator() -> str:

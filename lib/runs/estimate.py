@@ -23,13 +23,17 @@ from ..spec.base import Spec
 from .environment import environment
 from .index import Facts, digest_of
 from .model_size import model_size
-from .store import DAMAGE, Store, spec_of, verified
+from .store import Store
 
 BACKWARD = 2  # passes that a backward pass counts for: gradients of inputs and of weights
-# Where no record of this processor helps: multiply-adds a second, of a thread (a ViT-S at 56 px
-# reached 2e10 in float32 and 5e10 in bfloat16) and of a graphics card (4e12 on an H200), and what
-# a process takes to start.
-DEFAULT_RATE = {"cpu": 2.5e10, "cuda": 2e12}
+# Where no record of this processor helps: multiply-adds a second, and what a process takes to
+# start. Of a thread: a ViT-S at 56 px reached 2e10 in float32 and 5e10 in bfloat16. Of a card: a
+# ViT-S at 224 px trains 1,600 to 2,300 images a second on an H100 in bfloat16 without compilation
+# (benchmarks of nvSubquadratic, ViT-5-Small, batch 256), which at 4.6e9 multiply-adds an image and
+# three passes is 2.2e13 to 3.2e13: a twentieth of its data sheet. Small images and batches stay
+# below it (at 56 px an H200 reached 4e12).
+DEFAULT_RATE = {"cpu": 2.5e10, "cuda": 2e13}
+BY_DEFAULT = "a default rate"  # the basis of what only that says
 START_SECONDS = 5.0
 # A pruned model is never faster than this share of the whole one's time, by the default rate: small
 # products run below it (seen: a ViT-S at 56 px cut by 95% takes 0.37 of the time).
@@ -52,58 +56,36 @@ class Estimate:
 
 
 class Estimates:
-    """Estimates runs from records.
+    """Estimates runs from what records say: rows of `row_of`, by run."""
 
-    contents: JSON of records, by id; those that failed or that other specs made are left out.
-    """
-
-    def __init__(self, contents: Mapping[str, Mapping[str, Any]]):
-        self._specs = {
-            run: spec
-            for run, content in contents.items()
-            if content.get("status") == "ok"
-            and content.keys() >= NEEDED
-            and (spec := spec_of(content)) is not None
-        }
-        self._contents = {run: contents[run] for run in self._specs}
-        self._learn({run: row_of(self._specs[run], c) for run, c in self._contents.items()})
-
-    @classmethod
-    def of_store(cls, where: Store) -> Estimates:
-        """Estimates from all records of a store, most of which the index knows."""
-        estimates = cls({})
-        estimates._learn({run: facts["row"] for run, facts in where.facts() if facts["row"]})
-        return estimates
-
-    def _learn(self, rows: Mapping[str, Mapping[str, Any]]) -> None:
-        """Computes seconds and rates. rows: as `row_of` makes them, by run."""
+    def __init__(self, rows: Mapping[str, Mapping[str, Any]]):
         self._sizes = _sizes(rows)
         self.seconds = whole_seconds(rows)
-        # seconds for a unit of work, by kind and run
-        self._rates: dict[Hashable, dict[str, float]] = defaultdict(dict)
+        self._rates: dict[Hashable, list[float]] = defaultdict(list)  # seconds for a unit of work
         for run, row in rows.items():
             images = _images(row["images"], self._sizes.get(row["split"]))
             seen = _passes(row["epochs"], images)
             for level, kind in enumerate(row["kinds"]):
                 work = _work(level, row["shrunk"], seen, lambda row=row: row["macs"])
-                self._rates[tuple(row["machine"]), level, kind][run] = self.seconds[run] / work
+                self._rates[tuple(row["machine"]), level, kind].append(self.seconds[run] / work)
 
-    def of(self, spec: RunSpec, machine: Hashable = None, without: str | None = None) -> Estimate:
-        """Estimates a run on this machine.
+    @classmethod
+    def of_store(cls, where: Store) -> Estimates:
+        """Estimates from all records of a store, most of which the index knows."""
+        return cls({run: facts["row"] for run, facts in where.facts() if facts["row"]})
 
-        machine: another one, as in `machine_of_record`. without: id of a record that is not used.
-        """
-        machine = machine or _machine(_environment(spec.dtype, spec.device), spec)
+    def of(self, spec: RunSpec) -> Estimate:
+        """Estimates a run on this machine."""
+        machine = _machine(_environment(spec.dtype, spec.device), spec)
         try:
-            return self._nearest(spec, machine, without)
+            return self._nearest(spec, machine)
         except ValueError:  # its model cannot be built: the run will fail at once and say why
             return Estimate(START_SECONDS, "no such model")
 
-    def _nearest(self, spec: RunSpec, machine: Hashable, without: str | None) -> Estimate:
+    def _nearest(self, spec: RunSpec, machine: Hashable) -> Estimate:
         """Estimates from the nearest kind that has records, else from a default rate."""
         for level, kind in enumerate(map(digest_of, kinds(spec))):
-            known = self._rates.get((machine, level, kind), {})
-            rates = [rate for run, rate in known.items() if run != without]
+            rates = self._rates.get((machine, level, kind))
             if rates:
                 work = _work(level, _shrunk(spec), self.passes(spec), lambda: model_size(spec).macs)
                 seconds = statistics.median(rates) * work
@@ -111,15 +93,7 @@ class Estimates:
         rate = DEFAULT_RATE[spec.device] * (spec.threads if spec.device == "cpu" else 1)
         work = self.passes(spec) * model_size(spec).macs
         work *= max(_left_by_pruning(spec), LEAST_LEFT)
-        return Estimate(START_SECONDS + work / rate, "a default rate")
-
-    def machine_of_record(self, run: str) -> Hashable:
-        """Returns where a record was computed."""
-        return _machine(self._contents[run]["environment"], self._specs[run])
-
-    def spec_of_record(self, run: str) -> RunSpec:
-        """Returns the spec of a record."""
-        return self._specs[run]
+        return Estimate(START_SECONDS + work / rate, BY_DEFAULT)
 
     def passes(self, spec: RunSpec) -> float:
         """Counts the forward passes of single images that training and evaluation are worth."""
@@ -181,7 +155,7 @@ def kinds(spec: RunSpec) -> tuple[Hashable, ...]:
     probes = (spec.experts_off, spec.depth_probe, spec.cam_probe, spec.resident)
     router = None if spec.moe is None else spec.moe.router
     processor = (goal is None, _shrunk(spec), spec.dtype, spec.device, spec.threads)
-    whole_backbone = spec.backbone.but(drop_path=0.0, weights=None)
+    whole_backbone = spec.backbone.but(drop_path=0.0, weights=None, grid=None)
     steps = tuple(name for name, _ in spec.steps)
     backbone = (*processor, whole_backbone, spec.data.image_size, goal, router, steps)
     methods = (*backbone, recipe, probes, *(_words(rules) for _, rules in spec.steps))
@@ -227,18 +201,6 @@ def _machine(place: Mapping[str, Any], spec: RunSpec) -> tuple[str, str]:
 
 
 # ---- what records say
-
-
-def contents_of(where: Store) -> dict[str, dict[str, Any]]:
-    """Reads the JSON of every record of a store, by id; damaged ones are left out."""
-    contents = {}
-    for root in (where.private / "records", where.published):
-        for file in root.glob("*/*.json"):
-            try:
-                contents[file.stem] = verified(file)
-            except DAMAGE:  # or it is just being replaced
-                continue
-    return contents
 
 
 def facts_of(content: Mapping[str, Any], spec: RunSpec | None) -> Facts:

@@ -233,7 +233,7 @@ class _Run:
     def _teacher(self, splits: Splits, parent: dict[str, Tensor] | None) -> nn.Module | None:
         """The parent as it was, where its gates or logits are distilled; else None."""
         spec = self.spec
-        if spec.train.distil == "none" and not spec.train.distil_logits:
+        if not spec.train.has_teacher:
             return None
         from .restore import restored
 

@@ -76,18 +76,14 @@ def marks_of(file: str | Path) -> list[Any] | None:
     """Returns the marks of the JSON of a record and of its arrays; None where there is no JSON."""
     name = str(file)
     try:
-        marks = [_marks(os.stat(name))]
+        marks = [list(paths.marks_of(os.stat(name)))]  # lists, as JSON gives them back
     except OSError:
         return None
     try:
-        marks.append(_marks(os.stat(name.removesuffix(".json") + ".npz")))
+        marks.append(list(paths.marks_of(os.stat(name.removesuffix(".json") + ".npz"))))
     except OSError:
         marks.append(None)
     return marks
-
-
-def _marks(stat: os.stat_result) -> list[int]:
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
 @functools.cache
@@ -96,6 +92,12 @@ def _code() -> str:
     files = [*sorted((paths.LIB / "spec").glob("*.py"))]
     files += [paths.LIB / "runs" / f"{name}.py" for name in ("index", "store", "estimate")]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def checksum_of(content: Any) -> str:
+    """Computes the SHA-256 over a content of JSON, whatever white space its file has."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def digest_of(content: Any) -> str:

@@ -15,6 +15,8 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
 
+from ..machine import cores
+
 POLL_SECONDS = 0.5
 UNWIND_SECONDS = 10.0  # that a process is given to end what it started itself
 ENDING = tuple(
@@ -87,7 +89,7 @@ def pool(workers: int | None = None) -> Pool:
     """Opens a bounded local process pool for `collect`; each worker starts clean (spawn), so torch
     threads do not collide, and ends with the process that opened the pool, however that ends."""
     return Pool(
-        workers or os.cpu_count(),
+        workers or cores(),
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_end_with_the_pool,
     )

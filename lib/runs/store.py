@@ -25,7 +25,7 @@ import numpy as np
 
 from .. import paths
 from ..spec import RunSpec
-from .index import Facts, Index, marks_of
+from .index import Facts, Index, checksum_of, marks_of
 
 # entries that may differ where a result is the same
 TIMING = ("timing", "created", "environment", "code", "checksum", "spec", "arrays", "resumed")
@@ -280,7 +280,7 @@ class Store:
                 np.savez_compressed(out, **arrays)
             hashes = {"file": _sha(arrays_file.read_bytes()), "content": _content(arrays)}
             content = content | {"arrays": hashes}
-        content = content | {"checksum": _checksum(content)}
+        content = content | {"checksum": checksum_of(content)}
         with paths.written_whole(file) as part:
             part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
         return Record(spec, content, file)
@@ -332,13 +332,13 @@ def _fault(content: Any, run: str) -> str | None:
     if not isinstance(content, dict) or "checksum" not in content:
         return "no checksum"
     hashed = {name: value for name, value in content.items() if name != "checksum"}
-    if content["checksum"] != _checksum(hashed):
+    if content["checksum"] != checksum_of(hashed):
         return "its checksum does not match its content"
     if content.get("id") != run:
         return f"it holds run {content.get('id')}"
     if not isinstance(content.get("spec"), dict):
         return "it has no spec"
-    if "semantics" in content and _checksum(content["semantics"])[: len(run)] != run:
+    if "semantics" in content and checksum_of(content["semantics"])[: len(run)] != run:
         return "what its spec meant when it was made hashes to another id"
     status, error = content.get("status"), content.get("error")
     if status not in ("ok", "failed"):
@@ -368,12 +368,6 @@ def _integer(digits: str) -> int:
 
 def _refuse_number(name: str) -> None:
     raise ValueError(f"it holds {name}, which is no number of JSON")
-
-
-def _checksum(content: Any) -> str:
-    """Computes the SHA-256 over a content of JSON, whatever white space its file has."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return _sha(text.encode())
 
 
 def _content(arrays: dict[str, np.ndarray]) -> str:

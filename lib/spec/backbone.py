@@ -14,7 +14,7 @@ class BackboneSpec(Spec):
 
     name: FolderName = "vit_tiny_patch16_224"  # timm architecture
     # None = random | dinov2-s14-saliency | timm | in MOE_WEIGHTS: file:NAME, pth:NAME@SHA256,
-    # satmae:NAME@SHA256, vmoe:NAME@SHA256
+    # satmae:NAME@SHA256, vmoe:PREFIX@SHA256
     weights: FileName | None = None
     # rows and columns of the position embeddings in a file, where its weights do not say
     grid: Annotated[tuple[Size, Size], Field(strict=False)] | None = None
@@ -36,7 +36,7 @@ class BackboneSpec(Spec):
             raise ValueError(
                 f"grid={self.grid} is of the positions in a weight file; weights={self.weights!r} "
                 "is none: leave it at None, or name a file (file:NAME, pth:NAME@SHA256, "
-                "satmae:NAME@SHA256, vmoe:NAME@SHA256)"
+                "satmae:NAME@SHA256, vmoe:PREFIX@SHA256)"
             )
         return self
 

@@ -90,6 +90,11 @@ class DataSpec(Spec):
         return TITLES.get(self.name, self.name)
 
     @property
+    def training_images(self) -> str:
+        """Says how many training images are asked for: "10,000 training images", or all."""
+        return f"{'all' if self.train is None else f'{self.train:,}'} training images"
+
+    @property
     def in_folder(self) -> bool:
         """Says whether the images are looked for in a folder under MOE_DATA."""
         return self.name != PACKAGED and not self.name.startswith("hub:")

@@ -109,7 +109,7 @@ class RunSpec(Spec):
         size = f" of width {back.width} and depth {back.depth}" if back.width and back.depth else ""
         parts = [
             f"{data.title} at {data.image_size} px",
-            "all training images" if data.train is None else f"{data.train:,} training images",
+            data.training_images,
             f"`{back.name}`{size} from {start}",
         ]
         if train is not None:

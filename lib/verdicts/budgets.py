@@ -51,17 +51,17 @@ class Candidate:
 
 
 def candidates(
-    records: Mapping[str, Sequence[Any]], forward: Mapping[str, float], dense: str = "dense"
+    records: Mapping[str, Sequence[Any]], forward: Mapping[str, float]
 ) -> list[Candidate]:
-    """Makes a candidate of each name that has a finished record; none without one of the dense.
+    """Makes a candidate of each name that has a finished record; none without one of "dense".
 
     records: by name, one a seed. forward: times of a forward pass by name, in percent of that of
     the dense model. Sizes and training are those of the first record.
     """
     done = {name: tuple(finished(group)) for name, group in records.items()}
-    if not done.get(dense):
+    if not done.get("dense"):
         return []
-    whole = done[dense][0]
+    whole = done["dense"][0]
     by_id = {record.id: record for group in done.values() for record in group}
     models = []
     for name, group in done.items():

@@ -25,8 +25,8 @@ from .claims import Verdict, judge, judge_jointly
 from .ledger import Claim
 from .moderated import study_prior
 from .sizes import Family, retained_change
-from .stats import Interval, beyond_line, finished, paired_difference
-from .values import Value, same_seed, value_difference, value_interval
+from .stats import Interval, beyond_line, finished, paired_difference, same_seed
+from .values import Value, value_difference, value_interval
 
 if TYPE_CHECKING:
     from .moderated import SeedPrior

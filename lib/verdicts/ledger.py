@@ -76,8 +76,6 @@ class Cell(_Entry):
 
     def size(self, study: str) -> float:
         """Returns the size as it is printed; raises ValueError unless each row is there once."""
-        from . import papers  # pandas, which the planning of runs does without
-
         frame = papers.table(study, self.table)
         value = self._value(frame, self.of)
         # printed values have few digits, their binary difference has many
@@ -146,8 +144,6 @@ class Claim(_Entry):
     @property
     def is_derived(self) -> bool:
         """Says whether the published size was computed from what is printed, such as shapes."""
-        from . import papers
-
         if not isinstance(self.published, Cell):
             return False
         table = papers.table(self.study, self.published.table)

@@ -11,15 +11,25 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["cohesion", "differ_by_label", "first_choices", "probe_labels", "probes_of_classes"]
+__all__ = [
+    "CLASS_TOKENS",
+    "cohesion",
+    "differ_by_label",
+    "first_choices",
+    "probe_labels",
+    "probes_of_classes",
+]
 
 
-def first_choices(record: Any, layer: int, prefix: int = 1) -> np.ndarray:
+CLASS_TOKENS = 1  # before the patches, in the tokens of records
+
+
+def first_choices(record: Any, layer: int) -> np.ndarray:
     """Returns (P, h, w) the expert that each patch of the probe images has as its first choice.
 
-    The grid of patches is square, after `prefix` tokens that are no patches.
+    The grid of patches is square.
     """
-    patches = record.arrays["token_expert"][layer][:, prefix:]
+    patches = record.arrays["token_expert"][layer][:, CLASS_TOKENS:]
     side = round(patches.shape[1] ** 0.5)
     return patches.reshape(-1, side, side)
 

@@ -8,7 +8,6 @@ from itertools import combinations
 from typing import Any
 
 from .stats import Interval, paired_difference
-from .values import same_seed
 
 
 @dataclass(frozen=True)
@@ -68,27 +67,17 @@ class PrintedCells(dict[str, Cell]):
         return {label: ratio for label, ratio in ratios if label in wanted}
 
 
-def gain_over(records: Sequence[Any], reference: Sequence[Any]) -> Interval | None:
-    """Computes how much test top-1 records gain over a reference, in points.
-
-    Paired by the seeds that both have; without one in common, the means are compared. None without
-    a record of either.
-    """
-    shared = list(zip(*same_seed(records, reference), strict=True))
-    return paired_difference(*(shared or (records, reference)))
-
-
 def gains_in_order(
     records_of: Mapping[str, Sequence[Any]], printed: Mapping[str, float]
 ) -> list[Interval | None]:
     """Computes what the higher setting of each pair that printed values order gains over the other.
 
     Pairs of equal printed values are in no order and left out. records_of: the records of each
-    setting. In points, as in `gain_over`: None without a record of either.
+    setting. In points: test top-1, as in `paired_difference`; None without a record of either.
     """
     pairs = [sorted(pair, key=printed.__getitem__) for pair in combinations(printed, 2)]
     return [
-        gain_over(records_of.get(higher, ()), records_of.get(lower, ()))
+        paired_difference(records_of.get(higher, ()), records_of.get(lower, ()))
         for lower, higher in pairs
         if printed[lower] < printed[higher]
     ]
@@ -102,7 +91,7 @@ def beyond_printed(
     So the levels of two data sets or budgets drop out. printed_gain: printed top-1 less that of the
     reference. None without a record of either.
     """
-    gain = gain_over(records, reference)
+    gain = paired_difference(records, reference)
     if gain is None:
         return None
     low, high = (None if end is None else end - printed_gain for end in (gain.low, gain.high))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .stats import Interval, finished, mean_interval
-from .values import Value, same_seed, value_interval
+from .stats import Interval, finished, mean_interval, same_seed
+from .values import Value, value_interval
 
 
 def saved_percent(

@@ -55,6 +55,7 @@ __all__ = [
     "mean_interval",
     "paired_difference",
     "retained",
+    "same_seed",
     "second_stage",
     "seed_differences",
     "seed_of",
@@ -128,12 +129,11 @@ def sources_of_chance(estimates: Sequence[Interval]) -> str:
     return "seeds, some over test images as well" if any(of_images) else "seeds"
 
 
-def mean_interval(values: Sequence[float], prior: SeedPrior | None = None) -> Interval:
+def mean_interval(values: Sequence[float]) -> Interval:
     """Computes the mean of one number per seed and its 95% interval, Student's t.
 
     It is that of any number of seeds: a bootstrap of ten or twenty values would be too narrow.
-    prior: of the variance of the values, which moderates it. Raises ValueError for no values, and
-    values that are not finite.
+    Raises ValueError for no values, and values that are not finite.
     """
     x = np.asarray(list(values), float)
     if x.size == 0 or not np.isfinite(x).all():
@@ -146,12 +146,9 @@ def mean_interval(values: Sequence[float], prior: SeedPrior | None = None) -> In
         return Interval(mean, None, None, n)
     # equal values differ in the last digit once their mean is taken off
     variance, degrees = float(x.var(ddof=1)) if np.ptp(x) else 0.0, float(n - 1)
-    if prior is not None:
-        variance, degrees = prior.moderate(variance, degrees)
     half = float(_stats.t.ppf((1 + LEVEL) / 2, degrees) * np.sqrt(variance / n))
-    method = "t 95%" if prior is None else "moderated t 95%"
     law = Law(mean, 0.0, variance / n, degrees)
-    return Interval(mean, mean - half, mean + half, n, method, law=law)
+    return Interval(mean, mean - half, mean + half, n, "t 95%", law=law)
 
 
 def finished(records: Sequence[Any]) -> list[Any]:
@@ -180,24 +177,19 @@ def _correct(records: Sequence[Any]) -> np.ndarray:
     return np.stack(right).astype(float)
 
 
-def accuracy_interval(
-    records: Sequence[Any],
-    rng: np.random.Generator | None = None,
-    prior: SeedPrior | None = None,
-) -> Interval | None:
+def accuracy_interval(records: Sequence[Any]) -> Interval | None:
     """Computes test top-1 over the seeds of one setting, in percent, with its 95% interval.
 
     The interval is the hierarchical bootstrap's.
 
     records: one per seed; absent and failed ones are left out (n shows it). None if nothing is
-    left. rng: default generator 0, so that a page prints the same digits each time. prior: of the
-    variance between the seeds of a setting, in squared percent.
+    left.
     """
     records = finished(records)
     if not records:
         return None
     y = _correct(records)
-    return _around(float(y.mean()), y, rng, prior)
+    return _around(float(y.mean()), y)
 
 
 def seed_of(record: Any) -> tuple[int, str]:
@@ -208,17 +200,16 @@ def seed_of(record: Any) -> tuple[int, str]:
     return record.spec.seed, record.spec.device
 
 
-def _pair_by_seed(a: list[Any], b: list[Any]) -> tuple[list[Any], list[Any], bool]:
-    """Puts finished records in pairs by seed and device, if the sides share any.
+def same_seed(*settings: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Returns the finished records of the seeds that all settings share, one tuple a seed.
 
-    Returns both sides, and whether they are paired; if not, they are as given.
+    settings: records of one setting each, one a seed; a tuple has one record of each setting, in
+    their order. Seeds come in rising order. A seed that any setting lacks, or has on another
+    device, is left out, so that records of different seeds never meet.
     """
-    by_seed = [{seed_of(record): record for record in side} for side in (a, b)]
-    shared = sorted(by_seed[0].keys() & by_seed[1].keys())
-    if not shared:
-        return a, b, False
-    a, b = ([side[seed] for seed in shared] for side in by_seed)
-    return a, b, True
+    by_seed = [{seed_of(record): record for record in finished(records)} for records in settings]
+    shared = set.intersection(*map(set, by_seed))
+    return [tuple(records[seed] for records in by_seed) for seed in sorted(shared)]
 
 
 def _beside(records: list[Any], whole: list[Any]) -> list[Any]:
@@ -231,9 +222,10 @@ def seed_differences(records_a: Sequence[Any], records_b: Sequence[Any]) -> np.n
 
     None if a side has no finished record or the seeds cannot be paired (see `paired_difference`).
     """
-    a, b, paired = _pair_by_seed(finished(records_a), finished(records_b))
-    if not a or not b or not paired:
+    pairs = same_seed(records_a, records_b)
+    if not pairs:
         return None
+    a, b = zip(*pairs, strict=True)
     accuracies = 100 * _correct([*a, *b]).mean(1)
     return accuracies[: len(a)] - accuracies[len(a) :]
 
@@ -254,13 +246,15 @@ def paired_difference(
     a, b = finished(records_a), finished(records_b)
     if not a or not b:
         return None
-    a, b, paired = _pair_by_seed(a, b)
+    paired = same_seed(a, b)
+    if paired:
+        a, b = zip(*paired, strict=True)
     # (S, I) and (S', I)
     y = _correct([*a, *b])
     ya, yb = y[: len(a)], y[len(a) :]
     mean, n = 100 * float(ya.mean() - yb.mean()), min(len(a), len(b))
     if n < MIN_SEEDS:
-        return Difference(mean, None, None, n, paired=paired)
+        return Difference(mean, None, None, n, paired=bool(paired))
     rng = rng or np.random.default_rng(0)
     if paired:
         draws, law = draw_means(ya - yb, ya.mean(0) - yb.mean(0), prior, rng, RESAMPLES)
@@ -272,21 +266,15 @@ def paired_difference(
     if paired and prior is not None:
         method += ", moderated"
     law = law.in_percent(mean)
-    return Difference(mean, float(low), float(high), n, method, above, paired, law=law)
+    return Difference(mean, float(low), float(high), n, method, above, bool(paired), law=law)
 
 
-def retained(
-    records: Sequence[Any],
-    whole: Sequence[Any],
-    rng: np.random.Generator | None = None,
-    prior: SeedPrior | None = None,
-) -> Interval | None:
+def retained(records: Sequence[Any], whole: Sequence[Any]) -> Interval | None:
     """Computes test top-1 of the records in percent of that of the model they were made from.
 
     whole: records of that model, of which the first finished one counts. The interval is the
     hierarchical bootstrap's, over test images (of both, paired) and over seeds of the records: the
-    model is one. prior: of the variance between the seeds of such a share, in squared percent.
-    None if a side has no finished record.
+    model is one. None if a side has no finished record.
     """
     smaller_models, whole_model = finished(records), finished(whole)[:1]
     if not smaller_models or not whole_model:
@@ -298,7 +286,7 @@ def retained(
     y_smaller, y_whole = y[:-1], y[-1]
     ratio = float(y_smaller.mean() / y_whole.mean())
     # how the ratio moves with an image, to first order
-    return _around(ratio, (y_smaller - ratio * y_whole) / y_whole.mean(), rng, prior)
+    return _around(ratio, (y_smaller - ratio * y_whole) / y_whole.mean())
 
 
 def beyond_line(
@@ -306,8 +294,6 @@ def beyond_line(
     family: Sequence[Sequence[Any]],
     whole: Sequence[Any],
     size: str = "params_stored",
-    rng: np.random.Generator | None = None,
-    prior: SeedPrior | None = None,
 ) -> Interval | None:
     """Computes test top-1 of the records less what a rival reaches at their size, in points.
 
@@ -318,8 +304,7 @@ def beyond_line(
     a seed that a neighbour of its size lacks. The interval is the hierarchical bootstrap's, paired
     over test images. Where a neighbour that has a share of the line of CARRIES or more ran once,
     that seed may be a lucky one: n is 1 and there is no interval, however many seeds ours has. The
-    whole model is one and does not count. prior: of the variance between the seeds of such a
-    difference, in squared points. None if nothing is left.
+    whole model is one and does not count. None if nothing is left.
     """
     whole_model = finished(whole)[:1]
     levels = [finished(level) for level in family]
@@ -342,7 +327,7 @@ def beyond_line(
     y = np.stack(differences)
     if rival_ran_once:
         return Interval(100 * float(y.mean()), None, None, 1)
-    return _around(float(y.mean()), y, rng, prior)
+    return _around(float(y.mean()), y)
 
 
 def _of_seed(level: list[Any], record: Any) -> Any:
@@ -360,22 +345,18 @@ def _between(at: float, line: list[Any], size: str) -> np.ndarray:
     return np.array([np.interp(at, sizes, unit) for unit in np.eye(len(line))])
 
 
-def _around(
-    mean: float, y: np.ndarray, rng: np.random.Generator | None, prior: SeedPrior | None
-) -> Interval:
+def _around(mean: float, y: np.ndarray) -> Interval:
     """Puts an interval around a mean by the spread of the mean of y (S, I) over images and seeds.
 
-    mean, y: as shares; the interval is in percent, and absent with few seeds. prior: in squared
-    percent.
+    mean, y: as shares; the interval is in percent, and absent with few seeds.
     """
     if len(y) < MIN_SEEDS:
         return Interval(100 * mean, None, None, len(y))
-    rng = rng or np.random.default_rng(0)
-    draws, law = draw_means(y, y.mean(0) - y.mean(), prior, rng, RESAMPLES)
+    rng = np.random.default_rng(0)  # so that a page prints the same digits each time
+    draws, law = draw_means(y, y.mean(0) - y.mean(), None, rng, RESAMPLES)
     low, high = 100 * (mean + np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
-    method = f"{BOOTSTRAP} 95%" + (", moderated" if prior is not None else "")
     law = law.in_percent(100 * mean)
-    return Interval(100 * mean, float(low), float(high), len(y), method, law=law)
+    return Interval(100 * mean, float(low), float(high), len(y), f"{BOOTSTRAP} 95%", law=law)
 
 
 def second_stage(estimate: Interval | None, size: float) -> int | None:

@@ -7,21 +7,21 @@ resampled there as well as seeds. Here each record gives one number, and only se
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from .stats import Interval, finished, mean_interval, seed_of
-
-if TYPE_CHECKING:
-    from .moderated import SeedPrior
+from .stats import Interval, finished, mean_interval, same_seed
 
 Value = Callable[[Any], float | None]  # from a record to one of its numbers; None = it has none
 
 
-def first_epoch_top1(record: Any) -> float:
-    """Returns validation top-1 after the first epoch, in percent: how fast a model learns."""
-    return next(row["val_top1"] for row in record.history if row["epoch"] >= 1)
+def top1_after(record: Any, epoch: int = 1) -> float | None:
+    """Returns validation top-1 after an epoch, in percent: how fast a model learns.
+
+    None where training ended before.
+    """
+    return next((row["val_top1"] for row in record.history if row["epoch"] >= epoch), None)
 
 
 def best_epoch_top1(record: Any) -> float:
@@ -53,18 +53,6 @@ def largest_class(record: Any) -> float:
     return 100 * float(counts.max() / counts.sum())
 
 
-def same_seed(*settings: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """Returns the finished records of the seeds that all settings share, one tuple a seed.
-
-    settings: records of one setting each, one a seed; a tuple has one record of each setting, in
-    their order. Seeds come in the order of the first setting. A seed that any setting lacks, or has
-    on another device, is left out, so that records of different seeds never meet.
-    """
-    by_seed = [{seed_of(record): record for record in finished(records)} for records in settings]
-    shared = [seed for seed in by_seed[0] if all(seed in records for records in by_seed)]
-    return [tuple(records[seed] for records in by_seed) for seed in shared]
-
-
 def value_interval(records: Sequence[Any], value: Value) -> Interval | None:
     """Computes the mean of a number over the finished records of one setting and its interval.
 
@@ -75,15 +63,14 @@ def value_interval(records: Sequence[Any], value: Value) -> Interval | None:
 
 
 def value_difference(
-    records_a: Sequence[Any],
-    records_b: Sequence[Any],
-    value: Value,
-    prior: SeedPrior | None = None,
+    records_a: Sequence[Any], records_b: Sequence[Any], value: Value
 ) -> Interval | None:
     """Computes the mean difference a - b of a number, paired by seed, and its interval.
 
-    The interval is that of the differences, one a shared seed. prior: of the variance of such
-    differences over the seeds, in the squared unit. None without a shared seed.
+    The interval is that of the differences, one a shared seed. None without a shared seed, and
+    where a record lacks the number.
     """
-    differences = [value(a) - value(b) for a, b in same_seed(records_a, records_b)]
-    return mean_interval(differences, prior=prior) if differences else None
+    pairs = [(value(a), value(b)) for a, b in same_seed(records_a, records_b)]
+    if not pairs or any(None in pair for pair in pairs):
+        return None
+    return mean_interval([a - b for a, b in pairs])

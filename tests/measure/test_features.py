@@ -36,13 +36,16 @@ def mean_patch(tokens, prefix):
     ],
 )
 @pytest.mark.parametrize("mixture", [False, True])
-def test_of_the_class_token_or_of_the_mean_patch(options, prefix, has_class_token, mixture):
+def test_of_the_class_token_or_of_the_mean_patch(
+    options, prefix, has_class_token, mixture, monkeypatch
+):
+    monkeypatch.setattr("lib.measure.features.BATCH", 2)
     torch.manual_seed(0)
     # a norm before the pooling, too: by default models without class token have it behind
     model = timm.create_model("vit_tiny_patch16_224", **VIT, **options, fc_norm=False).eval()
     if mixture:
         upcycle(model, MoESpec(layers=1, experts=2, router="token"))
-    first, last = features(model, FiveImages(), RunSpec(), batch=2)
+    first, last = features(model, FiveImages(), RunSpec())
     with torch.no_grad():
         tokens = model.forward_features(IMAGES)
     wanted = tokens[:, 0] if has_class_token else mean_patch(tokens, prefix)

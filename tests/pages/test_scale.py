@@ -8,7 +8,9 @@ import socket
 import pytest
 
 from lib.__main__ import main
-from lib.pages import contents, parameters, profiles, scale, scale_page
+from lib.pages import contents, missing, parameters, profiles, scale, scale_page
+from lib.runs import order
+from lib.runs.estimate import Estimate
 
 DOCUMENTS = ("vimoe", "durham", "leiden", "expert_pruning", "moee")
 
@@ -51,11 +53,57 @@ def test_a_page_lists_its_runs_their_price_and_what_is_missing(capsys):
     command = ["run", "leiden/taylor", "--profile", "paper", "--dry", "--rate", "1e12"]
     assert main(command) == 0
     text = capsys.readouterr().out
-    assert "  missing  seed 0" in text and "1e+12 multiply-adds a second, as given" in text
+    assert "  missing  seed 0" in text and "Hours: at 1e+12 multiply-adds a second" in text
     assert "weights timm of vit_base_patch16_224: not here" in text
     assert "data set m-forestnet: not here" in text and "refused" not in text
     assert main([*command[:-1], "0"]) == 2
     assert "--rate 0.0: give multiply-adds a second above 0" in capsys.readouterr().err
+
+
+def test_hours_are_those_that_fill_expects(monkeypatch):
+    keys = ["durham/recipe", "vimoe/frontier"]
+    expected = {}
+
+    class Known:
+        def of(self, spec):
+            expected[spec.id] = 3600.0 * (1 + len(expected))
+            return Estimate(expected[spec.id], "2 x another seed")
+
+    monkeypatch.setattr(scale, "_known", Known)
+    pages = scale.runs_of(keys, "small")
+    plan = scale.priced(pages, "small")
+    assert plan.total.hours == {"cpu": pytest.approx(sum(expected.values()) / 3600)}
+    assert f"of {len(expected)} runs {len(expected)} by records" in plan.pace
+    # what a plan says is left of a run goes first; what it does not list is there already
+    child = next(run for run in pages["durham/recipe"] if run.init is not None)
+    left = {child.id: Estimate(1800.0, "a default rate")}
+    plan = scale.priced({"durham/recipe": [child]}, "small", None, left)
+    assert plan.total.hours == {"cpu": 0.5} and (plan.total.runs, plan.total.parents) == (1, 0)
+    assert "of 1 run 0 by records" in plan.pace and "at an assumed rate" in plan.pace
+    # a parent that is missing counts, also where nobody has estimated it yet
+    both = left | {child.init.id: None}
+    plan = scale.priced({"durham/recipe": [child]}, "small", None, both)
+    assert plan.total.hours == {"cpu": pytest.approx(0.5 + expected[child.init.id] / 3600)}
+    assert plan.total.parents == 1
+    # a rate is for all: both give other hours
+    assert scale.priced({"durham/recipe": [child]}, "small", 1e9, left).total.hours != {"cpu": 0.5}
+
+
+@pytest.mark.parametrize("on_cpu", (False, True))  # True: in the place of runs for a card
+def test_both_tables_of_fill_say_the_same_time(on_cpu):
+    page = "expert_pruning/scores" if on_cpu else "vimoe/frontier"
+    (grid,) = scale.runs_of([page], "small").values()
+    specs = [spec for spec in grid if not on_cpu or spec.device == "cuda"][:3]
+    specs = [spec.on("cpu") for spec in specs]
+    purpose = order.Purpose(page, "all", tuple(spec.id for spec in specs))
+    items = tuple(
+        order.Item(spec, Estimate(seconds, "1 x another seed"), (purpose,), frozenset())
+        for spec, seconds in zip(specs, (3600.0, 1800.0, 5400.0), strict=True)
+    )
+    plan = order.Plan(items, (purpose,))
+    assert "still missing then: 3 runs, 3.0 h" in missing.listing(plan, 0.0, 1)
+    priced = missing.price(plan, "small", [page], None)
+    assert "3.0 cpu" in next(line for line in priced.splitlines() if line.startswith(page))
 
 
 def test_a_study_is_planned_or_computed_but_not_run(capsys):

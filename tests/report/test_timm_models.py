@@ -6,7 +6,6 @@ import pytest
 
 from lib import paths
 from lib.report import timm_models
-from lib.runs.estimate import contents_of
 from lib.runs.store import Store
 
 SAID = {
@@ -129,4 +128,4 @@ def test_the_committed_file_is_whole_and_no_record_of_a_run(tmp_path):
     copied.parent.mkdir(parents=True)
     copied.write_bytes(timm_models.FILE.read_bytes())
     where = Store(tmp_path, tmp_path / "cache")
-    assert contents_of(where) == {} and where.find(copied.stem) is None
+    assert list(where.facts()) == [] and where.find(copied.stem) is None

@@ -23,6 +23,7 @@ from lib.runs import cluster, cluster_workers, needs
 from lib.runs import collect as runs
 from lib.runs import fill as filling
 from lib.runs.cluster_workers import Workers
+from lib.runs.demand import memory_of
 from lib.runs.estimate import Estimate
 from lib.runs.execute import execute
 from lib.runs.order import missing
@@ -442,7 +443,9 @@ def test_what_a_run_asks_for(home):
     squares(home)
     content, _ = execute(SQUARES, str(home / "states"))
     counted = content["memory"]["total"] * 2**20
-    assert 0.8 * counted < needs.step_bytes(SQUARES) < 2.5 * counted
+    assert 0.5 * counted < memory_of(SQUARES) < 2 * counted
+    # the estimate that plans print
+    assert needs.of(SQUARES) == {"MEMORY": needs.START_BYTES + memory_of(SQUARES)}
     assert needs.of(SQUARES.but(device="cuda"))["GPU"] == 1
     assert needs.of(SQUARES.but(train=None))["MEMORY"] < needs.of(SQUARES)["MEMORY"]
 

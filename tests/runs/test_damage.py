@@ -19,7 +19,7 @@ from lib.pages import manifest, status
 from lib.runs import collect as runs
 from lib.runs import states
 from lib.runs import store as store_module
-from lib.runs.estimate import Estimates, contents_of
+from lib.runs.estimate import Estimates
 from lib.runs.store import Store
 from lib.spec import BackboneSpec, DataSpec, RunSpec, TrainSpec
 from lib.training import checkpoint, loop
@@ -47,7 +47,7 @@ def file_record(where, entries=None, spec=SPEC, published=False):
         "test": {"top1": 50.0},
     } | (entries or {})
     content = {name: value for name, value in content.items() if value is not None}
-    content["checksum"] = store_module._checksum(content)
+    content["checksum"] = store_module.checksum_of(content)
     root = where.published if published else where.private / "records"
     file = root / spec.study / f"{spec.id}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ def test_damaged_record_is_set_aside_wherever_it_is_read(where, monkeypatch, nam
     only_whole = ("arrays are a list", "spec of another run")
     assert status.content_of(SPEC.id) == {} or name in only_whole
     manifest.records_now([SPEC.id])
-    Estimates(contents_of(where)).of(SPEC)
+    Estimates.of_store(where).of(SPEC)
     with pytest.warns(UserWarning, match=rf"record {SPEC.id}.json .* is damaged \(.+\)"):
         assert runs.load({"a": [SPEC]}, where) == {"a": [None]}
     [aside] = where.damaged.glob(f"*/{SPEC.id}.json")
@@ -128,7 +128,7 @@ def test_a_record_that_may_not_be_read_is_set_aside(where, monkeypatch):
         return real(self, **options)
 
     monkeypatch.setattr(type(file), "read_text", read_text)
-    assert contents_of(where) == {}
+    assert list(where.facts()) == []
     with pytest.warns(UserWarning, match="damaged .*Permission denied.* moved to"):
         assert runs.load({"a": [SPEC]}, where) == {"a": [None]}
     assert len(list(where.damaged.glob(f"*/{file.name}"))) == 1

@@ -27,7 +27,6 @@ PATCH_MACS = PATCHES * 14 * 14 * 3 * D
 # queries, keys, values and what joins the heads; both maps of the MLP; two products of N x N
 BLOCK_MACS = TOKENS * (4 * D * D + 2 * D * H) + 2 * TOKENS * TOKENS * D
 VIT_MACS = PATCH_MACS + 12 * BLOCK_MACS + 2 * D  # a head for two classes, as skeletons have it
-RATES = {("cuda", "bfloat16"): 2e13, ("cuda", "float32"): 1e13, ("cpu", "float32"): 1e10}
 
 
 def test_a_dense_run_by_hand():
@@ -39,10 +38,13 @@ def test_a_dense_run_by_hand():
     # forward and twice that backward for each of 100 epochs, validation before and after each
     seen = 3 * 100 * 45_000 + 101 * 5_000 + 10_000
     assert asked.macs == seen * VIT_MACS
-    total = demand.total_of([DENSE.id], {DENSE.id: DENSE}, {DENSE.id: asked}, RATES)
+    seconds = {DENSE.id: demand.seconds_at(2e13, DENSE, asked)}
+    total = demand.total_of([DENSE.id], {DENSE.id: DENSE}, {DENSE.id: asked}, seconds)
     assert total.hours == {"cuda": pytest.approx(seen * VIT_MACS / 2e13 / 3600)}
     assert 1.1 < total.hours["cuda"] < 1.3  # 14 million passes of 6.1e9 at 2e13 a second
     assert asked.disk == 20_000 + 3 * 10_000
+    on_cpu = DENSE.on("cpu").but(threads=4)  # a rate is of a thread there
+    assert demand.seconds_at(1e10, on_cpu, asked) == pytest.approx(seen * VIT_MACS / 4e10)
 
 
 def test_a_mixture_with_a_shared_expert_by_hand():
@@ -89,8 +91,9 @@ def test_parents_count_once_and_keep_their_weights():
     child = DENSE.but(init=DENSE, seed=1)
     runs = demand.with_parents([child, child.but(seed=2)])
     demands = demand.demands_of(runs, demand.published_sizes)
-    total = demand.total_of(list(runs)[:2], runs, demands, RATES)
+    total = demand.total_of(list(runs)[:2], runs, demands, dict.fromkeys(runs, 1800.0))
     assert (total.runs, total.parents, total.epochs) == (2, 1, 300.0)
+    assert total.hours == {"cuda": 1.5}
     weights = 4 * demand.model_size(DENSE).parameters
     assert total.disk == 3 * (20_000 + 3 * 10_000) + weights
 

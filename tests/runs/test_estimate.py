@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import pytest
 
+from lib.runs import estimate as module
 from lib.runs.environment import environment
 from lib.runs.estimate import (
     DEFAULT_RATE,
     LEAST_LEFT,
     START_SECONDS,
     Estimates,
-    contents_of,
+    facts_of,
     kinds,
     row_of,
     whole_seconds,
 )
 from lib.runs.model_size import model_size
-from lib.runs.store import Store, store
+from lib.runs.store import Store, spec_of, store, verified
 from lib.spec import BackboneSpec, DataSpec, MoESpec, PruneSpec, RunSpec, TrainSpec
 
 RUN = RunSpec(
@@ -47,9 +48,9 @@ def content(spec, seconds, macs=1000.0, **changes):
 
 def estimates(*contents):
     """Estimates from records, by the ids of their specs."""
-    by_id = {RunSpec.model_validate(c["spec"], strict=False).id: c for c in contents}
-    assert len(by_id) == len(contents)
-    return Estimates(by_id)
+    rows = {spec_of(c).id: row_of(spec_of(c), c) for c in contents}
+    assert len(rows) == len(contents)
+    return Estimates(rows)
 
 
 def test_other_seeds_of_the_same_run_are_nearest():
@@ -59,10 +60,9 @@ def test_other_seeds_of_the_same_run_are_nearest():
     assert (estimate.seconds, estimate.basis) == (14.0, "3 x another seed")  # their median
 
 
-def test_a_record_may_be_left_out():
+def test_a_record_of_its_own_counts_as_well():
     known = estimates(content(RUN, 10.0), content(RUN.but(seed=1), 30.0))
     assert known.of(RUN).seconds == 20.0  # a parent that is computed again has its own record
-    assert known.of(RUN, without=RUN.id).seconds == 30.0
 
 
 def test_the_same_model_is_scaled_by_its_passes():
@@ -111,9 +111,10 @@ def test_other_processors_and_failed_runs_say_nothing():
     )
     failed = content(RUN.but(seed=3), 10.0) | {"status": "failed"}
     old = content(RUN.but(seed=4), 10.0)
-    known = Estimates({"1": other, "2": rounded, "3": failed, "4": old | {"spec": {"shape": 1}}})
-    assert known.of(RUN).basis == "a default rate"
-    assert len(known.seconds) == 2
+    known = estimates(other, rounded)
+    assert known.of(RUN).basis == "a default rate" and len(known.seconds) == 2
+    assert facts_of(failed, spec_of(failed))["row"] is None
+    assert facts_of(old, None)["row"] is None  # another spec made it
 
 
 def test_by_default_a_pruned_model_takes_what_its_shares_leave():
@@ -132,6 +133,11 @@ def test_by_default_a_pruned_model_takes_what_its_shares_leave():
 def test_a_model_that_cannot_be_built_stops_no_plan():
     unfit = RUN.but(backbone={"patch": 5})
     assert estimates(content(RUN, 10.0)).of(unfit).basis == "no such model"
+
+
+def test_a_run_from_a_weight_file_is_estimated_whatever_the_grid_of_its_positions():
+    given = RUN.but(backbone={"weights": "file:mine.safetensors", "grid": (4, 4)})
+    assert estimates(content(RUN, 10.0)).of(given).basis == "1 x the same model"
 
 
 def test_kinds_go_from_near_to_far():
@@ -190,27 +196,35 @@ def test_sizes_of_data_come_from_records():
     assert known.images(whole.but(data={"name": "other"})) == (45_000, 5_000, 10_000)
 
 
-def test_most_committed_records_lie_within_a_factor_of_two_of_their_estimate():
-    known = Estimates(contents_of(store()))
-    ratios = []
-    for run in sorted(known.seconds)[::4]:
-        spec, machine = known.spec_of_record(run), known.machine_of_record(run)
-        estimate = known.of(spec, machine, without=run)
-        ratios.append(estimate.seconds / known.seconds[run])
+def committed():
+    """What the committed records say, by run: the JSON of each, and its row."""
+    contents = {file.stem: verified(file) for file in store().published.glob("*/*.json")}
+    rows = {run: facts_of(content, spec_of(content))["row"] for run, content in contents.items()}
+    return contents, {run: row for run, row in rows.items() if row}
+
+
+def test_most_committed_records_lie_within_a_factor_of_two_of_an_estimate_by_others(monkeypatch):
+    contents, rows = committed()
+    seconds, asked = whole_seconds(rows), sorted(rows)[::8]
+    known, ratios = Estimates({run: row for run, row in rows.items() if run not in asked}), []
+    for run in asked:
+        monkeypatch.setattr(module, "_environment", lambda *_, c=contents[run]: c["environment"])
+        ratios.append(known.of(spec_of(contents[run])).seconds / seconds[run])
     near = sum(0.5 <= ratio <= 2 for ratio in ratios)
     assert len(ratios) > 100 and near / len(ratios) > 0.8
 
 
 def test_a_store_says_what_its_records_say(tmp_path):
     where = Store(store().published, tmp_path)
-    from_contents = Estimates(contents_of(where))
+    contents, rows = committed()
+    from_contents = Estimates(rows)
     for _ in range(2):  # read from the records, then from the index
         of_store = Estimates.of_store(where)
         where.index.save()
         assert of_store.seconds == from_contents.seconds
         for run in sorted(of_store.seconds)[::60]:
-            spec, machine = from_contents.spec_of_record(run), from_contents.machine_of_record(run)
-            assert of_store.of(spec, machine, run) == from_contents.of(spec, machine, run)
+            spec = spec_of(contents[run])
+            assert of_store.of(spec).seconds == pytest.approx(from_contents.of(spec).seconds)
 
 
 def test_layers_that_differ_in_how_they_learn_share_a_count():

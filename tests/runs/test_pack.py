@@ -23,7 +23,6 @@ from lib.runs import away as away_module
 from lib.runs import merge as merging
 from lib.runs import record_files
 from lib.runs.collect import collect, missing_runs
-from lib.runs.environment import _version
 from lib.runs.pack import _pinned, pack
 from lib.runs.store import Record, Store
 from lib.spec import BackboneSpec, DataSpec, MoESpec, RunSpec, TrainSpec
@@ -158,10 +157,6 @@ def test_weights_that_are_there_travel_instead_of_their_run(tmp_path, where):
     assert record_ids(there) == {CHILD.id}  # the record of its parent came along, and stays there
     merging.merge(sorted((there / "records").iterdir()), GRID, where)
     assert where.peek(CHILD.id).weights["parent"] == parent.weights["final"]
-
-
-def test_a_package_that_is_absent_has_no_version():
-    assert _version("no-such-package") == "none" and _version("torch")[0].isdigit()
 
 
 def test_packages_that_only_some_runs_need_are_looked_for_before_any_work(monkeypatch):

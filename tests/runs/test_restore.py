@@ -47,6 +47,13 @@ def test_values_come_from_the_state(missing):
     assert all(torch.equal(again[name], value) for name, value in state.items())
 
 
+def test_a_model_from_a_weight_file_is_built_again_without_the_file():
+    spec = DENSE.but(backbone={"weights": "file:gone.safetensors", "grid": (8, 2)}, seed=1)
+    state = build(DENSE, 10, 1).state_dict()
+    again = restored(spec, state, 10, 1).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in state.items())
+
+
 def test_a_state_that_the_run_did_not_leave_is_refused():
     state = left(MOE, [0, 1], "zero_update")
     assert restored(DROPPED, state, 10, 1).get_submodule(LAYER).experts.experts == 2

@@ -154,20 +154,6 @@ def test_without_a_prior_the_digits_are_those_of_before():
     )
 
 
-def test_moderated_student_interval_by_hand():
-    prior = SeedPrior(4.0, 3.0, 50.0)
-    result = stats.mean_interval([1, 2, 3], prior=prior)
-    # variance (3 * 4 + 2 * 1) / 5 of a value, 5 degrees of freedom: t(0.975, 5) = 2.570582
-    half = 2.570582 * np.sqrt(2.8 / 3)
-    assert (result.low, result.high) == pytest.approx((2 - half, 2 + half), abs=1e-5)
-    assert result.method == "moderated t 95%"
-    assert stats.mean_interval([1, 2], prior=prior).low is None
-    same = stats.mean_interval([1, 2, 3], prior=NOTHING)
-    assert (same.low, same.high) == pytest.approx(
-        (stats.mean_interval([1, 2, 3]).low, stats.mean_interval([1, 2, 3]).high)
-    )
-
-
 @pytest.mark.parametrize("degrees, half", [(np.inf, 1.984), (2.0, 2.776)])
 def test_moderated_difference_by_hand(degrees, half):
     """No image effect: one side is right on the first images, the other on more of them, and the
@@ -181,9 +167,6 @@ def test_moderated_difference_by_hand(degrees, half):
     assert (result.high - result.low) / 2 == pytest.approx(half * 2 / np.sqrt(3), rel=0.06)
     assert result.law.below(20) == pytest.approx(0.5)
     assert result.law.below(result.low) == pytest.approx(0.025, abs=0.006)
-    # the same for the mean of one setting, whose other side is constant
-    alone = stats.accuracy_interval(runs(better), prior=prior)
-    assert (alone.low, alone.high) == pytest.approx((result.low, result.high), abs=0.01)
 
 
 def test_a_lucky_small_variance_is_widened_and_a_large_one_narrowed():

@@ -3,7 +3,7 @@
 import pytest
 from factory import record
 
-from lib.verdicts.printed import PrintedCells, beyond_printed, gain_over, gains_in_order
+from lib.verdicts.printed import PrintedCells, beyond_printed, gains_in_order
 from lib.verdicts.stats import paired_difference
 
 
@@ -63,7 +63,7 @@ def test_gains_beyond_the_printed_ones_are_paired_by_seed_where_they_can_be():
     assert beyond_printed(stranger, dense, 0.0).mean == pytest.approx(
         stranger[0].test["top1"] - mean
     )
-    assert beyond_printed([None], dense, 0.5) is None and gain_over(moe, [None]) is None
+    assert beyond_printed([None], dense, 0.5) is None and paired_difference(moe, [None]) is None
 
 
 def test_gains_in_the_printed_order_go_from_the_lower_to_the_higher_setting():
@@ -73,8 +73,8 @@ def test_gains_in_the_printed_order_go_from_the_lower_to_the_higher_setting():
     gains = gains_in_order(records, printed)
     # all pairs but that of the two that are printed alike
     assert [gain and gain.mean for gain in gains] == [
-        gain_over(records["high"], records["low"]).mean,
-        gain_over(records["high"], records["as low"]).mean,
+        paired_difference(records["high"], records["low"]).mean,
+        paired_difference(records["high"], records["as low"]).mean,
         None,
         None,
         None,
