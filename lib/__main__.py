@@ -172,6 +172,7 @@ def _add_fill(commands: Any, profile: dict[str, Any]) -> None:
 def _run(args: argparse.Namespace) -> int:
     """Runs a notebook, or only plans it (--dry), or only computes its records (--records)."""
     profiles.check_profile(args.profile)
+    _check_rate(args)
     keys = parameters.keys_of(args.notebook)
     if len(keys) > 1 and (args.given or not (args.dry or args.records)):
         raise parameters.NotebookError(
@@ -276,6 +277,7 @@ def _fill(args: argparse.Namespace) -> int:
     from .runs.store import store
 
     began = time.monotonic()
+    _check_rate(args)
     profile, budget = profiles.check_profile(args.profile), fill.seconds_of(args.budget)
     _check_workers(args.workers)
     book = contents.in_book()
@@ -300,6 +302,15 @@ def _fill(args: argparse.Namespace) -> int:
     if outcome.failures:
         raise RuntimeError("\n".join(outcome.failures))
     return 0
+
+
+def _check_rate(args: argparse.Namespace) -> None:
+    """Raises NotebookError for a --rate where nothing is only planned."""
+    if args.rate is not None and not args.dry:
+        raise parameters.NotebookError(
+            f"--rate {args.rate:g} prices a plan and computes nothing: give --dry with it, or "
+            "leave it out"
+        )
 
 
 def _check_workers(workers: int | None) -> None:

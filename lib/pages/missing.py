@@ -97,7 +97,8 @@ def _rest(
     """
     served = plan.served_after(done)
     left = [item for item in plan.items if item.spec.id not in done]
-    yield f"complete {when}: {_counted(served, plan.purposes)} that lack runs"
+    lacking = _counted(served, plan.purposes)
+    yield f"complete {when}: {lacking} that lack runs" if lacking else "nothing is missing"
     if left:
         yield f"still missing {when}: {count(len(left), 'run')}, {_hours(left)}"
     for page in dict.fromkeys(item.serves[0].page for item in left):

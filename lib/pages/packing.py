@@ -11,6 +11,8 @@ from typing import Any
 from ..verdicts import agree, count
 from . import parameters, profiles
 
+LEAST_PART = 10**5  # bytes of a file; smaller ones would be thousands
+
 
 def add(commands: Any, profile: dict[str, Any]) -> None:
     """Adds both commands to those of the command line. profile: the settings of --profile."""
@@ -35,8 +37,14 @@ def _pack(args: argparse.Namespace) -> int:
     from . import missing
 
     part = re.fullmatch(r"(\d+)([kMG]?)", args.part)
-    if part is None:
-        raise parameters.NotebookError(f"--part {args.part}: give a size such as 60M, 500k or 1G")
+    unit = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
+    part_bytes = int(part[1]) * unit[part[2]] if part else 0
+    if part_bytes < LEAST_PART:  # "60" was meant to be 60M
+        raise parameters.NotebookError(
+            f"--part {args.part}: give a size such as 60M, 500k or 1G, at least 100k"
+        )
+    if args.out.exists() and not args.out.is_dir():
+        raise parameters.NotebookError(f"{args.out} is a file: give a new folder with -o")
     keys = [parameters.key_of(name) for name in args.notebooks]
     plans = [profiles.plan(key, args.profile) for key in keys]
     specs = runs.missing_runs({str(n): sum(plan.values(), []) for n, plan in enumerate(plans)})
@@ -47,7 +55,6 @@ def _pack(args: argparse.Namespace) -> int:
     if not specs:
         print("no run is missing: nothing to pack")
         return 0
-    part_bytes = int(part[1]) * {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}[part[2]]
     files = pack(specs, args.out, part_bytes, args.wheels)
     print(
         f"{count(len(specs), 'run')} in {count(len(files), 'file')} of {args.out}: copy them, "

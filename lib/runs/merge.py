@@ -61,7 +61,7 @@ def _checked(
 ) -> dict[str, Record]:
     """Unpacks the records of a bundle to a store of their own, which checks them as any other."""
     bundled = Store(scratch / "published", scratch)
-    folder = scratch / "records" / "bundled"
+    folder = scratch / "records" / file.stem
     folder.mkdir(parents=True)
     for name, data in members.items():
         if not re.fullmatch(r"[0-9a-f]{16}\.(json|npz)", name):
@@ -78,14 +78,20 @@ def _checked(
             warnings.simplefilter("always")
             record = bundled.peek(run)
         if record is None or record.spec.id != run or record.status != "ok":
-            reason = damage[0].message if damage else "it is not the record of a finished run"
-            raise ValueError(f"{file}, run {run}: {reason}")
+            reason = "it is not the record of a finished run"
+            if damage:  # the store goes on to say where it moved it: a folder that is gone by then
+                reason = str(damage[0].message).partition(";")[0]
+            raise ValueError(
+                f"{file}, run {run}: {reason}. Nothing of it is filed: copy the file again, or let "
+                "the run be computed there anew"
+            )
         records[run] = record
     return records
 
 
 def _file(record: Record, spec: RunSpec, where: Store) -> None:
-    """Files one record as if the run had been computed here."""
+    """Files one record as if the run had been computed here, under the study that packed it."""
+    spec = spec.but(study=record.spec.study)
     arrays = record.arrays if "arrays" in record.content else {}
     made_by_store = ("arrays", "checksum")
     content = {name: value for name, value in record.content.items() if name not in made_by_store}

@@ -17,13 +17,17 @@ from .. import paths
 from .store import Record
 
 LIMIT = 16 * 10**6  # bytes; a record that has more goes into a bundle of its own
-PLANNED = "planned.json"
+PLANNED, SUFFIX = "planned.json", ".moe"
 
 
 def read(file: Path) -> dict[str, bytes]:
     """Reads the members of a bundle by name; ValueError, with the file, for another SHA-256."""
     if not file.is_file():
         raise ValueError(f"{file} is not there: give the files that `records` of the pack holds")
+    if file.suffix != SUFFIX:
+        raise ValueError(
+            f"{file} holds no packed records: give the files records-*{SUFFIX} of a pack"
+        )
     digest, _, body = file.read_bytes().partition(b"\n")
     if hashlib.sha256(body).hexdigest().encode() != digest:
         raise ValueError(f"{file} is damaged: its SHA-256 is not the one in it; copy it again")
@@ -33,7 +37,7 @@ def read(file: Path) -> dict[str, bytes]:
 
 def append(folder: Path, record: Record, planned: Sequence[str]) -> None:
     """Adds a record to the last bundle of a folder, or to a new one where it would be too large."""
-    files = sorted(folder.glob("records-*.moe"))
+    files = sorted(folder.glob(f"records-*{SUFFIX}"))
     added = {
         file.name: file.read_bytes()
         for file in (record.file.with_suffix(".npz"), record.file)
@@ -44,7 +48,7 @@ def append(folder: Path, record: Record, planned: Sequence[str]) -> None:
         if len(bundle) <= LIMIT:
             return _write(files[-1], bundle)
     first = {PLANNED: json.dumps(list(planned)).encode()}
-    _write(folder / f"records-{len(files):03d}.moe", _bundle(first | added))
+    _write(folder / f"records-{len(files):03d}{SUFFIX}", _bundle(first | added))
 
 
 def _bundle(members: dict[str, bytes]) -> bytes:

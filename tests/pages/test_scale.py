@@ -58,6 +58,9 @@ def test_a_page_lists_its_runs_their_price_and_what_is_missing(capsys):
     assert "data set m-forestnet: not here" in text and "refused" not in text
     assert main([*command[:-1], "0"]) == 2
     assert "--rate 0.0: give multiply-adds a second above 0" in capsys.readouterr().err
+    for computing in (["run", "leiden/taylor"], ["fill", "--budget", "1s"]):
+        assert main([*computing, "--rate", "1e12"]) == 2
+        assert "computes nothing: give --dry with it" in capsys.readouterr().err
 
 
 def test_hours_are_those_that_fill_expects(monkeypatch):

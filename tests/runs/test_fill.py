@@ -146,6 +146,7 @@ def test_arms_get_their_first_seeds_first_and_cost_what_the_rest_lack(where, com
     shown = missing.listing(plan, 11.0, 1)
     assert "complete then: 1 of 2 others that lack runs" in shown
     runs.collect({"three": grid["three"][:2], "two": grid["two"][1:]}, where=where)
+    assert missing.listing(planned({}, where, {}), 11.0, 1).endswith("nothing is missing")
     plan = planned(grid, where, {3: 1.5})
     assert seeds(plan.items) == [4, 3]  # both have a row: what completes an arm an hour
     assert [str(arm) for arm in plan.items[1].serves] == ["a/one: three"]

@@ -184,6 +184,10 @@ def test_the_commands(tmp_path, where, monkeypatch, capsys):
     out = tmp_path / "packed"
     assert main(["pack", "a/one", "-o", str(out), "--part", "lots"]) == 2
     assert "--part lots: give a size such as 60M, 500k or 1G" in capsys.readouterr().err
+    assert main(["pack", "a/one", "-o", str(out), "--part", "60"]) == 2
+    assert "--part 60: give a size such as 60M" in capsys.readouterr().err and not out.exists()
+    assert main(["pack", "a/one", "-o", __file__]) == 2
+    assert "test_pack.py is a file: give a new folder" in capsys.readouterr().err
     assert main(["pack", "a/one", "-o", str(out), "--part", "100k"]) == 0
     assert "2 runs in " in capsys.readouterr().out
     assert max(file.stat().st_size for file in out.iterdir()) == 100_000
@@ -193,6 +197,8 @@ def test_the_commands(tmp_path, where, monkeypatch, capsys):
     assert f"1 record is there; still missing: {CHILD.id}" in capsys.readouterr().out
     assert main(["merge", bundle + "x"]) == 2
     assert "records-000.moex is not there" in capsys.readouterr().err
+    assert main(["merge", __file__]) == 2
+    assert "test_pack.py holds no packed records: give the files" in capsys.readouterr().err
 
 
 # ---- as many at a time as fit
@@ -315,6 +321,26 @@ def test_a_record_under_the_name_of_another_run_is_refused(tmp_path, where):
     record_files.append(tmp_path / "out", Record(CHILD, record.content, false), [CHILD.id])
     with pytest.raises(ValueError, match=f"records-000.moe, run {CHILD.id}: .*holds run"):
         merging.merge([tmp_path / "out" / "records-000.moe"], GRID, where)
+
+
+def test_a_damaged_record_is_to_be_copied_again(tmp_path, where):
+    record_files.append(tmp_path / "out", finished(where), [PARENT.id])
+    file = tmp_path / "out" / "records-000.moe"
+    members = record_files.read(file)
+    members[f"{PARENT.id}.json"] = members[f"{PARENT.id}.json"].replace(b'"ok"', b'"OK"')
+    file.write_bytes(record_files._bundle(members))  # whole as a file, not as a record
+    with pytest.raises(ValueError, match=r"checksum.*\. Nothing of it is filed: copy") as refused:
+        merging.merge([file], GRID, Store(tmp_path / "results", tmp_path / "cache"))
+    # not where a folder lies that is gone, nor that anything is computed here
+    assert "moved" not in str(refused.value) and "computed again" not in str(refused.value)
+
+
+def test_a_record_keeps_the_study_that_packed_it(tmp_path, where):
+    record_files.append(tmp_path / "out", finished(where), [PARENT.id])
+    other = Store(tmp_path / "results", tmp_path / "cache")
+    plan = {"dense": [PARENT.but(study="vimoe")]}  # a page that comes first
+    assert merging.merge([tmp_path / "out" / "records-000.moe"], plan, other) == ([PARENT.id], [])
+    assert other.peek(PARENT.id).spec.study == PARENT.study != "vimoe"
 
 
 def test_what_is_missing_is_said(tmp_path, where):
