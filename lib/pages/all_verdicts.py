@@ -226,7 +226,7 @@ def overview(listed: Sequence[Row]) -> str:
     for row in listed:
         if row["reason"] is None and not decided(row):
             seeds = f"n={row['n'] or 0} of {row['planned_n']}"
-            lines.append(f"{row['id']:10} {word_of(row):30} {seeds:12} {row['page']}")
+            lines.append(f"{row['id']:10} {word_of(row):36} {seeds:12} {row['page']}")
     return "\n".join(lines)
 
 

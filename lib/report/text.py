@@ -186,11 +186,14 @@ def answer(judged: Iterable[Verdict], source: str = "Reproduced", sure: str = ""
     lines = [_line(v) for v in shown if v.verdict in DECIDED]
     if undecided := [_with_numbers(v) for v in shown if v.verdict == "undecided"]:
         lines.append(f"- {MARKS['undecided']} *Undecided:* {'. '.join(undecided)}.")
+    rest = []
     if others := Counter(v.verdict for v in tested[HEAD:]):
         counted = "; ".join(f"{word}: {others[word]}" for word in WORDS if others[word])
-        lines.append(f"- *Further claims*, below: {others.total()} ({counted}).")
+        rest.append(f"*Further claims*, below: {others.total()} ({counted}).")
     if untested:
-        lines.append(f"- *Not tested* for want of records: {untested} of {len(whole)} claims.")
+        rest.append(f"*Not tested* for want of records: {untested} of {len(whole)} claims.")
+    if rest:
+        lines.append(f"- {' '.join(rest)}")
     return boxed("\n\n" + "\n".join(lines), sure=sure, metadata=data)
 
 

@@ -328,8 +328,8 @@ def test_answer_sorts_the_claims_by_verdict(monkeypatch):
         "- ✔ *Holds:* a: +1 [0, 2].",
         *(f"- ✔ *Holds:* f{i}: +2." for i in range(2)),
         "- ✘ *Not reproduced (pilot):* c: -1.",
-        "- *Further claims*, below: 3 (holds: 1; undecided: 2).",
-        "- *Not tested* for want of records: 1 of 8 claims.",
+        "- *Further claims*, below: 3 (holds: 1; undecided: 2). "
+        "*Not tested* for want of records: 1 of 8 claims.",
     ]
     assert len(text.answer(more).metadata["claims"]) == 8
     untested = [Verdict("Reproduced: a", "not tested", "", 0)] * 2
