@@ -88,16 +88,15 @@ def _paper(row: Row, entries: Mapping[str, ledger.Claim]) -> str:
 
 
 def _ours(row: Row, parts: Sequence[Row]) -> str:
-    """Says the effect; of a joint claim, how many parts hold, and that of the deciding one."""
+    """Says the effect; of a joint claim that of the part that decides it, else how many hold."""
     if not parts:
         return _effect(row)
     from ..report.text import parts_held
 
+    of_id = {part["id"]: f"{part['id']}: {_effect(part)}" for part in parts}
     words = [part["verdict"] or "not tested" for part in parts]
-    if set(words) == {"not tested"}:
-        return ""
-    of_id = {part["id"]: f" ({part['id']}: {_effect(part)})" for part in parts}
-    return parts_held(words) + of_id.get(row["decisive"], "")
+    untested = set(words) == {"not tested"}
+    return of_id.get(row["decisive"], "" if untested else parts_held(words))
 
 
 def _effect(row: Row) -> str:

@@ -134,7 +134,7 @@ def test_the_page_shows_published_beside_ours(book, monkeypatch):
     assert others["Verdict"] == "✔ holds, alone" and others["Data"] == ""
     joint = tables.rows["A9"]
     assert joint["Paper"] == "A9b: smallest that counts: 1 point"
-    assert joint["Ours"] == "1 of 2 parts holds; 1 undecided (A9b: +1.0)"
+    assert joint["Ours"] == "A9b: +1.0"
     assert joint["Verdict"] == "? undecided"
     assert "A9b Second. smallest that counts: 1 point +1.0 ? undecided" in joint["Claim"]
     assert "A9a First. Measured: the load < 2. smallest that counts:" in joint["Claim"]
@@ -197,7 +197,7 @@ def test_the_json_is_what_the_pages_said(book):
     assert all_verdicts.settled() == {"A1"}
     overview = all_verdicts.overview(rows)
     assert overview.startswith("State of the claims.") and "\nA1 " not in overview
-    assert "A2         not judged yet                 n=0 of 3     a/one" in overview
+    assert "A2         not judged yet                       n=0 of 3     a/one" in overview
 
 
 def test_the_readme_has_the_state_between_its_marks(book):
