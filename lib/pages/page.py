@@ -364,10 +364,10 @@ def _scales(runs: Iterable[RunSpec]) -> str:
 
 
 def _scale(run: RunSpec) -> tuple[str, str]:
-    """Returns the data of a run, and at what size, on how many images and with which model."""
+    """Returns the data of a run and how many they are, and at what size and with which model."""
     data, backbone = run.data, run.backbone
     model = backbone.weights if backbone.weights not in (None, "timm") else backbone.name
-    return data.title, f"at {data.image_size} px, {data.training_images}, {model}"
+    return f"{data.title} ({data.training_images})", f"at {data.image_size} px, {model}"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -288,7 +288,7 @@ def test_how_sure_names_the_data_that_the_document_has_for_the_claims(book, reco
     book.profile("paper", BASE % "cifar100" + "a/one: {seeds: [0]}\n")
     reproduce(records)
     base = pages.page(grid, profiles.profile("a/one", "quick")).answer(claims).data
-    assert "The profile `paper` has CIFAR-100 at 28 px, all training images" in base
+    assert "The profile `paper` has CIFAR-100 (all training images) at 28 px, vit" in base
 
     def of_digits(p):  # the arms of a claim may have data of their own
         runs = grid(p)
@@ -298,19 +298,19 @@ def test_how_sure_names_the_data_that_the_document_has_for_the_claims(book, reco
         return runs
 
     page = pages.page(of_digits, profiles.profile("a/one", "quick"))
-    at = "all training images, vit_tiny_patch16_224"
-    assert (
-        f"`paper` has CIFAR-100 at 28 px, {at}; MNIST (5,000 images) at 14 px, {at}."
-        in page.answer(claims).data
-    )
+    every, model = "(all training images)", "vit_tiny_patch16_224"
+    digits = f"MNIST (5,000 images) {every} at 14 px, {model}."
+    assert f"has CIFAR-100 {every} at 28 px, {model}; {digits}" in page.answer(claims).data
 
 
 def test_data_of_one_size_and_model_are_listed_together():
     base = profiles.profile("vimoe/layer_scan", "small").base
-    runs = [base.but(data={"name": name}) for name in ("cifar100", "eurosat", "imagenet")]
-    assert pages._scales(runs).startswith("CIFAR-100, EuroSAT and ImageNet at ")
-    assert pages._scales(runs[:2]).startswith("CIFAR-100 and EuroSAT at ")
-    assert pages._scales(runs[:1]).startswith("CIFAR-100 at ") and pages._scales([]) == ""
+    images_of = {"cifar100": 5000, "eurosat": 2000, "imagenet": None}
+    runs = [base.but(data={"name": name, "train": n}) for name, n in images_of.items()]
+    first, rest = "CIFAR-100 (5,000 training images)", "EuroSAT (2,000 training images)"
+    assert pages._scales(runs).startswith(f"{first}, {rest} and ImageNet (all training images) at ")
+    assert pages._scales(runs[:2]).startswith(f"{first} and {rest} at ")
+    assert pages._scales(runs[:1]).startswith(f"{first} at ") and pages._scales([]) == ""
 
 
 def test_verdicts_of_both_sides_are_headed_by_their_source(book, records, planned):
