@@ -56,7 +56,8 @@ def candidates(
     """Makes a candidate of each name that has a finished record; none without one of "dense".
 
     records: by name, one a seed. forward: times of a forward pass by name, in percent of that of
-    the dense model. Sizes and training are those of the first record.
+    the dense model, which needs no entry; empty where none was measured. Sizes and training are
+    those of the first record.
     """
     done = {name: tuple(finished(group)) for name, group in records.items()}
     if not done.get("dense"):
@@ -71,8 +72,8 @@ def candidates(
         costs = {
             size: 100 * first.cost[size] / whole.cost[size] for size in ("macs", "params_stored")
         }
-        if name in forward:
-            costs["forward"] = forward[name]
+        if name in forward or (forward and name == "dense"):
+            costs["forward"] = forward.get(name, 100.0)
         making = _making(whole, first, by_id)
         if making is not None:
             costs["making"] = making

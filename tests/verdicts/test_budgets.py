@@ -39,7 +39,8 @@ def methods():
 def test_costs_are_in_percent_of_the_dense_model(methods):
     models = {model.name: model for model in candidates(methods, {"half": 55.0})}
     assert list(models) == ["dense", "dense again", "half", "worse half", "child of half"]
-    assert models["dense"].costs == {"macs": 100.0, "params_stored": 100.0, "making": 0.0}
+    dense = {"macs": 100.0, "params_stored": 100.0, "forward": 100.0, "making": 0.0}
+    assert models["dense"].costs == dense
     assert models["half"].costs == {
         "macs": 50.0,
         "params_stored": 60.0,
@@ -69,7 +70,9 @@ def test_the_most_accurate_within_a_budget_wins(methods):
     assert whole.best.name == "dense again" and whole.gain is None
     # nothing fits, one fits, and what was not measured is left out
     assert winner(models, "macs", 40.0) is None
-    alone = winner(models, "forward", 1000.0)
+    assert [m.name for m in models if "forward" in m.costs] == ["dense", "half"]
+    assert not any("forward" in m.costs for m in candidates(methods, {}))
+    alone = winner(models, "forward", 60.0)
     assert alone.best.name == "half" and alone.runner_up is alone.ahead is None
 
 
