@@ -180,7 +180,7 @@ def _bullet(row: Row, rows: Mapping[str, Row]) -> str:
     return f"- {mark} *{word_of(row)}*: {statement}{ours} ({name}{whole})"
 
 
-def _want(want: Mapping[str, Any], rows: Mapping[str, Row], compared_on: str = "") -> list[str]:
+def _want(want: Mapping[str, Any], rows: Mapping[str, Row], compared_on: str) -> list[str]:
     """Writes what a reader wants, the answer, the claims behind it, and the pages that have it
     whole. compared_on: the page that compares all methods, for a wish with a budget (`within`)."""
     answer = [*said(want, rows), *_measured(want)]

@@ -12,7 +12,7 @@ from ..spec import ExtractSpec
 from ..verdicts import ledger
 from ..verdicts.layers import layer_mean
 from ..verdicts.sizes import Family
-from ..verdicts.stats import accuracy_interval, finished, retained
+from ..verdicts.stats import accuracy_interval, finished, retained, same_seed
 
 
 def called(arm: str) -> str:
@@ -109,9 +109,8 @@ def moves(tried: Mapping[str, tuple[Sequence[Any], Sequence[Any]]], dense: Seque
     """
     said = []
     for what, (changed, plain) in tried.items():
-        seeds = {r.spec.seed for r in finished(changed)} & {r.spec.seed for r in finished(plain)}
-        sides = ([r for r in finished(side) if r.spec.seed in seeds] for side in (changed, plain))
-        after, before = (retained(side, dense) for side in sides)
-        if after and before:
-            said.append(f"{what} {after.mean - before.mean:+.1f} (n={len(seeds)})")
+        pairs = same_seed(changed, plain)
+        if pairs and finished(dense):
+            after, before = (retained(side, dense) for side in zip(*pairs, strict=True))
+            said.append(f"{what} {after.mean - before.mean:+.1f} (n={len(pairs)})")
     return "; ".join(said)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from ..verdicts import count
 from ..verdicts.routes import images_by_expert, main_expert
 from .maps import class_names
 from .overlays import as_picture, bare
@@ -52,7 +53,7 @@ def what_experts_get(record: Any) -> str:
     parts = []
     for expert, count_of_class in enumerate(images_by_expert(record).T):
         images, most = count_of_class.sum(), count_of_class.argmax()
-        parts.append(f"expert {number(expert)}: {images} images")
+        parts.append(f"expert {number(expert)}: {count(images, 'image')}")
         if images:
             parts[-1] += f", {100 * count_of_class[most] / images:.0f}% of class {names[most]}"
     return "; ".join(parts)

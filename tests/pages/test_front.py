@@ -221,5 +221,7 @@ def test_a_want_is_answered_before_its_claims(monkeypatch):
     )
     assert lines[4] == "<details><summary>1 claim behind this</summary>" and "A1" in lines[6]
     on_clock = {"want": "How fast?", "pages": ["a/one"], "speed_up": 1.0}
-    [_, _, answer, *_] = front._want(on_clock | {"measured": [{"text": "Look."}, {"text": ""}]}, {})
+    [_, _, answer, *_] = front._want(
+        on_clock | {"measured": [{"text": "Look."}, {"text": ""}]}, {}, ""
+    )
     assert answer == "Look. Times. Fewer multiply-adds. More: [](notebooks/a/one.ipynb)."
