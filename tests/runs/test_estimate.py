@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 
 from lib.runs import estimate as module
@@ -204,14 +206,24 @@ def committed():
 
 
 def test_most_committed_records_lie_within_a_factor_of_two_of_an_estimate_by_others(monkeypatch):
+    """With a margin: new records change the sample, and what else ran beside a run is in its time.
+
+    Of all records five in six lie within it; of estimates by the default rate alone, far fewer.
+    """
     contents, rows = committed()
-    seconds, asked = whole_seconds(rows), sorted(rows)[::8]
-    known, ratios = Estimates({run: row for run, row in rows.items() if run not in asked}), []
-    for run in asked:
-        monkeypatch.setattr(module, "_environment", lambda *_, c=contents[run]: c["environment"])
-        ratios.append(known.of(spec_of(contents[run])).seconds / seconds[run])
-    near = sum(0.5 <= ratio <= 2 for ratio in ratios)
-    assert len(ratios) > 100 and near / len(ratios) > 0.8
+    seconds, asked = whole_seconds(rows), sorted(rows)[::4]
+    near = {}
+    for given in (rows, {}):
+        known = Estimates({run: row for run, row in given.items() if run not in asked})
+        ratios = []
+        for run in asked:
+            place = contents[run]["environment"]
+            monkeypatch.setattr(module, "_environment", lambda *_, place=place: place)
+            ratios.append(known.of(spec_of(contents[run])).seconds / seconds[run])
+        near[bool(given)] = sum(0.5 <= ratio <= 2 for ratio in ratios) / len(ratios)
+        if given:
+            assert len(ratios) > 200 and 0.8 < statistics.median(ratios) < 1.25
+    assert near[True] > 0.7 and near[True] > near[False] + 0.2, near
 
 
 def test_a_store_says_what_its_records_say(tmp_path):
