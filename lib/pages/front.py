@@ -15,7 +15,7 @@ import yaml
 from ..paths import ROOT
 from ..verdicts import MARKS, agree, count
 from ..verdicts.papers import load
-from . import all_verdicts, datasets, front_numbers
+from . import all_verdicts, answers, datasets, front_numbers
 from .verdict_table import anchor, word_of
 
 Row = Mapping[str, Any]
@@ -104,11 +104,14 @@ def said(asked: Mapping[str, Any], rows: Mapping[str, Row]) -> list[str]:
     sentences = []
     for claim, words in asked.get("says", {}).items():
         row = rows[claim]
-        is_alone = all_verdicts.holds(row) and not all_verdicts.decided(row)
-        special = "alone" if is_alone else row["verdict"]
-        if sentence := words.get(special) or words.get(_outcome(row)):
-            sentences.append(sentence.format(ours=_numbers(row)))
+        if chosen := answers.sentence(words, row["verdict"], _stands(row)):
+            sentences.append(chosen.format(ours=_numbers(row)))
     return sentences
+
+
+def _stands(row: Row) -> bool:
+    """Says whether a claim that holds does so after the correction as well."""
+    return all_verdicts.decided(row) or not all_verdicts.holds(row)
 
 
 def _measured(asked: Mapping[str, Any]) -> list[str]:
@@ -118,9 +121,7 @@ def _measured(asked: Mapping[str, Any]) -> list[str]:
 
 def _outcome(row: Row) -> str:
     """Says whether a claim holds, fails or is open, as `says` in the file names it."""
-    if not all_verdicts.decided(row):
-        return "open"
-    return "holds" if all_verdicts.holds(row) else "fails"
+    return answers.outcome(row["verdict"], _stands(row))
 
 
 def _counted(claims: Iterable[Row]) -> list[int]:

@@ -28,7 +28,7 @@ from ..verdicts.claims import Verdict
 from ..verdicts.costs import cost_rows
 from ..verdicts.evidence import Evidence, verdicts_on
 from ..verdicts.stats import MIN_SEEDS, Interval, accuracy_interval, finished, sources_of_chance
-from . import datasets, dense_models
+from . import answers, datasets, dense_models
 from .parameters import UnknownRuns
 from .profiles import PUBLISHED, Profile, has_profile, plan, profile, with_further_seeds
 
@@ -197,10 +197,10 @@ class Page:
         return [DENSE_MODELS] if self.trains_models else []
 
     def answer(self, claims: Claims) -> Markdown:
-        """Puts the main claims by verdict into a box, on the reproduced records: the head of a
-        page."""
-        judged = self.judged(claims, self.reproduced)
-        return text.answer(judged, self.reproduced.name, self.sure(judged))
+        """Puts answer and further claims into the box at the head, on the reproduced records."""
+        judged, specs = self.judged(claims, self.reproduced), self._specs()
+        said = answers.of_page(self.p.notebook, judged, lambda v: self._stand_ins(v, specs))
+        return text.answer(judged, self.reproduced.name, self.sure(judged), *said)
 
     def sure(self, judged: Sequence[Verdict]) -> str:
         """Says how sure the answer is: seeds, interval, and at what scale, beside the document's.
@@ -251,12 +251,15 @@ class Page:
 
     def _on_its_data(self, verdict: Verdict, specs: Mapping[str, RunSpec]) -> Verdict:
         """Names in a claim the data that stand in for those that it is about."""
+        if data := self._stand_ins(verdict, specs):
+            return replace(verdict, claim=f"{verdict.claim.removesuffix('.')} ({data}).")
+        return verdict
+
+    def _stand_ins(self, verdict: Verdict, specs: Mapping[str, RunSpec]) -> str:
+        """Names the data of a verdict that stand in for those that it is about; "" without any."""
         names = dict.fromkeys(specs[run].data.name for run in verdict.records if run in specs)
         page = self.p.notebook
-        data = [datasets.called(name, page) for name in names if datasets.is_stand_in(name, page)]
-        if not data:
-            return verdict
-        return replace(verdict, claim=f"{verdict.claim.removesuffix('.')} ({'; '.join(data)}).")
+        return "; ".join(datasets.called(n, page) for n in names if datasets.is_stand_in(n, page))
 
     def verdicts(self, claims: Claims, caption: str = text.RULE) -> tables.Table:
         """Tabulates the claims of both sides with the numbers behind them."""

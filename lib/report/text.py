@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,7 @@ ALONE = (
     "narrower one there."
 )
 
-HEAD = 3  # claims that the head of a page lists
+HEAD = 2  # claims that the head of a page lists below its answer
 
 __all__ = [
     "ALONE",
@@ -54,6 +54,7 @@ __all__ = [
     "published",
     "say",
     "verdicts",
+    "with_numbers",
 ]
 
 
@@ -163,25 +164,34 @@ def boxed(*answer: str, sure: str = "", metadata: dict[str, Any] | None = None) 
     return Markdown(f'<div class="answer">\n\n{inside}\n\n</div>', metadata=metadata)
 
 
-def answer(judged: Iterable[Verdict], source: str = "Reproduced", sure: str = "") -> Markdown:
-    """Lists at most HEAD claims of a page by verdict, in its box, and counts the others.
+def answer(
+    judged: Iterable[Verdict],
+    source: str = "Reproduced",
+    sure: str = "",
+    said: Sequence[str] = (),
+    spoken_of: Collection[str] = (),
+) -> Markdown:
+    """Puts the answer of a page into its box, lists at most HEAD further claims by verdict below
+    it, and counts the others.
 
     source: what the records are; taken off the beginning of the claims. sure: how sure it is.
-    Headline claims come before the document's others and those before ours, and of each what is
-    decided before what is not. What is decided has a line with what was published and our interval;
-    parts of a joint claim stand inside its line. All claims go with the list as data, which the
-    page of all verdicts reads (`lib.pages.all_verdicts`).
+    said: sentences that answer the page. spoken_of: ids of the claims that they are on, which the
+    list leaves out. Headline claims come before the document's others and those before ours, and of
+    each what is decided before what is not. What is decided has a line with what was published and
+    our interval; parts of a joint claim stand inside its line. All claims go with the list as data,
+    which the page of all verdicts reads (`lib.pages.all_verdicts`).
     """
     judged = [replace(v, claim=v.claim.removeprefix(f"{source}: ")) for v in judged]
     data = {"source": source, "claims": [_plain(v) for v in judged]}
     whole = [v for v in judged if v.entry is None or v.entry.part_of is None]
     untested = sum(v.verdict == "not tested" for v in whole)
-    if untested == len(whole):
+    if untested == len(whole) and not said:
         none = f"None of this page's {untested} claims has its records yet."
         if untested == 1:
             none = "The claim of this page has no records yet."
         return boxed(none, metadata=data)
-    tested = sorted((v for v in whole if v.verdict != "not tested"), key=_rank)
+    tested = [v for v in whole if v.verdict != "not tested" and v.id not in spoken_of]
+    tested.sort(key=_rank)
     shown = sorted(tested[:HEAD], key=lambda v: WORDS.index(v.verdict))
     lines = [_line(v) for v in shown if v.verdict in DECIDED]
     if undecided := [_with_numbers(v) for v in shown if v.verdict == "undecided"]:
@@ -194,7 +204,19 @@ def answer(judged: Iterable[Verdict], source: str = "Reproduced", sure: str = ""
         rest.append(f"*Not tested* for want of records: {untested} of {len(whole)} claims.")
     if rest:
         lines.append(f"- {' '.join(rest)}")
-    return boxed("\n\n" + "\n".join(lines), sure=sure, metadata=data)
+    return boxed(*said, "\n\n" + "\n".join(lines), sure=sure, metadata=data)
+
+
+def with_numbers(verdict: Verdict) -> str:
+    """Writes what stands behind a sentence: id and verdict, the paper's number and ours."""
+    return f"{verdict.id}, *{verdict.word}*: {_paper(verdict)}{numbers(verdict)}"
+
+
+def _paper(verdict: Verdict) -> str:
+    """Writes the published number before ours; "" where none is printed."""
+    entry = verdict.entry
+    printed = entry is not None and entry.size is not None and entry.published_size is not None
+    return f"paper {published(entry)}, ours " if printed else ""
 
 
 def _line(verdict: Verdict) -> str:
@@ -210,12 +232,10 @@ def _with_numbers(verdict: Verdict) -> str:
         decisive = verdict.decisive
         return held if decisive is None else f"{held}. {_with_numbers(decisive)}"
     entry = verdict.entry
-    printed = entry is not None and entry.size is not None and entry.published_size is not None
-    paper = f"paper {published(entry)}, ours " if printed else ""
     # a number without a unit, or a share, says nothing unless one knows of what it is
     bare = entry is not None and entry.unit in ("", "percent") and entry.statistic
     what = f" ({plain(entry.statistic.partition(';')[0])})" if bare else ""
-    return f"{_sentence(verdict)}: {paper}{numbers(verdict)}{what}"
+    return f"{_sentence(verdict)}: {_paper(verdict)}{numbers(verdict)}{what}"
 
 
 def plain(text: str) -> str:
