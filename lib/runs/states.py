@@ -55,8 +55,8 @@ def read(spec: RunSpec, states: Path) -> tuple[dict[str, Tensor], str]:
     file = file_of(spec, states)
     if not file.is_file():
         raise FileNotFoundError(
-            f"the run it starts from, {spec.id}, left no weights: its own record says why; move "
-            "that away to have the run computed again"
+            f"the run it starts from, {spec.id}, left no weights here: compute it first; if it has "
+            "a record, that says why, and once it is moved away the run is computed again"
         )
     try:
         saved, state = _sha256_of(file), load_file(file)
