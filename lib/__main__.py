@@ -329,14 +329,14 @@ def _status(args: argparse.Namespace) -> int:
 
 def _claims(args: argparse.Namespace) -> int:
     """Prints where the claims stand; writes second stages of seeds and the README's state."""
-    from .pages import all_verdicts, stages
+    from .pages import all_verdicts, front, stages
 
     listed = all_verdicts.read()
     if args.fix_seeds:
         for claim, seeds in stages.fix(listed).items():
             print(f"{claim}: {seeds} seeds in all")
     if args.readme:
-        all_verdicts.write_readme(listed)
+        all_verdicts.write_readme(listed, front.in_short(listed))
     print(all_verdicts.overview(listed))
     return 0
 

@@ -111,6 +111,11 @@ def decided(row: Row) -> bool:
     return row["verdict"] in ("not reproduced", "opposite")
 
 
+def stands(row: Row) -> bool:
+    """Says of a claim that holds whether it does so after the correction as well; else True."""
+    return decided(row) or not holds(row)
+
+
 def tested(listed: Iterable[Row]) -> list[Row]:
     """Keeps the claims that can be tested here, joint ones whole."""
     return [row for row in listed if row["part_of"] is None and row["reason"] is None]
@@ -230,14 +235,16 @@ def overview(listed: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def write_readme(listed: Sequence[Row]) -> None:
-    """Puts the state of the claims between its two marks in README.md."""
+def write_readme(listed: Sequence[Row], in_short: Sequence[str] = ()) -> None:
+    """Puts lines that answer in short, and the state of the claims, into README.md: between its
+    two marks."""
     path = ROOT / "README.md"
     text = path.read_text(encoding="utf-8")
     if text.count(START) != 1 or text.count(END) != 1:
         raise ValueError(f"README.md must have {START} and {END} once each")
     before, _, rest = text.partition(START)
-    written = textwrap.fill(state_of(listed), 125)
+    lines = (textwrap.fill(line, 125, subsequent_indent="  ") for line in in_short)
+    written = "\n".join([*lines, *([""] if in_short else []), textwrap.fill(state_of(listed), 125)])
     with written_whole(path) as part:
         part.write_text(
             f"{before}{START}\n{written}\n{END}{rest.partition(END)[2]}", encoding="utf-8"

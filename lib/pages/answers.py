@@ -3,10 +3,12 @@ each page, whose sentences stand beside the claims in `data/papers`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from ..verdicts import papers
+from ..verdicts import ledger, papers
+from . import datasets, parameters, verdict_table
 
 if TYPE_CHECKING:
     from ..verdicts.claims import Verdict
@@ -33,6 +35,18 @@ def sentence(words: Mapping[str, str], verdict: str | None, stands: bool = True)
     return words.get(special) or words.get(outcome(verdict, stands))
 
 
+def title(key: str) -> str:
+    """Reads the title of a page, the first line of its notebook."""
+    first = json.loads(parameters.source(key).read_text(encoding="utf-8"))["cells"][0]["source"]
+    return "".join(first).partition("\n")[0].removeprefix("# ")
+
+
+def _words(key: str) -> dict[str, dict[str, str]]:
+    """Reads the sentences of a page, by claim and outcome; none for a page that has none."""
+    study = key.partition("/")[0]
+    return papers.load(study).get("answers", {}).get(key, {}) if study in papers.names() else {}
+
+
 def of_page(
     key: str, judged: Sequence[Verdict], data: Callable[[Verdict], str]
 ) -> tuple[list[str], set[str]]:
@@ -43,15 +57,13 @@ def of_page(
     """
     from ..report.text import with_numbers
 
-    study = key.partition("/")[0]
-    answers = papers.load(study).get("answers", {}) if study in papers.names() else {}
     verdicts = {verdict.id: verdict for verdict in judged}
     sentences, spoken_of, said = [], set(), {""}
-    for claim, words in answers.get(key, {}).items():
+    for claim, words in _words(key).items():
         if claim not in verdicts:
             raise ValueError(
-                f"data/papers/{study}.yaml answers {key} by claim {claim}, which that page does "
-                f"not judge: it judges {', '.join(verdicts)}"
+                f"data/papers/{key.partition('/')[0]}.yaml answers {key} by claim {claim}, which "
+                f"that page does not judge: it judges {', '.join(verdicts)}"
             )
         verdict = verdicts[claim]
         chosen = sentence(words, verdict.verdict)
@@ -65,3 +77,29 @@ def of_page(
         spoken_of |= {claim, joint or claim}
         said.add(on)
     return sentences, spoken_of
+
+
+def of_rows(key: str, listed: Iterable[Mapping[str, Any]]) -> str:
+    """Asks what the title of a page does, and answers it from the rows of all verdicts.
+
+    Unlike on the page itself, what holds alone and not after the correction for many claims is
+    open. listed: of `all_verdicts.rows`. Returns Markdown in a line.
+    """
+    from ..report.text import paper
+    from .all_verdicts import stands
+
+    rows, entries = {row["id"]: row for row in listed}, ledger.claims()
+    sentences, said = [], {""}
+    for claim, words in _words(key).items():
+        row = rows[claim]
+        decisive = rows[row["decisive"] or claim]
+        chosen = sentence(words, row["verdict"], stands(row))
+        if chosen is None or decisive["effect"] is None:
+            continue
+        on = "; ".join(datasets.shown(decisive, []))
+        numbers = paper(entries[decisive["id"]]) + decisive["text"].partition("; ")[0]
+        numbers += "" if on in said else f", on {on}"
+        ours = f"{decisive['id']}, *{verdict_table.word_of(decisive)}*: {numbers}"
+        sentences.append(chosen.format(ours=ours))
+        said.add(on)
+    return " ".join([f"*{title(key)}*", *sentences])

@@ -45,7 +45,7 @@ def page(keys: Sequence[str]) -> str:
     # one below the other: a figure at half the width of the page has letters too small to read
     lines += ["## The five studies", "", "::::{grid} 1", ":gutter: 3", ""]
     for study in all_verdicts.in_order(front["studies"], keys):
-        lines += [*_card(study, front["studies"][study], rows.values()), ""]
+        lines += [*_card(study, front["studies"][study], list(rows.values())), ""]
     lines += ["::::", "", _colophon(rows.values())]
     return "\n".join(lines) + "\n"
 
@@ -104,14 +104,9 @@ def said(asked: Mapping[str, Any], rows: Mapping[str, Row]) -> list[str]:
     sentences = []
     for claim, words in asked.get("says", {}).items():
         row = rows[claim]
-        if chosen := answers.sentence(words, row["verdict"], _stands(row)):
+        if chosen := answers.sentence(words, row["verdict"], all_verdicts.stands(row)):
             sentences.append(chosen.format(ours=_numbers(row)))
     return sentences
-
-
-def _stands(row: Row) -> bool:
-    """Says whether a claim that holds does so after the correction as well."""
-    return all_verdicts.decided(row) or not all_verdicts.holds(row)
 
 
 def _measured(asked: Mapping[str, Any]) -> list[str]:
@@ -121,7 +116,7 @@ def _measured(asked: Mapping[str, Any]) -> list[str]:
 
 def _outcome(row: Row) -> str:
     """Says whether a claim holds, fails or is open, as `says` in the file names it."""
-    return answers.outcome(row["verdict"], _stands(row))
+    return answers.outcome(row["verdict"], all_verdicts.stands(row))
 
 
 def _counted(claims: Iterable[Row]) -> list[int]:
@@ -220,7 +215,17 @@ def enough(fastest: float | None, wanted: float, accuracy: str) -> str:
     return "**Yes, as measured here.**"
 
 
-def _card(study: str, links: Mapping[str, str], rows: Iterable[Row]) -> list[str]:
+def in_short(listed: Sequence[Row]) -> list[str]:
+    """Answers the page with which each study begins, in a line of Markdown a study."""
+    front = yaml.safe_load((ROOT / "book" / "front.yaml").read_text(encoding="utf-8"))
+    lines = []
+    for study, links in front["studies"].items():
+        short = load(study)["paper"].get("short", study)
+        lines.append(f"- {short}. {answers.of_rows(links['start'], listed)}")
+    return lines
+
+
+def _card(study: str, links: Mapping[str, str], rows: Sequence[Row]) -> list[str]:
     """Writes the card of a study: where its claims stand, its data, and where to begin."""
     whole = [row for row in rows if row["study"] == study and row["part_of"] is None]
     own = [row for row in whole if row["kind"] == "document" and row["reason"] is None]
@@ -229,6 +234,8 @@ def _card(study: str, links: Mapping[str, str], rows: Iterable[Row]) -> list[str
     return [
         f":::{{grid-item-card}} {paper.get('short', study)}",
         f"*{paper['title']}*",
+        "",
+        answers.of_rows(links["start"], rows),
         "",
         *picture(links.get("figure", links["start"])),
         f"**{standing(own)}.** Data: {'; '.join(data) or 'none yet'}.",

@@ -51,6 +51,7 @@ __all__ = [
     "count",
     "floor",
     "gaps",
+    "paper",
     "published",
     "say",
     "verdicts",
@@ -209,12 +210,11 @@ def answer(
 
 def with_numbers(verdict: Verdict) -> str:
     """Writes what stands behind a sentence: id and verdict, the paper's number and ours."""
-    return f"{verdict.id}, *{verdict.word}*: {_paper(verdict)}{numbers(verdict)}"
+    return f"{verdict.id}, *{verdict.word}*: {paper(verdict.entry)}{numbers(verdict)}"
 
 
-def _paper(verdict: Verdict) -> str:
-    """Writes the published number before ours; "" where none is printed."""
-    entry = verdict.entry
+def paper(entry: Claim | None) -> str:
+    """Writes the published number of a claim before ours; "" where none is printed."""
     printed = entry is not None and entry.size is not None and entry.published_size is not None
     return f"paper {published(entry)}, ours " if printed else ""
 
@@ -235,7 +235,7 @@ def _with_numbers(verdict: Verdict) -> str:
     # a number without a unit, or a share, says nothing unless one knows of what it is
     bare = entry is not None and entry.unit in ("", "percent") and entry.statistic
     what = f" ({plain(entry.statistic.partition(';')[0])})" if bare else ""
-    return f"{_sentence(verdict)}: {_paper(verdict)}{numbers(verdict)}{what}"
+    return f"{_sentence(verdict)}: {paper(verdict.entry)}{numbers(verdict)}{what}"
 
 
 def plain(text: str) -> str:

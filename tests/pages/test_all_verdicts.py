@@ -214,6 +214,9 @@ def test_the_readme_has_the_state_between_its_marks(book):
     assert "The documents make 5 claims" in once and "last year" not in once
     all_verdicts.write_readme(rows)
     assert readme.read_text() == once
+    all_verdicts.write_readme(rows, ["- One. Yes.", f"- Two. {'No ' * 50}."])
+    assert f"{all_verdicts.START}\n- One. Yes.\n- Two. No No " in (lines := readme.read_text())
+    assert "\n  No No" in lines and "No .\n\n**State of the claims.**" in lines
 
 
 # ---- the second stage

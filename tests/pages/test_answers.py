@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lib.pages import answers, parameters
+from lib.pages import answers, front, parameters
 from lib.paths import ROOT
 from lib.report import text
 from lib.verdicts import ledger, papers
@@ -109,6 +109,50 @@ def test_the_box_begins_with_the_answer_and_lists_other_claims():
     # sentences alone are an answer, too
     untested = [verdict("X1", None, None, None)]
     assert "has no records yet" in text.answer(untested).data
+
+
+@pytest.fixture
+def listed(monkeypatch):
+    """Two claims of a page as rows of all verdicts: one holds alone, one fails by its part."""
+    row = {
+        "part_of": None,
+        "decisive": None,
+        "after_correction": None,
+        "effect": 1.0,
+        "reason": None,
+    }
+    texts = {"X1": "+2, n=3; all", "X2": "X2a not reproduced", "X2a": "+0.1, n=3; some"}
+    rows = [
+        row | {"id": id, "text": text, "verdict": "not reproduced"} for id, text in texts.items()
+    ]
+    rows[0] |= {"verdict": "holds", "after_correction": False}
+    rows[1] |= {"decisive": "X2a", "effect": None}
+    entries = {id: SimpleNamespace(id=id, size=None, published_size=None) for id in texts}
+    monkeypatch.setattr(ledger, "claims", lambda: entries)
+    monkeypatch.setattr(answers, "title", lambda key: "Does it?")
+    monkeypatch.setattr(answers.datasets, "shown", lambda row, parts: ["digits"])
+    return rows
+
+
+def test_rows_of_all_verdicts_answer_with_the_correction(asked, listed):
+    asked(X1=WORDS, X2=WORDS)
+    first, second = "X1, *holds, alone*: +2, n=3, on digits", "X2a, *not reproduced*: +0.1, n=3"
+    said = answers.of_rows("a/one", listed)
+    assert said == f"*Does it?* Perhaps ({first}). No ({second})."
+    asked(X1=WORDS | {"alone": "Yes, alone."})
+    assert answers.of_rows("a/one", listed) == "*Does it?* Yes, alone."
+    listed[0]["effect"] = None
+    assert answers.of_rows("a/one", listed) == "*Does it?*"
+
+
+def test_the_title_is_that_of_the_notebook():
+    assert answers.title("leiden/tables") == "Does a mixture survive pruning better?"
+
+
+def test_each_study_is_answered_in_a_line(monkeypatch):
+    monkeypatch.setattr(answers, "of_rows", lambda key, listed: f"*{key}*")
+    lines = front.in_short([])
+    assert "- Leiden. *leiden/tables*" in lines and len(lines) == len(papers.names())
 
 
 def with_claims():

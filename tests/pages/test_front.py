@@ -91,8 +91,10 @@ def test_cards_stand_below_each_other_so_that_figures_keep_the_width_of_the_text
 
 def test_a_card_may_show_the_figure_of_another_page(monkeypatch):
     monkeypatch.setattr(front, "picture", lambda key: [f"figure of {key}"])
+    monkeypatch.setattr(front.answers, "of_rows", lambda key, rows: f"answer of {key}")
     links = {"start": "leiden/tables", "cost": "leiden/tables"}
-    assert "figure of leiden/tables" in front._card("leiden", links, [])
+    card = front._card("leiden", links, [])
+    assert card.index("answer of leiden/tables") < card.index("figure of leiden/tables")
     assert "figure of a/wide" in front._card("leiden", links | {"figure": "a/wide"}, [])
     studies = {"leiden": links | {"figure": "a/gone"}}
     content = {"questions": [], "wants": [], "studies": studies, "compared": "leiden/tables"}
