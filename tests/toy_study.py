@@ -54,6 +54,12 @@ claims:
     smallest: 1
     page: hash/positions
     arms: [hash, dense]
+answers:
+  hash/positions:
+    H.place:
+      holds: "**Yes** ({ours})."
+      fails: "**No** ({ours})."
+      open: "**Not decided** ({ours})."
 """
 
 PARAMETERS = """profile: str = "quick"  # smoke, quick, small or paper
