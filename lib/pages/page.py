@@ -39,10 +39,7 @@ if TYPE_CHECKING:
     from ..spec import RunSpec
 
 # what the numbers of a build are worth, wherever they are shown
-BUILD = (
-    "It shows that the page runs; its numbers are of few images and a small model, and are no "
-    "evidence."
-)
+BUILD = "It shows that the page runs; its numbers, of few images and a small model, are no evidence."
 
 # why one backbone has several accuracies on one data set
 DENSE_MODELS = (
@@ -360,17 +357,18 @@ class Page:
 
 def _scales(runs: Iterable[RunSpec]) -> str:
     """Says in a line on which images runs work, and with which model, the most frequent first."""
-    data_of_rest: dict[str, list[str]] = {}
-    for (data, rest), _ in Counter(map(_scale, runs)).most_common(SCALES):
-        data_of_rest.setdefault(rest, []).append(data)
-    return "; ".join(f"{_listed(data)} {rest}" for rest, data in data_of_rest.items())
+    found: dict[str, dict[str, list[str]]] = {}
+    for (title, images, rest), _ in Counter(map(_scale, runs)).most_common(SCALES):
+        found.setdefault(rest, {}).setdefault(images, []).append(title)
+    counted = {r: [f"{_listed(t)} ({n})" for n, t in of.items()] for r, of in found.items()}
+    return "; ".join(f"{_listed(data)} {rest}" for rest, data in counted.items())
 
 
-def _scale(run: RunSpec) -> tuple[str, str]:
-    """Returns the data of a run and how many they are, and at what size and with which model."""
-    data, backbone = run.data, run.backbone
-    model = backbone.weights if backbone.weights not in (None, "timm") else backbone.name
-    return f"{data.title} ({data.training_images})", f"at {data.image_size} px, {model}"
+def _scale(run: RunSpec) -> tuple[str, str, str]:
+    """Returns the data of a run, how many they are, and at what size and with which model."""
+    weights = run.backbone.weights
+    model = weights if weights not in (None, "timm") else run.backbone.name
+    return run.data.title, run.data.training_images, f"at {run.data.image_size} px, {model}"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -310,6 +310,10 @@ def test_data_of_one_size_and_model_are_listed_together():
     first, rest = "CIFAR-100 (5,000 training images)", "EuroSAT (2,000 training images)"
     assert pages._scales(runs).startswith(f"{first}, {rest} and ImageNet (all training images) at ")
     assert pages._scales(runs[:2]).startswith(f"{first} and {rest} at ")
+    whole = [run.but(data={"train": None}) for run in runs]
+    said = "CIFAR-100, EuroSAT and ImageNet (all training images) at "
+    assert pages._scales(whole).startswith(said)
+    assert pages._scales([*runs[:1], *whole[:1]]).startswith(f"{first} and CIFAR-100 (all ")
     assert pages._scales(runs[:1]).startswith(f"{first} at ") and pages._scales([]) == ""
 
 
