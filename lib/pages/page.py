@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     from ..spec import RunSpec
 
 # what the numbers of a build are worth, wherever they are shown
-BUILD = "It shows that the page runs; its numbers, of few images and a small model, are no evidence."
+BUILD = (
+    "It shows that the page runs; its numbers, of few images and a small model, are no evidence."
+)
 
 # why one backbone has several accuracies on one data set
 DENSE_MODELS = (
