@@ -1,5 +1,13 @@
 """Sentences that answer a question by the verdict on a claim: of the front page, and at the head of
-each page, whose sentences stand beside the claims in `data/papers`."""
+each page.
+
+Those of a page stand beside the claims, under `answers` in a file of `data/papers`: by page and by
+one to three of its claims, a sentence for each outcome. "holds", "fails" (not reproduced or
+opposite) and "open" (undecided) are there; "opposite" may have one of its own. The sentence must be
+true whenever it is shown: a claim that one is better fails also where they are equal. `{ours}`
+becomes the id, the verdict and the numbers, of a joint claim those of the part that decides it,
+with the data where they stand in for others. A claim without records is answered by nothing.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +63,7 @@ def of_page(
     judged: the verdicts of the page. data: names those on which a verdict stands where they stand
     in for others, else ""; said once. Raises ValueError for a sentence on a claim of another page.
     """
-    from ..report.text import with_numbers
+    from ..report import text
 
     verdicts = {verdict.id: verdict for verdict in judged}
     sentences, spoken_of, said = [], set(), {""}
@@ -71,12 +79,24 @@ def of_page(
         if chosen is None or decisive.estimate is None:
             continue
         on = data(decisive)
-        ours = with_numbers(decisive) + ("" if on in said else f", on {on}")
+        numbers = text.paper(decisive.entry) + text.numbers(decisive)
+        ours = _behind(decisive.entry, claim, decisive.word, numbers, "" if on in said else on)
         sentences.append(chosen.format(ours=ours))
-        joint = verdict.entry.part_of if verdict.entry is not None else None
-        spoken_of |= {claim, joint or claim}
+        spoken_of |= {claim, decisive.id}
         said.add(on)
-    return sentences, spoken_of
+    # a joint claim is settled by the part that decides it, and by no other
+    settled = {v.id for v in judged if v.decisive is not None and v.decisive.id in spoken_of}
+    return sentences, spoken_of | settled
+
+
+def _behind(entry: ledger.Claim, claim: str, word: str, numbers: str, on: str) -> str:
+    """Writes what stands behind a sentence: id, statement where it is a part of the claim that is
+    answered, verdict, numbers and data.
+
+    entry: of the claim with the numbers. claim: id of the one that is answered.
+    """
+    stated = "" if entry.id == claim else f' "{entry.statement.removesuffix(".")}"'
+    return f"{entry.id}{stated}, *{word}*: {numbers}{f', on {on}' if on else ''}"
 
 
 def of_rows(key: str, listed: Iterable[Mapping[str, Any]]) -> str:
@@ -85,7 +105,7 @@ def of_rows(key: str, listed: Iterable[Mapping[str, Any]]) -> str:
     Unlike on the page itself, what holds alone and not after the correction for many claims is
     open. listed: of `all_verdicts.rows`. Returns Markdown in a line.
     """
-    from ..report.text import paper
+    from ..report import text
     from .all_verdicts import stands
 
     rows, entries = {row["id"]: row for row in listed}, ledger.claims()
@@ -97,9 +117,10 @@ def of_rows(key: str, listed: Iterable[Mapping[str, Any]]) -> str:
         if chosen is None or decisive["effect"] is None:
             continue
         on = "; ".join(datasets.shown(decisive, []))
-        numbers = paper(entries[decisive["id"]]) + decisive["text"].partition("; ")[0]
-        numbers += "" if on in said else f", on {on}"
-        ours = f"{decisive['id']}, *{verdict_table.word_of(decisive)}*: {numbers}"
+        entry, word = entries[decisive["id"]], verdict_table.word_of(decisive)
+        word += " (pilot)" if decisive["pilot"] else ""
+        numbers = text.paper(entry) + decisive["text"].partition("; ")[0]
+        ours = _behind(entry, claim, word, numbers, "" if on in said else on)
         sentences.append(chosen.format(ours=ours))
         said.add(on)
-    return " ".join([f"*{title(key)}*", *sentences])
+    return " ".join([f"*{title(key)}*", *(sentences or ["No records yet."])])

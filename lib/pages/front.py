@@ -285,11 +285,11 @@ def compared(key: str) -> list[str]:
         for cell in all_verdicts.cells(key)
         for output in cell.get("outputs", ())
     )
-    answers = [found[1] for text in texts if (found := ANSWER.search(text))]
+    answered = [found[1] for text in texts if (found := ANSWER.search(text))]
     return [
         "## All methods side by side",
         "",
-        " ".join([*answers[:1], f"More: [](notebooks/{key}.ipynb)."]),
+        " ".join([*answered[:1], f"More: [](notebooks/{key}.ipynb)."]),
         "",
         *shown,
     ]

@@ -55,7 +55,6 @@ __all__ = [
     "published",
     "say",
     "verdicts",
-    "with_numbers",
 ]
 
 
@@ -206,11 +205,6 @@ def answer(
     if rest:
         lines.append(f"- {' '.join(rest)}")
     return boxed(*said, "\n\n" + "\n".join(lines), sure=sure, metadata=data)
-
-
-def with_numbers(verdict: Verdict) -> str:
-    """Writes what stands behind a sentence: id and verdict, the paper's number and ours."""
-    return f"{verdict.id}, *{verdict.word}*: {paper(verdict.entry)}{numbers(verdict)}"
 
 
 def paper(entry: Claim | None) -> str:

@@ -24,7 +24,10 @@ def names() -> list[str]:
 
 
 def load(name: str) -> dict[str, Any]:
-    """Reads a file: paper, tables, numbers, items, claims. ValueError for an unknown name."""
+    """Reads a file: paper, tables, numbers, items, claims, answers.
+
+    Raises ValueError for an unknown name.
+    """
     return copy.deepcopy(_loaded(name))
 
 

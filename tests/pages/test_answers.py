@@ -19,7 +19,7 @@ def verdict(id, mean, low, high, size=1.0, part_of=None, printed=None):
     entry = SimpleNamespace(
         id=id, kind="ours", parts=(), part_of=part_of, headline=False, size=size, unit="points",
         published_size=printed, smallest=None, is_derived=False, direction="greater", decimals=1,
-        statistic="",
+        statistic="", statement=f"Claim {id}.",
     )  # fmt: skip
     interval = None if mean is None else Interval(mean, low, high, 3)
     judged = judge(f"Claim {id}.", interval, "greater", size)
@@ -75,11 +75,14 @@ def test_a_joint_claim_is_answered_with_the_part_that_decides_it(asked):
     asked(X1=WORDS)
     said, spoken_of = answers.of_page("a/one", [joint, *parts], lambda v: "")
     numbers = "paper +1.0 points, ours +0.1 [-0.5, +0.7] points, n=3"
-    assert said == [f"No (X1b, *not reproduced*: {numbers})."]
-    assert spoken_of == {"X1"}
-    # of a part that answers, the joint claim is not listed again
+    assert said == [f'No (X1b "Claim X1b", *not reproduced*: {numbers}).']
+    assert spoken_of == {"X1", "X1b"}
+    # a joint claim is listed still, unless the part that decides it is spoken of
     asked(X1a=WORDS)
-    assert answers.of_page("a/one", [joint, *parts], lambda v: "")[1] == {"X1a", "X1"}
+    assert answers.of_page("a/one", [joint, *parts], lambda v: "")[1] == {"X1a"}
+    asked(X1b=WORDS)
+    said, spoken_of = answers.of_page("a/one", [joint, *parts], lambda v: "")
+    assert said == [f"No (X1b, *not reproduced*: {numbers})."] and spoken_of == {"X1", "X1b"}
 
 
 def test_data_that_stand_in_are_named_once(asked):
@@ -116,6 +119,7 @@ def listed(monkeypatch):
     """Two claims of a page as rows of all verdicts: one holds alone, one fails by its part."""
     row = {
         "part_of": None,
+        "pilot": False,
         "decisive": None,
         "after_correction": None,
         "effect": 1.0,
@@ -127,7 +131,9 @@ def listed(monkeypatch):
     ]
     rows[0] |= {"verdict": "holds", "after_correction": False}
     rows[1] |= {"decisive": "X2a", "effect": None}
-    entries = {id: SimpleNamespace(id=id, size=None, published_size=None) for id in texts}
+    rows[2] |= {"pilot": True}
+    sizes = {"size": None, "published_size": None}
+    entries = {id: SimpleNamespace(id=id, statement=f"Claim {id}.", **sizes) for id in texts}
     monkeypatch.setattr(ledger, "claims", lambda: entries)
     monkeypatch.setattr(answers, "title", lambda key: "Does it?")
     monkeypatch.setattr(answers.datasets, "shown", lambda row, parts: ["digits"])
@@ -136,13 +142,14 @@ def listed(monkeypatch):
 
 def test_rows_of_all_verdicts_answer_with_the_correction(asked, listed):
     asked(X1=WORDS, X2=WORDS)
-    first, second = "X1, *holds, alone*: +2, n=3, on digits", "X2a, *not reproduced*: +0.1, n=3"
+    first = "X1, *holds, alone*: +2, n=3, on digits"
+    second = 'X2a "Claim X2a", *not reproduced (pilot)*: +0.1, n=3'
     said = answers.of_rows("a/one", listed)
     assert said == f"*Does it?* Perhaps ({first}). No ({second})."
     asked(X1=WORDS | {"alone": "Yes, alone."})
     assert answers.of_rows("a/one", listed) == "*Does it?* Yes, alone."
     listed[0]["effect"] = None
-    assert answers.of_rows("a/one", listed) == "*Does it?*"
+    assert answers.of_rows("a/one", listed) == "*Does it?* No records yet."
 
 
 def test_the_title_is_that_of_the_notebook():
