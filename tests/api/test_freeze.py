@@ -481,6 +481,7 @@ def test_a_private_interface_that_is_gone_is_no_error(monkeypatch):
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
+            warnings.simplefilter("ignore", ResourceWarning)  # what another test left open
             lib.freeze_for_inference(vit())
         assert "left the VisionTransformer as it was" in str(said[-1].message)
     finally:

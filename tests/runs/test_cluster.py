@@ -4,6 +4,7 @@ on a worker inside this process, for what goes wrong."""
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shutil
 import socket
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,15 @@ class Processes:
         for name in list(self.workers):
             self.kill(name)
         self.dask.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sockets_end_here():
+    """Collects what clusters leave open, which a test that records warnings would find later."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,8 @@ def faults_of(file: Path, store: Store) -> list[str]:
     """Says what is wrong with a committed record, in one sentence a fault."""
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
+        # a socket that another test left open may be collected just here
+        warnings.simplefilter("ignore", ResourceWarning)
         record = store.peek(file.stem)
     faults = [str(warning.message) for warning in warned]
     if record is None:
