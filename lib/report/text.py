@@ -39,7 +39,7 @@ ALONE = (
     "narrower one there."
 )
 
-HEAD = 2  # claims that the head of a page lists below its answer
+HEAD = 3  # sentences that answer a page and claims that its head lists below them, together
 
 __all__ = [
     "ALONE",
@@ -171,8 +171,8 @@ def answer(
     said: Sequence[str] = (),
     spoken_of: Collection[str] = (),
 ) -> Markdown:
-    """Puts the answer of a page into its box, lists at most HEAD further claims by verdict below
-    it, and counts the others.
+    """Puts the answer of a page into its box, lists further claims by verdict below it, HEAD
+    sentences and claims in all, and counts the others.
 
     source: what the records are; taken off the beginning of the claims. sure: how sure it is.
     said: sentences that answer the page. spoken_of: ids of the claims that they are on, which the
@@ -192,12 +192,13 @@ def answer(
         return boxed(none, metadata=data)
     tested = [v for v in whole if v.verdict != "not tested" and v.id not in spoken_of]
     tested.sort(key=_rank)
-    shown = sorted(tested[:HEAD], key=lambda v: WORDS.index(v.verdict))
+    room = max(HEAD - len(said), 0)
+    shown = sorted(tested[:room], key=lambda v: WORDS.index(v.verdict))
     lines = [_line(v) for v in shown if v.verdict in DECIDED]
     if undecided := [_with_numbers(v) for v in shown if v.verdict == "undecided"]:
         lines.append(f"- {MARKS['undecided']} *Undecided:* {'. '.join(undecided)}.")
     rest = []
-    if others := Counter(v.verdict for v in tested[HEAD:]):
+    if others := Counter(v.verdict for v in tested[room:]):
         counted = "; ".join(f"{word}: {others[word]}" for word in WORDS if others[word])
         rest.append(f"*Further claims*, below: {others.total()} ({counted}).")
     if untested:

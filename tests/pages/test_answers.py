@@ -103,11 +103,13 @@ def test_a_claim_of_another_page_is_refused(asked):
 
 def test_the_box_begins_with_the_answer_and_lists_other_claims():
     judged = [verdict(name, 2.0, 1.0, 3.0) for name in ("X1", "X2", "X3", "X4")]
-    box = text.answer(judged, said=["Yes.", "Surely."], spoken_of={"X1"}).data
-    assert "**Answer.** Yes. Surely." in box
-    lines = [line for line in box.split("\n") if line.startswith("- ")]
-    assert [line.partition(" (X")[2][:1] for line in lines] == ["2", "3", ""]
-    assert lines[-1] == "- *Further claims*, below: 1 (holds: 1)."
+    for said, listed in ((["Yes."], ["2", "3"]), (["Yes.", "Surely."], ["2"]), (["Yes."] * 4, [])):
+        box = text.answer(judged, said=said, spoken_of={"X1"}).data
+        assert f"**Answer.** {' '.join(said)}" in box
+        lines = [line for line in box.split("\n") if line.startswith("- ")]
+        assert [line.partition(" (X")[2][:1] for line in lines] == [*listed, ""]
+        more = 3 - len(listed)
+        assert lines[-1] == f"- *Further claims*, below: {more} (holds: {more})."
     assert len(text.answer(judged, said=["Yes."]).metadata["claims"]) == 4
     # sentences alone are an answer, too
     untested = [verdict("X1", None, None, None)]
