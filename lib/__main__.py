@@ -49,7 +49,9 @@ def _parser() -> argparse.ArgumentParser:
         help="write into data/papers how many seeds each finished pilot asks for",
     )
     claims.add_argument(
-        "--readme", action="store_true", help="write the state of the claims into README.md"
+        "--readme",
+        action="store_true",
+        help="write the answers in short and the state of the claims into README.md",
     )
     claims.set_defaults(do=_claims)
 

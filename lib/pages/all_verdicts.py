@@ -235,7 +235,7 @@ def overview(listed: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def write_readme(listed: Sequence[Row], in_short: Sequence[str] = ()) -> None:
+def write_readme(listed: Sequence[Row], in_short: Sequence[str]) -> None:
     """Puts lines that answer in short, and the state of the claims, into README.md: between its
     two marks."""
     path = ROOT / "README.md"

@@ -66,12 +66,17 @@ def contradictions(keys: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _read(keys: Sequence[str]) -> tuple[dict[str, Any], dict[str, Row]]:
-    """Reads the file, and all claims by their ids; a book without the file asks nothing."""
+def _asked() -> dict[str, Any]:
+    """Reads `book/front.yaml`; a book without the file asks nothing."""
     file = ROOT / "book" / "front.yaml"
-    if not file.is_file():
+    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _read(keys: Sequence[str]) -> tuple[dict[str, Any], dict[str, Row]]:
+    """Reads what is asked, and all claims by their ids; neither without the file."""
+    front = _asked()
+    if not front:
         return {}, {}
-    front = yaml.safe_load(file.read_text(encoding="utf-8"))
     rows = {row["id"]: row for row in all_verdicts.rows(keys)}
     _check(front, rows, keys)
     return front, rows
@@ -217,9 +222,8 @@ def enough(fastest: float | None, wanted: float, accuracy: str) -> str:
 
 def in_short(listed: Sequence[Row]) -> list[str]:
     """Answers the page with which each study begins, in a line of Markdown a study."""
-    front = yaml.safe_load((ROOT / "book" / "front.yaml").read_text(encoding="utf-8"))
     lines = []
-    for study, links in front["studies"].items():
+    for study, links in _asked().get("studies", {}).items():
         short = load(study)["paper"].get("short", study)
         lines.append(f"- {short}. {answers.of_rows(links['start'], listed)}")
     return lines

@@ -197,9 +197,9 @@ class Page:
 
     def answer(self, claims: Claims) -> Markdown:
         """Puts answer and further claims into the box at the head, on the reproduced records."""
-        judged, specs = self.judged(claims, self.reproduced), self._specs()
-        said = answers.of_page(self.p.notebook, judged, lambda v: self._stand_ins(v, specs))
-        return text.answer(judged, self.reproduced.name, self.sure(judged), *said)
+        judged, specs, key = self.judged(claims, self.reproduced), self._specs(), self.p.notebook
+        said, spoken_of = answers.of_page(key, judged, lambda v: self._stand_ins(v, specs))
+        return text.answer(judged, self.reproduced.name, self.sure(judged), said, spoken_of)
 
     def sure(self, judged: Sequence[Verdict]) -> str:
         """Says how sure the answer is: seeds, interval, and at what scale, beside the document's.

@@ -205,7 +205,8 @@ def answer(
         rest.append(f"*Not tested* for want of records: {untested} of {len(whole)} claims.")
     if rest:
         lines.append(f"- {' '.join(rest)}")
-    return boxed(*said, "\n\n" + "\n".join(lines), sure=sure, metadata=data)
+    listed = ["\n\n" + "\n".join(lines)] if lines else []
+    return boxed(*said, *listed, sure=sure, metadata=data)
 
 
 def paper(entry: Claim | None) -> str:

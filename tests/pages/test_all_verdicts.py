@@ -205,14 +205,14 @@ def test_the_readme_has_the_state_between_its_marks(book):
     readme = paths.PAPERS.parents[1] / "README.md"
     readme.write_text("no marks")
     with pytest.raises(ValueError, match="once each"):
-        all_verdicts.write_readme(rows)
+        all_verdicts.write_readme(rows, [])
     marks = f"{all_verdicts.START}\nof last year\n{all_verdicts.END}"
     readme.write_text(f"# Title\n\n{marks}\n\nRest.\n")
-    all_verdicts.write_readme(rows)
+    all_verdicts.write_readme(rows, [])
     once = readme.read_text()
     assert once.startswith("# Title\n\n") and once.endswith(f"{all_verdicts.END}\n\nRest.\n")
     assert "The documents make 5 claims" in once and "last year" not in once
-    all_verdicts.write_readme(rows)
+    all_verdicts.write_readme(rows, [])
     assert readme.read_text() == once
     all_verdicts.write_readme(rows, ["- One. Yes.", f"- Two. {'No ' * 50}."])
     assert f"{all_verdicts.START}\n- One. Yes.\n- Two. No No " in (lines := readme.read_text())

@@ -114,6 +114,7 @@ def test_the_box_begins_with_the_answer_and_lists_other_claims():
     # sentences alone are an answer, too
     untested = [verdict("X1", None, None, None)]
     assert "has no records yet" in text.answer(untested).data
+    assert "records yet" not in (box := text.answer(untested, said=["Yes."]).data) and "Yes." in box
 
 
 @pytest.fixture
