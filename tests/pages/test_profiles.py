@@ -380,6 +380,25 @@ def test_runs_of_the_long_profiles_can_be_built(key, name):
         runs.check(group[0])
 
 
+TAKES_MODEL = [key for key in SOURCES if "lib.model_of(" in parameters.source(key).read_text()]
+
+
+@pytest.mark.parametrize("key", TAKES_MODEL)
+def test_a_page_that_takes_a_model_asks_for_its_weights(key):
+    """A run that leaves none is computed a second time for them."""
+    (group,) = profiles.plan(key, "quick").values()
+    assert all(spec.keep for spec in group)
+
+
+def test_the_quick_book_trains_one_dense_model():
+    """Each further one takes a minute of the default build; Durham's studies begin from scratch."""
+    plans = [profiles.plan(key, "quick") for key in SOURCES if not key.startswith("durham/")]
+    specs = [spec for plan in plans for group in plan.values() for spec in group]
+    trained = [spec for spec in {*specs, *(s.init for s in specs)} if spec and spec.train]
+    longest = max(spec.train.epochs for spec in trained)
+    assert len({spec.id for spec in trained if spec.train.epochs > longest / 2}) == 1
+
+
 @pytest.mark.parametrize("name", ["smoke", "quick", "small", "paper"])
 @pytest.mark.parametrize(
     "key, others",
