@@ -6,16 +6,16 @@ document.addEventListener("DOMContentLoaded", () => {
   for (const box of document.querySelectorAll(".pareto")) draw(box);
 
   function draw(box) {
-    const points = JSON.parse(box.dataset.points).sort((a, b) => a.macs - b.macs || a.loss - b.loss);
+    const points = JSON.parse(box.dataset.points).sort((a, b) => a.macs - b.macs || a.loss - b.loss || a.stored - b.stored);
     // what loses more is drawn at the lower edge, so that the models that one would take lie apart
     const most = Math.min(LOWEST, Math.max(...points.map((p) => p.loss)));
     const widest = Math.max(100, ...points.map((p) => p.macs));
     const width = Math.min(Math.max(box.clientWidth || 640, 320), 640); // letters keep their size on a phone
     const id = `pareto-${[...document.querySelectorAll(".pareto")].indexOf(box)}`;
     box.innerHTML = `
-      <p><label for="${id}-loss">Accuracy that it may lose: <output></output> points</label>
+      <p><label for="${id}-loss">Loss of accuracy, at most: <output></output> points</label>
         <input id="${id}-loss" type="range" min="0" max="${Math.ceil(most)}" step="0.1" value="${box.dataset.loss}"></p>
-      <p><label for="${id}-macs">Multiply-adds that it may have: <output></output>% of the dense model's</label>
+      <p><label for="${id}-macs">Multiply-adds, at most: <output></output>% of the dense model's</label>
         <input id="${id}-macs" type="range" min="0" max="${Math.ceil(widest)}" step="0.1" value="${box.dataset.macs}"></p>
       <p class="answer" role="status"></p>
       <svg viewBox="0 0 ${width} 336" role="group" aria-label="Models by multiply-adds and lost accuracy"></svg>
@@ -67,7 +67,12 @@ document.addEventListener("DOMContentLoaded", () => {
 
     function said(p) {
       const interval = p.low === null ? "" : ` [${p.low.toFixed(1)}, ${p.high.toFixed(1)}]`;
-      return `${p.name}: loses ${p.loss.toFixed(1)}${interval} points (n=${p.n}) at ${p.macs.toFixed(1)}% of the multiply-adds and ${p.stored.toFixed(0)}% of the stored parameters`;
+      return `${p.name}: loses ${p.loss.toFixed(1)}${interval} points (n=${p.n}) at ${p.macs.toFixed(1)}% of the multiply-adds and ${p.stored.toFixed(1)}% of the stored parameters`;
+    }
+
+    function doubt(p) {
+      if (p.low === null) return "; below three seeds it has no interval";
+      return p.high > loss.value ? `; its interval does not exclude a loss of more than ${Number(loss.value).toFixed(1)} points` : "";
     }
 
     function update() {
@@ -79,9 +84,10 @@ document.addEventListener("DOMContentLoaded", () => {
       // what is missing by the smallest share of either wish
       const away = (p) => Math.max(p.loss - loss.value, 0) / Math.max(most, 1) + Math.max(p.macs - macs.value, 0) / widest;
       const nearest = [...points].sort((a, b) => away(a) - away(b))[0];
-      const number = `${fits.length || "None"} of the ${points.length} models ${fits.length > 1 ? "do" : "does"} both`;
+      const both = `at most ${outLoss.textContent} points at ${outMacs.textContent}% of the multiply-adds or less (${box.dataset.images})`;
+      const number = `${fits.length || "None"} of the ${points.length} models ${fits.length > 1 ? "lose" : "loses"} ${both}`;
       box.querySelector(".answer").textContent = best
-        ? `${number}. The one that loses least is ${said(best)}.`
+        ? `${number}. The one that loses least is ${said(best)}${doubt(best)}.`
         : `${number}. The nearest is ${said(nearest)}.`;
       allowed.setAttribute("width", x(Number(macs.value)) - x(0));
       allowed.setAttribute("height", y(Number(loss.value)) - TOP);

@@ -46,10 +46,9 @@ document.addEventListener("DOMContentLoaded", () => {
   });
 
   function fits(row) {
-    const verdict = row.dataset.verdict.replace(/, alone$/, "");
     return (
       (!chosen.study || row.dataset.study === chosen.study) &&
-      (!chosen.verdict || verdict === chosen.verdict) &&
+      (!chosen.verdict || row.dataset.verdict.split("; ").includes(chosen.verdict)) &&
       (!chosen.text || text.get(row).includes(chosen.text.toLowerCase()))
     );
   }

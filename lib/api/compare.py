@@ -219,35 +219,51 @@ def _evaluation_mode(models: Iterable[nn.Module]) -> Iterator[None]:
 # ---- the sentence below the table
 
 
-def advice(frame: pd.DataFrame, points: float = 2.0, batch: int | None = None) -> str:
-    """Names the fastest model that loses less than `points` of top-1 to the first row.
+def advice(
+    frame: pd.DataFrame, points: float = 2.0, batch: int | None = None, *, again: str | None = None
+) -> str:
+    """Names a fast model that loses less than `points` of top-1 to the first row.
 
+    Times are those in batches of `batch` images (the largest of the table if None). Two models are
+    level in time if their ranges, from the 10% quantile to the median, overlap. Of the models that
+    lose less than `points` and are faster than the first row, not level with it, the one with the
+    lowest median is found, and of those that are level with it the one that loses least is taken.
     If there is none it says so, and which comes nearest: the faster one that loses least, or if
-    none is faster the one that takes least time. Faster is a model whose median is below the 10%
-    quantile of the first row, in batches of `batch` images (the largest of the table if None).
-    frame: of `compare`. Raises ValueError for a table with one row, or without times of such a
-    batch.
+    none is faster the one that takes least time. The time that a model is compared with is the
+    first row's.
+
+    frame: of `compare`. again: a row of the same layers as the first, which is never taken: what it
+    takes less is scatter, so a faster model must be faster than both. Raises ValueError for a table
+    with one row, or without times of such a batch.
     """
-    ms = f"ms_{_checked_batch_of(frame, batch)}"
-    first, others = frame.iloc[0], frame.iloc[1:]
-    faster = others[others[ms] < first[f"{ms}_q10"]]
+    judged = frame[frame.index != again]
+    ms = f"ms_{_checked_batch_of(judged, batch)}"
+    first, others = judged.iloc[0], judged.iloc[1:].sort_values(ms)
+    same = frame[frame.index.isin([first.name, again])]
+    quickest = same.loc[same[f"{ms}_q10"].idxmin()]
+    faster = others[others[ms] < quickest[f"{ms}_q10"]]
     cheap = faster[-faster["difference"] < points]
     where = f"in batches of {ms.removeprefix('ms_')}"
     if len(cheap):
-        best = cheap.loc[cheap[ms].idxmin()]
+        fastest = cheap.iloc[0]
+        level = cheap[cheap[f"{ms}_q10"] <= fastest[ms]]
+        best = level.loc[level["difference"].idxmax()]
         sentence = f"Take {best.name}: on this machine, {where}, {_time(best, first, ms)}"
         sentence += f", for {_difference(best)}"
         if -best["difference_low"] >= points:
             sentence += f"; the images do not exclude a loss of {points:g} points"
+        if best.name != fastest.name:
+            sentence += f"; {fastest.name} ({fastest[ms]:.3g} ms) is level with it in time"
         return sentence + "."
     if len(faster):
         best = faster.loc[faster["difference"].idxmax()]
         nothing = f"nothing here makes {first.name} faster at under {points:g} points"
     else:
-        best = others.loc[others[ms].idxmin()]
+        best = others.iloc[0]
         nothing = f"nothing here makes {first.name} faster"
         if best[ms] < first[ms]:
-            scatter = f"a tenth of the times of {first.name} is below {first[f'{ms}_q10']:.3g} ms"
+            low = f"{quickest[f'{ms}_q10']:.3g} ms"
+            scatter = f"a tenth of the times of {quickest.name} is below {low}"
             nothing += f" by more than times scatter ({scatter})"
     return (
         f"On this machine, {where}, {nothing}: {best.name} comes nearest, as "

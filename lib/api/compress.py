@@ -68,15 +68,13 @@ class Compressed:
         return [name for name in self.models if name not in ("dense", AGAIN)]
 
     def advice(self, points: float = 2.0) -> str:
-        """Says in a sentence which model to take. points: of top-1 that it may lose."""
-        judged = self.table.drop(index=AGAIN, errors="ignore")
-        if AGAIN in self.table.index:  # the same layers: what it takes less is scatter
-            times = [name for name in judged if name.startswith("ms_")]
-            both = self.table.loc[[judged.index[0], AGAIN], times]
-            judged.loc[judged.index[0], times] = both.min()
-        if len(judged) == 1:
+        """Says in a sentence which model to take, beside the dense one as it was measured.
+
+        points: of top-1 that it may lose.
+        """
+        if not set(self.table.index[1:]) - {AGAIN}:
             return "No method that was asked for can be applied to this model."
-        return advice(judged, points)
+        return advice(self.table, points, again=AGAIN)
 
 
 def checked(methods: Sequence[str] | None) -> tuple[str, ...]:

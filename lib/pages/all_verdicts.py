@@ -83,9 +83,10 @@ def _row(claim: ledger.Claim, said: Mapping[str, Any] | None) -> Row:
 
 
 def _correct(found: Sequence[Row]) -> None:
-    """Says of each claim of a study whether it holds after the correction for their number.
+    """Says of each claim of a study that holds, or is opposite, whether it is so after the
+    correction for their number.
 
-    None where it does not hold alone. A joint claim holds where all of its parts do.
+    None for other verdicts. A joint claim follows its parts.
     """
     from ..verdicts.many import corrected  # scipy, which an import of the build does without
 
@@ -93,8 +94,14 @@ def _correct(found: Sequence[Row]) -> None:
     tested = [row for row in found if row["verdict"] and row["id"] not in joint]
     for row, after in zip(tested, corrected([row["p"] for row in tested]), strict=True):
         row["after_correction"] = after if holds(row) else None
+    # the other way round each claim with a direction could have come out by chance as well
+    directed = [row for row in tested if row["direction"] in ("greater", "less")]
+    against = [None if row["p"] is None else 1 - row["p"] for row in directed]
+    for row, after in zip(directed, corrected(against), strict=True):
+        if row["verdict"] == "opposite":
+            row["after_correction"] = after
     for row in found:
-        if row["id"] in joint and holds(row):
+        if row["id"] in joint and (holds(row) or row["verdict"] == "opposite"):
             parts = [part for part in found if part["part_of"] == row["id"]]
             row["after_correction"] = all(part["after_correction"] for part in parts)
 
@@ -105,15 +112,18 @@ def holds(row: Row) -> bool:
 
 
 def decided(row: Row) -> bool:
-    """Says whether a verdict stands: of a claim that holds, also after the correction."""
+    """Says whether a claim is decided: one that holds, after the correction as well.
+
+    One that is opposite alone is not reproduced, at least: its interval excludes the size.
+    """
     if holds(row):
         return bool(row["after_correction"])
     return row["verdict"] in ("not reproduced", "opposite")
 
 
 def stands(row: Row) -> bool:
-    """Says of a claim that holds whether it does so after the correction as well; else True."""
-    return decided(row) or not holds(row)
+    """Says whether a claim is after the correction what it is alone."""
+    return row["after_correction"] is not False
 
 
 def tested(listed: Iterable[Row]) -> list[Row]:
@@ -195,12 +205,14 @@ def _chance(found: Sequence[Row]) -> str:
     single = [row for row in found if row["id"] not in joint and row["p"] is not None]
     alone = [row for row in single if holds(row)]
     after = sum(bool(row["after_correction"]) for row in alone)
+    excluded = [row for row in single if row["verdict"] in ("not reproduced", "opposite")]
     return (
         f"{len(single)} claims and parts {agree('have', len(single))} an interval. If all of "
         f"them were false, at most {BY_CHANCE * len(single):.1f} would hold by chance; "
         f"{len(alone)} {agree('hold', len(alone))}. After the correction for their number {after} "
         f"{agree('hold', after)}, of which at most {BY_CHANCE * after:.1f} are expected to be "
-        "false."
+        f"false. {len(excluded)} {agree('are', len(excluded))} not reproduced or opposite; if "
+        f"all claims had their sizes, at most {BY_CHANCE * len(single):.1f} would be by chance."
     )
 
 
@@ -212,17 +224,26 @@ def read() -> list[Row]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def settled() -> set[str]:
-    """Lists the claims whose verdict stands in the last build, parts of joint ones among them.
+def settled() -> dict[str, bool]:
+    """Says of each claim whose verdict stands in the last build whether it is settled: False while
+    seeds are still to come, which may change it.
 
-    None where nothing was built: then all count as open.
+    A part of a joint claim whose verdict stands is among them. It is settled with that claim where
+    it has a verdict on all its seeds. Empty where nothing was built: then all claims are open.
     """
     try:
         listed = read()
     except FileNotFoundError:
-        return set()
-    stands = {row["id"] for row in listed if decided(row)}
-    return stands | {row["id"] for row in listed if row["part_of"] in stands}
+        return {}
+    stand = {row["id"]: not row["pilot"] for row in listed if decided(row)}
+    parts = {
+        row["id"]: stand[row["part_of"]]
+        and row["verdict"] not in (None, "not tested")
+        and not row["pilot"]
+        for row in listed
+        if row["part_of"] in stand
+    }
+    return parts | stand  # a part's own verdict, where that stands
 
 
 def overview(listed: Sequence[Row]) -> str:

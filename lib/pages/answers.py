@@ -25,21 +25,23 @@ if TYPE_CHECKING:
 def outcome(verdict: str | None, stands: bool = True) -> str:
     """Says whether a claim holds, fails or is open, as sentences name it.
 
-    stands: whether it does so after the correction for many claims as well.
+    stands: whether it does so after the correction for many claims as well. One that is opposite
+    alone fails still: its size is excluded.
     """
-    if not stands or verdict in (None, "undecided", "not tested"):
+    if verdict in (None, "undecided", "not tested"):
         return "open"
-    return "holds" if verdict.startswith("holds") else "fails"
+    if verdict.startswith("holds"):
+        return "holds" if stands else "open"
+    return "fails"
 
 
 def sentence(words: Mapping[str, str], verdict: str | None, stands: bool = True) -> str | None:
     """Chooses the sentence for a verdict; None where there is none.
 
-    words: sentences by outcome. What is opposite, or holds alone and not after the correction, may
-    have one of its own ("opposite", "alone").
+    words: sentences by outcome. What is opposite after the correction, or holds alone and not after
+    it, may have one of its own ("opposite", "alone").
     """
-    is_alone = not stands and (verdict or "").startswith("holds")
-    special = "alone" if is_alone else verdict
+    special = verdict if stands else "alone" if (verdict or "").startswith("holds") else None
     return words.get(special) or words.get(outcome(verdict, stands))
 
 

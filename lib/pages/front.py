@@ -13,10 +13,10 @@ from typing import Any
 import yaml
 
 from ..paths import ROOT
-from ..verdicts import MARKS, agree, count
+from ..verdicts import agree, count
 from ..verdicts.papers import load
 from . import all_verdicts, answers, datasets, front_numbers
-from .verdict_table import anchor, word_of
+from .verdict_table import anchor, mark_of, word_of
 
 Row = Mapping[str, Any]
 FIGURE = "headline-figure"  # the tag of `order`
@@ -101,7 +101,8 @@ def _check(front: Mapping[str, Any], rows: Mapping[str, Row], keys: Sequence[str
 
 
 def said(asked: Mapping[str, Any], rows: Mapping[str, Row]) -> list[str]:
-    """Answers in a sentence for each claim under `says`: the one for its verdict, with our number.
+    """Answers in a sentence for each claim under `says`: the one for its verdict, with our number
+    ({ours}) and its data ({on}).
 
     One that is opposite, or holds alone, has a sentence of its own where the file gives one. A
     claim that is not decided and has no sentence for that is left to the list below the answer.
@@ -110,7 +111,8 @@ def said(asked: Mapping[str, Any], rows: Mapping[str, Row]) -> list[str]:
     for claim, words in asked.get("says", {}).items():
         row = rows[claim]
         if chosen := answers.sentence(words, row["verdict"], all_verdicts.stands(row)):
-            sentences.append(chosen.format(ours=_numbers(row)))
+            on = "; ".join(datasets.shown(row, []))
+            sentences.append(chosen.format(ours=_numbers(row), on=on))
     return sentences
 
 
@@ -160,7 +162,7 @@ def _behind(asked: Sequence[Row], rows: Mapping[str, Row]) -> list[str]:
 
 
 def _bullet(row: Row, rows: Mapping[str, Row]) -> str:
-    """Writes a claim with our number and the verdict, linked to its row of all verdicts.
+    """Writes a claim with our number, the verdict and the data, linked to its row of all verdicts.
 
     A part of a joint claim names that, and its verdict, behind its own.
     """
@@ -169,8 +171,10 @@ def _bullet(row: Row, rows: Mapping[str, Row]) -> str:
     # a number without a unit says nothing unless one knows of what it is
     of_what = f" ({plain(row['statistic'])})" if row["statistic"] and not row["unit"] else ""
     ours = f": {_numbers(row)}{of_what}" if _numbers(row) else ""
-    mark = MARKS[row["verdict"] or "not tested"]
     name = f'<a href="verdicts.html#{anchor(row)}">{row["id"]}</a>'
+    parts = [part for part in rows.values() if part["part_of"] == row["id"]]
+    data = "; ".join(datasets.shown(row, parts))
+    on = f", on {data}" if data else ""
     whole = ""
     if row["part_of"]:
         joint = rows[row["part_of"]]
@@ -178,7 +182,7 @@ def _bullet(row: Row, rows: Mapping[str, Row]) -> str:
             f'; one part of "{plain(joint["statement"])}", which as a whole is: {word_of(joint)}'
         )
     statement = plain(row["statement"].removesuffix("."))
-    return f"- {mark} *{word_of(row)}*: {statement}{ours} ({name}{whole})"
+    return f"- {mark_of(row)} *{word_of(row)}*: {statement}{ours} ({name}{on}{whole})"
 
 
 def _want(want: Mapping[str, Any], rows: Mapping[str, Row], compared_on: str) -> list[str]:

@@ -11,7 +11,7 @@ from ..verdicts import speed
 from .profiles import PUBLISHED, plan
 
 ARMS = ("first", "second")  # that a sentence sets beside each other
-NO_CARD = "No graphics card was measured, since none was at hand."
+NO_CARD = "Times were taken on processors alone, on no graphics card."
 
 
 def clock() -> tuple[dict[str, float], str, str]:
@@ -36,25 +36,33 @@ def at_best(fastest: Mapping[str, float]) -> str:
     if not fastest:
         return ""
     kinds = " and ".join(f"{name} {times:.2f}" for name, times in fastest.items())
-    return f"Times as fast as the whole model, at best on the clock: {kinds}."
+    return (
+        "With half of the MLPs' neurons active, times as fast as the whole model at best on the "
+        f"clock: {kinds} (ViT-S at 224 px, see below)."
+    )
 
 
 def nearest(key: str, within: float) -> str:
     """Names the model of the page of all methods that is best within a budget of multiply-adds, in
-    percent of the dense model's; "" without records."""
+    percent of the dense model's, and its measured time; "" without records."""
     from ..runs.collect import load  # numpy, which an import of the build does without
     from ..verdicts.budgets import candidates, winner
     from ..verdicts.stats import format_interval
 
-    models = candidates(load(plan(key, PUBLISHED), any_device=True), {})
+    shape, dtype = "batch 16, frozen", "fp32"
+    times = speed.percent_of_dense(speed.file_of("frontier"), shape, dtype)
+    models = candidates(load(plan(key, PUBLISHED), any_device=True), times)
     won = winner(models, "macs", within)
     if won is None or won.gain is None:
         return ""
     gain = format_interval(won.gain, signed=True, unit="points")
+    percent = won.best.costs
+    timed = percent.get("forward")
+    time = f" and {timed:.0f}% of the time ({shape}, {dtype})" if timed is not None else ""
     return (
-        f"Of [all methods](notebooks/{key}.ipynb), after one further pass over the images, comes "
-        f"nearest: *{won.best.name}*, with {won.best.costs['macs']:.0f}% of the multiply-adds, "
-        f"{gain}, beside the dense model with the same pass."
+        f"The nearest of [all methods](notebooks/{key}.ipynb), after one further pass over the "
+        f"images, is *{won.best.name}*, with {percent['macs']:.0f}% of the multiply-adds{time}: "
+        f"{gain}, compared with the dense model after the same pass."
     )
 
 

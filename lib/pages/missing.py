@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ..verdicts import count, ledger
+from ..verdicts import agree, count, ledger
 from . import all_verdicts, profiles
 
 if TYPE_CHECKING:  # the build imports this module, and does without torch
@@ -57,9 +57,31 @@ def rows(items: Sequence[Item]) -> Iterator[str]:
 def listing(plan: Plan, budget: float, workers: int) -> str:
     """Writes what would be run inside a budget of seconds, and what will still be missing then."""
     started = plan.schedule(budget, workers)
-    done = {item.spec.id for item in started}
-    lines = [*rows(started), ""] if started else ["nothing that is missing ends within the budget"]
+    done = {item.spec.id for item in started if item.estimate.seconds <= budget}
+    lines = [*_assumed(plan), *rows(started), ""] if started else _assumed(plan)
+    if not done:
+        lines.append("nothing that is missing ends within the budget" + _begun(plan, started))
     return "\n".join([*lines, *_rest(plan, done, "then", budget)])
+
+
+def _assumed(plan: Plan) -> list[str]:
+    """Says that all claims count as open where no build has said which of them are decided."""
+    from ..runs.order import OPEN_CLAIM
+
+    try:
+        all_verdicts.read()
+    except FileNotFoundError as error:
+        if any(purpose.worth == OPEN_CLAIM for purpose in plan.purposes):
+            return [f"all claims count as open, since {error}"]
+    return []
+
+
+def _begun(plan: Plan, started: Sequence[Item]) -> str:
+    """Ends the sentence on a budget in which no run ends: what is begun in it, if anything is."""
+    if started:
+        begun = f"{count(len(started), 'run')} {agree('are', len(started))} begun"
+        return f": {begun} and interrupted, and the next start goes on from the checkpoint"
+    return ", and no run is begun: give a longer --budget" if plan.items else ""
 
 
 def price(plan: Plan, profile: str, keys: Sequence[str], rate: float | None) -> str:
@@ -114,16 +136,17 @@ def _rest(
 
 
 def _counted(served: Sequence[Purpose], purposes: Sequence[Purpose]) -> str:
-    """Counts what is served of all: open claims, and others (arms and claims that are decided)."""
-    from ..runs.order import OPEN_CLAIM
+    """Counts what is served of all: open claims, those that a pilot decides, and others (arms and
+    claims that are settled)."""
+    from ..runs.order import DECIDED_PILOT, OPEN_CLAIM
 
     unserved = {(p.page, p.name) for p in purposes if p not in served}
-    counts = {}
-    for kind, is_open in {"open claims": True, "others": False}.items():
-        # an arm and its first seed are one
-        names = {(p.page, p.name) for p in purposes if (p.worth == OPEN_CLAIM) is is_open}
-        counts[kind] = len(names - unserved), len(names)
-    return " and ".join(f"{n} of {total} {kind}" for kind, (n, total) in counts.items() if total)
+    claims = {OPEN_CLAIM: "open claims", DECIDED_PILOT: "claims with a pilot's verdict"}
+    names = {kind: set() for kind in (*claims.values(), "others")}
+    for p in purposes:  # an arm and its first seed are one
+        names[claims.get(p.worth, "others")].add((p.page, p.name))
+    counts = {kind: (len(of - unserved), len(of)) for kind, of in names.items() if of}
+    return ", ".join(f"{n} of {total} {kind}" for kind, (n, total) in counts.items())
 
 
 def head(profile: str, keys: Sequence[str]) -> list[str]:

@@ -64,16 +64,21 @@ def _pack(args: argparse.Namespace) -> int:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    """Files the records that packed runs brought back, and says what is missing."""
+    """Files the records that packed runs brought back, and says what is missing.
+
+    Raises RuntimeError, once the others are filed, that says what was refused and why.
+    """
     from ..runs.merge import merge
     from . import contents
 
     profiles.check_profile(args.profile)
     pages = [key for key in contents.in_book() if profiles.has_profile(key, args.profile)]
     specs = [sum(profiles.plan(key, args.profile).values(), []) for key in pages]
-    filed, missing = merge(args.files, dict(zip(pages, specs, strict=True)))
-    are = agree("are", len(filed))
-    print(
-        f"{count(len(filed), 'record')} {are} there; still missing: {', '.join(missing) or 'none'}"
-    )
+    merged = merge(args.files, dict(zip(pages, specs, strict=True)))
+    are = agree("are", len(merged.filed))
+    # which runs were packed stands in the files, so nobody knows it of one that is refused
+    missing = ", ".join(merged.missing) or ("none that is known of" if merged.refused else "none")
+    print(f"{count(len(merged.filed), 'record')} {are} there; still missing: {missing}", flush=True)
+    if merged.refused:
+        raise RuntimeError("\n".join(merged.refused))
     return 0

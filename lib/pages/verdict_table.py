@@ -13,6 +13,12 @@ from . import datasets
 
 Row = Mapping[str, Any]
 COLUMNS = ("Claim", "Paper", "Ours", "Verdict", "Seeds", "Data")
+ALONE = ", alone"
+# what a seed of a study draws, where it is less than a model of its own
+SEEDS_OF = {
+    "moee": "In MoEE a seed is a draw of calibration images for one dense model, not a dense model "
+    "of its own."
+}
 
 
 def table(rows: Sequence[Row], listed: Sequence[Row], titles: Mapping[str, str]) -> str:
@@ -21,8 +27,11 @@ def table(rows: Sequence[Row], listed: Sequence[Row], titles: Mapping[str, str])
     entries = ledger.claims()
     head = "".join(f'<th scope="col">{name}</th>' for name in COLUMNS)
     body = "\n".join(_claim(row, listed, entries, titles[row["study"]]) for row in rows)
+    notes = [said for study, said in SEEDS_OF.items() if any(r["study"] == study for r in rows)]
+    caption = f"<caption>{' '.join(notes)}</caption>" if notes else ""
     return (
-        f'<table class="verdicts"><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>'
+        f'<table class="verdicts">{caption}<thead><tr>{head}</tr></thead>'
+        f"<tbody>\n{body}\n</tbody></table>"
     )
 
 
@@ -39,17 +48,20 @@ def _claim(row: Row, listed: Sequence[Row], entries: Mapping[str, ledger.Claim],
     )
     if row["reason"]:
         statement += f"<br>{escape(row['reason'], quote=False)}"
-    word = word_of(row)
+    decisive = next((part for part in parts if part["id"] == row["decisive"]), None)
     cells = [
         f'<th scope="row" id="{anchor(row)}">{statement}</th>',
         _cell(_paper(row, entries), "Paper"),
-        _cell(_ours(row, parts), "Ours"),
-        f'<td data-name="Verdict">{badge(row)}</td>',
-        _cell(_seeds(row, parts), "Seeds"),
-        _cell("; ".join(datasets.shown(row, parts)), "Data"),
+        _cell(_ours(row, parts, decisive), "Ours"),
+        f'<td data-name="Verdict">{badge(row)}{_differing(row, decisive)}</td>',
+        _cell(_seeds_behind(row, parts, decisive), "Seeds"),
+        _cell(_data(row, parts), "Data"),
     ]
+    # found by the filter under each verdict that the row shows
+    found = "; ".join(dict.fromkeys(_bare(one) for one in (row, decisive or row)))
     return (
-        f'<tr class="claim" data-study="{row["study"]}" data-verdict="{word}">{"".join(cells)}</tr>'
+        f'<tr class="claim" data-study="{row["study"]}" data-verdict="{found}">'
+        f"{''.join(cells)}</tr>"
     )
 
 
@@ -68,7 +80,7 @@ def _more(row: Row, parts: Sequence[Row], entries: Mapping[str, ledger.Claim]) -
         f'<tr id="{anchor(part)}"><th scope="row"><b>{part["id"]}</b> '
         f"{escape(part['statement'], quote=False)}{_measured(entries[part['id']])}</th>"
         f"{_cell(published(entries[part['id']]))}"
-        f"{_cell(_effect(part))}<td>{badge(part)}</td></tr>"
+        f"{_cell(_effect(part))}{_cell(seeds(part, 'seed'))}<td>{badge(part)}</td></tr>"
         for part in parts
     ]
     inner = f'<table class="parts"><tbody>{"".join(lines)}</tbody></table>' if parts else ""
@@ -87,16 +99,24 @@ def _paper(row: Row, entries: Mapping[str, ledger.Claim]) -> str:
     return f"{part}: {said}" if part and said else said
 
 
-def _ours(row: Row, parts: Sequence[Row]) -> str:
+def _ours(row: Row, parts: Sequence[Row], decisive: Row | None) -> str:
     """Says the effect; of a joint claim that of the part that decides it, else how many hold."""
+    if decisive:
+        return f"{decisive['id']}: {_effect(decisive)}"
     if not parts:
         return _effect(row)
     from ..report.text import parts_held
 
-    of_id = {part["id"]: f"{part['id']}: {_effect(part)}" for part in parts}
     words = [part["verdict"] or "not tested" for part in parts]
     untested = set(words) == {"not tested"}
-    return of_id.get(row["decisive"], "" if untested else parts_held(words))
+    return "" if untested else parts_held(words)
+
+
+def _differing(row: Row, decisive: Row | None) -> str:
+    """Writes the verdict on the part whose number is shown, where it is not that of the whole."""
+    if decisive is None or word_of(decisive) == word_of(row):
+        return ""
+    return f"<br>{decisive['id']}: {badge(decisive)}"
 
 
 def _effect(row: Row) -> str:
@@ -105,15 +125,34 @@ def _effect(row: Row) -> str:
     return text.partition(";")[0].partition(", n=")[0] if row["effect"] is not None else text
 
 
-def _seeds(row: Row, parts: Sequence[Row]) -> str:
-    """Says how many seeds there are of how many planned, over the parts of a joint claim."""
-    over = [one for one in (parts or [row]) if one["n"]]
-    if not over:
+def _seeds_behind(row: Row, parts: Sequence[Row], decisive: Row | None) -> str:
+    """Says how many seeds the number beside it has, and of a joint claim what else is a pilot."""
+    if not parts:
+        return seeds(row)
+    if decisive is None:
+        return "pilot in some parts" if row["pilot"] else ""
+    elsewhere = "; pilot in other parts" if row["pilot"] and not decisive["pilot"] else ""
+    return f"{seeds(decisive)}{elsewhere}"
+
+
+def seeds(row: Row, noun: str = "") -> str:
+    """Says how many seeds a number has, of how many planned; none where there is no number."""
+    if row["method"] == "exact":  # counted, so that no chance is in it
+        return "no seeds"
+    if not row["n"]:
         return ""
-    least = min(over, key=lambda one: (one["n"], -(one["planned_n"] or 0)))
-    planned = least["planned_n"] or least["n"]
-    more = f" of {planned}" if planned > least["n"] else ""
-    return f"{least['n']}{more}{', pilot' if row['pilot'] else ''}"
+    planned = max(row["planned_n"] or 0, row["n"])
+    of = f"{row['n']} of " if planned > row["n"] else ""
+    all_of_them = count(planned, noun) if noun else planned
+    return f"{of}{all_of_them}{', pilot' if row['pilot'] else ''}"
+
+
+def _data(row: Row, parts: Sequence[Row]) -> str:
+    """Names the data behind a claim; an effect without records is of no run on images."""
+    rows = (row, *parts)
+    if not any(one["records"] for one in rows) and any(one["effect"] is not None for one in rows):
+        return "simulated, no real images"
+    return "; ".join(datasets.shown(row, parts))
 
 
 def _cell(text: str, name: str = "") -> str:
@@ -122,19 +161,29 @@ def _cell(text: str, name: str = "") -> str:
 
 
 def badge(row: Row) -> str:
-    """Writes a verdict with its mark; its class gives the colour."""
+    """Writes a verdict with its mark; its classes give the colour."""
     word = word_of(row)
+    kind = word.partition(",")[0].replace(" ", "-") + (" alone" if word.endswith(ALONE) else "")
+    mark = f'<span aria-hidden="true">{mark_of(row)}</span>'
+    return f'<span class="verdict {kind}">{mark} {word}</span>'
+
+
+def mark_of(row: Row) -> str:
+    """Returns the mark of a verdict, in brackets where it is so alone."""
     mark = MARKS[row["verdict"] or "not tested"]
-    kind = word.partition(",")[0].replace(" ", "-")
-    return f'<span class="verdict {kind}"><span aria-hidden="true">{mark}</span> {word}</span>'
+    return f"({mark})" if word_of(row).endswith(ALONE) else mark
 
 
 def word_of(row: Row) -> str:
-    """Says the verdict; "alone" where it does not hold after the correction for many claims."""
+    """Says the verdict; "alone" where it is not the same after the correction for many claims."""
     if row["verdict"] is None:
         return "not tested" if row["reason"] else "not judged yet"
-    alone = row["verdict"].startswith("holds") and not row["after_correction"]
-    return row["verdict"] + (", alone" if alone else "")
+    return row["verdict"] + (ALONE if row["after_correction"] is False else "")
+
+
+def _bare(row: Row) -> str:
+    """Says the verdict without marks such as "alone"."""
+    return word_of(row).removesuffix(ALONE)
 
 
 def anchor(row: Row) -> str:
@@ -151,5 +200,5 @@ def published(entry: ledger.Claim) -> str:
 
 def words(rows: Iterable[Row]) -> list[str]:
     """Lists the verdicts that the rows have, without marks such as "alone"."""
-    found = {word_of(row).removesuffix(", alone") for row in rows}
+    found = {_bare(row) for row in rows}
     return [word for word in (*WORDS, "not judged yet") if word in found]

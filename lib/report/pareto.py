@@ -11,17 +11,19 @@ from typing import Any
 
 from IPython.display import HTML
 
+from ..verdicts.sizes import retained_change
 from ..verdicts.stats import finished
-from ..verdicts.values import value_interval
+
+SIZES = ("macs", "params_stored")
 
 
 @dataclass(frozen=True)
 class Point:
     """Holds a model made from a dense one.
 
-    loss: of test accuracy against the dense model, in points, with the ends of its interval, None
-    where one seed has none; n: seeds. macs, stored: multiply-adds of an image and stored
-    parameters, in percent of the dense model's.
+    loss: of test accuracy against the dense model, in points, with the ends of its interval over
+    seeds and test images, None below three seeds; n: seeds. macs, stored: multiply-adds of an image
+    and stored parameters, in percent of the dense model's.
     """
 
     name: str
@@ -34,39 +36,48 @@ class Point:
 
 
 def points_of(records: Mapping[str, Sequence[Any]]) -> list[Point]:
-    """Makes the points of all names of runs that start from one of the runs named "dense", each
-    against the model that it starts from."""
-    whole = {record.id: record for record in finished(records.get("dense", []))}
+    """Makes the points of all names of runs that start from the first finished one named "dense".
 
-    def start(run: Any) -> Any:
-        return whole[run.spec.init.id]
-
+    Losses are those that verdicts judge (`retained_change`), with the same intervals, in points of
+    that run's accuracy instead of in percent of it.
+    """
+    whole = next(iter(finished(records.get("dense", []))), None)
+    if whole is None:
+        return []
     points = []
     for name, group in records.items():
-        done = [run for run in finished(group) if run.spec.init and run.spec.init.id in whole]
-        if not done:
+        done = [run for run in finished(group) if run.spec.init and run.spec.init.id == whole.id]
+        change = retained_change(done, [whole])
+        if change is None:
             continue
-        gain = value_interval(done, lambda run: run.test["top1"] - start(run).test["top1"])
-        low, high = (None, None) if gain.low is None else (-gain.high, -gain.low)
-        share = {part: 100 * done[0].cost[part] / start(done[0]).cost[part] for part in SIZES}
-        points.append(Point(name, -gain.mean, low, high, gain.n, *share.values()))
+        ends = (change.mean, change.high, change.low)  # the highest accuracy is the lowest loss
+        losses = (None if end is None else -end / 100 * whole.test["top1"] for end in ends)
+        shares = (100 * done[0].cost[size] / whole.cost[size] for size in SIZES)
+        points.append(Point(name, *losses, change.n, *shares))
     return points
 
 
-SIZES = ("macs", "params_stored")
-
-
-def explorer(points: Sequence[Point], loss: float = 2.0, faster: float = 1.5) -> HTML:
+def explorer(points: Sequence[Point], data: str, loss: float = 2.0, faster: float = 1.5) -> HTML:
     """Puts the explorer on a page; without JavaScript it says where the same numbers stand.
 
-    loss: points of accuracy that a model may lose at most, at first; faster: the factor that its
-    multiply-adds are to be fewer by, at first. Raises ValueError without a point.
+    data: name of the images that accuracies are of. loss: points of accuracy that a model may lose
+    at most, at first; faster: the factor that its multiply-adds are to be fewer by, at first.
+    Raises ValueError without a point.
     """
     if not points:
         raise ValueError("no model has a record beside one of the dense model: compute some first")
-    data = json.dumps([asdict(point) for point in points], allow_nan=False)
+    printed = json.dumps([_as_printed(point) for point in points], allow_nan=False)
     return HTML(
-        f'<div class="pareto" data-points="{html.escape(data)}" data-loss="{loss:g}" '
-        f'data-macs="{100 / faster:.1f}"><noscript>The table and the figure on this page have '
-        "the same numbers; with JavaScript two sliders search them.</noscript></div>"
+        f'<div class="pareto" data-points="{html.escape(printed)}" '
+        f'data-images="{html.escape(data)}" data-loss="{loss:g}" data-macs="{100 / faster:.1f}">'
+        "<noscript>The table and the figure on this page have the same numbers; with JavaScript "
+        "two sliders search them.</noscript></div>"
     )
+
+
+def _as_printed(point: Point) -> dict[str, Any]:
+    """Rounds numbers to the digit that is shown, so that a model which "loses 2.0 points" is one
+    that loses at most 2.0."""
+    numbers = asdict(point)
+    # + 0.0 makes 0.0 of -0.0
+    return {k: round(x, 1) + 0.0 if isinstance(x, float) else x for k, x in numbers.items()}

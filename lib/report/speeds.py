@@ -184,7 +184,8 @@ def beside_others(machines: Sequence[Measurement]) -> str:
     for measured in machines:
         fastest = _fastest_peers(measured)
         alike = [row for row in map(measured.plain, fastest) if row]
-        plain.append(f"{_not_slower(alike)} settings on {measured.machine_name}")
+        beside = count(len(_others(measured)), "other layer")
+        plain.append(f"{_not_slower(alike)} settings on {measured.machine_name} ({beside})")
         frozen.append(_not_slower([row for row in fastest if row.is_frozen]))
     return (
         "It is at least as fast as each other layer that computes the same, plain against plain, "
@@ -197,8 +198,7 @@ def peer_table(machines: Sequence[Measurement], caption: str) -> Table:
     frozen against plain; the caption names those that were timed."""
     rows = []
     for measured in machines:
-        others = dict.fromkeys(r.against for r in measured.of("peers") if not r.note)  # some drop
-        caption += f" On {measured.machine_name} beside: {', '.join(others)}."
+        caption += f" On {measured.machine_name} beside: {', '.join(_others(measured))}."
         for row in _fastest_peers(measured):
             plain = measured.plain(row)
             rows.append(
@@ -213,6 +213,11 @@ def peer_table(machines: Sequence[Measurement], caption: str) -> Table:
                 }
             )
     return table(pd.DataFrame(rows), caption, decimals=3)
+
+
+def _others(measured: Measurement) -> list[str]:
+    """Names the other layers that were timed and compute the same; a note says what some drop."""
+    return list(dict.fromkeys(row.against for row in measured.of("peers") if not row.note))
 
 
 def _fastest_peers(measured: Measurement) -> list[Ratio]:

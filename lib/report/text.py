@@ -34,9 +34,9 @@ RULE = (
 
 # for captions of tables with differences between runs
 ALONE = (
-    "The interval of a difference is made of that difference alone. A verdict's pools the variance "
-    "between seeds of all comparisons on its page, so the same difference may have a wider or a "
-    "narrower one there."
+    "The interval of a difference is made of that difference alone. A verdict's is moderated where "
+    "its page has comparisons enough: by the variance between seeds of all of them, so the same "
+    "difference may have a wider or a narrower one there."
 )
 
 HEAD = 3  # sentences that answer a page and claims that its head lists below them, together

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from . import cluster, collect, locks
-from .order import Item, Plan, startable
+from .order import Item, Plan, resumable, startable
 from .processes import Interrupted
 from .store import Store
 
@@ -98,12 +98,14 @@ def fill(
 ) -> Outcome:
     """Computes what is missing on an executor, `workers` runs at a time, for `budget` seconds.
 
-    No run is started that is not expected to end in time; one that outlives the budget is
-    interrupted, and its checkpoint stays for the next time. Each record is filed as it comes.
+    No run is started that is not expected to end in time, but where none is: then the first ones
+    that train are begun. A run that outlives the budget is interrupted, and its checkpoint stays
+    for the next time. Each record is filed as it comes.
     """
     deadline = time.monotonic() + budget
     jobs, results = Workers(executor), queue.SimpleQueue()
     waiting, running, outcome = list(plan.items), {}, Outcome()
+    end_in_time: set[str] = set()  # of those started, without those that failed
 
     def ready(item: Item) -> bool:
         parents_there = all(where.can_be_started_from(run) for run in item.needs)
@@ -113,6 +115,12 @@ def fill(
         while True:
             while jobs.reason is None and len(running) < workers:
                 item = startable(waiting, deadline - time.monotonic(), ready)
+                if item is not None:
+                    end_in_time.add(item.spec.id)
+                elif not end_in_time:
+                    item = resumable(waiting, deadline - time.monotonic(), ready)
+                    if item is not None:
+                        say(_begun(item))
                 if item is None:
                     break
                 waiting.remove(item)
@@ -132,6 +140,7 @@ def fill(
                 outcome.filed.append(item.spec.id)
             else:
                 outcome.failures.append(failure)
+                end_in_time.discard(item.spec.id)
             say(_progress(item, failure, outcome, plan))
     finally:
         jobs.stop("the budget is spent")
@@ -157,6 +166,13 @@ def _drive(item: Item, jobs: Workers, where: Store, results: queue.SimpleQueue) 
     except BaseException as error:
         failure = f"run {spec.id}: {type(error).__name__}: {error}"
     results.put((item, failure))
+
+
+def _begun(item: Item) -> str:
+    return (
+        f"nothing that is missing ends within the budget: {item.spec.id} ({item.serves[0]}) is "
+        "begun, and the next start goes on from its checkpoint"
+    )
 
 
 def _progress(item: Item, failure: str | None, outcome: Outcome, plan: Plan) -> str:

@@ -8,36 +8,52 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from ..spec import RunSpec
 from .collect import Grid, file_record, status_of
-from .record_files import PLANNED, read
+from .record_files import PLANNED, Damaged, read
 from .store import Record, Store, store
 
 
-def merge(
-    files: Sequence[Path], plan: Grid, where: Store | None = None
-) -> tuple[list[str], list[str]]:
-    """Files the records of some bundles; returns their ids, and those of runs still missing.
+class Merged(NamedTuple):
+    """Holds ids of the runs whose records were filed, ids of those still missing, and what was
+    refused: a sentence each, with the file and the reason."""
 
-    plan: the runs of all pages. Missing are those that were packed and have no record. Raises
-    ValueError, with the file, before anything is filed, for a bundle or a record that is damaged
-    and for records of runs that neither the plan holds nor a run of the plan needs.
+    filed: list[str]
+    missing: list[str]
+    refused: list[str]
+
+
+def merge(files: Sequence[Path], plan: Grid, where: Store | None = None) -> Merged:
+    """Files the records of some bundles, and says what it refuses.
+
+    plan: the runs of all pages. Missing are those that were packed and have no record. Refused are
+    a bundle or a record that is damaged, and records of runs that neither the plan holds nor a run
+    of the plan needs; all others are filed. Raises ValueError, before anything is filed, for a file
+    that is not there or is no bundle.
     """
     where = where or store()
     specs = _with_parents(spec for group in plan.values() for spec in group)
     with tempfile.TemporaryDirectory() as scratch:
         records: dict[str, Record] = {}
         packed: set[str] = set()
+        refused: list[str] = []
         for number, file in enumerate(files):
-            members = read(file)
+            try:
+                members = read(file)
+            except Damaged as error:
+                refused.append(f"{error}. Nothing of it is filed")
+                continue
             packed |= set(json.loads(members.pop(PLANNED, b"[]")))
-            records |= _checked(members, file, specs, Path(scratch) / str(number))
+            sound, faults = _checked(members, file, specs, Path(scratch) / str(number))
+            records |= sound
+            refused += faults
         filed = [run for run in specs if run in records]  # parents first
         for run in filed:
             _file(records[run], specs[run], where)
     missing = [run for run in specs if run in packed and status_of(specs[run], where) != "done"]
-    return filed, missing
+    return Merged(filed, missing, refused)
 
 
 def _with_parents(specs: Iterable[RunSpec]) -> dict[str, RunSpec]:
@@ -58,22 +74,27 @@ def _with_parents(specs: Iterable[RunSpec]) -> dict[str, RunSpec]:
 
 def _checked(
     members: dict[str, bytes], file: Path, specs: dict[str, RunSpec], scratch: Path
-) -> dict[str, Record]:
-    """Unpacks the records of a bundle to a store of their own, which checks them as any other."""
+) -> tuple[dict[str, Record], list[str]]:
+    """Unpacks the records of a bundle to a store of their own, which checks them as any other.
+
+    Returns those that are sound and planned, by id, and what is wrong with the others.
+    """
     bundled = Store(scratch / "published", scratch)
     folder = scratch / "records" / file.stem
     folder.mkdir(parents=True)
+    records, refused, runs = {}, [], set()
     for name, data in members.items():
-        if not re.fullmatch(r"[0-9a-f]{16}\.(json|npz)", name):
-            raise ValueError(f"{file} holds {name!r}, which is no file of a record: pack again")
-        (folder / name).write_bytes(data)
-    records = {}
-    for run in sorted(Path(name).stem for name in members if name.endswith(".json")):
-        if run not in specs:
-            raise ValueError(
-                f"{file} holds run {run}, which no page of this profile plans: give the --profile "
-                "that it was packed with, or pack again if the pages have changed since"
-            )
+        if re.fullmatch(r"[0-9a-f]{16}\.(json|npz)", name):
+            (folder / name).write_bytes(data)
+            runs.add(Path(name).stem)
+        else:
+            refused.append(f"{file} holds {name!r}, which is no file of a record: pack again")
+    if unplanned := sorted(runs - specs.keys()):
+        refused.append(
+            f"{file} holds runs that no page of this profile plans: {', '.join(unplanned)}. Give "
+            "the --profile that packed them, or pack again if the pages have changed since"
+        )
+    for run in sorted(runs & specs.keys()):
         with warnings.catch_warnings(record=True) as damage:
             warnings.simplefilter("always")
             record = bundled.peek(run)
@@ -81,12 +102,13 @@ def _checked(
             reason = "it is not the record of a finished run"
             if damage:  # the store goes on to say where it moved it: a folder that is gone by then
                 reason = str(damage[0].message).partition(";")[0]
-            raise ValueError(
+            refused.append(
                 f"{file}, run {run}: {reason}. Nothing of it is filed: copy the file again, or let "
                 "the run be computed there anew"
             )
-        records[run] = record
-    return records
+        else:
+            records[run] = record
+    return records, refused
 
 
 def _file(record: Record, spec: RunSpec, where: Store) -> None:

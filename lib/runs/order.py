@@ -5,15 +5,17 @@
 
 A *purpose* is a claim of the ledger, or an arm (a name of a page's grid) on which no claim is
 judged. It is served once the runs of all its planned seeds are there, so purposes come in the order
-of how many are served an hour (`value`); an open claim is worth far more than one whose verdict
-stands or an arm. An arm has its row from its first record on, so a page gets one seed of each such
-arm before further ones. Runs that others start from come first, and count as what their children
-cost, where the cache lacks their weights.
+of how many are served an hour (`value`); an open claim is worth far more than a settled one or an
+arm, and one whose verdict stands while seeds are still to come lies between. An arm has its row
+from its first record on, so a page gets one seed of each such arm before further ones. Runs that
+others start from come first, and count as what their children cost, where the cache lacks their
+weights.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,17 +26,22 @@ from .collect import Grid
 from .estimate import Estimate, Estimates
 from .store import Store
 
-# Worths; other: a claim whose verdict stands, the first seed of an arm without claim.
+# Worths; other: a claim that is settled, the first seed of an arm without claim.
 OPEN_CLAIM, OTHER, FURTHER_SEEDS = 1.0, 0.01, 0.001
+# A claim that its pilot has decided. Were it worth no more than a settled one, further seeds would
+# go to undecided claims alone: that is to stop once a verdict has come, and lets more false claims
+# hold. It is worth less than an open one, as most verdicts stay.
+DECIDED_PILOT = 0.1
 
 
 @dataclass(frozen=True)
 class Purpose:
     """Holds a claim or an arm of a page, and what it lacks: ids of runs, parents before children.
 
-    worth: OPEN_CLAIM for a claim that nothing has decided yet, FURTHER_SEEDS for an arm that has a
-    record or gets its first one by another purpose, else OTHER. first_seed: whether it is that
-    other purpose of an arm, which has the name of the arm as well.
+    worth: OPEN_CLAIM for a claim that nothing has decided yet, DECIDED_PILOT for one that seeds
+    still to come may change, FURTHER_SEEDS for an arm that has a record or gets its first one by
+    another purpose, else OTHER. first_seed: whether it is that other purpose of an arm, which has
+    the name of the arm as well.
     """
 
     page: str
@@ -72,13 +79,24 @@ class Plan:
     elsewhere: tuple[str, ...] = ()
 
     def schedule(self, budget: float, workers: int = 1) -> list[Item]:
-        """Lists what is started within `budget` seconds, in its order, if estimates are right."""
+        """Lists what is started within `budget` seconds, in its order, if estimates are right.
+
+        Either all of them end in time, or none does: see `resumable`.
+        """
         waiting, done, started = list(self.items), set(), []
         running: list[tuple[float, int]] = []  # (end, place in started)
-        now = 0.0
+        now, one_ends = 0.0, False
+
+        def ready(item: Item) -> bool:
+            return item.needs <= done
+
         while True:
             while len(running) < workers:
-                item = startable(waiting, budget - now, lambda item: item.needs <= done)
+                item = startable(waiting, budget - now, ready)
+                if item is not None:
+                    one_ends = True
+                elif not one_ends:
+                    item = resumable(waiting, budget - now, ready)
                 if item is None:
                     break
                 waiting.remove(item)
@@ -104,6 +122,19 @@ def startable(
     return None
 
 
+def resumable(
+    waiting: Sequence[Item], seconds_left: float, ready: Callable[[Item], bool]
+) -> Item | None:
+    """Returns the first run that trains, so that the end of the budget leaves a checkpoint, and has
+    what it starts from; None where no time is left.
+
+    It is for budgets in which no run ends, which would never come to anything else.
+    """
+    if seconds_left <= 0:
+        return None
+    return startable(waiting, math.inf, lambda item: item.spec.train is not None and ready(item))
+
+
 def value(served: Sequence[Purpose]) -> float:
     """Says what it is worth that these purposes are served: the sum of their worths."""
     return sum(purpose.worth for purpose in served)
@@ -115,23 +146,22 @@ def missing(
     estimates: Estimates,
     card: bool,
     claims: Mapping[str, tuple[str, Sequence[str]]] | None = None,
-    decided: Collection[str] = (),
+    decided: Mapping[str, bool] | None = None,
 ) -> Plan:
     """Plans what the store lacks of the grids of some pages.
 
     plans: {page: its grid}, in the order that decides between equals. card: whether this machine
     has a graphics card. claims: {id: (page whose grid has its runs, names of its arms)}. decided:
-    ids of those whose verdict stands, so that further runs only narrow it. A failed run counts as
-    missing.
+    of those whose verdict stands, {id: whether it is settled, so that further runs only narrow it}.
+    A failed run counts as missing.
 
     Without a card, the seeds that a claim lacks of runs for a card are planned on the CPU: both
     sides of a seed must share a device, and not all seeds. Not so where an arm is one model for all
     seeds, which is not on the CPU.
     """
+    claims, decided = claims or {}, decided or {}
     if not card:
-        plans = {
-            page: _on_this_machine(grid, page, claims or {}, where) for page, grid in plans.items()
-        }
+        plans = {page: _on_this_machine(grid, page, claims, where) for page, grid in plans.items()}
     wanted = collect.unique(s for grid in plans.values() for specs in grid.values() for s in specs)
     state = {spec.id: collect.status_of(spec, where) for spec in wanted}
     chains = {spec.id: _chain(spec, where) for spec in wanted if state[spec.id] != "done"}
@@ -140,7 +170,7 @@ def missing(
     specs = {s.id: s for s in collect.unique([*planned, *(s for c in chains.values() for s in c)])}
     elsewhere = [run for run in specs if locks.is_held(where.lock(run))]
     purposes, without_card = [], []
-    for page, name, worth, runs, first_seed in _purposes(plans, claims or {}, decided, chains):
+    for page, name, worth, runs, first_seed in _purposes(plans, claims, decided, chains):
         chained = [s.id for spec in runs if spec.id in chains for s in chains[spec.id]]
         lacks = tuple(run for run in dict.fromkeys(chained) if run not in elsewhere)
         needs_card = not card and any(specs[run].device == "cuda" for run in lacks)
@@ -182,7 +212,7 @@ def _on_this_machine(
 def _purposes(
     plans: Mapping[str, Grid],
     claims: Mapping[str, tuple[str, Sequence[str]]],
-    decided: Collection[str],
+    decided: Mapping[str, bool],
     lacking: Collection[str],
 ) -> Iterator[tuple[str, str, float, Sequence[RunSpec], bool]]:
     """Yields page, name, worth and runs of each claim, then of each arm that no claim names; last,
@@ -196,7 +226,10 @@ def _purposes(
         if page in plans:
             named |= {(page, arm) for arm in arms}
             runs = [spec for arm in arms for spec in plans[page].get(arm, [])]
-            yield page, f"claim {claim}", OTHER if claim in decided else OPEN_CLAIM, runs, False
+            worth = OPEN_CLAIM
+            if claim in decided:
+                worth = OTHER if decided[claim] else DECIDED_PILOT
+            yield page, f"claim {claim}", worth, runs, False
     for page, grid in plans.items():
         for arm, runs in grid.items():
             if (page, arm) in named:

@@ -20,8 +20,13 @@ LIMIT = 16 * 10**6  # bytes; a record that has more goes into a bundle of its ow
 PLANNED, SUFFIX = "planned.json", ".moe"
 
 
+class Damaged(ValueError):
+    """Says which bundle is not as it was written."""
+
+
 def read(file: Path) -> dict[str, bytes]:
-    """Reads the members of a bundle by name; ValueError, with the file, for another SHA-256."""
+    """Reads the members of a bundle by name. Raises Damaged for one with another SHA-256, and
+    ValueError for a file that is not there or is no bundle."""
     if not file.is_file():
         raise ValueError(f"{file} is not there: give the files that `records` of the pack holds")
     if file.suffix != SUFFIX:
@@ -30,7 +35,7 @@ def read(file: Path) -> dict[str, bytes]:
         )
     digest, _, body = file.read_bytes().partition(b"\n")
     if hashlib.sha256(body).hexdigest().encode() != digest:
-        raise ValueError(f"{file} is damaged: its SHA-256 is not the one in it; copy it again")
+        raise Damaged(f"{file} is damaged: its SHA-256 is not the one in it; copy it again")
     with zipfile.ZipFile(io.BytesIO(body)) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
 

@@ -75,49 +75,49 @@ class Law:
         return float(np.trapezoid(stats.norm.cdf(distance / spread) * chi2.pdf(c) * c, log_c))
 
 
+def _rest_variance(y: np.ndarray) -> float:
+    """Estimates the variance of the mean of y (S, I) that is due to the rest, by its mean square.
+
+    The rest is what neither a seed nor an image has by itself.
+    """
+    s, i = y.shape
+    rest = y - y.mean(1)[:, None] - y.mean(0) + y.mean()
+    return float((rest**2).sum()) / max((s - 1) * (i - 1), 1) / (s * i)
+
+
+def _image_variance(image_values: np.ndarray, *sides: np.ndarray) -> float:
+    """Estimates the variance of the mean of image_values (I,) that is due to the image effect.
+
+    image_values: the mean over seeds of the only side, or the difference of those of two. sides:
+    (S, I) each. Their rests are independent, also where images are shared, so both add to the
+    variance of image_values; the seeds carry them already. Never negative.
+    """
+    whole = float(image_values.var()) / image_values.size
+    return max(0.0, whole - sum(map(_rest_variance, sides)))
+
+
 def _seed_variance(y: np.ndarray) -> float:
-    """Estimates the variance of the mean of y (S, I) that is due to the seeds alone.
+    """Computes the variance between the means (S,) of y (S, I), with what the rest adds to it.
 
-    From mean squares of a two-way analysis of variance; never negative.
+    Where all means are equal it is what the rest alone adds: seeds that are right on different
+    images, as many by luck, do vary.
     """
-    s, i = y.shape
-    rows, columns, mean = y.mean(1), y.mean(0), y.mean()
-    ms_seed = i * ((rows - mean) ** 2).sum() / (s - 1)
-    ms_rest = ((y - rows[:, None] - columns + mean) ** 2).sum() / max((s - 1) * (i - 1), 1)
-    return max(0.0, float(ms_seed - ms_rest)) / (s * i)
+    means = y.mean(1)
+    return float(means.var(ddof=1)) if np.ptp(means) else len(y) * _rest_variance(y)
 
 
-def _law_of_mean(y: np.ndarray) -> Law:
-    """Estimates the law of the mean of y (S, I) around 0: the images carry the rest."""
-    s, i = y.shape
-    return Law(0.0, float(y.mean(0).var()) / i, _seed_variance(y), s - 1)
-
-
-def _moderated_law_of_mean(y: np.ndarray, prior: SeedPrior) -> Law:
-    """Estimates the law of the mean of y (S, I), as shares, around 0: the seeds carry the rest.
-
-    prior: of the variance between seeds, in squared percent.
-    """
-    s, i = y.shape
-    rows, columns, mean = y.mean(1), y.mean(0), y.mean()
-    rest = ((y - rows[:, None] - columns + mean) ** 2).sum() / max((s - 1) * (i - 1), 1)
-    # of the variance of the mean over the images, what is the image effect's
-    image_variance = max(0.0, float(columns.var()) / i - float(rest) / (s * i))
-    variance, degrees = prior.moderate(1e4 * float(rows.var(ddof=1)), s - 1)
-    return Law(0.0, image_variance, 1e-4 * variance / s, degrees)
-
-
-def _draw_images(values: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
-    """Draws (size,) bootstrap means of (I,) values."""
+def _draw(image_values: np.ndarray, law: Law, rng: np.random.Generator, size: int) -> np.ndarray:
+    """Draws (size,) means of image_values (I,) with the spread of a law."""
     # A mean over S seeds takes few different values: drawing how often each of them comes follows
     # the same law as drawing I images, and is much faster.
-    unique, counts = np.unique(values.round(12), return_counts=True)
-    return rng.multinomial(values.size, counts / values.size, size=size) @ unique / values.size
-
-
-def _draw_seeds(law: Law, rng: np.random.Generator, size: int) -> np.ndarray:
-    """Draws (size,) deviations that are due to seeds."""
-    return np.sqrt(law.seed_variance) * rng.standard_t(law.degrees, size=size)
+    unique, counts = np.unique(image_values.round(12), return_counts=True)
+    n, centre = image_values.size, image_values.mean()
+    draws = rng.multinomial(n, counts / n, size=size) @ unique / n
+    # the images drawn carry the rest, too, which the seeds have already
+    drawn_variance = image_values.var() / n
+    shrink = np.sqrt(law.image_variance / drawn_variance) if drawn_variance > 0 else 0.0
+    of_seeds = np.sqrt(law.seed_variance) * rng.standard_t(law.degrees, size=size)
+    return centre + shrink * (draws - centre) + of_seeds
 
 
 def draw_means(
@@ -130,18 +130,14 @@ def draw_means(
     """Draws (size,) means of image_values (I,) with the spread of y (S, I), and gives their law.
 
     image_values: the means of y over seeds, or these less a constant. prior: of the variance
-    between seeds, in squared percent. The law is around 0.
+    between seeds, in squared percent; None is one of 0 degrees. The law is around 0.
     """
-    draws = _draw_images(image_values, rng, size)
-    if prior is None:
-        law = _law_of_mean(y)
-    else:
-        law, drawn_variance = _moderated_law_of_mean(y, prior), image_values.var() / y.shape[1]
-        centre = image_values.mean()
-        # the draws carry the rest, too, which the moderated seeds have already
-        shrink = np.sqrt(law.image_variance / drawn_variance) if drawn_variance > 0 else 0.0
-        draws = centre + shrink * (draws - centre)
-    return draws + _draw_seeds(law, rng, size), law
+    variance, degrees = _seed_variance(y), float(len(y) - 1)
+    if prior is not None:
+        variance, degrees = prior.moderate(1e4 * variance, degrees)
+        variance *= 1e-4
+    law = Law(0.0, _image_variance(image_values, y), variance / len(y), degrees)
+    return _draw(image_values, law, rng, size), law
 
 
 def draw_apart(
@@ -152,10 +148,9 @@ def draw_apart(
     Their law, around 0, has the degrees of freedom of Welch and Satterthwaite for the seeds.
     """
     image_values = ya.mean(0) - yb.mean(0)
-    law_a, law_b = _law_of_mean(ya), _law_of_mean(yb)
-    draws = _draw_images(image_values, rng, size)
-    draws = draws + _draw_seeds(law_a, rng, size) - _draw_seeds(law_b, rng, size)
-    variance = law_a.seed_variance + law_b.seed_variance
-    parts = sum(law.seed_variance**2 / law.degrees for law in (law_a, law_b))
-    degrees = variance**2 / parts if parts else min(law_a.degrees, law_b.degrees)
-    return draws, Law(0.0, float(image_values.var()) / image_values.size, variance, degrees)
+    of_means = [_seed_variance(y) / len(y) for y in (ya, yb)]
+    variance = sum(of_means)
+    parts = sum(v**2 / (len(y) - 1) for v, y in zip(of_means, (ya, yb), strict=True))
+    degrees = variance**2 / parts if parts else float(min(len(ya), len(yb)) - 1)
+    law = Law(0.0, _image_variance(image_values, ya, yb), variance, degrees)
+    return _draw(image_values, law, rng, size), law

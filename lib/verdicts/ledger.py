@@ -10,7 +10,8 @@ the records. Form of an entry:
 - `published`: the printed size in `unit` (default points), above 0; or where it stands: {table,
   column, of: {column: value}, than: {column: value}}, the cell of one row less that of another
 - `smallest`: the smallest effect that counts, half of the band of an equality; by default the
-  published size, and needed where none is printed
+  published size, needed where none is printed, and refused beside one of greater and less, which
+  are judged by the published size alone
 - `statistic`: the number that is judged; by default test top-1 of the first arm less the second's
 - `page` that judges it, the `runs` page that plans its runs (by default the same), and `arms`: the
   names of these runs there
@@ -128,6 +129,13 @@ class Claim(_Entry):
             raise ValueError("`parts` go with direction joint, and direction joint with `parts`")
         if not self.parts and self.published is None and self.smallest is None:
             raise ValueError("give the `published` size, or the `smallest` effect that counts")
+        both = self.published is not None and self.smallest is not None
+        if both and self.direction in ("greater", "less"):
+            raise ValueError(
+                f"direction {self.direction} is judged by one size: give `published` where the "
+                "document prints it, else `smallest`; both go with equal and not worse, whose band "
+                "is `smallest`"
+            )
         stages = (self.seeds,) if isinstance(self.seeds, int) else self.seeds
         if not 1 <= len(stages) <= 2 or list(stages) != sorted(stages) or stages[0] < 1:
             raise ValueError(f"seeds={self.seeds}: give [pilot], [pilot, all] or a number")
@@ -179,9 +187,8 @@ class Claim(_Entry):
     def is_pilot(self, n: int) -> bool:
         """Says whether a verdict on n seeds is that of a pilot: further seeds are planned, or
         nobody has said yet how many."""
-        if isinstance(self.seeds, int):
-            return False
-        return len(self.seeds) == 1 or n < self.seeds[-1]
+        is_open = not isinstance(self.seeds, int) and len(self.seeds) == 1
+        return is_open or n < self.planned_seeds
 
     def judged(self) -> Iterator[Claim]:
         """Yields what is judged on records of its own: the claim, or the parts of a joint one."""

@@ -7,23 +7,26 @@ keep the prediction for each test image, so both are seen. Write y[s, i] for see
 (correctness, or its difference between two runs): y = mean + seed effect + image effect + rest. The
 hierarchical bootstrap used here draws
 
-- images: with replacement, the same draw for all seeds, from the image means over seeds (they carry
-  image effect and rest);
-- seeds: from Student's t with S - 1 degrees of freedom and the seed variance beyond what the rest
-  explains (two-way analysis of variance; the images' draw carries the rest already). Resampling
-  three seeds with replacement would be the textbook step, but it draws from three values: the
-  variance is a third too small and the tails are missing.
+- seeds: from Student's t with S - 1 degrees of freedom and the variance of the seeds' own means,
+  which includes what the rest adds to it. Resampling three seeds with replacement would be the
+  textbook step, but it draws from three values: the variance is a third too small and the tails are
+  missing.
+- images: with replacement, the same draw for all seeds, from the image means over seeds, shrunk to
+  the variance of the image effect alone (two-way analysis of variance), so that the rest counts
+  once.
 
-In simulations (3 and 5 seeds, 500 and 2,000 images, seed deviations of 0 to 4 points) this covers
-the true difference in 91 to 97% of cases; resampling seeds and images both ("pigeonhole") covers 84
-to 100%, too wide where images dominate and too narrow where seeds do.
+The other way round, with the rest among the images and taken off the seeds' variance, a variance
+that is small by luck becomes smaller still, often none: with three seeds and 10,000 images this
+covers 90 to 92%, and gives up to one truth in fifty a p-value below 0.1%.
 
-With a prior (`moderated.SeedPrior`) of the variance between the seeds of a study, the seeds' draw
-has the moderated variance of a seed, which includes what the rest adds to it, and its degrees of
-freedom; the images' draw is shrunk to the image effect alone, so that the rest counts once. (The
-other way round, taking the rest off the seeds' variance as above, covers 90 to 92% at three seeds
-and 10,000 images: a variance that is small by luck becomes smaller still.) `coverage` simulates
-both.
+Two sides whose seeds differ share the images and add up the variances of their seeds, with the
+degrees of freedom of Welch and Satterthwaite.
+
+In simulations (3 and 5 seeds, 300 to 10,000 images, seed deviations of 0 to 1.5 points) these
+intervals cover the truth in 94 to 97% of cases. With a prior (`moderated.SeedPrior`) of the
+variance between seeds on a page, the seeds' draw has the moderated variance and its degrees of
+freedom, and intervals are narrower; `coverage` simulates it. Without one all is as with a prior of
+0 degrees.
 
 Fewer than three seeds: no interval.
 
@@ -263,7 +266,7 @@ def paired_difference(
     low, high = 100 * np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     above = float((draws > 0).mean() + 0.5 * (draws == 0).mean())
     method = f"{BOOTSTRAP} 95%"
-    if paired and prior is not None:
+    if paired and prior is not None and prior.degrees > 0:
         method += ", moderated"
     law = law.in_percent(mean)
     return Difference(mean, float(low), float(high), n, method, above, bool(paired), law=law)

@@ -30,6 +30,37 @@ def test_the_fastest_within_the_points_is_taken():
     assert lib.advice(frame, points=10).startswith("Take lossy: ")
 
 
+def test_of_models_that_are_level_in_time_the_one_that_loses_least_is_taken():
+    # low quantiles are 0.9 of the median: 1.1 reaches down to 0.99, and 1.2 to 1.08
+    frame = table(fast=(-0.8, 0.1, 1.0), level=(-0.2, 0.1, 1.1), slower=(0.5, 0.1, 1.2))
+    assert lib.advice(frame) == (
+        "Take level: on this machine, in batches of 32, it takes 1.1 ms an image where dense takes "
+        "2 (1.82 times as fast), for -0.2 points of top-1 [-0.3, -0.1]; fast (1 ms) is level with "
+        "it in time."
+    )
+    worse = table(fast=(-0.2, 0.1, 1.0), level=(-0.8, 0.1, 1.1))
+    assert lib.advice(worse).startswith("Take fast: ") and "level" not in lib.advice(worse)
+    # one that loses too much is not there, whoever it is level with
+    costly = table(costly=(-5.0, 0.1, 0.95), fast=(-0.8, 0.1, 1.0), level=(-0.2, 0.1, 1.1))
+    assert lib.advice(costly) == lib.advice(frame)
+
+
+def test_the_first_row_is_the_baseline_and_the_same_layers_again_only_a_bar():
+    frame = table(again=(0.1, 0.5, 1.8), small=(-0.2, 0.1, 1.5))
+    got = lib.advice(frame, again="again")
+    assert got.startswith("Take small: ")
+    assert "it takes 1.5 ms an image where dense takes 2 (1.33 times as fast)" in got
+    within = table(again=(0.1, 0.5, 1.8), small=(-0.2, 0.1, 1.65))  # above 1.62
+    assert lib.advice(within, again="again") == (
+        "On this machine, in batches of 32, nothing here makes dense faster by more than times "
+        "scatter (a tenth of the times of again is below 1.62 ms): small comes nearest, as it "
+        "takes 1.65 ms an image where dense takes 2 (1.21 times as fast), for -0.2 points of top-1 "
+        "[-0.3, -0.1]."
+    )
+    with pytest.raises(ValueError, match="the table has 1 row"):
+        lib.advice(table(again=(0.1, 0.5, 1.8)), again="again")
+
+
 def test_a_loss_that_the_images_leave_open_is_said():
     frame = table(unsure=(-1.0, 1.5, 1.0))
     assert lib.advice(frame).endswith("; the images do not exclude a loss of 2 points.")

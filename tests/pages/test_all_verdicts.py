@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from lib import paths
-from lib.pages import all_verdicts, datasets, manifest, stages
+from lib.pages import all_verdicts, datasets, manifest, stages, verdict_table
 from lib.verdicts import ledger
 
 CLAIM = """
@@ -78,7 +78,7 @@ def book(tmp_path, monkeypatch):
 def test_claims_hold_after_the_correction_of_their_study(book):
     """Three with a p-value and one counted: 11/6 times 3 / rank times p, against 2.5%."""
     rows = book(
-        said("A1", 0.001), said("A2", 0.012), said("A3", 0.9, "opposite"), said("A4", None, n=1)
+        said("A1", 0.001), said("A2", 0.012), said("A3", 0.9, "undecided"), said("A4", None, n=1)
     )
     after = {name: row["after_correction"] for name, row in rows.items()}
     assert after == {
@@ -86,10 +86,19 @@ def test_claims_hold_after_the_correction_of_their_study(book):
         "A10": None,
     }  # fmt: skip
     decided = [name for name, row in rows.items() if all_verdicts.decided(row)]
-    assert decided == ["A1", "A3", "A4"]
+    assert decided == ["A1", "A4"]
     assert rows["A10"]["reason"] and rows["A10"]["verdict"] is None
     assert rows["A1"]["published"] == 2.0 and rows["A1"]["effect"] == 1.0
     assert rows["A1"]["records"] == ["run of A1", "shared run"]
+
+
+def test_what_is_opposite_alone_is_not_reproduced_at_least(book):
+    """Of three claims with a direction: 11/6 times 3 times 1 - p, against 2.5%."""
+    for p, after in ((0.999, True), (0.988, False)):
+        rows = book(said("A1", p, "opposite"), said("A2", 0.3, "undecided"), said("A3", 0.5))
+        assert rows["A1"]["after_correction"] is after is all_verdicts.stands(rows["A1"])
+        assert all_verdicts.decided(rows["A1"])
+        assert (rows["A2"]["after_correction"], rows["A3"]["after_correction"]) == (None, False)
 
 
 def test_a_joint_claim_holds_after_it_where_its_parts_do(book):
@@ -103,7 +112,7 @@ def test_a_joint_claim_holds_after_it_where_its_parts_do(book):
 
 
 def test_sentences_on_the_state_are_counted(book):
-    rows = book(said("A1", 0.001), said("A2", 0.012), said("A3", 0.9, "opposite"))
+    rows = book(said("A1", 0.001), said("A2", 0.012), said("A3", 0.999, "opposite"))
     state = all_verdicts.state_of(list(rows.values()))
     assert "The documents make 5 claims. 4 can be tested here and 2 of these are decided," in state
     assert "0 of them with seeds still to come" in state
@@ -131,16 +140,52 @@ def test_the_page_shows_published_beside_ours(book, monkeypatch):
         "Paper": "+2.0 points", "Ours": "+1.0", "Verdict": "✔ holds", "Seeds": "3, pilot",
         "Data": "pictures, standing in for photos & more",
     }  # fmt: skip
-    assert others["Verdict"] == "✔ holds, alone" and others["Data"] == ""
+    assert others["Verdict"] == "(✔) holds, alone" and others["Data"] == ""
     joint = tables.rows["A9"]
     assert joint["Paper"] == "A9b: smallest that counts: 1 point"
     assert joint["Ours"] == "A9b: +1.0"
     assert joint["Verdict"] == "? undecided"
-    assert "A9b Second. smallest that counts: 1 point +1.0 ? undecided" in joint["Claim"]
+    assert "A9b Second. smallest that counts: 1 point +1.0 3 seeds ? undecided" in joint["Claim"]
     assert "A9a First. Measured: the load < 2. smallest that counts:" in joint["Claim"]
     assert "Not at this scale." in tables.rows["A10"]["Claim"]
     assert tables.rows["A10"]["Verdict"] == "– not tested"
     assert tables.rows["A3"]["Verdict"] == "– not judged yet"
+
+
+def test_a_joint_claim_has_verdict_and_seeds_of_the_part_whose_number_it_shows(book, monkeypatch):
+    parts = [said("A9a", 0.999, "opposite", n=5), said("A9b", 0.3, "undecided", n=1, pilot=True)]
+    joint = said("A9", None, "not reproduced", n=1, pilot=True) | {"decisive": "A9a"}
+    book(joint, *parts)
+    page = all_verdicts.page(["a/one"])
+    row = Tables.of(page).rows["A9"]
+    assert row["Ours"] == "A9a: +1.0" and row["Seeds"] == "5; pilot in other parts"
+    assert row["Verdict"] == "✘ not reproduced A9a: ⇄ opposite"
+    assert 'data-verdict="not reproduced; opposite"' in page
+    assert "+1.0 5 seeds ⇄ opposite" in row["Claim"]
+    assert "+1.0 1 of 3 seeds, pilot ? undecided" in row["Claim"]
+    book(joint | {"verdict": "undecided", "decisive": "A9b"}, *parts)
+    row = Tables.of(all_verdicts.page(["a/one"])).rows["A9"]
+    assert (row["Verdict"], row["Seeds"]) == ("? undecided", "1 of 3, pilot")
+    untested = {"verdict": "not tested", "n": 0, "decisive": None}
+    book(joint | untested, parts[1])
+    row = Tables.of(all_verdicts.page(["a/one"])).rows["A9"]
+    assert row["Ours"] == "0 of 2 parts hold; 1 undecided; 1 not tested"
+    assert row["Seeds"] == "pilot in some parts"
+    # a seed is explained where it is no model of its own, and only there
+    assert "<caption>" not in page
+    monkeypatch.setattr(verdict_table, "SEEDS_OF", {"a": "A seed is a draw."})
+    page = all_verdicts.page(["a/one"])
+    assert page.count("<caption>A seed is a draw.</caption>") == Tables.of(page).tables == 2
+
+
+def test_effects_without_chance_or_without_records_say_so(book):
+    counted = said("A1", None, n=1)
+    counted["estimate"] |= {"method": "exact"}
+    book(counted, said("A2", 0.001, n=20) | {"records": []})
+    rows = Tables.of(all_verdicts.page(["a/one"])).rows
+    assert rows["A1"]["Seeds"] == "no seeds"
+    assert rows["A2"]["Seeds"] == "20" and rows["A2"]["Data"] == "simulated, no real images"
+    assert rows["A3"]["Data"] == "" and "Seeds" not in rows["A3"]
 
 
 class Tables(HTMLParser):
@@ -189,15 +234,45 @@ def test_the_json_is_what_the_pages_said(book):
     book(said("A1", 0.001))
     rows = json.loads(all_verdicts.as_json(["a/one"]))
     assert rows == all_verdicts.rows(["a/one"])
-    assert all_verdicts.settled() == set()
+    assert all_verdicts.settled() == {}
     with pytest.raises(FileNotFoundError, match="`make book` writes it"):
         all_verdicts.read()
     (paths.PAPERS.parents[1] / "book" / "claims.json").write_text(json.dumps(rows))
     assert all_verdicts.read() == rows
-    assert all_verdicts.settled() == {"A1"}
+    assert all_verdicts.settled() == {"A1": True}
     overview = all_verdicts.overview(rows)
     assert overview.startswith("State of the claims.") and "\nA1 " not in overview
     assert "A2         not judged yet                       n=0 of 3     a/one" in overview
+
+
+def test_a_claim_with_seeds_to_come_is_not_settled(book):
+    def settled(*claims):
+        rows = list(book(*claims).values())
+        (paths.PAPERS.parents[1] / "book" / "claims.json").write_text(json.dumps(rows))
+        return all_verdicts.settled()
+
+    alone = said("A1", 0.001), said("A2", 0.9, "opposite", pilot=True), said("A3", 0.3, "undecided")
+    assert settled(*alone) == {"A1": True, "A2": False}
+    # one part decides a joint claim; the other is settled with it where it has all its seeds
+    fails, waits = said("A9a", 0.9, "opposite"), said("A9b", 0.3, "undecided", pilot=True)
+    both = {
+        word: settled(said("A9", None, "opposite", pilot=other.get("pilot")), fails, other)
+        for word, other in {
+            "whole": waits | {"pilot": False},
+            "waits": waits,
+            "not tested": {"id": "A9b", "verdict": "not tested", "pilot": False},
+        }.items()
+    }
+    assert both == {
+        "whole": {"A9": True, "A9a": True, "A9b": True},
+        "waits": {"A9": False, "A9a": True, "A9b": False},
+        "not tested": {"A9": True, "A9a": True, "A9b": False},
+    }
+    # the page says nothing of it yet
+    assert settled(said("A9", None, "opposite"), fails)["A9b"] is False
+    # a joint claim that is open settles nothing; a part that holds alone does itself
+    undecided = said("A9", None, "undecided", pilot=True)
+    assert settled(undecided, said("A9a", 0.001), waits) == {"A9a": True}
 
 
 def test_the_readme_has_the_state_between_its_marks(book):

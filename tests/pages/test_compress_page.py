@@ -24,3 +24,13 @@ def test_the_grid_of_a_weight_file_can_be_given():
 def test_by_default_the_model_is_trained_first():
     assert planned().train.epochs > 0
     assert planned().keep and planned().seed == 0
+
+
+def test_only_a_model_or_images_that_are_named_make_it_the_readers_own():
+    def named(**given):
+        of_base = lib.profile("your_model/compress", "quick", **given).of_base
+        return {"data", "backbone", "weights"} & of_base.keys()
+
+    assert named() == named(epochs=0.5, seed=3, level=0.3, device="cpu") == set()
+    assert named(data="rooms") == {"data"}
+    assert named(backbone="deit_tiny_patch16_224", weights="timm") == {"backbone", "weights"}

@@ -13,7 +13,7 @@ from lib.verdicts import ledger
 
 def row(name, verdict, after=True, **more):
     found = {"id": name, "statement": f"Claim {name}.", "part_of": None, "effect": 1.0}
-    found |= {"unit": "points", "statistic": None}
+    found |= {"unit": "points", "statistic": None, "records": [], "page": "a/one"}
     given = {"verdict": verdict, "after_correction": after, "reason": None, "text": "+1, n=3; all"}
     return found | given | more
 
@@ -40,7 +40,7 @@ def test_the_verdicts_of_a_question_are_counted_and_take_no_side(words, said):
 def test_a_line_has_verdict_claim_number_and_link():
     rows = {"A1": row("A1", "holds", after=False), "A1a": row("A1a", None, part_of="A1")}
     link = '(<a href="verdicts.html#claim-A1">A1</a>)'
-    assert front._bullet(rows["A1"], rows) == f"- ✔ *holds, alone*: Claim A1: +1, n=3 {link}"
+    assert front._bullet(rows["A1"], rows) == f"- (✔) *holds, alone*: Claim A1: +1, n=3 {link}"
     said = front._bullet(rows["A1a"] | {"effect": None, "text": None}, rows)
     assert said.startswith("- – *not judged yet*: Claim A1a (<a href=")
     assert said.endswith('; one part of "Claim A1.", which as a whole is: holds, alone)')
@@ -186,6 +186,12 @@ def test_the_sentence_of_an_answer_follows_the_verdict():
     assert front.said({}, rows) == []
 
 
+def test_a_sentence_may_name_its_data(monkeypatch):
+    monkeypatch.setattr(front.datasets, "shown", lambda row, parts: ["digits", "letters"])
+    asked = {"says": {"A1": {"holds": "Better on {on} ({ours})."}}}
+    assert front.said(asked, {"A1": row("A1", "holds")}) == ["Better on digits; letters (+1, n=3)."]
+
+
 def test_what_is_opposite_or_holds_alone_has_a_sentence_of_its_own():
     words = {"holds": "Better.", "fails": "No better.", "open": "Perhaps better."}
     special = words | {"opposite": "Worse ({ours}).", "alone": "Better by itself ({ours})."}
@@ -217,9 +223,10 @@ def test_a_want_is_answered_before_its_claims(monkeypatch):
     lines = front._want(want, {"A1": row("A1", "opposite")}, "a/all")
     assert lines[0] == "**Faster?**"
     assert lines[2] == (
-        "**Nothing measured here does that.** It loses (+1, n=3). Times as fast as the whole "
-        "model, at best on the clock: the mixture 1.20 and a pruner 1.60. Fewer multiply-adds. "
-        "a/all at 80. Try it. More: [](notebooks/a/one.ipynb)."
+        "**Nothing measured here does that.** It loses (+1, n=3). With half of the MLPs' neurons "
+        "active, times as fast as the whole model at best on the clock: the mixture 1.20 and a "
+        "pruner 1.60 (ViT-S at 224 px, see below). Fewer multiply-adds. a/all at 80. Try it. More: "
+        "[](notebooks/a/one.ipynb)."
     )
     assert lines[4] == "<details><summary>1 claim behind this</summary>" and "A1" in lines[6]
     on_clock = {"want": "How fast?", "pages": ["a/one"], "speed_up": 1.0}

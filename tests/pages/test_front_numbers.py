@@ -111,20 +111,23 @@ def test_every_sentence_of_this_book_names_arms_that_are_planned():
 
 
 def test_the_nearest_is_the_best_within_the_budget_beside_the_same_pass(monkeypatch):
-    def model(name, accuracy, macs):
-        return budgets.Candidate(name, (record(accuracy),), {"macs": macs})
+    def model(name, accuracy, macs, **costs):
+        return budgets.Candidate(name, (record(accuracy),), {"macs": macs} | costs)
 
     models = [
         model("dense again", 80.0, 100.0),
         model("half", 70.0, 66.7),
-        model("less", 60.0, 50.0),
+        model("less", 60.0, 50.0, forward=60.4),
     ]
     monkeypatch.setattr(front_numbers, "plan", lambda key, profile: {})
     monkeypatch.setattr(collect, "load", lambda runs, any_device: {})
     monkeypatch.setattr(budgets, "candidates", lambda records, forward: models)
     said = front_numbers.nearest("a/all", 80)
-    assert "*half*, with 67% of the multiply-adds, -10.0 points, n=1, beside the dense" in said
-    assert "*less*" in front_numbers.nearest("a/all", 60)
+    assert (
+        "*half*, with 67% of the multiply-adds: -10.0 points, n=1, compared with the dense" in said
+    )
+    time = "50% of the multiply-adds and 60% of the time (batch 16, frozen, fp32)"
+    assert f"*less*, with {time}" in front_numbers.nearest("a/all", 60)
     assert front_numbers.nearest("a/all", 40) == ""
     monkeypatch.setattr(budgets, "candidates", lambda records, forward: [])
     assert front_numbers.nearest("a/all", 80) == ""

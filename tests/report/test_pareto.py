@@ -10,6 +10,7 @@ import paired_runs
 import pytest
 
 from lib.report import pareto
+from lib.verdicts.evidence import judge_retained
 
 
 def with_cost(group, macs, stored, start=None):
@@ -44,11 +45,36 @@ def test_one_seed_has_no_interval(records):
     assert point.n == 1 and (point.low is None) == (point.high is None)
 
 
+def test_the_interval_is_that_of_the_verdict_and_knows_the_test_images(records):
+    [point] = pareto.points_of(records)
+    # three seeds that agree would have no interval over seeds alone
+    assert point.low < 2.0 < point.high
+    judged = judge_retained("M.refit50", records["cut"], records["dense"]).estimate(None)
+    ends = (judged.mean, judged.high, judged.low)
+    in_percent = [-100 * loss / 80 for loss in (point.loss, point.low, point.high)]
+    assert in_percent == pytest.approx(ends) and point.n == judged.n == 3
+
+
+def test_a_model_that_starts_from_another_one_has_no_point(records):
+    other = with_cost(paired_runs.runs(paired_runs.right_of(90), "o"), 1000, 200)[0]
+    records["cut"] = with_cost(records["cut"][:3], 600, 100, other)
+    assert pareto.points_of(records) == []
+
+
+def test_numbers_are_carried_to_the_digit_that_is_printed():
+    point = pareto.Point("cut", 2.04, None, -0.04, 1, 66.68, 50.0)
+    shown = pareto.explorer([point], "photos").data
+    [data] = json.loads(html.unescape(re.search(r'data-points="([^"]*)"', shown)[1]))
+    assert (data["loss"], data["low"], str(data["high"])) == (2.0, None, "0.0")
+    assert (data["macs"], data["n"]) == (66.7, 1)
+
+
 def test_the_page_carries_the_points_as_data(records):
     points = pareto.points_of(records)
-    shown = pareto.explorer(points, loss=2.0, faster=1.5).data
+    shown = pareto.explorer(points, "photos & maps", loss=2.0, faster=1.5).data
     data = json.loads(html.unescape(re.search(r'data-points="([^"]*)"', shown)[1]))
     assert data[0]["name"] == "cut" and data[0]["macs"] == 60.0
-    assert 'data-loss="2" data-macs="66.7"' in shown and "<noscript>" in shown
+    assert 'data-images="photos &amp; maps" data-loss="2" data-macs="66.7"' in shown
+    assert "<noscript>" in shown
     with pytest.raises(ValueError, match="no model has a record beside one of the dense model"):
-        pareto.explorer([])
+        pareto.explorer([], "photos")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from lib.report.speeds import (
@@ -137,10 +139,13 @@ def test_plain_and_frozen_are_counted_apart():
         peer(frozen, 2.0, 3.0),
         peer("layer", 3.0, 3.0, shape="B=2 E=8 K=1"),
     )
-    two = measured("Two", peer("layer", 3.0, 2.0))
+    loop, drops = replace(peer("layer", 3.0, 2.0), against="loop", note=""), "drops tokens"
+    dropping = replace(loop, against="dropping", note=drops)
+    two = measured("Two", peer("layer", 3.0, 2.0), loop, dropping)
     assert beside_others([one, two]).endswith(
-        f"plain against plain, in 1 of 2 settings on {one.machine_name} and 0 of 1 settings on "
-        f"{two.machine_name}; ours frozen, the others plain, in 1 of 1 and 0 of 0."
+        f"plain against plain, in 1 of 2 settings on {one.machine_name} (0 other layers) and 0 of "
+        f"1 settings on {two.machine_name} (1 other layer); ours frozen, the others plain, in 1 of "
+        "1 and 0 of 0."
     )
     frame = peer_table([one], "Beside the fastest.").frame
     assert list(frame["plain, against plain"]) == ["0.750", "1.000"]

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 
 from lib import paths
-from lib.pages import missing
+from lib.pages import all_verdicts, missing
 from lib.runs import collect as runs
 from lib.runs import fill as filling
 from lib.runs import locks
 from lib.runs import order as order_of_runs
 from lib.runs.estimate import Estimate
-from lib.runs.order import OTHER, Purpose
+from lib.runs.order import DECIDED_PILOT, OPEN_CLAIM, OTHER, Purpose
 from lib.runs.store import Store
 from lib.spec import BackboneSpec, DataSpec, RunSpec, TrainSpec
 from lib.training.checkpoint import Checkpoint
@@ -129,8 +129,35 @@ def test_a_claim_takes_the_place_of_its_arms(where, computed):
     assert [p.name for p in plan.served_after([s.id for s in grid["other"]])] == ["other"]
     # a claim whose verdict stands waits as an arm does: 1 in 18 s after 1 in 1
     times = Given({1: 9.0, 2: 9.0, 3: 1.0})
-    plan = order_of_runs.missing({"a/one": grid}, where, times, False, claims, {"A1"})
+    plan = order_of_runs.missing({"a/one": grid}, where, times, False, claims, {"A1": True})
     assert seeds(plan.items) == [3, 1, 2]
+
+
+def test_a_claim_that_a_pilot_decides_waits_for_open_ones_alone(where):
+    grid = {name: [TINY.but(seed=n)] for n, name in enumerate(["settled", "pilot", "open", "arm"])}
+    claims = {name: ("a/one", (name,)) for name in ("settled", "pilot", "open")}
+    decided = {"settled": True, "pilot": False}
+    plan = order_of_runs.missing({"a/one": grid}, where, Given({}), False, claims, decided)
+    assert seeds(plan.items) == [2, 1, 0, 3]
+    assert [p.worth for p in plan.purposes] == [OTHER, DECIDED_PILOT, OPEN_CLAIM, OTHER]
+    # it is worth an hour where an open one takes more than ten
+    slow = order_of_runs.missing({"a/one": grid}, where, Given({2: 11.0}), False, claims, decided)
+    assert seeds(slow.items) == [1, 2, 0, 3]
+    shown = missing.listing(plan, 2.0, 1)
+    assert "1 of 1 open claims, 1 of 1 claims with a pilot's verdict, 0 of 2 others" in shown
+
+
+def test_without_a_built_page_all_claims_are_said_to_count_as_open(where, tmp_path, monkeypatch):
+    monkeypatch.setattr(all_verdicts, "ROOT", tmp_path)
+    grid, claims = {"arm": [TINY]}, {"A1": ("a/one", ("arm",))}
+    plan = order_of_runs.missing({"a/one": grid}, where, Given({}), False, claims)
+    line = "all claims count as open, since book/claims.json is not there: `make book` writes it\n"
+    assert missing.listing(plan, 9.0, 1).startswith(line)
+    assert missing.listing(plan, 0.0, 1).startswith(line)
+    assert "claims.json" not in missing.listing(planned(grid, where), 9.0, 1)  # none is asked
+    (tmp_path / "book").mkdir()
+    (tmp_path / "book" / "claims.json").write_text("[]")
+    assert "claims.json" not in missing.listing(plan, 9.0, 1)
 
 
 def test_arms_get_their_first_seeds_first_and_cost_what_the_rest_lack(where, computed):
@@ -274,6 +301,76 @@ def test_a_budget_that_is_too_small_starts_nothing(where, computed):
     plan = planned({"a": [TINY.but(seed=1)], "b": [TINY.but(seed=2)]}, where, {1: 50.0, 2: 60.0})
     assert filled(plan, where, budget=0.0)[0].filed == []
     assert filled(plan, where, budget=49.0)[0].filed == [] and computed == []
+
+
+TRAINED = TINY.but(train=TrainSpec(epochs=1.0, batch=16))
+
+
+def test_what_trains_is_begun_where_nothing_ends_within_the_budget(where):
+    parent = TRAINED.but(seed=2)
+    grid = {
+        "no checkpoint": [TINY.but(seed=1)],
+        "child": [TRAINED.but(seed=3, init=parent)],
+        "other": [TRAINED.but(seed=4)],
+        "quick child": [TINY.but(seed=5, init=parent)],
+    }
+    times = {1: 20.0, 2: 30.0, 3: 40.0, 4: 90.0, 5: 1.0}
+    plan = planned(grid, where, times)
+    scheduled = {
+        (budget, workers): seeds(plan.schedule(budget, workers))
+        for budget, workers in ((0, 1), (15, 1), (15, 3), (25, 1), (25, 2))
+    }
+    assert scheduled == {
+        (0, 1): [],
+        (15, 1): [2],  # 5 would end, and does not start without 2
+        (15, 3): [2, 4],  # 3 cannot start
+        (25, 1): [1],  # one ends: what is left waits
+        (25, 2): [1],
+    }
+    shown = missing.listing(plan, 15.0, 1)
+    assert shown.splitlines()[1].split()[:2] == [parent.id, "2"]
+    assert (
+        "nothing that is missing ends within the budget: 1 run is begun and interrupted, and the "
+        "next start goes on from the checkpoint\n"
+    ) in shown
+    assert "complete then: 0 of 4 others" in shown and "still missing then: 5 runs" in shown
+    assert "2 runs are begun" in missing.listing(plan, 15.0, 3)
+    assert "begun" not in missing.listing(plan, 25.0, 1)
+    alone = planned({"no checkpoint": grid["no checkpoint"]}, where, times)
+    nothing = "ends within the budget, and no run is begun: give a longer --budget"
+    assert nothing in missing.listing(alone, 15.0, 1) and nothing in missing.listing(plan, 0.0, 1)
+
+
+def test_a_run_longer_than_the_budget_is_interrupted_and_the_next_start_goes_on(
+    where, computed, monkeypatch
+):
+    end, real = threading.Event(), runs.execute
+
+    def execute(spec, *folders):
+        if spec.seed == 2 and not end.is_set():  # as training does, after a while
+            Checkpoint(where.checkpoint(spec.id)).write({"step": 3})
+            end.wait(30)
+        return real(spec, *folders)
+
+    monkeypatch.setattr(runs, "execute", execute)
+    grid = {"fails": [TRAINED.but(seed=1)], "long": [TRAINED.but(seed=2)]}
+    grid |= {"longer": [TRAINED.but(seed=3)], "no checkpoint": [TINY.but(seed=4)]}
+    times, lines = {1: 60.0, 2: 100.0, 3: 200.0, 4: 50.0}, []
+    computed.bad.add(1)
+    runs.check(TINY)  # the first look at an architecture takes a while
+    with ThreadPoolExecutor(1) as executor:
+        plan = planned(grid, where, times)
+        outcome = filling.fill(plan, 5.0, executor, 1, where, lines.append)
+        end.set()
+    # one that fails at once does not stand in the way of the next
+    assert outcome.filed == [] and len(outcome.failures) == 1
+    assert outcome.interrupted == [TRAINED.but(seed=2).id]
+    begun = [line for line in lines if "ends within the budget" in line]
+    assert len(begun) == 2 and f"{TRAINED.but(seed=2).id} (a/one: long) is begun" in begun[1]
+    left = {item.spec.seed: item.estimate.seconds for item in planned(grid, where, times).items}
+    assert left == {1: 60.0, 2: pytest.approx(25.0), 3: 200.0, 4: 50.0}
+    outcome, lines = filled(planned(grid, where, times), where, budget=30.0)
+    assert outcome.filed == [TRAINED.but(seed=2).id] and len(lines) == 1
 
 
 def test_a_run_that_outlives_the_budget_is_interrupted(where, computed, monkeypatch):

@@ -92,8 +92,9 @@ def test_packed_runs_are_those_of_collect(tmp_path, where):
     assert f"runs to do, code in {there}/unpacked-" in said and "failed: none" in said
     assert record_ids(there) == {spec.id for spec in specs}
 
-    filed, missing = merging.merge(sorted((there / "records").iterdir()), GRID, where)
-    assert set(filed) == {spec.id for spec in specs} and missing == []
+    merged = merging.merge(sorted((there / "records").iterdir()), GRID, where)
+    assert set(merged.filed) == {spec.id for spec in specs} and merged.missing == []
+    assert merged.refused == []
     computed = collect(GRID, where=Store(tmp_path / "results", tmp_path / "cache"))
     for name, records in collect(GRID, where=where).items():
         for mine, theirs in zip(records, computed[name], strict=True):
@@ -126,8 +127,8 @@ def test_runs_of_a_folder_of_ones_own_are_packed(tmp_path, home, where, data_set
     process = away(there, "--workers", "1")
     said, _ = process.communicate()
     assert process.returncode == 0 and "failed: none" in said, said
-    filed, missing = merging.merge(sorted((there / "records").iterdir()), both, where)
-    assert set(filed) == {run.id, PARENT.id} and missing == []
+    merged = merging.merge(sorted((there / "records").iterdir()), both, where)
+    assert set(merged.filed) == {run.id, PARENT.id} and merged.missing == merged.refused == []
     [record] = collect({"own": [run]}, where=where)["own"]  # is not refused: it has seen these data
     [computed] = collect({"own": [run]}, where=Store(tmp_path / "r", tmp_path / "c"))["own"]
     assert record.result() == computed.result() and record.data is not None
@@ -195,6 +196,17 @@ def test_the_commands(tmp_path, where, monkeypatch, capsys):
     bundle = str(tmp_path / "out" / "records-000.moe")
     assert main(["merge", bundle]) == 0
     assert f"1 record is there; still missing: {CHILD.id}" in capsys.readouterr().out
+    record_files.append(tmp_path / "out", finished(where, seed=9), [])
+    assert main(["merge", bundle]) == 1  # once the others are filed
+    said = capsys.readouterr()
+    assert f"1 record is there; still missing: {CHILD.id}\n" in said.out
+    stranger = f"holds runs that no page of this profile plans: {PARENT.but(seed=9).id}. Give the"
+    assert said.err.startswith(f"error: {bundle} {stranger}")
+    flip(Path(bundle), -1)
+    assert main(["merge", bundle]) == 1
+    said = capsys.readouterr()
+    assert "0 records are there; still missing: none that is known of\n" in said.out
+    assert "records-000.moe is damaged" in said.err
     assert main(["merge", bundle + "x"]) == 2
     assert "records-000.moex is not there" in capsys.readouterr().err
     assert main(["merge", __file__]) == 2
@@ -299,19 +311,78 @@ def test_a_flipped_byte_in_a_file_of_records_is_refused(tmp_path, where, place):
     file = tmp_path / "out" / "records-000.moe"
     flip(file, place)
     other = Store(tmp_path / "results", tmp_path / "cache")
-    with pytest.raises(ValueError, match="records-000.moe is damaged"):
-        merging.merge([file], GRID, other)
-    assert other.find(PARENT.id) is None
+    merged = merging.merge([file], GRID, other)
+    assert merged.filed == merged.missing == [] and other.find(PARENT.id) is None
+    [why] = merged.refused
+    assert "records-000.moe is damaged" in why and "copy it again. Nothing of it is filed" in why
 
 
-def test_what_the_plan_does_not_hold_is_refused(tmp_path, where):
-    record_files.append(tmp_path / "out", finished(where), [PARENT.id])
-    record_files.append(tmp_path / "out", finished(where, seed=9), [PARENT.id])
+def test_what_the_plan_does_not_hold_is_refused_and_the_rest_filed(tmp_path, where):
+    for seed in (9, 0, 8):
+        record_files.append(tmp_path / "out", finished(where, seed), [PARENT.id])
     file = tmp_path / "out" / "records-000.moe"
     other = Store(tmp_path / "results", tmp_path / "cache")
-    with pytest.raises(ValueError, match=f"holds run {PARENT.but(seed=9).id}, which no page"):
-        merging.merge([file], GRID, other)
-    assert other.find(PARENT.id) is None  # nothing is filed of such a file
+    merged = merging.merge([file], GRID, other)
+    assert merged.filed == [PARENT.id] and merged.missing == []
+    [why] = merged.refused
+    strangers = ", ".join(sorted(PARENT.but(seed=seed).id for seed in (8, 9)))
+    assert why.startswith(f"{file} holds runs that no page of this profile plans: {strangers}. ")
+    assert [file.stem for file in other.private.glob("records/*/*.json")] == [PARENT.id]
+    assert other.peek(PARENT.id).result() == finished(where).result()
+    before = other.find(PARENT.id).read_bytes()
+    assert merging.merge([file], GRID, other) == merged  # again, and nothing changes
+    assert other.find(PARENT.id).read_bytes() == before
+
+
+def test_of_several_files_the_sound_ones_are_filed(tmp_path, where, monkeypatch):
+    monkeypatch.setattr(record_files, "LIMIT", 1)  # a file for each record
+    seeds, out = range(3), tmp_path / "out"
+    grid = {"dense": [PARENT.but(seed=seed) for seed in seeds]}
+    for seed in seeds:
+        record_files.append(out, finished(where, seed), [spec.id for spec in grid["dense"]])
+    record_files.append(out, finished(where, seed=9), [])
+    files = sorted(out.iterdir())
+    whole = files[0].read_bytes()
+    flip(files[0], 1000)
+    other = Store(tmp_path / "results", tmp_path / "cache")
+    merged = merging.merge(files, grid, other)
+    assert merged.filed == [grid["dense"][seed].id for seed in (1, 2)]
+    assert merged.missing == [PARENT.id]
+    damaged, stranger = merged.refused
+    assert damaged.startswith(f"{files[0]} is damaged")
+    assert stranger.startswith(f"{files[3]} holds runs that no page")
+    # copied again, all of it is there
+    files[0].write_bytes(whole)
+    merged = merging.merge(files, grid, other)
+    assert merged.filed == [spec.id for spec in grid["dense"]] and merged.missing == []
+    assert merged.refused == [stranger]
+    # a name that is mistyped is no damage: nothing is filed before it is right
+    empty = Store(tmp_path / "results of none", tmp_path / "cache of none")
+    with pytest.raises(ValueError, match=r"records-007.moe is not there"):
+        merging.merge([*files, out / "records-007.moe"], grid, empty)
+    assert empty.find(PARENT.id) is None
+
+
+def test_a_damaged_record_does_not_keep_back_the_others_of_its_file(tmp_path, where):
+    for seed in (0, 1, 2):
+        record_files.append(tmp_path / "out", finished(where, seed), [])
+    file = tmp_path / "out" / "records-000.moe"
+    runs = [PARENT.but(seed=seed) for seed in (0, 1, 2)]
+    members = record_files.read(file)
+    members[f"{runs[0].id}.json"] = b"{"
+    del members[f"{runs[1].id}.json"]  # its arrays alone are no record
+    members["../notes.txt"] = b"of somebody"
+    file.write_bytes(record_files._bundle(members))
+    other = Store(tmp_path / "results", tmp_path / "cache")
+    merged = merging.merge([file], {"dense": runs}, other)
+    assert merged.filed == [runs[2].id] and len(merged.refused) == 3
+    assert (
+        sum(f"{file} holds '../notes.txt', which is no file" in why for why in merged.refused) == 1
+    )
+    for run in runs[:2]:
+        assert sum(f"{file}, run {run.id}: " in why for why in merged.refused) == 1
+        assert not list(tmp_path.glob(f"results/**/{run.id}*"))
+        assert not list(tmp_path.glob(f"cache/**/{run.id}*"))
 
 
 def test_a_record_under_the_name_of_another_run_is_refused(tmp_path, where):
@@ -319,8 +390,9 @@ def test_a_record_under_the_name_of_another_run_is_refused(tmp_path, where):
     false = record.file.with_name(f"{CHILD.id}.json")
     false.write_bytes(record.file.read_bytes())
     record_files.append(tmp_path / "out", Record(CHILD, record.content, false), [CHILD.id])
-    with pytest.raises(ValueError, match=f"records-000.moe, run {CHILD.id}: .*holds run"):
-        merging.merge([tmp_path / "out" / "records-000.moe"], GRID, where)
+    other = Store(tmp_path / "results", tmp_path / "cache")
+    [why] = merging.merge([tmp_path / "out" / "records-000.moe"], GRID, other).refused
+    assert f"records-000.moe, run {CHILD.id}: " in why and "it holds run" in why
 
 
 def test_a_damaged_record_is_to_be_copied_again(tmp_path, where):
@@ -329,17 +401,19 @@ def test_a_damaged_record_is_to_be_copied_again(tmp_path, where):
     members = record_files.read(file)
     members[f"{PARENT.id}.json"] = members[f"{PARENT.id}.json"].replace(b'"ok"', b'"OK"')
     file.write_bytes(record_files._bundle(members))  # whole as a file, not as a record
-    with pytest.raises(ValueError, match=r"checksum.*\. Nothing of it is filed: copy") as refused:
-        merging.merge([file], GRID, Store(tmp_path / "results", tmp_path / "cache"))
+    other = Store(tmp_path / "results", tmp_path / "cache")
+    [why] = merging.merge([file], GRID, other).refused
+    assert "checksum" in why and ". Nothing of it is filed: copy" in why
     # not where a folder lies that is gone, nor that anything is computed here
-    assert "moved" not in str(refused.value) and "computed again" not in str(refused.value)
+    assert "moved" not in why and "computed again" not in why
 
 
 def test_a_record_keeps_the_study_that_packed_it(tmp_path, where):
     record_files.append(tmp_path / "out", finished(where), [PARENT.id])
     other = Store(tmp_path / "results", tmp_path / "cache")
     plan = {"dense": [PARENT.but(study="vimoe")]}  # a page that comes first
-    assert merging.merge([tmp_path / "out" / "records-000.moe"], plan, other) == ([PARENT.id], [])
+    merged = merging.merge([tmp_path / "out" / "records-000.moe"], plan, other)
+    assert merged == ([PARENT.id], [], [])
     assert other.peek(PARENT.id).spec.study == PARENT.study != "vimoe"
 
 
@@ -347,7 +421,7 @@ def test_what_is_missing_is_said(tmp_path, where):
     record_files.append(tmp_path / "out", finished(where), [PARENT.id, CHILD.id])
     other = Store(tmp_path / "results", tmp_path / "cache")
     answer = merging.merge([tmp_path / "out" / "records-000.moe"], GRID, other)
-    assert answer == ([PARENT.id], [CHILD.id])
+    assert answer == ([PARENT.id], [CHILD.id], [])
 
 
 def test_a_damaged_or_absent_part_is_refused_by_name(tmp_path, where):

@@ -119,6 +119,9 @@ def test_pilots(papers):
     staged = claim.model_copy(update={"seeds": (3, 8)})
     assert staged.is_pilot(3) and not staged.is_pilot(8) and staged.planned_seeds == 8
     assert not claim.model_copy(update={"seeds": 3}).is_pilot(3)
+    # all were planned at once, and some are still to come
+    at_once = claim.model_copy(update={"seeds": 8})
+    assert at_once.is_pilot(3) and not at_once.is_pilot(8) and not at_once.is_pilot(9)
 
 
 def test_what_is_not_tested_has_a_reason_and_nothing_else(papers):
@@ -139,6 +142,9 @@ def test_what_is_not_tested_has_a_reason_and_nothing_else(papers):
         ("published: {table: scan, column: top1, of: {n: 8}, than: {n: 2}}", "unit: points",
          "give the `published` size, or the `smallest`"),
         ("page: a/one", "page: a/one\n    seeds: [8, 3]", "give .pilot., .pilot, all. or a number"),
+        ("page: a/one", "page: a/one\n    smallest: 1",
+         "direction greater is judged by one size: give `published`"),
+        ("greater", "less\n    smallest: 1", "direction less is judged by one size"),
         ("page: a/one", "page: a/one\n    smallest: 0", "smallest: Input should be greater than 0"),
         ("source:", "origin:", "source: Field required; origin: Extra inputs"),
     ],

@@ -6,7 +6,7 @@ from paired_runs import right_of, runs
 from scipy import stats as scipy_stats
 
 from lib.verdicts import stats
-from lib.verdicts.law import Law
+from lib.verdicts.law import Law, draw_apart, draw_means
 from lib.verdicts.moderated import (
     MIN_COMPARISONS,
     SeedPrior,
@@ -140,18 +140,13 @@ def test_differences_are_paired_by_seed_and_not_by_order():
 # ---------------------------------------------------------------- intervals with it
 
 
-def test_without_a_prior_the_digits_are_those_of_before():
-    """Printed by the code before there was a prior."""
-    shares = np.array([[0.5], [0.6], [0.7], [0.6], [0.55], [0.6]])
-    y = np.random.default_rng(3).random((6, 400)) < shares
-    paired = stats.paired_difference(runs(y[:3]), runs(y[3:]))
-    assert stats.format_interval(paired, 6) == "0.916667 [-28.783171, 30.431508], n=3"
-    apart = stats.paired_difference(runs(y[:3]), runs(y[3:], seeds=[7, 8, 9]))
-    assert stats.format_interval(apart, 6) == "0.916667 [-25.614846, 26.852045], n=3"
-    assert (
-        stats.format_interval(stats.accuracy_interval(runs(y)), 6)
-        == "59.291667 [51.672186, 66.395937], n=6"
-    )
+def test_a_prior_of_no_degrees_is_none():
+    """Of too few comparisons, say: nothing is shared, and the method does not claim that it is."""
+    y = np.random.default_rng(3).random((6, 400)) < 0.6
+    a, b = runs(y[:3], "a"), runs(y[3:], "b")
+    alone = stats.paired_difference(a, b)
+    assert stats.paired_difference(a, b, prior=SeedPrior(9.0, 0.0, 2.0)) == alone
+    assert alone.method == "hierarchical bootstrap 95%"
 
 
 @pytest.mark.parametrize("degrees, half", [(np.inf, 1.984), (2.0, 2.776)])
@@ -179,8 +174,20 @@ def test_a_lucky_small_variance_is_widened_and_a_large_one_narrowed():
         return result.high - result.low
 
     prior = SeedPrior(4.0, 6.0, 40.0)
-    assert width((0.2, 0.2, 0.2), prior) > 1.3 * width((0.2, 0.2, 0.2))
+    assert width((0.199, 0.2, 0.201), prior) > 1.3 * width((0.199, 0.2, 0.201))
     assert width((0.15, 0.2, 0.25), prior) < 0.5 * width((0.15, 0.2, 0.25))
+
+
+def test_equal_accuracies_of_other_images_have_the_variance_of_the_rest():
+    """Shares of 0.2 on images drawn anew: 0.2 * 0.8 / 1000 a seed. Equal predictions have none."""
+    rng = np.random.default_rng(1)
+    base = np.zeros((3, 1000), bool)
+    better = np.stack([rng.permutation(1000) < 200 for _ in range(3)])
+    law = stats.paired_difference(runs(better), runs(base)).law
+    assert 3 * law.seed_variance == pytest.approx(1e4 * 0.16 / 1000, rel=0.05)
+    assert 0 < law.below(0) < 0.01
+    same = stats.paired_difference(runs(better[[0, 0, 0]]), runs(base)).law
+    assert same.seed_variance == pytest.approx(0, abs=1e-20) and same.image_variance > 1
 
 
 def test_a_prior_of_pairs_is_left_out_where_seeds_are_apart():
@@ -230,3 +237,52 @@ def test_every_interval_has_the_law_of_its_ends():
         assert result.law.below(result.low) == pytest.approx(0.025, abs=0.008)
         assert result.law.above(result.high) == pytest.approx(0.025, abs=0.008)
     assert stats.mean_interval([1.0, 2.0]).law is None
+
+
+def parts_of_law(draw, count=1000):
+    """The mean variances (images, seeds) of many laws, and the variance of the means drawn from."""
+    laws, means = zip(*(draw() for _ in range(count)), strict=True)
+    return (
+        np.mean([law.image_variance for law in laws]),
+        np.mean([law.seed_variance for law in laws]),
+        np.var(means),
+    )
+
+
+def test_each_source_of_chance_counts_once():
+    """Variances of a seed 0.01, an image 1 and the rest 2. Two sides share 40 images: of a, half of
+    the image effect is b's as well, so the effects differ by 0.5 + 0.5."""
+    rng, i = np.random.default_rng(0), 40
+
+    def side(image, seeds):
+        seed, rest = rng.normal(0, 0.1, (seeds, 1)), rng.normal(0, np.sqrt(2), (seeds, i))
+        return image + seed + rest
+
+    def alone():
+        y = side(rng.normal(size=i), 3)
+        return draw_means(y, y.mean(0), None, rng, 1)[1], y.mean()
+
+    def apart():
+        shared, own = rng.normal(0, np.sqrt(0.5), i), rng.normal(0, np.sqrt(0.5), (2, i))
+        ya, yb = side(shared + own[0], 3), side(shared + own[1], 4)
+        return draw_apart(ya, yb, rng, 1)[1], ya.mean() - yb.mean()
+
+    images, seeds, whole = parts_of_law(alone)
+    assert images == pytest.approx(1 / 40, rel=0.06)
+    assert seeds == pytest.approx((0.01 + 2 / 40) / 3, rel=0.06)
+    assert images + seeds == pytest.approx(whole, rel=0.1)
+    images, seeds, whole = parts_of_law(apart)
+    assert images == pytest.approx(1 / 40, rel=0.06)
+    assert seeds == pytest.approx((0.01 + 2 / 40) * (1 / 3 + 1 / 4), rel=0.06)
+    assert images + seeds == pytest.approx(whole, rel=0.1)
+
+
+def test_three_seeds_that_agree_by_luck_prove_nothing():
+    """Of 400 p-values of the truth 0.4 are below 0.1%. Where what the rest explains is taken off
+    the variance of the seeds, a small one becomes none, and these are many, down to 1e-14."""
+    rng, p = np.random.default_rng(1), []
+    for _ in range(200):
+        y = rng.normal(size=(3, 50)) + rng.normal(0, 0.5, (3, 1))
+        law = draw_means(y, y.mean(0), None, rng, 1)[1]
+        p += [law.below(-y.mean()), law.above(-y.mean())]
+    assert (np.array(p) < 0.001).sum() <= 2 and min(p) > 1e-5
