@@ -17,16 +17,12 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from ..models.backbone import NothingDrawn
+from ..models.plain import WRAPPERS
 from .structure import Entry, rebuild
 from .traits import Traits, differences, take_settings, traits_of
 
 SHOWN = 4  # differences that an error lists
 _STAGES = ("stages", "layers")
-_WRAPPERS = {
-    "DistributedDataParallel": "model.module",
-    "DataParallel": "model.module",
-    "OptimizedModule": "model._orig_mod",
-}
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -54,8 +50,8 @@ def architecture_of(
     ValueError if what they build, with the layers of `structure`, is not this model.
     """
     kind = type(model).__name__
-    if kind in _WRAPPERS:
-        raise ValueError(f"a {kind} wraps a model: save {_WRAPPERS[kind]} instead")
+    if kind in WRAPPERS:
+        raise ValueError(f"a {kind} wraps a model: save {WRAPPERS[kind]} instead")
     name = _name_in_timm(model)
     if name is None:
         if arguments is not None:

@@ -71,7 +71,8 @@ def compare(
     check_loader(loader)
     load = os.getloadavg()
     candidates = [_Candidate(name, model) for name, model in models.items()]
-    with _evaluation_mode(models.values()), torch.inference_mode():
+    # not inference_mode: what a model caches at its first pass may be needed in training later
+    with _evaluation_mode(models.values()), torch.no_grad():
         images = _one_pass(candidates, loader, device, max(batches))
         rows = [candidate.row(candidates[0], images[:1]) for candidate in candidates]
         for size in tqdm(batches, desc="time", unit="batch size", leave=False, delay=5):

@@ -11,7 +11,7 @@ from ..pruning.experts.dropping import routed
 from ..pruning.experts.scores import MEASURED
 from ..spec import DropSpec
 from .loaders import Loader, calibration_images, check_finite, check_loader, check_model
-from .modules import check_seed, note, rules_of, to_change
+from .modules import checked_seed, note, rules_of, to_change
 
 
 def drop_experts(
@@ -45,7 +45,7 @@ def drop_experts(
     without a row an expert, fewer experts than a token chooses.
     """
     rules = _rules(keep, score, missing, before)
-    check_seed(seed)
+    seed = checked_seed(seed)
     smaller = to_change(model, inplace, "dropping")
     layers = routed(smaller)
     check_unshared(smaller, layers.items())

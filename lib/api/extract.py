@@ -12,7 +12,7 @@ from ..models.names import matching
 from ..models.upcycle import chosen_mlps
 from ..spec import ExtractSpec
 from .loaders import Loader, calibration_images, check_loader
-from .modules import check_seed, note, rules_of, to_change
+from .modules import checked_seed, note, rules_of, to_change
 from .prune import CATCH_UP, REPAIRS, follows_stream
 
 CLUSTERS = ("kmeans", "hdbscan", "random", "moee", "moefication")
@@ -65,7 +65,7 @@ def extract(
     so. Raises ValueError for what does not fit, by name.
     """
     _check(active, clusters, repair, storage)
-    check_seed(seed)
+    seed = checked_seed(seed)
     extracted = to_change(model, inplace, "extraction")
     names = [name for name, _ in chosen_mlps(extracted, modules)]
     ignored = matching(names, ignore, "ignore")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..models.balance import switch_loss
 from ..models.modes import modes_kept
-from ..models.moe import RoutingTape
+from ..models.moe import MoELayer, RoutingTape
 from ..routers.manual import labelled
 from ..spec import TrainSpec
 from ..training.loop import Task, Trainer
@@ -31,7 +31,7 @@ from .loaders import (
     check_model,
     length,
 )
-from .modules import check_seed, note, rules_of, to_change
+from .modules import checked_seed, note, rules_of, to_change
 
 DISTIL = 0.5  # weight of a teacher's predictions
 LAYER_DECAY = 0.65  # rates fall by it from block to block, counted from the head (ViMoE)
@@ -79,12 +79,7 @@ def finetune(
     check_loader(loader)
     if val is not None:
         check_loader(val, "val")
-    check_seed(seed)
-    if type(model).__name__ == "OptimizedModule":  # by name: its module takes long to import
-        raise ValueError(
-            "the model is compiled, and its weights go by other names than those by which rates "
-            "fall from block to block: finetune model._orig_mod, and compile what is returned"
-        )
+    seed = checked_seed(seed)
     if torch.is_inference_mode_enabled():
         raise ValueError("nothing is trained under torch.inference_mode(): call finetune outside")
     trained = to_change(model, inplace, "finetuning")
@@ -104,17 +99,19 @@ def finetune(
     task = _LoaderTask(trained, loader, val, teacher, train, coefficient)
     trainer = Trainer(trained, task, train, seed, "finetune")
     # also under a caller's no_grad, which would leave nothing to differentiate
-    with (
-        modes_kept(trained),
-        modes_kept(teacher),
-        torch.random.fork_rng(devices=[]),
-        torch.enable_grad(),
-    ):
-        torch.manual_seed(seed)
-        if teacher is not None:
-            teacher.eval()
-        trainer.run()
-    trained.zero_grad(set_to_none=True)  # the next loop, one's own, is not to begin with them
+    try:
+        with (
+            modes_kept(trained),
+            modes_kept(teacher),
+            torch.random.fork_rng(devices=[]),
+            torch.enable_grad(),
+        ):
+            torch.manual_seed(seed)
+            if teacher is not None:
+                teacher.eval()
+            trainer.run()
+    finally:
+        trained.zero_grad(set_to_none=True)  # the next loop, one's own, is not to begin with them
     return note(trained, "finetuning", trainer.progress.history)
 
 
@@ -129,11 +126,7 @@ def auxiliary_loss(tape: RoutingTape, coefficient: float = 0.01) -> Tensor:
     one of E experts gets all), times the coefficient. Routers that do not learn, as those of
     extracted experts, take no part. Raises ValueError if no router learns.
     """
-    losses = [
-        switch_loss(tape[layer])
-        for layer, (_, routing) in zip(tape.layers, tape, strict=True)
-        if _learns(layer.router) and (routing.probs.requires_grad or not torch.is_grad_enabled())
-    ]
+    losses = [switch_loss(tape[layer]) for layer in _balanced(tape)]
     if not losses:
         raise ValueError(
             "the tape has no MoE layer whose router learns, so there is no load to balance: leave "
@@ -142,8 +135,15 @@ def auxiliary_loss(tape: RoutingTape, coefficient: float = 0.01) -> Tensor:
     return coefficient * torch.stack(losses).sum()
 
 
-def _learns(router: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in router.parameters())
+def _balanced(tape: RoutingTape) -> list[MoELayer]:
+    """Lists the layers of a tape whose router learns by what it gave out: that of MoEfication's
+    experts has weights, and decides without a gradient."""
+    return [
+        layer
+        for layer, (_, routing) in zip(tape.layers, tape, strict=True)
+        if any(parameter.requires_grad for parameter in layer.router.parameters())
+        and (routing.probs.requires_grad or not torch.is_grad_enabled())
+    ]
 
 
 def _check_teacher(model: nn.Module, teacher: nn.Module | None, distil: float | None) -> None:
@@ -246,23 +246,26 @@ class _LoaderTask(Task):
                 )
             parts["distil_loss"] = distil_loss(logits, taught)
             total = torch.lerp(total, parts["distil_loss"], self.train.distil_logits)
-        if any(_learns(layer.router) for layer in tape.layers):
+        if _balanced(tape):
             parts["balance_loss"] = auxiliary_loss(tape, self.coefficient)
             total = total + parts["balance_loss"]
         return {"loss": total} | parts
 
-    @torch.inference_mode()
+    # not inference_mode: what a model caches at its first pass is needed when it is trained
+    @torch.no_grad()
     def validated(self, model: nn.Module) -> dict[str, float] | None:
         """Evaluates on the validation loader: top-1 in percent, and cross-entropy."""
         if self.val is None:
             return None
         model.eval()
         count, correct, losses = 0, 0, []
-        for images, labels in batches_of(self.val, model, "validate", "val"):
-            check_finite(images, "val")
-            with labelled(model, labels):
-                logits = check_logits(model(images), labels, model).float()
-            losses.append(F.cross_entropy(logits, labels, reduction="sum").item())
-            correct += int((logits.argmax(dim=-1) == labels).sum())
-            count += len(labels)
+        # a pass over a DataLoader draws, also without a shuffle: training is to go on as without it
+        with torch.random.fork_rng(devices=[]):
+            for images, labels in batches_of(self.val, model, "validate", "val"):
+                check_finite(images, "val")
+                with labelled(model, labels):
+                    logits = check_logits(model(images), labels, model).float()
+                losses.append(F.cross_entropy(logits, labels, reduction="sum").item())
+                correct += int((logits.argmax(dim=-1) == labels).sum())
+                count += len(labels)
         return {"val_top1": 100 * correct / count, "val_loss": math.fsum(losses) / count}

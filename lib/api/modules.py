@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from ..models.plain import made_plain
+from ..models.plain import check_unwrapped, made_plain
 from ..spec import Spec
 from ..spec.base import sentence
 from .loaders import check_model
@@ -20,10 +20,12 @@ from .loaders import check_model
 def to_change(model: nn.Module, inplace: bool, noted: str | None = None) -> nn.Module:
     """Returns the model itself if it is changed in place, else a copy.
 
-    noted: the attribute that `note` will write. Raises ValueError as `check_model`, and where the
-    model has something else of that name, before anything is computed.
+    noted: the attribute that `note` will write. Raises ValueError as `check_model`, for a wrapper
+    (DataParallel, torch.compile), and where the model has something else of that name, before
+    anything is computed.
     """
     check_model(model)
+    check_unwrapped(model)
     own = None if noted is None else getattr(model, noted, None)
     if own is not None and not _is_note(own):
         raise ValueError(
@@ -46,10 +48,14 @@ def copied(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model)
 
 
-def check_seed(seed: Any) -> None:
-    """Raises ValueError for a seed that is no whole number of at least 0."""
-    if not isinstance(seed, Integral) or seed < 0:
-        raise ValueError(f"seed={seed!r}: give a whole number of at least 0")
+def checked_seed(seed: Any) -> int:
+    """Returns a seed, which may come out of numpy, as an int.
+
+    Raises ValueError for what is no whole number from 0 to 2^63 - 1.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed!r}: give a whole number of at least 0, below 2^63")
+    return int(seed)
 
 
 def note(model: nn.Module, attribute: str, rows: Sequence[dict[str, Any]]) -> nn.Module:

@@ -22,7 +22,7 @@ from ..pruning.neurons.scores import Importance
 from ..routers.manual import labelled
 from ..spec import ExtractSpec, PruneSpec
 from .loaders import Batch, Loader, calibration_images, check_loader, check_logits
-from .modules import check_seed, note, rules_of, to_change
+from .modules import checked_seed, note, rules_of, to_change
 
 OF_ACTIVATIONS = ("weighted", "variance", "update")
 OF_WEIGHTS = (Importance.MAGNITUDE.value, Importance.RANDOM.value)  # no image is looked at
@@ -75,7 +75,7 @@ def prune(
     """
     repair = _repair(score, repair)
     _check(keep, parts, across, round_to)
-    check_seed(seed)
+    seed = checked_seed(seed)
     pruned = to_change(model, inplace, "pruning")
     names = _names(pruned, score, parts, modules)
     whole = matching(names, ignore, "ignore")

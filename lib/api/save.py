@@ -91,7 +91,10 @@ def save(
     )
     text = json.dumps(description | {"sha256": _sha256(description, stored)})
     with paths.written_whole(path) as part:
+        part.touch()
+        mode = part.stat().st_mode  # as the user's umask has it
         save_file(stored, part, metadata={KEY: text})
+        part.chmod(mode)  # safetensors makes files that nobody else can read
 
 
 def restore(path: str | Path, model: nn.Module | None = None) -> nn.Module:

@@ -7,6 +7,12 @@ from collections.abc import Iterable
 
 from torch import nn
 
+# what holds another model, by name, since the module of one of them takes long to import
+WRAPPERS = {
+    "DistributedDataParallel": "model.module",
+    "DataParallel": "model.module",
+    "OptimizedModule": "model._orig_mod",
+}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -22,11 +28,26 @@ def why_not_plain(mlp: nn.Module) -> str | None:
             )
         if not isinstance(part, nn.Linear | nn.Conv2d):
             continue
+        if type(part).forward not in (nn.Linear.forward, nn.Conv2d.forward):
+            return (
+                f"has a {type(part).__name__}{_at(name)}, whose class computes something of its "
+                "own, which would be lost: merge it into a plain torch.nn.Linear first"
+            )
         for kind in ("weight", "bias"):
             if kind not in part._parameters:
                 place = f"{name}.{kind}" if name else kind
                 return f"has a {place} that is computed from other parameters: {made_plain(kind)}"
     return None
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Raises ValueError for a wrapper, which goes on with what it knew of the model it wraps: old
+    parameters, compiled passes, names."""
+    kind = type(model).__name__
+    if kind in WRAPPERS:
+        raise ValueError(
+            f"a {kind} wraps a model: give {WRAPPERS[kind]}, and wrap what is returned"
+        )
 
 
 def made_plain(kind: str) -> str:

@@ -43,6 +43,15 @@ from .plain import check_hooks, check_unshared
 from .tokens import check_batch_of_images, check_class_token
 
 # fields that add to what an MLP gave, change its weights, or leave tokens or experts out
+_OF_TRAINING = (
+    "balance",
+    "balance_weight",
+    "balance_weights",
+    "bias_rate",
+    "z_weight",
+    "sharpness_weight",
+    "variation_weight",
+)
 _CHANGES_FUNCTION = ("shared", "fresh_experts", "copy_noise", "capacity_factor", "expert_dropout")
 LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)  # what modules that repeat are kept in
 
@@ -178,6 +187,7 @@ def upcycle(
     _warn_of_copies(mlps)
     if is_guest:
         _warn_of_another_function(spec)
+        _warn_of_training(fields)
     for name, mlp in mlps:
         model.set_submodule(name, moe_layer(mlp, spec, generator))
     return model
@@ -199,6 +209,16 @@ def _spec_of_guest(fields: dict[str, Any], named: int | None) -> MoESpec:
         return MoESpec(**defaults | fields)
     except ValidationError as error:
         raise ValueError(f"MoESpec: {sentence(error)}") from None
+
+
+def _warn_of_training(fields: dict[str, Any]) -> None:
+    """Warns of fields that nothing reads but the training of a `RunSpec`."""
+    if asked := [f"{word}={fields[word]!r}" for word in _OF_TRAINING if word in fields]:
+        warnings.warn(
+            f"{_listed(asked)}: only the training of a RunSpec reads that. lib.finetune balances "
+            "loads by its coefficient (0: not at all), a loop of your own by lib.auxiliary_loss",
+            stacklevel=4,
+        )
 
 
 def _warn_of_another_function(spec: MoESpec) -> None:

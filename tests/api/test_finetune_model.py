@@ -247,7 +247,7 @@ def shrinking():
         (vit(), {"teacher": vit(num_classes=9)}, "teacher predicts 9 classes and model 5"),
         (vit(), {"val": iter(loader())}, "val is a list_iterator, which can be read once"),
         (vit(), {"val": [IMAGES]}, "val gave a Tensor"),
-        (torch.compile(vit(), backend="eager"), {}, "is compiled, .* finetune model._orig_mod"),
+        (torch.compile(vit(), backend="eager"), {}, "OptimizedModule wraps .* model._orig_mod"),
         (vit().requires_grad_(False), {}, "every parameter of the model is frozen"),
         (vit(), {"distil": 0.9}, "distil=0.9 weighs what a teacher predicts"),
         (vit(), {"seed": -1}, "seed=-1: give a whole number"),
@@ -263,6 +263,48 @@ def test_what_is_refused(model, options, says):
     options = {"loader": loader()} | options
     with pytest.raises(ValueError, match=says):
         lib.finetune(model, **options)
+
+
+def test_a_pass_that_fails_leaves_no_gradients():
+    broken = [*loader()[:2], (torch.full_like(loader()[0][0], math.nan), loader()[0][1])]
+    model = vit()
+    with pytest.raises(ValueError, match="not finite"):
+        lib.finetune(model, broken, inplace=True)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_validation_loader_does_not_change_what_is_trained():
+    data = TensorDataset(IMAGES, LABELS)
+    shuffled = DataLoader(data, batch_size=8, shuffle=True)
+    given = (None, [*DataLoader(data, batch_size=8)], DataLoader(data, batch_size=8))
+    trained = [lib.finetune(vit(), shuffled, val=val, epochs=2, lr=1e-2) for val in given]
+    assert all(same_state(model, state_of(trained[0])) for model in trained[1:])
+
+
+class Caching(Wrapped):
+    """Makes a table at its first pass, as positions that rotate and masks are made."""
+
+    table = None
+
+    def forward(self, images):
+        if self.table is None:
+            self.table = torch.ones(1) * 2
+        return super().forward(images) * self.table
+
+
+def test_what_a_model_caches_when_it_is_judged_can_be_trained_with():
+    model = Caching(vit())
+    lib.finetune(model, loader(), val=loader())
+    lib.compare({"whole": model}, loader(), batches=(2,))
+    model(IMAGES).sum().backward()
+
+
+def test_experts_of_moefication_are_finetuned():
+    """Their routers have weights, and decide without a gradient: there is no load to balance."""
+    model = lib.extract(vit(), loader(), 0.5, clusters="moefication")
+    trained = lib.finetune(model, loader(), lr=1e-2)
+    assert "balance_loss" not in trained.finetuning[-1]
+    assert not same_state(trained, state_of(model))
 
 
 def test_a_loss_that_is_not_finite_ends_it():

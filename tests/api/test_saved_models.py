@@ -367,6 +367,13 @@ def test_class_names_fit(names, says, tmp_path):
         lib.save(build(), tmp_path / "model.safetensors", class_names=names)
 
 
+def test_others_may_read_a_file_as_far_as_the_umask_lets_them(tmp_path):
+    beside = tmp_path / "any"
+    beside.touch()
+    lib.save(build(), tmp_path / "vit.safetensors")
+    assert (tmp_path / "vit.safetensors").stat().st_mode == beside.stat().st_mode
+
+
 def test_what_is_no_model_to_save(tmp_path):
     file = tmp_path / "model.safetensors"
     with pytest.raises(ValueError, match="wraps a model: save model.module"):

@@ -4,7 +4,8 @@ import warnings
 
 import pytest
 import torch
-from small_classifier import Wrapped, images_and_labels, vit
+import torch.nn.functional as F
+from small_classifier import Wrapped, images_and_labels, loader, vit
 from small_models import images_for, modules_of, small
 
 import lib
@@ -83,6 +84,37 @@ def test_an_mlp_of_two_blocks_is_named_as_one(options):
         lib.prune(model, None, 0.5, score="magnitude", repair="none")
     with pytest.raises(ValueError, match="shares parameters"):
         mlps_of(model)
+
+
+@pytest.mark.parametrize("field", [{"balance": "none"}, {"z_weight": 1.0}])
+def test_fields_that_only_a_run_reads_say_so(field):
+    with pytest.warns(UserWarning, match="only the training of a RunSpec reads that"):
+        lib.upcycle(vit(), layers=1, experts=2, router="token", **field)
+
+
+class Centred(torch.nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight - self.weight.mean(1, keepdim=True), self.bias)
+
+
+class Adapted(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + x.mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("kind", [Centred, Adapted])
+def test_maps_that_compute_something_of_their_own_do_not_lose_it(kind):
+    model = vit()
+    for block in model.blocks:
+        own = kind(block.mlp.fc1.in_features, block.mlp.fc1.out_features)
+        own.load_state_dict(block.mlp.fc1.state_dict())
+        block.mlp.fc1 = own
+    says = f"has a {kind.__name__} at fc1, whose class computes something of its own"
+    for call in (lib.prune, lib.extract):
+        with pytest.raises(ValueError, match=says):
+            call(model, loader(), 0.5)
+    with pytest.raises(ValueError, match=says):
+        lib.upcycle(model, layers=1, experts=2, router="token")
 
 
 def test_fields_that_change_the_function_say_so():

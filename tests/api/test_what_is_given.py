@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from small_classifier import H, loader, same_state, state_of, vit
@@ -10,11 +11,32 @@ import lib
 from lib.spec import RunSpec
 
 
-@pytest.mark.parametrize("seed", [-1, 0.5, None])
+@pytest.mark.parametrize("seed", [-1, 0.5, None, True, 2**63])
 @pytest.mark.parametrize("call", [lib.prune, lib.extract], ids=lambda call: call.__name__)
 def test_seeds_are_whole_numbers(call, seed):
     with pytest.raises(ValueError, match=f"seed={seed}: give a whole number of at least 0"):
         call(vit(), loader(), seed=seed)
+
+
+def test_seeds_may_come_out_of_numpy():
+    model = vit()
+    same = [lib.prune(model, loader(), 0.5, images=8, seed=s) for s in (1, *np.arange(1, 2))]
+    assert same_state(same[0], state_of(same[1]))
+
+
+def wrapped():
+    return torch.nn.DataParallel(vit()), torch.compile(vit(), backend="eager")
+
+
+@pytest.mark.parametrize("wrapper", wrapped(), ids=lambda wrapper: type(wrapper).__name__)
+def test_wrappers_are_refused_by_name(wrapper):
+    """Compiled passes fire no hooks, and gradients of new parameters are averaged by nobody."""
+    says = f"{type(wrapper).__name__} wraps a model: give model.(module|_orig_mod), and wrap"
+    for call in (lib.prune, lib.extract, lib.drop_experts):
+        with pytest.raises(ValueError, match=says):
+            call(wrapper, loader())
+    with pytest.raises(ValueError, match=says):
+        lib.upcycle(wrapper, experts=2, layers=1)
 
 
 @pytest.mark.parametrize("keep, stay", [(0.4, "1.6"), (0.1, "0.4")])

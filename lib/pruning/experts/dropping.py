@@ -139,7 +139,8 @@ def check_choices(name: str, router: LinearRouter) -> None:
     if wanted > left:
         raise ValueError(
             f"{name} gives a token {wanted:g} experts, but {left} would be left{where}: keep more, "
-            "or use semantics='zero_update', under which the router goes on choosing among all"
+            "or let the router go on choosing among all, under 'zero_update' (missing= or "
+            "semantics=)"
         )
 
 
