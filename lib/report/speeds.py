@@ -237,27 +237,6 @@ def _named(row: Ratio) -> str:
     return f"{row.against}: {_fastest(row)}" if row.against == FASTEST_PEER else row.against
 
 
-# Until then experts were packed on processors without AVX-512 however many rows each got.
-PACKED_LESS_SINCE = "2026-11-29 21:30 UTC"
-
-
-def packed_before(machines: Sequence[Measurement]) -> str:
-    """Says whose frozen times are of experts that are plain now; "" of none."""
-    before = [
-        measured.machine_name
-        for measured in machines
-        if not measured.about["machine"]["capabilities"].get("avx512")
-        and measured.about["date"] < PACKED_LESS_SINCE
-    ]
-    if not before:
-        return ""
-    return (
-        f"The frozen times of {' and of '.join(before)} are of code that packed all experts. They "
-        "show that without AVX-512 packed weights gain only where an expert gets few rows, so now "
-        "they are used only there; elsewhere a frozen layer runs as the plain one does."
-    )
-
-
 def _cut_rows(measured: Measurement) -> list[Ratio]:
     """Lists the rows of the kinds of CUT beside the whole model."""
     rows = measured.of("models")

@@ -7,13 +7,11 @@ from dataclasses import replace
 import pytest
 
 from lib.report.speeds import (
-    PACKED_LESS_SINCE,
     beside_others,
     by_machine,
     goals_reached,
     label,
     not_measured,
-    packed_before,
     peer_table,
     shares,
     shortfalls,
@@ -198,10 +196,3 @@ def test_shortfalls_of_all_machines_stand_in_one_table_with_their_causes():
     assert frame["cause"][0] == "at the dense bound the ratio would be 0.500"
     assert frame["cause"][1].startswith("several weights in place of one +0.5 ms")
     assert len(shortfalls([measured("One")], "Short.").frame) == 0
-
-
-def test_frozen_times_of_the_code_before_are_said_to_be_so():
-    old, new = "2026-11-29 05:54 UTC", PACKED_LESS_SINCE
-    assert "times of Old with AVX2" in packed_before([measured("Old", date=old)])
-    assert packed_before([measured("New", date=new)]) == ""
-    assert packed_before([measured("Wide", date=old, avx512=True)]) == ""
