@@ -43,8 +43,8 @@ def at_best(fastest: Mapping[str, float]) -> str:
 
 
 def nearest(key: str, within: float) -> str:
-    """Names the model of the page of all methods that is best within a budget of multiply-adds, in
-    percent of the dense model's, and its measured time; "" without records."""
+    """Names the model of the page of all methods that is best within a budget of time, in percent
+    of the dense model's, or of multiply-adds where no time is measured; "" without records."""
     from ..runs.collect import load  # numpy, which an import of the build does without
     from ..verdicts.budgets import candidates, winner
     from ..verdicts.stats import format_interval
@@ -52,7 +52,7 @@ def nearest(key: str, within: float) -> str:
     shape, dtype = "batch 16, frozen", "fp32"
     times = speed.percent_of_dense(speed.file_of("frontier"), shape, dtype)
     models = candidates(load(plan(key, PUBLISHED), any_device=True), times)
-    won = winner(models, "macs", within)
+    won = winner(models, "forward" if times else "macs", within)
     if won is None or won.gain is None:
         return ""
     gain = format_interval(won.gain, signed=True, unit="points")
