@@ -31,7 +31,7 @@ def why_not_plain(mlp: nn.Module) -> str | None:
         if type(part).forward not in (nn.Linear.forward, nn.Conv2d.forward):
             return (
                 f"has a {type(part).__name__}{_at(name)}, whose class computes something of its "
-                "own, which would be lost: merge it into a plain torch.nn.Linear first"
+                "own, which would be lost: merge it into a plain layer of torch.nn first"
             )
         for kind in ("weight", "bias"):
             if kind not in part._parameters:

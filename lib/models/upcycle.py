@@ -164,8 +164,9 @@ def upcycle(
     and fields are given, if L or a block is beyond the depth, if an MLP changes the width, if
     image-level routing finds no class token at the head of a block's tokens and `pool` is not
     "mean", if a block sees several rows of tokens an image, or if an MLP has hooks, a forward of
-    its instance, computed weights (spectral_norm), or parameters that lie elsewhere in the model,
-    too. Nothing is changed when it raises. What is made of frozen parameters stays frozen.
+    its instance, maps whose class has one of its own (LoRA), computed weights (spectral_norm), or
+    parameters that lie elsewhere in the model, too. Nothing is changed when it raises. What is made
+    of frozen parameters stays frozen.
     """
     candidates = chosen_mlps(model, modules, ignore)
     is_guest = spec is None

@@ -111,6 +111,11 @@ def holds(row: Row) -> bool:
     return (row["verdict"] or "").startswith("holds")
 
 
+def fails(row: Row) -> bool:
+    """Says whether the interval of a claim excludes its size."""
+    return row["verdict"] in ("not reproduced", "opposite")
+
+
 def decided(row: Row) -> bool:
     """Says whether a claim is decided: one that holds, after the correction as well.
 
@@ -118,7 +123,7 @@ def decided(row: Row) -> bool:
     """
     if holds(row):
         return bool(row["after_correction"])
-    return row["verdict"] in ("not reproduced", "opposite")
+    return fails(row)
 
 
 def stands(row: Row) -> bool:
@@ -205,7 +210,7 @@ def _chance(found: Sequence[Row]) -> str:
     single = [row for row in found if row["id"] not in joint and row["p"] is not None]
     alone = [row for row in single if holds(row)]
     after = sum(bool(row["after_correction"]) for row in alone)
-    excluded = [row for row in single if row["verdict"] in ("not reproduced", "opposite")]
+    excluded = list(filter(fails, single))
     return (
         f"{len(single)} claims and parts {agree('have', len(single))} an interval. If all of "
         f"them were false, at most {BY_CHANCE * len(single):.1f} would hold by chance; "

@@ -46,11 +46,10 @@ def nearest(key: str, within: float) -> str:
     """Names the model of the page of all methods that is best within a budget of time, in percent
     of the dense model's, or of multiply-adds where no time is measured; "" without records."""
     from ..runs.collect import load  # numpy, which an import of the build does without
-    from ..verdicts.budgets import candidates, winner
+    from ..verdicts.budgets import TIMED, candidates, winner
     from ..verdicts.stats import format_interval
 
-    shape, dtype = "batch 16, frozen", "fp32"
-    times = speed.percent_of_dense(speed.file_of("frontier"), shape, dtype)
+    times = speed.percent_of_dense(speed.file_of("frontier"), *TIMED)
     models = candidates(load(plan(key, PUBLISHED), any_device=True), times)
     won = winner(models, "forward" if times else "macs", within)
     if won is None or won.gain is None:
@@ -58,7 +57,7 @@ def nearest(key: str, within: float) -> str:
     gain = format_interval(won.gain, signed=True, unit="points")
     percent = won.best.costs
     timed = percent.get("forward")
-    time = f" and {timed:.0f}% of the time ({shape}, {dtype})" if timed is not None else ""
+    time = f" and {timed:.0f}% of the time ({', '.join(TIMED)})" if timed is not None else ""
     return (
         f"The nearest of [all methods](notebooks/{key}.ipynb), after one further pass over the "
         f"images, is *{won.best.name}*, with {percent['macs']:.0f}% of the multiply-adds{time}: "

@@ -9,16 +9,12 @@ from html import escape
 from typing import Any
 
 from ..verdicts import MARKS, WORDS, count, ledger
+from ..verdicts.papers import load
 from . import datasets
 
 Row = Mapping[str, Any]
 COLUMNS = ("Claim", "Paper", "Ours", "Verdict", "Seeds", "Data")
 ALONE = ", alone"
-# what a seed of a study draws, where it is less than a model of its own
-SEEDS_OF = {
-    "moee": "In MoEE a seed is a draw of calibration images for one dense model, not a dense model "
-    "of its own."
-}
 
 
 def table(rows: Sequence[Row], listed: Sequence[Row], titles: Mapping[str, str]) -> str:
@@ -27,8 +23,10 @@ def table(rows: Sequence[Row], listed: Sequence[Row], titles: Mapping[str, str])
     entries = ledger.claims()
     head = "".join(f'<th scope="col">{name}</th>' for name in COLUMNS)
     body = "\n".join(_claim(row, listed, entries, titles[row["study"]]) for row in rows)
-    notes = [said for study, said in SEEDS_OF.items() if any(r["study"] == study for r in rows)]
-    caption = f"<caption>{' '.join(notes)}</caption>" if notes else ""
+    # what a seed draws, where it is less than a model of its own
+    studies = dict.fromkeys(row["study"] for row in rows)
+    notes = [load(study)["paper"].get("seeds", "") for study in studies]
+    caption = f"<caption>{' '.join(filter(None, notes))}</caption>" if any(notes) else ""
     return (
         f'<table class="verdicts">{caption}<thead><tr>{head}</tr></thead>'
         f"<tbody>\n{body}\n</tbody></table>"

@@ -31,6 +31,7 @@ COSTS = {
     "forward": "time of a forward pass (% of dense)",
     "making": "training (% of one pass of dense)",
 }
+TIMED = "batch 16, frozen", "fp32"  # shape and dtype of the forward pass whose time is a cost
 
 
 @dataclass(frozen=True)

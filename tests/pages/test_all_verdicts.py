@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from lib import paths
-from lib.pages import all_verdicts, datasets, manifest, stages, verdict_table
+from lib.pages import all_verdicts, datasets, manifest, stages
 from lib.verdicts import ledger
 
 CLAIM = """
@@ -152,7 +152,7 @@ def test_the_page_shows_published_beside_ours(book, monkeypatch):
     assert tables.rows["A3"]["Verdict"] == "– not judged yet"
 
 
-def test_a_joint_claim_has_verdict_and_seeds_of_the_part_whose_number_it_shows(book, monkeypatch):
+def test_a_joint_claim_has_verdict_and_seeds_of_the_part_whose_number_it_shows(book):
     parts = [said("A9a", 0.999, "opposite", n=5), said("A9b", 0.3, "undecided", n=1, pilot=True)]
     joint = said("A9", None, "not reproduced", n=1, pilot=True) | {"decisive": "A9a"}
     book(joint, *parts)
@@ -173,7 +173,8 @@ def test_a_joint_claim_has_verdict_and_seeds_of_the_part_whose_number_it_shows(b
     assert row["Seeds"] == "pilot in some parts"
     # a seed is explained where it is no model of its own, and only there
     assert "<caption>" not in page
-    monkeypatch.setattr(verdict_table, "SEEDS_OF", {"a": "A seed is a draw."})
+    file = paths.PAPERS / "a.yaml"
+    file.write_text(file.read_text().replace("short: Doc", "short: Doc, seeds: A seed is a draw."))
     page = all_verdicts.page(["a/one"])
     assert page.count("<caption>A seed is a draw.</caption>") == Tables.of(page).tables == 2
 
