@@ -101,6 +101,8 @@ def _to_compute(keys: Sequence[str]) -> list[str]:
     if not rows:
         return ["All records are there that the pages ask for."]
     return [
+        f"Here the runs of the profile `{profiles.PUBLISHED}` are counted; the table above counts "
+        "all that a page looked for, this build's own runs among it. "
         "Pages share runs, so one command may shorten the others. `MOE_DATA` is the folder in "
         "which data sets lie. `python -m lib fill` computes first what decides most claims an "
         'hour; see <a href="reproduce.html">Reproduce at scale</a>.',

@@ -197,14 +197,10 @@ def answer(
     lines = [_line(v) for v in shown if v.verdict in DECIDED]
     if undecided := [_with_numbers(v) for v in shown if v.verdict == "undecided"]:
         lines.append(f"- {MARKS['undecided']} *Undecided:* {'. '.join(undecided)}.")
-    rest = []
-    if others := Counter(v.verdict for v in tested[room:]):
+    others = Counter(v.verdict for v in tested[room:]) + Counter({"not tested": untested})
+    if others:
         counted = "; ".join(f"{word}: {others[word]}" for word in WORDS if others[word])
-        rest.append(f"*Further claims*, below: {others.total()} ({counted}).")
-    if untested:
-        rest.append(f"*Not tested* for want of records: {untested} of {len(whole)} claims.")
-    if rest:
-        lines.append(f"- {' '.join(rest)}")
+        lines.append(f"- *Further claims*, below: {others.total()} ({counted}).")
     listed = ["\n\n" + "\n".join(lines)] if lines else []
     return boxed(*said, *listed, sure=sure, metadata=data)
 
@@ -223,15 +219,24 @@ def _line(verdict: Verdict) -> str:
 
 def _with_numbers(verdict: Verdict) -> str:
     """Writes a claim, the paper's number and ours; a joint one with those of its deciding part."""
-    if verdict.parts:
-        held = f"{_sentence(verdict)}: {parts_held([part.verdict for part in verdict.parts])}"
-        decisive = verdict.decisive
-        return held if decisive is None else f"{held}. {_with_numbers(decisive)}"
+    if not verdict.parts:
+        return f"{_sentence(verdict)}: {_paper_and_ours(verdict)}"
+    held = f"{_sentence(verdict)}: {parts_held([part.verdict for part in verdict.parts])}"
+    part = verdict.decisive
+    if part is None:
+        return held
+    stated = plain(part.claim.removesuffix("."))
+    return f'{held} ({part.id} "{stated}": {_paper_and_ours(part)})'
+
+
+def _paper_and_ours(verdict: Verdict) -> str:
+    """Writes the paper's number and ours, and of what they are where that is not clear."""
     entry = verdict.entry
     # a number without a unit, or a share, says nothing unless one knows of what it is
-    bare = entry is not None and entry.unit in ("", "percent") and entry.statistic
-    what = f" ({plain(entry.statistic.partition(';')[0])})" if bare else ""
-    return f"{_sentence(verdict)}: {paper(verdict.entry)}{numbers(verdict)}{what}"
+    bare = entry is not None and entry.unit in ("", "percent")
+    measured = entry.measured.partition(";")[0] if bare else ""
+    what = f" ({plain(measured)})" if measured else ""
+    return f"{paper(entry)}{numbers(verdict)}{what}"
 
 
 def plain(text: str) -> str:

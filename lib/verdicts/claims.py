@@ -23,10 +23,11 @@ Of an interval [low, high] in the claimed direction and a size d > 0, the first 
 | | all parts hold | holds |
 
 d is the published size, or where none is printed the smallest effect that counts; so a true null is
-decided in the end. An end of the interval that is equal
-to 0 or to d counts as inside. "equal" asks for the band from -d to d; "not worse" has its lower end
-alone, so that a gain never fails it. Neither claims a direction, so nothing is their opposite. A
-joint claim all of whose parts are opposite is opposite itself.
+decided in the end. A number that is held against a threshold other than 0, such as a share against
+a half, is judged by how far it is above that, and shown as it is. An end of the interval that is
+equal to 0 or to d counts as inside. "equal" asks for the band from -d to d; "not worse" has its
+lower end alone, so that a gain never fails it. Neither claims a direction, so nothing is their
+opposite. A joint claim all of whose parts are opposite is opposite itself.
 """
 
 from __future__ import annotations
@@ -116,13 +117,15 @@ def judge(
     unit: str = "points",
     decimals: int = 1,
     published: bool = True,
+    threshold: float = 0.0,
 ) -> Verdict:
     """Judges an estimate against what was published, by the table above.
 
     estimate: a difference or a slope, in `unit`; None = no records. direction: "not worse" is for
     estimates of which more is better. size: the published size, above 0 also for "less"; half of
     the band for "equal" and "not worse". published: False where the size is not a document's but
-    the smallest effect that counts. Raises ValueError for another direction or size.
+    the smallest effect that counts. threshold: what the estimate is held against, in `unit`.
+    Raises ValueError for another direction or size.
     """
     if direction not in ("greater", "less", "equal", "not worse"):
         raise ValueError(
@@ -135,10 +138,11 @@ def judge(
         )
     if estimate is None:
         return Verdict(claim, "not tested", "no records", 0, size)
-    text = _numbers(estimate, unit, decimals)
+    text = _numbers(estimate, unit, decimals, signed=threshold == 0)
     if estimate.low is None:
         return Verdict(claim, "undecided", text, estimate.n, size, estimate=estimate)
-    verdict, p = _verdict_of(estimate, direction, size), _p_of(estimate, direction, size)
+    verdict = _verdict_of(estimate, direction, size, threshold)
+    p = _p_of(estimate, direction, size, threshold)
     if verdict == "holds, smaller than published" and not published:
         verdict = "holds, below what counts"
     return Verdict(claim, verdict, text, estimate.n, size, p, estimate=estimate)
@@ -177,11 +181,12 @@ def _joint_word(words: Sequence[VerdictWord]) -> VerdictWord:
     return "holds"
 
 
-def _numbers(estimate: Interval, unit: str, decimals: int) -> str:
+def _numbers(estimate: Interval, unit: str, decimals: int, signed: bool) -> str:
     """Writes an estimate for a verdict, and why it has no interval if it has none."""
     if estimate.method == "exact":
-        return f"{estimate.mean:+.{decimals}f} {unit}".rstrip() + ", counted"
-    text = format_interval(estimate, decimals, signed=True, unit=unit)
+        sign = "+" if signed else ""
+        return f"{estimate.mean:{sign}.{decimals}f} {unit}".rstrip() + ", counted"
+    text = format_interval(estimate, decimals, signed=signed, unit=unit)
     if estimate.low is None:
         few = (
             "one seed claims no order"
@@ -194,9 +199,11 @@ def _numbers(estimate: Interval, unit: str, decimals: int) -> str:
     return text
 
 
-def _verdict_of(estimate: Interval, direction: Direction, size: float) -> VerdictWord:
+def _verdict_of(
+    estimate: Interval, direction: Direction, size: float, threshold: float
+) -> VerdictWord:
     """Compares an interval, which must be there, with a published size or a band."""
-    low, high = estimate.low, estimate.high
+    low, high = estimate.low - threshold, estimate.high - threshold
     if direction == "equal":
         holds, excluded = -size < low and high < size, low > size or high < -size
     elif direction == "not worse":
@@ -214,14 +221,14 @@ def _verdict_of(estimate: Interval, direction: Direction, size: float) -> Verdic
     return "not reproduced" if excluded else "undecided"
 
 
-def _p_of(estimate: Interval, direction: Direction, size: float) -> float | None:
+def _p_of(estimate: Interval, direction: Direction, size: float, threshold: float) -> float | None:
     """Computes the one-sided p-value of a claim; of the two sides of a band the larger one."""
     law = estimate.law
     if law is None:
         return None
     if direction == "greater":
-        return law.below(0.0)
+        return law.below(threshold)
     if direction == "less":
-        return law.above(0.0)
-    worse = law.below(-size)
-    return worse if direction == "not worse" else max(worse, law.above(size))
+        return law.above(threshold)
+    worse = law.below(threshold - size)
+    return worse if direction == "not worse" else max(worse, law.above(threshold + size))

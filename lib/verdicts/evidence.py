@@ -155,6 +155,7 @@ def _verdict(claim: Claim, piece: Evidence, prior: SeedPrior | None) -> Verdict:
         claim.unit,
         claim.decimals,
         published=claim.published is not None,
+        threshold=claim.threshold,
     )
     counted = estimate is not None and estimate.method == "exact"
     pilot = verdict.n > 0 and not counted and claim.is_pilot(verdict.n)

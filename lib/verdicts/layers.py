@@ -36,12 +36,6 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return float(np.mean(there)) if there else None
 
 
-def mean_above(layers: Sequence[Layer], value: LayerValue, level: float) -> float | None:
-    """Computes by how much the mean of a number over the layers that have it exceeds a level."""
-    mean = layer_mean(layers, value)
-    return None if mean is None else mean - level
-
-
 def half_means(values: Iterable[float | None]) -> tuple[float | None, float | None]:
     """Computes the means of the early and of the late half of the layers.
 

@@ -13,6 +13,7 @@ the records. Form of an entry:
   published size, needed where none is printed, and refused beside one of greater and less, which
   are judged by the published size alone
 - `statistic`: the number that is judged; by default test top-1 of the first arm less the second's
+- `threshold`: what that number is held against, in `unit`; by default 0, as for any difference
 - `page` that judges it, the `runs` page that plans its runs (by default the same), and `arms`: the
   names of these runs there
 - `seeds`: [3] for a pilot whose second stage is open, [3, 8] once it is fixed, a number where all
@@ -56,6 +57,7 @@ OF_PARTS = (
     "runs",
     "unit",
     "statistic",
+    "threshold",
     "seeds",
     "arms",
     "smallest",
@@ -107,6 +109,7 @@ class Claim(_Entry):
     smallest: Annotated[float, Field(gt=0)] | None = None
     unit: str = "points"
     statistic: str = TOP1
+    threshold: float = 0.0
     page: str | None = None
     runs: str | None = None
     arms: tuple[str, ...] = ()
@@ -171,8 +174,12 @@ class Claim(_Entry):
 
     @property
     def measured(self) -> str:
-        """Returns the number that is judged where it is not test top-1; "" of a joint claim."""
-        return "" if self.parts or self.statistic == TOP1 else self.statistic
+        """Returns the number that is judged, and what it is held against, where it is not test
+        top-1; "" of a joint claim."""
+        if self.parts or self.statistic == TOP1:
+            return ""
+        held_against = f", held against {self.threshold:g}" if self.threshold else ""
+        return self.statistic + held_against
 
     @property
     def planned_seeds(self) -> int:

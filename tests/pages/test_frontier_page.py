@@ -44,7 +44,8 @@ def test_time_has_a_panel_only_where_it_was_measured(drawn, tmp_path, monkeypatc
     monkeypatch.setattr(paths, "BENCH", tmp_path)
     known = [name for cost, name in budgets.COSTS.items() if cost != "forward"]
     axes, figure = drawn()
-    assert axes == known and figure.alt.startswith("3 scatter plots. Within")
+    assert axes == known and figure.alt.startswith("By multiply-adds, the highest mean at a")
+    assert "By time" not in figure.alt and figure.alt.endswith("3 scatter plots.")
     assert "python -m" not in figure.html and "Time:" not in figure.html
 
 
@@ -56,5 +57,8 @@ def test_a_measured_time_is_drawn(drawn, tmp_path, monkeypatch):
     speed.file_of("frontier").parent.mkdir(parents=True)
     speed.write(speed.file_of("frontier"), {"machine": {}}, [row])
     axes, figure = drawn()
-    assert axes == list(budgets.COSTS.values()) and figure.alt.startswith("4 scatter plots.")
+    assert axes == list(budgets.COSTS.values()) and figure.alt.endswith("4 scatter plots.")
+    assert (
+        "By time of a forward pass, the highest mean at a share of the dense model's" in figure.alt
+    )
     assert "Time: batch 16, frozen, fp32" in figure.html

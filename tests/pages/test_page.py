@@ -236,7 +236,7 @@ def test_the_answer_is_on_reproduced_records_and_all_verdicts_read_it(book, reco
     assert "- ✔ *Holds (pilot):* MoE beats dense (A1): paper +2.5 points, ours +" in answer.data
     sure = "**How sure.** 3 seeds; 1 claim with more seeds to come; 95% intervals over seeds"
     assert f"{sure} and test images. On" in answer.data
-    assert "- *Not tested* for want of records: 1 of 2 claims." in answer.data
+    assert "- *Further claims*, below: 1 (not tested: 1)." in answer.data
     data, metadata = answer._repr_markdown_()
     cell = {
         "cell_type": "code",

@@ -204,7 +204,7 @@ def test_the_head_lists_the_claims_of_the_document_before_ours(monkeypatch):
             size=None,
             published_size=None,
             unit="" if id == "X.bare" else "points",
-            statistic="share of the tokens, less one half",
+            measured="share of the tokens, held against 0.5",
         )
         return Verdict(f"claim {id}", word, "+2", 3, entry=entry)
 
@@ -219,7 +219,7 @@ def test_the_head_lists_the_claims_of_the_document_before_ours(monkeypatch):
     first = bullets(text.answer([*judged, verdict("X.head", "ours", "holds")]))[0]
     assert first == "- ✔ *Holds:* claim X.head (X.head): +2."
     [bare] = bullets(text.answer([verdict("X.bare", "ours", "holds")]))
-    assert bare.endswith("(X.bare): +2 (share of the tokens, less one half).")
+    assert bare.endswith("(X.bare): +2 (share of the tokens, held against 0.5).")
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_parts_of_a_claim_are_counted_by_verdict(words, said):
 def part(name, mean, low, high, direction="greater", law_p=None):
     entry = SimpleNamespace(
         id=name, parts=(), size=1.0, published_size=None, unit="points", kind="document",
-        part_of="X", headline=False, statistic="s",
+        part_of="X", headline=False, measured="",
     )  # fmt: skip
     interval = None if mean is None else Interval(mean, low, high, 3)
     return replace(judge(f"Claim {name}", interval, direction, 1.0), entry=entry, p=law_p)
@@ -269,8 +269,8 @@ def test_a_joint_claim_gives_the_interval_of_the_part_that_decides_it():
     # the head says what that part is
     [line] = bullets(text.answer([judge_jointly("all", [sure, failed])]))
     assert line == (
-        "- ✘ *Not reproduced:* all: 1 of 2 parts holds; 1 not reproduced. "
-        "Claim X.c (X.c): +0.1 [-0.2, +0.4] points, n=3."
+        "- ✘ *Not reproduced:* all: 1 of 2 parts holds; 1 not reproduced "
+        '(X.c "Claim X.c": +0.1 [-0.2, +0.4] points, n=3).'
     )
 
 
@@ -316,7 +316,7 @@ def test_answer_sorts_the_claims_by_verdict(monkeypatch):
         "- ✔ *Holds:* a: +1 [0, 2].",
         "- ✘ *Not reproduced (pilot):* c: -1.",
         "- ? *Undecided:* b: +3, n=1. e: -2, n=1.",
-        "- *Not tested* for want of records: 1 of 5 claims.",
+        "- *Further claims*, below: 1 (not tested: 1).",
     ]
     assert "**How sure.** By chance." in text.answer(judged, sure="By chance.").data
     first = text.answer(judged).metadata["claims"][0]
@@ -328,8 +328,7 @@ def test_answer_sorts_the_claims_by_verdict(monkeypatch):
         "- ✔ *Holds:* a: +1 [0, 2].",
         *(f"- ✔ *Holds:* f{i}: +2." for i in range(2)),
         "- ✘ *Not reproduced (pilot):* c: -1.",
-        "- *Further claims*, below: 3 (holds: 1; undecided: 2). "
-        "*Not tested* for want of records: 1 of 8 claims.",
+        "- *Further claims*, below: 4 (holds: 1; undecided: 2; not tested: 1).",
     ]
     assert len(text.answer(more).metadata["claims"]) == 8
     untested = [Verdict("Reproduced: a", "not tested", "", 0)] * 2

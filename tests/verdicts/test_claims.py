@@ -121,6 +121,23 @@ def test_refused(direction, size, message):
         claims.judge("c", None, direction, size)
 
 
+def test_a_number_held_against_a_threshold_is_judged_by_what_is_above_it():
+    """Its verdict and p are those of the difference, and its text has the number itself."""
+    for low, high, _ in RULE:
+        law = Law((low + high) / 2, 0.0, 0.25, 2.0)
+        difference = replace(estimate(low, high), law=law)
+        number = replace(estimate(low + 0.5, high + 0.5), law=replace(law, mean=law.mean + 0.5))
+        for direction in get_args(claims.Direction):
+            expected = claims.judge("c", difference, direction, 2.0)
+            found = claims.judge("c", number, direction, 2.0, threshold=0.5)
+            assert found.verdict == expected.verdict
+            assert found.p == pytest.approx(expected.p, rel=1e-6)
+    share = claims.judge("c", estimate(0.6, 0.8), "greater", 0.1, unit="", threshold=0.5)
+    assert share.text == "0.7 [0.6, 0.8], n=3"
+    counted = Interval(0.7, 0.7, 0.7, 1, "exact")
+    assert claims.judge("c", counted, "greater", 0.1, threshold=0.5).text == "0.7 points, counted"
+
+
 def test_p_values_by_hand():
     """Student's t with two degrees of freedom around 1, scale 0.5."""
     law = Law(1.0, 0.0, 0.25, 2.0)

@@ -14,7 +14,6 @@ from lib.verdicts.layers import (
     late_less_early,
     layer_intervals,
     layer_mean,
-    mean_above,
     pair_mean,
     sorted_loads,
 )
@@ -32,11 +31,6 @@ def test_mean_is_over_the_layers_that_have_the_number():
     assert layer_mean(layers(0.0, None), NOISE) == 0.0  # zero is a number
     assert layer_mean(layers(None, None), NOISE) is None
     assert layer_mean([], NOISE) is None
-
-
-def test_mean_above_a_level():
-    assert mean_above(layers(1.0, None, 4.0), NOISE, 2.0) == 0.5
-    assert mean_above(layers(None), NOISE, 2.0) is None
 
 
 def test_halves_leave_out_the_middle_and_what_is_not_there():
@@ -95,7 +89,7 @@ def test_agreement_counts_a_half_without_clusters_as_none():
     assert cluster_agreement(layer(1.0, 0.94, 0.06)) is None  # class token against patches
     assert cluster_agreement(layer(None, 1.0)) == 0.0  # it stayed dense
     rows = [layer(0.8, 0.5, 0.5), layer(None, 0.6, 0.4), layer(1.0, 0.06, 0.94)]
-    assert mean_above(rows, cluster_agreement, 0.5) == pytest.approx(0.4 - 0.5)
+    assert layer_mean(rows, cluster_agreement) == pytest.approx(0.4)
 
 
 def test_sorted_loads_are_means_over_the_seeds_whose_block_routes():

@@ -49,7 +49,9 @@ def test_a_claim_has_its_size_from_the_printed_table(papers):
     assert (claim.study, claim.size, claim.published_size) == ("a", 3.5, 3.5)
     assert claim.statistic == ledger.TOP1 and claim.unit == "points" and claim.decimals == 1
     assert claim.measured == ""
-    assert claim.model_copy(update={"statistic": "largest load"}).measured == "largest load"
+    load = claim.model_copy(update={"statistic": "largest load"})
+    assert load.measured == "largest load"
+    assert load.model_copy(update={"threshold": 0.5}).measured == "largest load, held against 0.5"
     assert claim.runs_page == "a/one" and ledger.on_runs_of("a/one") == [claim]
     assert ledger.of_page("a/two") == [] and list(ledger.claims()) == ["A1"]
     papers(
