@@ -35,8 +35,9 @@ def page(keys: Sequence[str]) -> str:
     lines = ["## Four questions", ""]
     for question in front["questions"]:
         asked = [rows[claim] for claim in question["claims"]]
-        answered = " ".join([*said(question, rows), *_measured(question), lead(asked)])
-        lines += [f"**{question['ask']}** {answered}", "", *_behind(asked, rows), ""]
+        answered = [f"- {sentence}" for sentence in (*said(question, rows), *_measured(question))]
+        counted = lead(asked).replace("*", "")
+        lines += [f"**{question['ask']}**", "", *answered, "", *_behind(asked, rows, counted), ""]
     lines += ["To some questions the documents have different answers: [](contradictions.md).", ""]
     lines += compared(front["compared"])
     lines += ["## What do you want to do?", ""]
@@ -152,13 +153,16 @@ def lead(asked: Sequence[Row]) -> str:
     return f"*Counted:* {held} of {count(len(asked), 'claim')} on it {hold}{fail}{still}."
 
 
-def _behind(asked: Sequence[Row], rows: Mapping[str, Row]) -> list[str]:
-    """Folds the claims behind an answer below it; nothing where there are none."""
+def _behind(asked: Sequence[Row], rows: Mapping[str, Row], summary: str = "") -> list[str]:
+    """Folds the claims behind an answer below it; nothing where there are none.
+
+    summary: the line that stays in sight; by default how many claims there are.
+    """
     if not asked:
         return []
     bullets = [_bullet(row, rows) for row in asked]
-    summary = f"<summary>{count(len(asked), 'claim')} behind this</summary>"
-    return [f"<details>{summary}", "", *bullets, "", "</details>"]
+    summary = summary or f"{count(len(asked), 'claim')} behind this"
+    return [f"<details><summary>{summary}</summary>", "", *bullets, "", "</details>"]
 
 
 def _bullet(row: Row, rows: Mapping[str, Row]) -> str:
@@ -205,7 +209,8 @@ def _want(want: Mapping[str, Any], rows: Mapping[str, Row], compared_on: str) ->
     return [
         f"**{want['want']}**",
         "",
-        " ".join([*answer, f"More: {links}."]),
+        *(f"- {sentence}" for sentence in answer),
+        f"- More: {links}.",
         "",
         *_behind([rows[claim] for claim in want.get("claims", [])], rows),
     ]
