@@ -232,11 +232,11 @@ def of_record(record: Any, shown: int = 4, lead: str = "") -> Explorer:
 
 def _what_maps_show(record: Any, shown: int) -> str:
     """Says how many experts share the patches of an image, block by block."""
-    sentences = ["Images tiled with the number of each patch's expert."]
+    sentences = []
     for layer in spread(len(record.moe)):
         masks = first_choices(record, layer)[:shown]
         used = [len(np.unique(mask[mask >= 0])) for mask in masks]
         shared = f"{min(used)}" if min(used) == max(used) else f"{min(used)} to {max(used)}"
         block, experts = number(record.moe[layer]["block"]), len(record.moe[layer]["load"])
         sentences.append(f"Block {block}: {shared} of {experts} experts an image.")
-    return " ".join(sentences)
+    return " ".join([*sentences, "Images tiled with the number of each patch's expert."])

@@ -74,7 +74,7 @@ def order_over(models: Iterable[SizedModel], size: str, methods: Iterable[str]) 
         values = {method: m.params_stored for method, m in smallest.items()}
     axis = _AXES[size].partition(" (")[0]
     lines = f"Line plot of accuracy over {axis}, one line a method."
-    return f"{lines} {rank}: {words.order(values)}.{alone}"
+    return f"{rank}: {words.order(values)}.{alone} {lines}"
 
 
 def _upper(curves: Sequence[figures.Curve]) -> Sequence[figures.Curve]:

@@ -214,7 +214,7 @@ class Shown:
 def show(fig: Figure, caption: str, alt: str) -> Shown:
     """Makes a figure the value of a cell: a PNG with alternative text and caption.
 
-        show(figures.scan(...), "Top-1 against L.", "Line plot: without a shared expert ...")
+        show(figures.scan(...), "Top-1 against L.", "Accuracy falls with L. Line plot.")
 
     Wide screens show it whole; on a phone it stays legible and scrolls in its own box. caption:
     what is drawn, with n; plain text. alt: what it shows, for those who do not see it. Raises

@@ -62,8 +62,8 @@ def test_the_order_of_the_lines_is_told_at_a_size_that_all_have():
     models = [*STATIC, ABSENT, *MIXTURES, model("left out", 0.3, 1.0, 1.0, 99.0)]
     said = sizes.order_over(models, "macs", ("experts", "static"))
     assert said == (
-        "Line plot of accuracy over multiply-adds, one line a method. At 41% of the multiply-adds, "
-        "from the most accurate down: static, then experts."
+        "At 41% of the multiply-adds, from the most accurate down: static, then experts. Line plot "
+        "of accuracy over multiply-adds, one line a method."
     )
     # the line that begins last decides where they are compared: there "late" is the worst
     late = [model("late", 0.9, 80.0, 80.0, 20.0), model("late", 0.95, 90.0, 90.0, 90.0)]
@@ -71,8 +71,8 @@ def test_the_order_of_the_lines_is_told_at_a_size_that_all_have():
     assert "At 80% of the multiply-adds" in said and "static, then late." in said
     said = sizes.order_over(models, "params_stored", ("experts", "static"))
     assert said == (
-        "Line plot of accuracy over stored parameters, one line a method. By what their smallest "
-        "model stores, from the most down: experts, then static."
+        "By what their smallest model stores, from the most down: experts, then static. Line plot "
+        "of accuracy over stored parameters, one line a method."
     )
 
 
