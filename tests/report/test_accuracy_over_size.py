@@ -50,7 +50,7 @@ def test_lines_far_below_leave_the_others_a_panel_of_their_own():
     ]
     assert drawn == [["low", "experts", "static"], ["experts", "static"]]
     said = sizes.order_over(panels["ours"], "macs", ("low", "experts", "static"))
-    assert said.endswith(" A second panel leaves out the lowest: low.")
+    assert ". A second panel leaves out the lowest: low. Line plot" in said
     assert "second" not in sizes.order_over(panels["ours"], "macs", ("experts", "static"))
     # half is near enough, and one line alone has nothing to be told from
     half = [model("low", 0.3, 30.0, 40.0, 25.0)]
