@@ -139,7 +139,8 @@ def published(entry: Claim | None) -> str:
         return ""
     size = entry.published_size
     if size is None:
-        smallest = f"smallest that counts: {amount(entry.size, entry.unit)}"
+        threshold = f"held against {entry.threshold:g}; " if entry.threshold else ""
+        smallest = f"{threshold}smallest that counts: {amount(entry.size, entry.unit)}"
         # an equality has a band, whatever is printed
         has_none = entry.kind == "document" and entry.direction in ("greater", "less")
         return f"no size printed; {smallest}" if has_none else smallest

@@ -71,6 +71,11 @@ def test_a_claim_has_its_size_from_the_printed_table(papers):
         (PRINTED, "smallest: 1", "no size printed; smallest that counts: 1 point"),
         (f"greater\n    {PRINTED}", "not worse\n    smallest: 1", "smallest that counts: 1 point"),
         (PRINTED, "kind: ours\n    smallest: 1", "smallest that counts: 1 point"),
+        (
+            PRINTED,
+            "kind: ours\n    threshold: 0.5\n    smallest: 1",
+            "held against 0.5; smallest that counts: 1 point",
+        ),
     ],
 )
 def test_a_reader_is_told_where_a_size_comes_from(papers, old, new, said):
