@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import median
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -177,19 +178,24 @@ def _why_absent(measured: Measurement, row: Ratio | None, sides: tuple[str, ...]
     return next(notes, f"no {against} to compare with")
 
 
+def in_one_layer(machines: Sequence[Measurement]) -> str:
+    """Says which share of the speed of its dense bound a layer reaches, plain against plain."""
+    layers = [row for measured in machines for row in measured.of("layer")]
+    ratios = sorted(row.ratio for row in layers if not row.is_frozen)
+    return (
+        f"One MoE layer reaches {ratios[0]:.2f} to {ratios[-1]:.2f} of the speed of dense MLPs "
+        f"that multiply as much (median {median(ratios):.2f})."
+    )
+
+
 def beside_others(machines: Sequence[Measurement]) -> str:
     """Says in how many settings ours is at least as fast as each other layer that was timed beside
-    it and computes the same: as they are, and ours frozen."""
-    plain, frozen = [], []
-    for measured in machines:
-        fastest = _fastest_peers(measured)
-        alike = [row for row in map(measured.plain, fastest) if row]
-        beside = count(len(_others(measured)), "other layer")
-        plain.append(f"{_not_slower(alike)} settings on {measured.machine_name} ({beside})")
-        frozen.append(_not_slower([row for row in fastest if row.is_frozen]))
+    it and computes the same, plain against plain."""
+    alike = [measured.plain(row) for measured in machines for row in _fastest_peers(measured)]
+    counted = _not_slower([row for row in alike if row])
     return (
-        "It is at least as fast as each other layer that computes the same, plain against plain, "
-        f"in {' and '.join(plain)}; ours frozen, the others plain, in {' and '.join(frozen)}."
+        "It is at least as fast as each other layer that was timed beside it and computes the same "
+        f"in {counted} settings."
     )
 
 
@@ -249,6 +255,17 @@ def fastest_cut(machines: Sequence[Measurement], kind: str) -> float:
     return max(row.other.median / row.ours.median for row in rows)
 
 
+def in_whole_models(machines: Sequence[Measurement]) -> str:
+    """Says how many times as fast as the whole model an extracted mixture is at best, by batch, and
+    how many times fewer multiply-adds it has."""
+    rows = [row for measured in machines for row in _cut_rows(measured)]
+    rows = [row for row in rows if row.ours_is == "extracted"]
+    return (
+        f"Of whole models, {CUT['extracted']} multiplies {max(row.ideal for row in rows):.2f} "
+        f"times less than the dense one; times as fast at best: {_by_batch(rows)}."
+    )
+
+
 def cut_limit(machines: Sequence[Measurement]) -> str:
     """Says how many times fewer multiply-adds a cut model has, and that the clock may differ."""
     limit = max(row.ideal for measured in machines for row in _cut_rows(measured))
@@ -269,18 +286,27 @@ def cut_times(machines: Sequence[Measurement]) -> str:
 
 def _best_times(rows: Sequence[Ratio]) -> str:
     """Says of rows of one dtype how fast each kind is at best, plain or frozen, by batch."""
-    kinds = []
-    for kind, name in CUT.items():
-        best: dict[str, float] = {}
-        for row in (row for row in rows if row.ours_is == kind):
-            batch = row.shape.partition(",")[0]
-            best[batch] = max(best.get(batch, 0.0), row.other.median / row.ours.median)
-        # the largest batch first, where a cut pays most
-        batches = sorted(best, key=lambda batch: -int(batch.split()[-1]))
-        if batches:
-            times = " and ".join(f"{best[batch]:.2f} at {batch}" for batch in batches)
-            kinds.append(f"{name} {times}")
+    of_kind = {name: [row for row in rows if row.ours_is == kind] for kind, name in CUT.items()}
+    kinds = [f"{name} {_by_batch(of_name)}" for name, of_name in of_kind.items() if of_name]
     return f"In {rows[0].dtype}, times as fast as the whole model at best: {'; '.join(kinds)}."
+
+
+def _by_batch(rows: Sequence[Ratio]) -> str:
+    """Writes how many times as fast as the other side ours is at best: "1.18 at batch 16 and 0.88
+    at batch 1"."""
+    best: dict[str, float] = {}
+    for row in rows:
+        batch = row.shape.partition(",")[0]
+        best[batch] = max(best.get(batch, 0.0), row.other.median / row.ours.median)
+    # the largest batch first, where a cut pays most
+    batches = sorted(best, key=lambda batch: -int(batch.split()[-1]))
+    return " and ".join(f"{best[batch]:.2f} at {batch}" for batch in batches)
+
+
+def timed_on(machines: Sequence[Measurement]) -> str:
+    """Says on which machines was timed, and beside how many other layers."""
+    said = [f"{_machine(m)}, beside {count(len(_others(m)), 'other layer')}" for m in machines]
+    return f"Timed on {'; on '.join(said)}."
 
 
 def _machine(measured: Measurement) -> str:

@@ -16,14 +16,6 @@ from PIL import Image
 
 from lib.pages import contents, order, parameters
 
-# pages on which no figure shows the answer of the box, and why
-WITHOUT_FIGURE = {
-    "durham/dropout": "four numbers, with all experts on and off",
-    "durham/recipe": "counts of a size; its one figure is the drawing of a block",
-    "leiden/why": "controls of different kinds, each with a reference of its own",
-    "moee/architectures": "a few models, each of another architecture",
-    "your_model/models": "three shares",
-}
 CONF = """extensions = ["myst_nb"]
 nb_execution_mode = "off"
 numfig = True
@@ -144,14 +136,10 @@ def test_every_page_says_which_figure_answers_its_question(key):
         tag: [c for c in cells if tag in c["metadata"].get("tags", ()) and c["cell_type"] == "code"]
         for tag in order.HEADLINES
     }
-    assert len(tagged["headline-figure"]) == (0 if key in WITHOUT_FIGURE else 1)
-    assert len(tagged["headline-table"]) <= 1
+    assert len(tagged["headline-figure"]) == 1
+    assert len(tagged["headline-table"]) == 1
     names = [cell["id"] for cell in cells]
     assert order.BOX_END in names
     # where it fails stands below what holds, before the method
     method = [i for i, cell in enumerate(cells) if "## Method" in "".join(cell["source"])]
     assert names.index(order.BOX_END) < names.index("limits") < min(method, default=len(cells))
-
-
-def test_exceptions_are_pages_of_the_book():
-    assert set(WITHOUT_FIGURE) <= set(contents.in_book())

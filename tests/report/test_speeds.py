@@ -10,12 +10,15 @@ from lib.report.speeds import (
     beside_others,
     by_machine,
     goals_reached,
+    in_one_layer,
+    in_whole_models,
     label,
     not_measured,
     peer_table,
     shares,
     shortfalls,
     speed_table,
+    timed_on,
 )
 from lib.report.style import luma
 from lib.verdicts.speed import FASTEST_PEER, MEDIAN_PEER, Measurement, Ratio, Timing
@@ -93,6 +96,7 @@ def test_a_third_decimal_stands_where_two_would_hide_a_miss():
 
 def measured(processor, *rows, date="2026-01-01 00:00 UTC", **capabilities):
     machine = {"processor": processor, "capabilities": {"avx2": True} | capabilities}
+    machine |= {"threads": 2, "load_average": [0.1, 2.0]}
     return Measurement({"machine": machine, "date": date}, rows)
 
 
@@ -118,7 +122,7 @@ def test_what_drops_tokens_is_no_layer_to_be_compared_with():
         against=FASTEST_PEER, part="peers", other=Timing(2.0, 2.0), note="loop, of the 2", goal=1.0
     )
     one = measured("One", *peers, fastest)
-    assert "plain against plain, in 1 of 1 settings on One with AVX2" in beside_others([one])
+    assert beside_others([one]).endswith("in 1 of 1 settings.")
     table = peer_table([one], "Beside the fastest.")
     assert table.caption.endswith("without bf16 products beside: loop, theirs.")
 
@@ -140,15 +144,38 @@ def test_plain_and_frozen_are_counted_apart():
     loop, drops = replace(peer("layer", 3.0, 2.0), against="loop", note=""), "drops tokens"
     dropping = replace(loop, against="dropping", note=drops)
     two = measured("Two", peer("layer", 3.0, 2.0), loop, dropping)
-    assert beside_others([one, two]).endswith(
-        f"plain against plain, in 1 of 2 settings on {one.machine_name} (0 other layers) and 0 of "
-        f"1 settings on {two.machine_name} (1 other layer); ours frozen, the others plain, in 1 of "
-        "1 and 0 of 0."
+    # the frozen one does not count
+    assert beside_others([one, two]).endswith("in 1 of 3 settings.")
+    assert timed_on([one, two]) == (
+        f"Timed on {one.machine_name}, 2 threads, beside 0 other layers; "
+        f"on {two.machine_name}, 2 threads, beside 1 other layer."
     )
     frame = peer_table([one], "Beside the fastest.").frame
     assert list(frame["plain, against plain"]) == ["0.750", "1.000"]
     assert list(frame["frozen, against plain"]) == ["1.500", ""]
     assert set(frame["fastest other"]) == {"loop"}
+
+
+def test_a_layer_has_its_share_of_the_bound_on_all_machines_and_no_frozen_one():
+    one = measured("One", ROWS[1], ROWS[3], row(other=Timing(1.6, 1.6)))
+    two = measured("Two", row(other=Timing(2.0, 2.0)), ROWS[5])
+    assert in_one_layer([one, two]).endswith("multiply as much (median 0.80).")
+    assert "reaches 0.50 to 1.00 of the speed" in in_one_layer([one, two])
+
+
+def test_a_whole_model_is_said_as_fast_as_at_best_by_batch():
+    sides = {"part": "models", "against": "whole model", "ideal": 1.42}
+
+    def model(batch, other, ours_is="extracted", **more):
+        times = {"ours": Timing(1.0, 1.0), "other": Timing(other, other)}
+        return row(shape=f"batch {batch}, plain", ours_is=ours_is, **sides | times | more)
+
+    one = measured("One", model(1, 0.9), model(16, 1.2), model(16, 1.4, "static model"))
+    two = measured("Two", model(16, 1.3), model(16, 1.5, against="static model"))
+    assert in_whole_models([one, two]).endswith(
+        "multiplies 1.42 times less than the dense one; times as fast at best: "
+        "1.30 at batch 16 and 0.90 at batch 1."
+    )
 
 
 def test_goals_that_a_machine_could_not_measure_are_named_with_the_reason():
