@@ -141,6 +141,14 @@ def _name_in_timm(model: nn.Module) -> str | None:
     return tagged
 
 
+def images_built_for(model: nn.Module) -> str:
+    """Says which images a model is built for, as far as its modules tell: 3 channels, 14 x 14."""
+    channels, size = (_read(READERS[name], model) for name in ("in_chans", "img_size"))
+    sides = size if isinstance(size, tuple) else (size, size)
+    said = [f"{channels} channels"] if channels else []
+    return ", ".join([*said, " x ".join(map(str, sides))] if size else said)
+
+
 # ---- arguments, read off a model
 
 
@@ -165,6 +173,8 @@ def _read(read: Callable[[Any], Any], model: nn.Module) -> Any:
         value = read(model)
     except (AttributeError, IndexError, TypeError, StopIteration):
         return None  # this kind of model has nothing of the sort
+    if isinstance(value, nn.Module):
+        return None  # made of an argument, and none itself
     return tuple(value) if isinstance(value, list | tuple) else value
 
 
@@ -219,6 +229,16 @@ def _blocks_of_stages(model: Any) -> list[int]:
     return [end - before for before, end in pairwise(ends)]
 
 
+def outputs_of(model: Any) -> int | None:
+    """Counts the outputs of a model: of timm by its head, which may have been put on by hand."""
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
+    name = name[0] if isinstance(name, list | tuple) else name  # a distilled DeiT has two
+    head = dict(model.named_modules()).get(name)
+    if isinstance(head, nn.Linear):
+        return head.out_features
+    return 0 if isinstance(head, nn.Identity) else getattr(model, "num_classes", None)
+
+
 def _is_there(module: nn.Module | None) -> bool:
     return module is not None and not isinstance(module, nn.Identity)
 
@@ -226,7 +246,7 @@ def _is_there(module: nn.Module | None) -> bool:
 # {argument of timm.create_model: how to read it off a model}. Hidden widths are not among them:
 # the structure of a file says each.
 READERS: dict[str, Callable[[Any], Any]] = {
-    "num_classes": lambda model: model.num_classes,
+    "num_classes": outputs_of,
     "in_chans": _in_channels,
     "img_size": _image_size,
     "patch_size": lambda model: model.patch_embed.patch_size,

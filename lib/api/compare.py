@@ -28,7 +28,7 @@ from ..measure.served import ServedExperts
 from ..measure.timing import check_repeats
 from ..models.modes import modes_kept
 from ..models.moe import RoutingTape
-from .loaders import Batch, Loader, check_form, check_loader, length
+from .loaders import Batch, Loader, check_finite, check_form, check_loader, length, running_on
 
 INTERVALS = (
     "95% over the images: of top-1 Wilson's; of the difference, paired with the first row, "
@@ -61,9 +61,9 @@ def compare(
     Models run in evaluation mode, without gradients, each on images of its own dtype; their modes
     are restored. Raises ValueError for no models, models on several devices, packed weights (of a
     quantised model), which no counter sees, a model that fails on the images, a loader that can be
-    read only once, has no images or gives anything but such pairs, images on another device, a
-    model whose output is not (B, classes) or not a number, labels beyond its classes, less than 20
-    repeats, and a B below 1.
+    read only once, has no images or gives anything but such pairs, images on another device or not
+    finite, a model whose output is not (B, classes) or not a number, labels beyond its classes,
+    less than 20 repeats, and a B below 1.
     """
     device = _checked_device(models)
     batches = _checked_batches(batches)
@@ -112,16 +112,8 @@ class _Candidate:
 
     def take(self, images: Tensor, labels: Tensor) -> None:
         """Runs the model on a batch."""
-        with self.tape:
-            try:
-                logits = self.model(images.to(self.dtype))
-            except torch.OutOfMemoryError:
-                raise
-            except (AssertionError, RuntimeError, ValueError) as error:
-                raise ValueError(
-                    f"{self.name!r} fails on the loader's images {tuple(images.shape)}, which all "
-                    f"models are compared on: {error}"
-                ) from error
+        with self.tape, running_on(images, self.model, name=repr(self.name)):
+            logits = self.model(images.to(self.dtype))
         self._check(logits, labels)
         self.served.update(self.tape.routings(), len(labels))
         self._correct.append((logits.argmax(dim=1).cpu() == labels).numpy())
@@ -344,4 +336,5 @@ def _checked_batch(batch: Any, device: torch.device) -> Batch:
             f"the loader gives images on {images.device} and the models lie on {device}: move one "
             f"of them, as with model.to({str(images.device)!r})"
         )
+    check_finite(images, "loader")
     return images, labels.cpu()

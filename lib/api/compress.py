@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from .compare import advice, compare
 from .drop import drop_experts
 from .extract import extract
 from .finetune import finetune
-from .loaders import Loader, check_loader
+from .loaders import Batch, Loader, batches_of, check_loader, check_model, check_runs
 from .modules import copied
 from .prune import prune
 from .save import restore, save
@@ -84,6 +84,45 @@ def checked(methods: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(method for method in METHODS if methods is None or method in methods)
 
 
+class _Reading(Exception):
+    """A method begins to read images: what it asks of a model's layers is fulfilled."""
+
+
+class _Unread:
+    """Stands for a loader where images are not to be read."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        raise _Reading
+
+
+def refusals(
+    model: nn.Module, methods: Sequence[str] | None = None, rules: Rules | None = None
+) -> dict[str, str]:
+    """Says which methods a model does not admit, {name in a table: why}, by its layers alone.
+
+    model: trained or not, also on the meta device; it is left as it is. methods: keys of METHODS;
+    None = all. Raises ValueError for an unknown method, and if the model admits none of them.
+    """
+    methods, refused = checked(methods), {}
+    check_model(model)
+    shapes = copied(model).to("meta")  # no weights: copies of it cost nothing
+    makers = _makers(shapes, _Unread(), replace(rules or Rules(), epochs=0))
+    for method in methods:
+        try:
+            makers[method]()
+        except ValueError as error:
+            refused[METHODS[method]] = str(error)
+        except Exception:  # it reads images, or fails in a way that its run will tell of
+            continue
+    if refused and len(refused) == len(methods):
+        names_of: dict[str, list[str]] = {}
+        for name, why in refused.items():
+            names_of.setdefault(why, []).append(name)
+        whys = "; ".join(f"{' and '.join(names)}: {why}" for why, names in names_of.items())
+        raise ValueError(f"no method that was asked for fits this {type(model).__name__}. {whys}")
+    return refused
+
+
 def compress(
     dense: nn.Module,
     train: Loader,
@@ -98,14 +137,17 @@ def compress(
     The model itself is left as it is. train, test: loaders; nothing is chosen on test images.
     methods: keys of METHODS; None = all. batches: sizes of batches whose latency is measured. A
     method that the model does not admit, or that fails, is left out, and says why in `refused`.
-    Raises ValueError for an unknown method, and for what `compare` refuses.
+    Raises ValueError for an unknown method, a model that admits none or does not run on the test
+    images, before anything is trained, and for what `finetune` and `compare` refuse.
     """
     rules = rules or Rules()
-    methods = checked(methods)
     check_loader(train, "train")
-    check_loader(test, "test")  # read last of all
+    refused = refusals(dense, methods, rules)
+    methods = [method for method in checked(methods) if METHODS[method] not in refused]
+    with torch.random.fork_rng(devices=[]):  # read last of all, and then it would be too late
+        check_runs(dense, next(batches_of(test, dense, "test", "test")), "test")
     makers = _makers(dense, train, rules)
-    models, refused = {"dense": dense}, {}
+    models = {"dense": dense}
     if rules.epochs:
         models[AGAIN] = _tuned(copied(dense), dense, train, rules)
     for method in methods:

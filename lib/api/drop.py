@@ -5,15 +5,17 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..models.modes import ambient_modes_off
 from ..models.plain import check_unshared
 from ..pruning.experts import drop as experts
 from ..pruning.experts.dropping import routed
 from ..pruning.experts.scores import MEASURED
 from ..spec import DropSpec
-from .loaders import Loader, calibration_images, check_finite, check_loader, check_model
+from .loaders import Loader, calibration_images, check_loader, check_model
 from .modules import checked_seed, note, rules_of, to_change
 
 
+@ambient_modes_off()
 def drop_experts(
     model: nn.Module,
     loader: Loader | None,
@@ -39,10 +41,10 @@ def drop_experts(
     before: the model before it was finetuned, for scores that compare.
     images: calibration images, class-balanced, drawn by `seed` in one pass over the loader.
 
-    The model's modes and types stay as they are, and it is left alone unless `inplace`.
-    `model.dropping` gets a row a layer: experts before and after, and which stayed. Raises
-    ValueError for what does not fit, by name: no MoE layer, one that shares parameters, a router
-    without a row an expert, fewer experts than a token chooses.
+    Modes (also a caller's), types and `inplace` as in `prune`. `model.dropping` gets a row a layer:
+    experts before and after, and which stayed. Raises ValueError for what does not fit, by name: no
+    MoE layer, one that shares parameters, a router without a row an expert, fewer experts than a
+    token chooses.
     """
     rules = _rules(keep, score, missing, before)
     seed = checked_seed(seed)
@@ -60,8 +62,6 @@ def drop_experts(
     if score in MEASURED or score in experts.MERGING:
         check_loader(loader)
         batches = [part for part, _ in calibration_images(loader, smaller, images, seed)]
-        for part in batches:
-            check_finite(part, "loader")
     dropped = experts.drop(
         smaller,
         rules,

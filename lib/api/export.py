@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.copies import WholeCopies
+from ..models.modes import ambient_modes_off
 from ..models.moe import MoELayer
 from ..models.pruned import PrunedLayer
 from .loaders import check_model
@@ -68,6 +69,7 @@ def _expert(act: nn.Module, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, x: T
     return F.linear(act(F.linear(x, w1, b1)), w2, b2)
 
 
+@ambient_modes_off()
 def for_export(model: nn.Module) -> nn.Module:
     """Returns a copy of a model, in evaluation mode, that exporters can follow.
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ..extraction.extract import extract_layers
+from ..extraction.extract import check, extract_layers
+from ..models.modes import ambient_modes_off
 from ..models.names import matching
 from ..models.upcycle import chosen_mlps
 from ..spec import ExtractSpec
@@ -21,6 +22,7 @@ STORAGES = ("shared", "copies")
 POOLED = 0.3  # weight of all tokens' covariance in that of a cluster: small clusters are noisy
 
 
+@ambient_modes_off()
 def extract(
     model: nn.Module,
     loader: Loader,
@@ -60,9 +62,9 @@ def extract(
     instead of the blocks' own, such as "blocks.*.mlp_channels".
     images: calibration images, class-balanced, drawn by `seed` in one pass over the loader.
 
-    Repair, modes, types and `inplace` as in `prune`. `model.extraction` gets a row a layer
-    (`extraction.report`); a layer in which fewer than two clusters were found stays dense and says
-    so. Raises ValueError for what does not fit, by name.
+    Repair, modes (also a caller's), types and `inplace` as in `prune`. `model.extraction` gets a
+    row a layer (`extraction.report`); a layer in which fewer than two clusters were found stays
+    dense and says so. Raises ValueError for what does not fit, by name.
     """
     _check(active, clusters, repair, storage)
     seed = checked_seed(seed)
@@ -76,8 +78,9 @@ def extract(
     method = (repair or "ridge") if loses else "none"
     in_sequence = method != "none" and modules is None and follows_stream(extracted)
     rules = _rules(float(active), clusters, count, method, storage, in_sequence)
-    batches = [part for part, _ in calibration_images(loader, extracted, images, seed)]
     layers = {"ignore": ignored, "modules": modules}
+    check(extracted, rules, **layers)  # before the images are read
+    batches = [part for part, _ in calibration_images(loader, extracted, images, seed)]
     rows = extract_layers(extracted, batches, rules, seed, **layers, title="extract")
     asked = {"clusters_by": clusters, "repair": method, "storage": rules.storage}
     return note(extracted, "extraction", [row | asked for row in rows])

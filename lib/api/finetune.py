@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.balance import switch_loss
-from ..models.modes import modes_kept
+from ..models.modes import ambient_modes_off, autocasts, modes_kept
 from ..models.moe import MoELayer, RoutingTape
 from ..routers.manual import labelled
 from ..spec import TrainSpec
@@ -25,11 +26,11 @@ from .loaders import (
     Loader,
     batches_of,
     check_batch,
-    check_finite,
     check_loader,
     check_logits,
     check_model,
     length,
+    running_on,
 )
 from .modules import checked_seed, note, rules_of, to_change
 
@@ -72,16 +73,23 @@ def finetune(
 
     The model's modes and types stay as they are, and it is left alone unless `inplace`. It is
     trained in float32 or wider: a model in float16 or bfloat16, whose weights would not take small
-    steps, is refused. `model.finetuning` gets a row an epoch. Raises ValueError for what does not
-    fit, by name, also for images that are not finite, and `training.loop.Diverged` if the loss is
-    not finite.
+    steps, is refused. Under a caller's autocast to bfloat16 passes of model and teacher are
+    computed in it; losses, gradients of weights, steps and weights stay in their type. Autocast to
+    float16 would want losses that are scaled, and is refused. No_grad and inference_mode are left.
+
+    `model.finetuning` gets a row an epoch. Raises ValueError for what does not fit, by name, also
+    for images that are not finite or that the model fails on, and `training.loop.Diverged` if the
+    loss is not finite.
     """
     check_loader(loader)
     if val is not None:
         check_loader(val, "val")
     seed = checked_seed(seed)
-    if torch.is_inference_mode_enabled():
-        raise ValueError("nothing is trained under torch.inference_mode(): call finetune outside")
+    if any(on.fast_dtype == torch.float16 for on in autocasts()):
+        raise ValueError(
+            "autocast to float16 rounds small gradients away where losses are not scaled: finetune "
+            "under torch.autocast(device_type, torch.bfloat16), or without autocast"
+        )
     trained = to_change(model, inplace, "finetuning")
     _check_teacher(trained, teacher, distil)
     _check_types(trained)
@@ -98,13 +106,12 @@ def finetune(
     )
     task = _LoaderTask(trained, loader, val, teacher, train, coefficient)
     trainer = Trainer(trained, task, train, seed, "finetune")
-    # also under a caller's no_grad, which would leave nothing to differentiate
     try:
         with (
             modes_kept(trained),
             modes_kept(teacher),
             torch.random.fork_rng(devices=[]),
-            torch.enable_grad(),
+            ambient_modes_off(),
         ):
             torch.manual_seed(seed)
             if teacher is not None:
@@ -165,8 +172,14 @@ def _check_teacher(model: nn.Module, teacher: nn.Module | None, distil: float | 
 
 
 def _check_types(model: nn.Module) -> None:
-    """Raises ValueError where trained weights are too coarse for the steps of an optimiser."""
+    """Raises ValueError where trained weights are too coarse for the steps of an optimiser, or
+    have no gradients."""
     for name, weight in model.named_parameters():
+        if weight.requires_grad and weight.is_inference():
+            raise ValueError(
+                f"{name} was made under torch.inference_mode(), and has no gradient: finetune a "
+                "copy (inplace=False), or make the model outside"
+            )
         if weight.requires_grad and torch.finfo(weight.dtype).bits < 32:
             raise ValueError(
                 f"{name} is trained and of {weight.dtype}, which rounds small steps away: "
@@ -202,6 +215,7 @@ class _LoaderTask(Task):
     ):
         self.model, self.loader, self.val = model, loader, val
         self.teacher, self.train, self.coefficient = teacher, train, coefficient
+        self.autocasts = autocasts()  # of the caller; backward passes run outside
         device = check_model(model)
         if teacher is not None and (there := check_model(teacher, "teacher")) != device:
             raise ValueError(
@@ -223,22 +237,30 @@ class _LoaderTask(Task):
                 f"loader ended after {step % self.steps_per_epoch} batches of "
                 f"{self.steps_per_epoch}: it must give as many in every pass"
             )
-        images, labels = check_batch(batch, self.model)
-        check_finite(images, "loader")
-        return images, labels
+        return check_batch(batch, self.model)
+
+    def _logits(
+        self, model: nn.Module, images: Tensor, labels: Tensor, argument: str = "loader"
+    ) -> Tensor:
+        """Runs a model in the caller's arithmetic: (B, classes)."""
+        with ExitStack() as stack, labelled(model, labels), running_on(images, model, argument):
+            for autocast in self.autocasts:
+                stack.enter_context(autocast)
+            logits = model(images)
+        return check_logits(logits, labels, model)
 
     def losses(self, images: Tensor, labels: Tensor, tape: RoutingTape) -> dict[str, Tensor]:
         """Computes the cross-entropy, the divergence from the teacher, and the balance loss."""
-        with tape, labelled(self.model, labels):
-            logits = check_logits(self.model(images), labels, self.model)
+        with tape:
+            logits = self._logits(self.model, images, labels)
         task_loss = F.cross_entropy(
             logits.float(), labels, label_smoothing=self.train.label_smoothing
         )
         parts = {"task_loss": task_loss}
         total = task_loss
         if self.teacher is not None:
-            with torch.no_grad(), labelled(self.teacher, labels):
-                taught = check_logits(self.teacher(images), labels, self.teacher)
+            with torch.no_grad():
+                taught = self._logits(self.teacher, images, labels)
             if taught.shape != logits.shape:
                 raise ValueError(
                     f"teacher predicts {taught.shape[1]} classes and model {logits.shape[1]}: they "
@@ -262,9 +284,7 @@ class _LoaderTask(Task):
         # a pass over a DataLoader draws, also without a shuffle: training is to go on as without it
         with torch.random.fork_rng(devices=[]):
             for images, labels in batches_of(self.val, model, "validate", "val"):
-                check_finite(images, "val")
-                with labelled(model, labels):
-                    logits = check_logits(model(images), labels, model).float()
+                logits = self._logits(model, images, labels, "val").float()
                 losses.append(F.cross_entropy(logits, labels, reduction="sum").item())
                 correct += int((logits.argmax(dim=-1) == labels).sum())
                 count += len(labels)

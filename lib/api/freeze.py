@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import warnings
 
-import torch
 from torch import nn
 
 from ..models import packed
+from ..models.modes import ambient_modes_off
 from .modules import to_change
 
 
@@ -45,7 +45,7 @@ def freeze_for_inference(model: nn.Module, *, inplace: bool = False) -> nn.Modul
     on): the model then runs as it did.
     """
     # what is copied or packed under inference mode would be tensors without a count of changes
-    with torch.inference_mode(False):
+    with ambient_modes_off():
         frozen = to_change(model, inplace).eval()
         count = packed.pack(frozen)
     if not count:

@@ -11,11 +11,16 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+
+from ..models.modes import modes_kept
+from ..routers.manual import labelled
+from .architecture import images_built_for
 
 Batch = tuple[Tensor, Tensor]  # images (B, C, height, width) and labels (B,)
 Loader = Iterable[Batch]
@@ -107,9 +112,12 @@ def length(loader: Any) -> int | None:
 
 def check_batch(batch: Any, model: nn.Module, argument: str = "loader") -> Batch:
     """Returns the images and labels of a batch for a model; ValueError that says what they must
-    be, where they must lie and of which type."""
+    be, where they must lie and of which type, and for images that are not finite."""
     images, labels = check_form(batch, argument)
     _check_place(images, labels, model, argument)
+    check_finite(images, argument)
+    # of tensors that were made under inference_mode no gradient can be computed; a copy is another
+    images, labels = (part.clone() if part.is_inference() else part for part in (images, labels))
     return images, labels
 
 
@@ -172,11 +180,44 @@ def _check_place(images: Tensor, labels: Tensor, model: nn.Module, argument: str
 
 def check_finite(images: Tensor, argument: str) -> None:
     """Raises ValueError for images whose outputs would be blamed on the model."""
-    if not images.isfinite().all():
+    finite = images.isfinite().flatten(1).all(dim=1)
+    if not finite.all():
         raise ValueError(
-            f"{argument} gave images with numbers that are not finite (NaN or infinite): leave "
-            "these images out, or mend them"
+            f"{argument} gave images with numbers that are not finite (NaN or infinite), "
+            f"{int((~finite).sum())} of the {len(images)} of a batch: leave these images out, or "
+            "mend them"
         )
+
+
+@contextmanager
+def running_on(
+    images: Tensor, model: nn.Module, argument: str = "loader", name: str | None = None
+) -> Iterator[None]:
+    """Says of what a model raises inside, by ValueError, which images it was given and which it is
+    built for.
+
+    name: of the model in the error; None is that of its class.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, RuntimeError, ValueError) as error:
+        built_for = images_built_for(model)
+        raise ValueError(
+            f"{name or type(model).__name__} fails on images {tuple(images.shape)} of {argument}: "
+            f"{str(error).rstrip('.')}. Give it images of what it is built for"
+            f"{f' ({built_for})' if built_for else ''}, as torchvision.transforms.Resize makes "
+            "them, or build it for these (img_size= and in_chans= of timm.create_model)"
+        ) from error
+
+
+@torch.no_grad()
+def check_runs(model: nn.Module, batch: Batch, argument: str = "loader") -> None:
+    """Raises ValueError, as `running_on`, unless a model runs on the first image of a batch."""
+    images, labels = (part[:1] for part in batch)
+    with modes_kept(model), labelled(model, labels), running_on(images, model, argument):
+        model.eval()(images)
 
 
 def check_logits(logits: Any, labels: Tensor, model: nn.Module) -> Tensor:
@@ -203,7 +244,8 @@ def calibration_images(loader: Loader, model: nn.Module, images: int, seed: int)
 
     One pass; at no moment more than `images` images are held. seed: of the draw, and of a loader
     that shuffles by torch's global generator, which is left as it was. Returns batches of
-    `CALIBRATION_BATCH`. Raises ValueError as `batches_of`, and for images of different shapes.
+    `CALIBRATION_BATCH`. Raises ValueError as `batches_of`, for images of different shapes, and for
+    such that the model does not run on.
     """
     if images < 1:
         raise ValueError(f"images={images}: at least 1 image is needed to calibrate on")
@@ -212,7 +254,9 @@ def calibration_images(loader: Loader, model: nn.Module, images: int, seed: int)
         torch.manual_seed(seed)
         for batch in batches_of(loader, model, "read images"):
             drawn.add(*batch)
-    return drawn.batches()
+        batches = drawn.batches()
+        check_runs(model, batches[0])
+    return batches
 
 
 class _Drawn:

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from ..models.modes import ambient_modes_off
 from ..models.plain import check_unwrapped, made_plain
 from ..spec import Spec
 from ..spec.base import sentence
@@ -36,6 +37,7 @@ def to_change(model: nn.Module, inplace: bool, noted: str | None = None) -> nn.M
     return model if inplace else copied(model)
 
 
+@ambient_modes_off()
 def copied(model: nn.Module) -> nn.Module:
     """Copies a model. Raises ValueError, by name, for a computed tensor that torch cannot copy."""
     for name, part in model.named_modules():

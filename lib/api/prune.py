@@ -11,8 +11,9 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..extraction.extract import extract_layers
+from ..extraction.extract import check, extract_layers
 from ..models.mlps import maps_of, why_no_neurons
+from ..models.modes import ambient_modes_off
 from ..models.moe import MoELayer
 from ..models.names import matches, matching
 from ..models.upcycle import block_mlps, chosen_mlps
@@ -33,6 +34,7 @@ REPAIRS = ("ridge", "mean", "none")
 CATCH_UP = 0.5
 
 
+@ambient_modes_off()
 def prune(
     model: nn.Module,
     loader: Loader,
@@ -70,8 +72,9 @@ def prune(
 
     A timm VisionTransformer is repaired layer after layer towards its own residual stream, other
     models all layers at once. The model's modes and types stay as they are, and it is left alone
-    unless `inplace`. `model.pruning` gets a row a layer: what was there before and is after.
-    Raises ValueError for what does not fit, by name.
+    unless `inplace`. A caller's autocast, no_grad and inference_mode are left inside: the outcome
+    is that of a call without them. `model.pruning` gets a row a layer: what was there before and is
+    after. Raises ValueError for what does not fit, by name.
     """
     repair = _repair(score, repair)
     _check(keep, parts, across, round_to)
@@ -211,6 +214,7 @@ def _by_activations(
     if ignored == mlps.keys():
         return []
     rules = _static_rules(model, counts, score, repair, modules)
+    check(model, rules, ignored, modules)  # before the images are read
     batches = calibration_images(loader, model, images, seed)
     reports = extract_layers(
         model,

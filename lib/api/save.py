@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from .. import paths
 from ..inputs.weights import sha256_state
 from ..machine import version_of
-from .architecture import architecture_of, created, listed, mismatch, tensors_of
+from ..models.modes import ambient_modes_off
+from .architecture import architecture_of, created, listed, mismatch, outputs_of, tensors_of
 from .structure import describe, rebuild
 from .traits import INFORMATION, is_own, take_settings, told_by, traits_of, why_not_told
 
@@ -97,6 +98,7 @@ def save(
         part.chmod(mode)  # safetensors makes files that nobody else can read
 
 
+@ambient_modes_off()
 def restore(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Reads a model that `save` wrote, in evaluation mode, with the number type it was saved in.
 
@@ -200,7 +202,7 @@ def _class_names(model: nn.Module, given: Iterable[str] | None) -> list[str] | N
             f"class_names has {', '.join(map(repr, doubles))} more than once: each output needs a "
             "name of its own"
         )
-    classes = getattr(model, "num_classes", None)
+    classes = outputs_of(model)
     if isinstance(classes, int) and classes not in (0, len(names)):
         raise ValueError(
             f"class_names has {len(names)} names, the model {classes} outputs: give one for each"

@@ -19,8 +19,9 @@ from ..inputs.weights import sha256_state
 # what a model may carry as information, which is no part of what it computes
 INFORMATION = ("class_names", "preprocessing", "upcycling", "pruning", "extraction", "dropping")
 INFORMATION += ("finetuning", "history")
-# of training or of speed: taken over from the file where a freshly built model has another value
-SETTINGS = ("p", "drop_prob", "fused_attn", "grad_checkpointing")
+# of training, of speed, or told by shapes already (num_classes, which is not that of a head put on
+# by hand): taken over from the file where a freshly built model has another value
+SETTINGS = ("p", "drop_prob", "fused_attn", "grad_checkpointing", "num_classes")
 # what timm knows of weights, which differs between its versions
 _OF_TIMM = ("pretrained_cfg", "default_cfg")
 # of the mode, or read by initialisation alone

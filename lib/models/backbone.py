@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
 from functools import partial
 from typing import NamedTuple
@@ -273,9 +274,22 @@ def load_weights(
             f"{len(wrong)} do not match (first {wrong[:3]}), "
             f"{len(absent)} are absent (first {absent[:3]}). By timm's names: "
             f"{'; '.join([*against, *(f'expected {name}, and it is absent' for name in lacking)])}."
-            " Take weights of this architecture, or give the backbone the sizes that they are of"
+            f"{_of_prefix(wrong, absent)} Take weights of this architecture, or give the backbone "
+            "the sizes that they are of"
         )
     model.load_state_dict(state, strict=False)
+
+
+def _of_prefix(wrong: Sequence[str], absent: Collection[str]) -> str:
+    """Says which prefix the names of weights have before those that a model has; "" for none."""
+    prefix = os.path.commonprefix(wrong)
+    prefix = prefix[: prefix.rfind(".") + 1]
+    if not prefix or not any(name.removeprefix(prefix) in absent for name in wrong):
+        return ""
+    return (
+        f" Names in the file begin with {prefix!r}, which a wrapper of the model left there: save "
+        f"them without it, {{name.removeprefix({prefix!r}): tensor}}."
+    )
 
 
 # DeiT III calls its layer scale gamma_1 and gamma_2, no other ViT does

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..spec import RunSpec
 
 BATCH = 32
@@ -93,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     """Carries out the command: prints the table, what to make of it, and how to reload."""
     import torch
 
-    from ..api.compress import Rules, checked, compress, listed, save_all, summary
+    from ..api.compress import Rules, checked, compress, listed, refusals, save_all, summary
     from ..inputs.batches import Batches, preprocessing
     from ..inputs.splits import load_splits
     from .collect import model_of
@@ -103,6 +105,8 @@ def run(args: argparse.Namespace) -> int:
     methods = checked(args.method)
     rules = Rules(active=args.active, epochs=args.tune, seed=args.seed)
     dense = dense_run(args)
+    if dense.train is not None:
+        refusals(check_model(dense), methods, rules)  # before it is trained
     model, splits = model_of(dense).to(args.device), load_splits(dense.data)
     torch.set_num_threads(args.threads)
     train, test = Batches(splits.train, dense, BATCH, shuffled=True), Batches(splits.test, dense)
@@ -214,23 +218,42 @@ def _pretrained_size(name: str) -> int:
     return 224 if cfg is None else cfg.input_size[-1]
 
 
-def check_head(dense: RunSpec) -> None:
-    """Raises ValueError for a model that is not trained here and whose weights have no head that
-    fits the classes of the data."""
+def check_model(dense: RunSpec) -> nn.Module:
+    """Returns the model of a run before it is trained.
+
+    Raises ValueError for weights that do not fit it, by name, and images that it does not run on.
+    """
+    import torch
+
+    from ..api.loaders import check_runs
     from ..inputs.splits import load_splits
-    from ..models.backbone import create, heads_of
+    from ..models.backbone import build
+
+    splits, side = load_splits(dense.data), dense.data.image_size
+    model = build(dense, len(splits.class_names), splits.channels)
+    image = torch.zeros(1, splits.channels, side, side)
+    check_runs(model, (image, torch.zeros(1, dtype=torch.long)), f"--data at --size {side}")
+    return model
+
+
+def check_head(dense: RunSpec) -> None:
+    """Raises ValueError for a model that is not trained here and whose weights do not fit it, as
+    `check_model`, or have no head that fits the classes of the data."""
+    from ..models.backbone import heads_of
     from ..models.published import state_for
 
-    splits = load_splits(dense.data)
-    classes = len(splits.class_names)
-    model = create(dense.backbone, dense.data.image_size, classes, splits.channels)
-    name = dense.backbone.weights
+    model, name = check_model(dense), dense.backbone.weights
     state = {} if name is None else state_for(model, dense.backbone)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    heads = [name for name in shapes if name.startswith(heads_of(model))]
-    unfit = [name for name in heads if name not in state or state[name].shape != shapes[name]]
-    if unfit:
-        raise ValueError(
-            f"--epochs 0 takes the weights {name} as they are, and they have no head for the "
-            f"{classes} classes of {dense.data.name} ({unfit[0]}): give --epochs 1 or more"
-        )
+    heads = {
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if name.startswith(heads_of(model))
+    }
+    for head, shape in heads.items():
+        theirs = tuple(state[head].shape) if head in state else "absent"
+        if theirs != shape:
+            raise ValueError(
+                f"--epochs 0 takes the weights {name} as they are, and they have no head for the "
+                f"{shape[0]} classes of {dense.data.name} ({head} is {theirs}, expected {shape}): "
+                "give --epochs 1 or more, or weights with such a head"
+            )

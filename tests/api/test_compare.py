@@ -285,7 +285,7 @@ def test_a_model_of_other_images_is_named_and_batches_are_several():
         name: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(width, 4))
         for name, width in (("dense", 6), ("small", 8))
     }
-    with pytest.raises(ValueError, match=r"'small' fails on the loader's images \(4, 1, 2, 3\)"):
+    with pytest.raises(ValueError, match=r"'small' fails on images \(4, 1, 2, 3\) of loader"):
         lib.compare(models, Loader())
     with pytest.raises(ValueError, match="batches=4: give numbers of images"):
         lib.compare(models, Loader(), batches=4)

@@ -7,6 +7,7 @@ import sys
 
 import pandas as pd
 import pytest
+import timm
 import torch
 from vits import batch, build
 
@@ -75,6 +76,60 @@ def test_what_a_model_does_not_admit_is_said_and_left_out(monkeypatch):
     assert found.refused == {"pruned, ridge": "blocks.0.mlp has an inner norm"}
     assert list(found.models) == ["dense", "extracted"]
     assert "pruned, ridge: blocks.0.mlp has an inner norm" in compress.summary(found, {}, 2.0)
+
+
+def test_a_model_that_no_method_fits_is_refused_before_anything_is_trained(monkeypatch):
+    monkeypatch.setattr(compress, "finetune", None)
+    resnet = timm.create_model("test_resnet", num_classes=5)
+    with pytest.raises(ValueError, match=r"no method .* fits this ResNet\. .*has no block MLP"):
+        compress.compress(resnet, LOADER, LOADER)
+    normed = build()
+    for block in normed.blocks:
+        block.mlp.norm = torch.nn.LayerNorm(block.mlp.fc2.in_features)
+    read = []
+    with pytest.raises(ValueError, match="extracted: blocks.0.mlp has a norm inside"):
+        compress.compress(normed, Seen(LOADER, read), Seen(LOADER, read), ["extract"])
+    assert not read
+
+
+class Seen(list):
+    """A loader that tells when it is read."""
+
+    def __init__(self, batches, read):
+        super().__init__(batches)
+        self.read = read
+
+    def __iter__(self):
+        self.read.append(1)
+        return super().__iter__()
+
+
+def test_some_methods_that_fit_are_told_from_the_layers_alone():
+    whole = timm.create_model("test_convnext2", num_classes=5)
+    assert compress.refusals(whole, ["upcycle", "extract"]) == {}
+    whole.stages[0].blocks[0].mlp.norm = torch.nn.LayerNorm(3)
+    said = compress.refusals(whole.to("meta"))
+    assert said["extracted"].startswith("stages.0.blocks.0.mlp has a norm inside")
+    assert "upcycled" not in said and "experts dropped" not in said  # of the last blocks
+    with pytest.raises(ValueError, match="unknown method cut"):
+        compress.refusals(whole, ["cut"])
+
+
+def test_test_images_that_the_model_does_not_take_are_refused_before_anything_is_trained(
+    monkeypatch,
+):
+    monkeypatch.setattr(compress, "finetune", None)
+    larger = [(torch.zeros(2, 3, 35, 35), torch.tensor([0, 1]))]
+    with pytest.raises(ValueError, match=r"fails on images \(1, 3, 35, 35\) of test: .*28 x 28"):
+        compress.compress(build(), LOADER, larger, rules=RULES)
+
+
+def test_another_copy_is_trained_under_inference_mode_too():
+    dense = build()
+    with torch.inference_mode():
+        found = compress.compress(dense, LOADER, LOADER, ["prune"], RULES, batches=(1,))
+    for model in found.models.values():
+        assert not any(parameter.is_inference() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("error", [KeyError("aux.mlp"), Diverged(3, [1.0])], ids=["key", "loss"])

@@ -8,6 +8,7 @@ import torch
 from small_classifier import H, loader, same_state, state_of, vit
 
 import lib
+from lib.api.compress import Rules, compress
 from lib.spec import RunSpec
 
 
@@ -80,3 +81,55 @@ def test_only_modules_are_exported(what):
 def test_a_grid_is_lists_of_specs_by_name(read, grid, kind):
     with pytest.raises(ValueError, match=f"a grid has a {kind} where a list of specs is to be"):
         read(grid)
+
+
+def batches_of(channels, side, value=None):
+    """Two batches of four images."""
+    images = torch.randn(8, channels, side, side, generator=torch.Generator().manual_seed(4))
+    if value is not None:
+        images[6, 0, 0, 0] = value
+    return list(zip(images.split(4), (torch.arange(8) % 5).split(4), strict=True))
+
+
+READS_IMAGES = {
+    "finetune": lambda given: lib.finetune(vit(), given),
+    "val": lambda given: lib.finetune(vit(), loader(), given),
+    "compare": lambda given: lib.compare({"small": vit()}, given, batches=(1,)),
+    "prune": lambda given: lib.prune(vit(), given),
+    "taylor": lambda given: lib.prune(vit(), given, score="taylor"),
+    "extract": lambda given: lib.extract(vit(), given),
+    "drop_experts": lambda given: lib.drop_experts(
+        lib.upcycle(vit(), layers=1, experts=4, router="token"), given
+    ),
+    "compress": lambda given: compress(vit(), given, loader(), ["prune"], Rules(images=8)),
+}
+
+
+@pytest.mark.parametrize("channels, side", [(3, 20), (1, 14)], ids=["larger", "grey"])
+@pytest.mark.parametrize("call", READS_IMAGES)
+def test_images_that_a_model_does_not_run_on_are_named_with_what_it_is_built_for(
+    call, channels, side
+):
+    says = (
+        rf"fails on images \(\d, {channels}, {side}, {side}\) of (loader|val): .*\. Give it images "
+    )
+    with pytest.raises(ValueError, match=says + r"of what .* \(3 channels, 14 x 14\), .*img_size="):
+        READS_IMAGES[call](batches_of(channels, side))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("call", READS_IMAGES)
+def test_images_that_are_not_finite_are_no_fault_of_the_model(call, value):
+    says = r"(loader|val) gave images with numbers that are not finite .*, 1 of the 4 of a batch:"
+    with pytest.raises(ValueError, match=says):
+        READS_IMAGES[call](batches_of(3, 14, value))
+
+
+def test_images_that_a_model_takes_of_any_size_are_not_refused():
+    model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    model.append(torch.nn.Linear(3, 5))
+    assert lib.finetune(model, batches_of(3, 14) + batches_of(3, 20), epochs=1) is not model
+    with pytest.raises(
+        ValueError, match=r"Sequential fails .* what it is built for, as torchvision"
+    ):
+        lib.finetune(model, batches_of(1, 14))

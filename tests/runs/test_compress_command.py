@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import re
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from data_folders import encoded, put
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import lib
 from lib.__main__ import main
@@ -189,8 +190,51 @@ def test_the_table_stands_before_a_file_fails(rooms, tmp_path, capsys, monkeypat
     assert "No space left on device" in said.err
 
 
-def test_a_model_without_mlps_is_refused_by_name_and_nothing_is_written(rooms, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (
+            ["--model", "timm:test_resnet"],
+            r"fits this ResNet\. .*extracted: ResNet has no block MLP",
+        ),
+        (["--model", "timm:pvt_v2_b0", "--size", "56"], "fits this Pyramid.*takes x, feat_size"),
+        (
+            ["--model", "timm:maxvit_rmlp_pico_rw_256", "--size", "40"],
+            r"fails on images \(1, 3, 40, 40\) of --data at --size 40: .* 256 x 256",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name_before_the_training(
+    given, says, rooms, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("lib.runs.collect.model_of", None)
     out = tmp_path / "small.safetensors"
-    assert command(rooms, out, "--model", "timm:test_resnet", "--method", "extract") == 2
-    assert "error: extracted: ResNet has no block MLP" in capsys.readouterr().err
+    assert command(rooms, out, *given) == 2
+    assert re.search(says, capsys.readouterr().err)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("epochs", ["0", "1"])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
+            r"expected cls_token .* absent.*begin with 'module.', .*name.removeprefix\('module.'",
+        ),
+        (
+            lambda state: state | {"norm.weight": torch.ones(7)},
+            r"do not fit VisionTransformer: .*norm.weight is \(7,\), expected \(64,\)",
+        ),
+    ],
+    ids=["prefixed", "other size"],
+)
+def test_weights_that_do_not_fit_are_named_and_not_the_head(
+    change, says, epochs, rooms, weights, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("lib.runs.collect.model_of", None)
+    save_file(change(load_file(weights)), weights)
+    given = ["--weights", f"file:{weights}", "--epochs", epochs]
+    assert command(rooms, tmp_path / "small.safetensors", *given) == 2
+    said = capsys.readouterr().err
+    assert re.search(says, said) and "no head" not in said
