@@ -309,6 +309,11 @@ def test_the_answer_is_on_the_first_screen_and_its_figure_right_below(tab, eleme
     assert with_figure
 
 
+def test_all_verdicts_are_seen_in_six_screens(tab):
+    views.opened(tab, BOOK, "verdicts.html")
+    assert tab.evaluate("document.documentElement.scrollHeight") < 6 * views.HEIGHTS[1300]
+
+
 def test_figures_show_something(elements):
     poor = []
     for page, found in elements.items():
