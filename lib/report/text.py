@@ -29,7 +29,8 @@ RULE = (
     "inside and the published size outside. That two are equal holds if the interval lies within "
     "the size that counts on both sides, and is not reproduced if it lies beyond; that one is not "
     "worse asks for the lower end only. The size that counts is the published one, or, where none "
-    "is printed and for the last two, the one that stands in the row."
+    "is printed and for the last two, the one that stands in the row. Of a number that is held "
+    "against another, its difference from that is judged."
 )
 
 # for captions of tables with differences between runs

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ...models.experts import Experts
 from ...models.mlps import maps_of
-from ...models.modes import modes_kept
+from ...models.modes import ambient_modes_off, modes_kept
 from ...models.moe import moe_layers
 from ...routers.forced import ForcedRouter
 from .groups import NamedSets, groups_of, prunable, shapes_of, supported
@@ -369,14 +369,13 @@ def _product(gradient_of: Mapping[Tensor, Tensor], parameter: Tensor) -> Tensor:
 
 @contextmanager
 def _differentiable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Puts the model, inside, in evaluation mode, without autocast and with all gradients.
+    """Puts the model, inside, in evaluation mode, without a caller's modes and with all gradients.
 
     Each parameter has a gradient, frozen or not; afterwards all is as it was.
     """
     frozen = [p for p in parameters if not p.requires_grad]
-    # A backward pass inside a caller's autocast would multiply in its precision.
-    no_autocast = torch.autocast(parameters[0].device.type, enabled=False)
-    with modes_kept(model), torch.enable_grad(), no_autocast:
+    # a backward pass inside a caller's autocast would multiply in its precision
+    with modes_kept(model), ambient_modes_off():
         model.eval()
         for p in frozen:
             p.requires_grad_(True)
