@@ -11,6 +11,9 @@ from typing import Any
 
 from IPython.display import HTML
 
+from ..spec import RunSpec
+from ..verdicts import speed
+from ..verdicts.budgets import TIMED
 from ..verdicts.sizes import retained_change
 from ..verdicts.stats import finished
 
@@ -23,7 +26,8 @@ class Point:
 
     loss: of test accuracy against the dense model, in points, with the ends of its interval over
     seeds and test images, None below three seeds; n: seeds. macs, stored: multiply-adds of an image
-    and stored parameters, in percent of the dense model's.
+    and stored parameters, in percent of the dense model's; time: that of a forward pass likewise,
+    None where it was not measured.
     """
 
     name: str
@@ -33,17 +37,24 @@ class Point:
     n: int
     macs: float
     stored: float
+    time: float | None = None
 
 
-def points_of(records: Mapping[str, Sequence[Any]]) -> list[Point]:
+def points_of(
+    records: Mapping[str, Sequence[Any]], timed: Mapping[str, Sequence[RunSpec]] | None = None
+) -> list[Point]:
     """Makes the points of all names of runs that start from the first finished one named "dense".
 
     Losses are those that verdicts judge (`retained_change`), with the same intervals, in points of
-    that run's accuracy instead of in percent of it.
+    that run's accuracy instead of in percent of it. timed: the runs of `beyond/frontier`, some of
+    whose models have a measured time. Whatever is extracted from the same dense model by the same
+    rules takes the same time, finetuned or not.
     """
     whole = next(iter(finished(records.get("dense", []))), None)
     if whole is None:
         return []
+    measured = speed.percent_of_dense(speed.file_of("frontier"), *TIMED)
+    times = [(runs[0], measured[name]) for name, runs in (timed or {}).items() if name in measured]
     points = []
     for name, group in records.items():
         done = [run for run in finished(group) if run.spec.init and run.spec.init.id == whole.id]
@@ -53,23 +64,34 @@ def points_of(records: Mapping[str, Sequence[Any]]) -> list[Point]:
         ends = (change.mean, change.high, change.low)  # the highest accuracy is the lowest loss
         losses = (None if end is None else -end / 100 * whole.test["top1"] for end in ends)
         shares = (100 * done[0].cost[size] / whole.cost[size] for size in SIZES)
-        points.append(Point(name, *losses, change.n, *shares))
+        points.append(Point(name, *losses, change.n, *shares, _time_of(done[0].spec, times)))
     return points
+
+
+def _time_of(run: RunSpec, times: Sequence[tuple[RunSpec, float]]) -> float | None:
+    """Finds the time of a run's model, by the dense model and the rules that it comes from."""
+    if run.extract is None:
+        return None
+    made_of = run.init.id, run.extract
+    same = (time for spec, time in times if spec.init and (spec.init.id, spec.extract) == made_of)
+    return next(same, None)
 
 
 def explorer(points: Sequence[Point], data: str, loss: float = 2.0, faster: float = 1.5) -> HTML:
     """Puts the explorer on a page; without JavaScript it says where the same numbers stand.
 
     data: name of the images that accuracies are of. loss: points of accuracy that a model may lose
-    at most, at first; faster: the factor that its multiply-adds are to be fewer by, at first.
-    Raises ValueError without a point.
+    at most, at first; faster: the factor that its cost is to be lower by, at first. A reader can
+    have times in place of multiply-adds where some are known. Raises ValueError without a point.
     """
     if not points:
         raise ValueError("no model has a record beside one of the dense model: compute some first")
+    timed_at = ", ".join(TIMED)
     printed = json.dumps([_as_printed(point) for point in points], allow_nan=False)
     return HTML(
         f'<div class="pareto" data-points="{html.escape(printed)}" '
-        f'data-images="{html.escape(data)}" data-loss="{loss:g}" data-macs="{100 / faster:.1f}">'
+        f'data-images="{html.escape(data)}" data-timed="{timed_at}" '
+        f'data-loss="{loss:g}" data-cost="{100 / faster:.1f}">'
         "<noscript>The table and the figure on this page have the same numbers; with JavaScript "
         "two sliders search them.</noscript></div>"
     )

@@ -106,7 +106,7 @@ def test_models_are_chosen_by_sliders_and_keys_and_a_sentence_says_which(tab):
     views.opened(tab, BOOK, MODELS)
     losses = [model["loss"] for model in models(tab)]
     number, most = len(losses), int(tab.get_attribute(".pareto input[id$=loss]", "max"))
-    for slider in ("loss", "macs"):
+    for slider in ("loss", "cost"):
         tab.focus(f".pareto input[id$={slider}]")
         tab.keyboard.press("Home")  # nothing is as good as the dense model, or as cheap as nothing
         assert answer(tab).startswith(f"None of the {number} models"), slider
@@ -121,9 +121,28 @@ def test_models_are_chosen_by_sliders_and_keys_and_a_sentence_says_which(tab):
     assert f"{best['name']}: loses " in answer(tab)
 
 
+def test_measured_time_takes_the_place_of_multiply_adds_by_click_and_by_key(tab):
+    views.opened(tab, BOOK, MODELS)
+    timed = [model for model in models(tab) if model["time"] is not None]
+    assert 0 < len(timed) < len(models(tab))
+    assert f"of the {len(models(tab))} models" in answer(tab)
+    tab.click(".pareto input[value=time]")
+    wanted = float(tab.input_value(".pareto input[id$=loss]")), 100 / 1.5
+    fits = [m for m in timed if m["loss"] <= wanted[0] and m["time"] <= wanted[1]]
+    count = len(fits) or "None"
+    assert answer(tab).startswith(
+        f"{count} of the {len(timed)} models"
+    ) and "of the time" in answer(tab)
+    assert tab.locator(".pareto circle").count() == len(timed)
+    # the plot was drawn anew, and whoever goes by keys is where they were
+    tab.keyboard.press("ArrowLeft")
+    assert tab.locator(".pareto circle").count() == len(models(tab))
+    assert "multiply-adds" in answer(tab)
+
+
 def test_models_are_chosen_by_click_and_by_drag(tab):
     views.opened(tab, BOOK, MODELS)
-    for slider in ("loss", "macs"):
+    for slider in ("loss", "cost"):
         part = tab.locator(f".pareto input[id$={slider}]")
         part.scroll_into_view_if_needed()
         box = part.bounding_box()

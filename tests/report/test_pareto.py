@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+from types import SimpleNamespace
 
 import paired_runs
 import pytest
@@ -18,7 +19,7 @@ def with_cost(group, macs, stored, start=None):
     for record in group:
         record.test = {"top1": 100 * float((record.arrays["test_pred"] == 0).mean())}
         record.cost = {"macs": macs, "params_stored": stored}
-        record.spec.init = start
+        record.spec.init, record.spec.extract = start, None
     return group
 
 
@@ -61,6 +62,34 @@ def test_a_model_that_starts_from_another_one_has_no_point(records):
     assert pareto.points_of(records) == []
 
 
+def timed_as(run, **change):
+    """A run of the page of all methods, of the same model but for a change."""
+    return SimpleNamespace(**{"init": run.spec.init, "extract": run.spec.extract} | change)
+
+
+def test_a_model_extracted_alike_from_the_same_dense_one_has_its_time(records, monkeypatch):
+    percent = {"static 50% active": 70.0, "not in the grid": 50.0}
+    monkeypatch.setattr(pareto.speed, "percent_of_dense", lambda *_: percent)
+    cut = records["cut"][0]
+    for record in records["cut"][:3]:
+        record.spec.extract = "half of the neurons"
+    alike = timed_as(cut)
+    others = (
+        timed_as(cut, extract="a third of them"),
+        timed_as(cut, init=records["dense"][1]),
+        timed_as(cut, init=None),
+    )
+    for run, time in [(alike, 70.0), *((other, None) for other in others)]:
+        [point] = pareto.points_of(records, {"static 50% active": [run]})
+        assert point.time == time
+    [point] = pareto.points_of(records, {"without a time": [alike]})
+    assert point.time is None
+    for record in records["cut"][:3]:  # rules are what a time goes by
+        record.spec.extract = None
+    [point] = pareto.points_of(records, {"static 50% active": [timed_as(cut, extract=None)]})
+    assert point.time is None
+
+
 def test_numbers_are_carried_to_the_digit_that_is_printed():
     point = pareto.Point("cut", 2.04, None, -0.04, 1, 66.68, 50.0)
     shown = pareto.explorer([point], "photos").data
@@ -74,7 +103,8 @@ def test_the_page_carries_the_points_as_data(records):
     shown = pareto.explorer(points, "photos & maps", loss=2.0, faster=1.5).data
     data = json.loads(html.unescape(re.search(r'data-points="([^"]*)"', shown)[1]))
     assert data[0]["name"] == "cut" and data[0]["macs"] == 60.0
-    assert 'data-images="photos &amp; maps" data-loss="2" data-macs="66.7"' in shown
+    assert 'data-images="photos &amp; maps" data-timed="batch 16, frozen, fp32" ' in shown
+    assert 'data-loss="2" data-cost="66.7"' in shown
     assert "<noscript>" in shown
     with pytest.raises(ValueError, match="no model has a record beside one of the dense model"):
         pareto.explorer([], "photos")
