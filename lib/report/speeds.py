@@ -256,13 +256,20 @@ def fastest_cut(machines: Sequence[Measurement], kind: str) -> float:
 
 
 def in_whole_models(machines: Sequence[Measurement]) -> str:
-    """Says how many times as fast as the whole model an extracted mixture is at best, by batch, and
-    how many times fewer multiply-adds it has."""
+    """Says at which batches an extracted mixture is faster than the whole model, how many times as
+    fast it is at best, and how many times fewer multiply-adds it has."""
     rows = [row for measured in machines for row in _cut_rows(measured)]
     rows = [row for row in rows if row.ours_is == "extracted"]
+    best = _best_of_batches(rows)
+    faster = [batch for batch, factor in best.items() if factor > 1]
+    slower = [batch for batch in best if batch not in faster]
+    lead = f"Faster at {' and '.join(faster)}" if faster else "No"
+    if faster and slower:
+        lead += f", not at {' or '.join(slower)}"
     return (
-        f"Of whole models, {CUT['extracted']} multiplies {max(row.ideal for row in rows):.2f} "
-        f"times less than the dense one; times as fast at best: {_by_batch(rows)}."
+        f"**{lead}:** of whole models, {CUT['extracted']} multiplies "
+        f"{max(row.ideal for row in rows):.2f} times less than the dense one; times as fast at "
+        f"best: {_by_batch(rows)}."
     )
 
 
@@ -294,13 +301,18 @@ def _best_times(rows: Sequence[Ratio]) -> str:
 def _by_batch(rows: Sequence[Ratio]) -> str:
     """Writes how many times as fast as the other side ours is at best: "1.18 at batch 16 and 0.88
     at batch 1"."""
+    best = _best_of_batches(rows)
+    return " and ".join(f"{factor:.2f} at {batch}" for batch, factor in best.items())
+
+
+def _best_of_batches(rows: Sequence[Ratio]) -> dict[str, float]:
+    """Finds how many times as fast as the other side ours is at best, by "batch 16", "batch 1"; the
+    largest batch comes first, where a cut pays most."""
     best: dict[str, float] = {}
     for row in rows:
         batch = row.shape.partition(",")[0]
         best[batch] = max(best.get(batch, 0.0), row.other.median / row.ours.median)
-    # the largest batch first, where a cut pays most
-    batches = sorted(best, key=lambda batch: -int(batch.split()[-1]))
-    return " and ".join(f"{best[batch]:.2f} at {batch}" for batch in batches)
+    return dict(sorted(best.items(), key=lambda item: -int(item[0].split()[-1])))
 
 
 def timed_on(machines: Sequence[Measurement]) -> str:

@@ -176,6 +176,11 @@ def test_a_whole_model_is_said_as_fast_as_at_best_by_batch():
         "multiplies 1.42 times less than the dense one; times as fast at best: "
         "1.30 at batch 16 and 0.90 at batch 1."
     )
+    assert in_whole_models([one, two]).startswith("**Faster at batch 16, not at batch 1:** ")
+    only = measured("One", model(1, 1.1), model(16, 1.2))
+    assert in_whole_models([only]).startswith("**Faster at batch 16 and batch 1:** ")
+    slow = measured("One", model(1, 1.0), model(16, 0.9))
+    assert in_whole_models([slow]).startswith("**No:** ")
 
 
 def test_goals_that_a_machine_could_not_measure_are_named_with_the_reason():
