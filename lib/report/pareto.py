@@ -92,8 +92,8 @@ def explorer(points: Sequence[Point], data: str, loss: float = 2.0, faster: floa
         f'<div class="pareto" data-points="{html.escape(printed)}" '
         f'data-images="{html.escape(data)}" data-timed="{timed_at}" '
         f'data-loss="{loss:g}" data-cost="{100 / faster:.1f}">'
-        "<noscript>The table and the figure on this page have the same numbers; with JavaScript "
-        "two sliders search them.</noscript></div>"
+        "<noscript>The table and the figure on this page have the same numbers but for times; "
+        "with JavaScript two sliders search them.</noscript></div>"
     )
 
 
