@@ -46,10 +46,10 @@ def nearest(key: str, within: float) -> str:
     """Names the model of the page of all methods that is best within a budget of time, in percent
     of the dense model's, or of multiply-adds where no time is measured; "" without records."""
     from ..runs.collect import load  # numpy, which an import of the build does without
-    from ..verdicts.budgets import TIMED, candidates, winner
+    from ..verdicts.budgets import TIMED, candidates, forward_times, winner
     from ..verdicts.stats import format_interval
 
-    times = speed.percent_of_dense(speed.file_of("frontier"), *TIMED)
+    times = forward_times()
     models = candidates(load(plan(key, PUBLISHED), any_device=True), times)
     won = winner(models, "forward" if times else "macs", within)
     if won is None or won.gain is None:

@@ -12,8 +12,7 @@ from typing import Any
 from IPython.display import HTML
 
 from ..spec import RunSpec
-from ..verdicts import speed
-from ..verdicts.budgets import TIMED
+from ..verdicts.budgets import TIMED, forward_times
 from ..verdicts.sizes import retained_change
 from ..verdicts.stats import finished
 
@@ -53,7 +52,7 @@ def points_of(
     whole = next(iter(finished(records.get("dense", []))), None)
     if whole is None:
         return []
-    measured = speed.percent_of_dense(speed.file_of("frontier"), *TIMED)
+    measured = forward_times()
     times = [(runs[0], measured[name]) for name, runs in (timed or {}).items() if name in measured]
     points = []
     for name, group in records.items():

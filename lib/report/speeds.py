@@ -261,7 +261,7 @@ def in_whole_models(machines: Sequence[Measurement]) -> str:
     rows = [row for measured in machines for row in _cut_rows(measured)]
     rows = [row for row in rows if row.ours_is == "extracted"]
     best = _best_of_batches(rows)
-    faster = [batch for batch, factor in best.items() if factor > 1]
+    faster = [batch for batch, factor in best.items() if round(factor, 2) > 1]  # as printed
     slower = [batch for batch in best if batch not in faster]
     lead = f"Faster at {' and '.join(faster)}" if faster else "No"
     if faster and slower:

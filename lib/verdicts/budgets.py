@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from ..runs.estimate import BACKWARD
+from . import speed
 from .stats import (
     MIN_SEEDS,
     Difference,
@@ -32,6 +33,12 @@ COSTS = {
     "making": "training (% of one pass of dense)",
 }
 TIMED = "batch 16, frozen", "fp32"  # shape and dtype of the forward pass whose time is a cost
+
+
+def forward_times() -> dict[str, float]:
+    """Reads the times of that forward pass of the models of `beyond/frontier`, by name, in percent
+    of the dense model's; empty where none was measured."""
+    return speed.percent_of_dense(speed.file_of("frontier"), *TIMED)
 
 
 @dataclass(frozen=True)

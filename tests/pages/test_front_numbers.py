@@ -122,7 +122,7 @@ def test_the_nearest_is_the_best_within_the_budget_beside_the_same_pass(monkeypa
     monkeypatch.setattr(front_numbers, "plan", lambda key, profile: {})
     monkeypatch.setattr(collect, "load", lambda runs, any_device: {})
     monkeypatch.setattr(budgets, "candidates", lambda records, forward: models)
-    monkeypatch.setattr(speed, "percent_of_dense", lambda *measurement: {})
+    monkeypatch.setattr(budgets, "forward_times", dict)
     said = front_numbers.nearest("a/all", 80)
     assert (
         "*half*, with 67% of the multiply-adds: -10.0 points, n=1, compared with the dense" in said
@@ -130,7 +130,7 @@ def test_the_nearest_is_the_best_within_the_budget_beside_the_same_pass(monkeypa
     assert "*less*, with 50% of the multiply-adds" in front_numbers.nearest("a/all", 60)
     assert front_numbers.nearest("a/all", 40) == ""
     # "half" has no time, so it is not known whether it is fast enough
-    monkeypatch.setattr(speed, "percent_of_dense", lambda *measurement: {"less": 60.4})
+    monkeypatch.setattr(budgets, "forward_times", lambda: {"less": 60.4})
     time = "50% of the multiply-adds and 60% of the time (batch 16, frozen, fp32)"
     assert f"*less*, with {time}" in front_numbers.nearest("a/all", 80)
     monkeypatch.setattr(budgets, "candidates", lambda records, forward: [])

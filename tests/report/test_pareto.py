@@ -69,7 +69,7 @@ def timed_as(run, **change):
 
 def test_a_model_extracted_alike_from_the_same_dense_one_has_its_time(records, monkeypatch):
     percent = {"static 50% active": 70.0, "not in the grid": 50.0}
-    monkeypatch.setattr(pareto.speed, "percent_of_dense", lambda *_: percent)
+    monkeypatch.setattr(pareto, "forward_times", lambda: percent)
     cut = records["cut"][0]
     for record in records["cut"][:3]:
         record.spec.extract = "half of the neurons"
