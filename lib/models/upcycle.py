@@ -329,7 +329,7 @@ def _warn_of_copies(mlps: list[tuple[str, nn.Module]]) -> None:
         warnings.warn(
             f"experts of {_listed(list(reasons), 3)} are whole copies, which is slow and cannot be "
             f"pruned: {name} {reason}",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

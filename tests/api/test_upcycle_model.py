@@ -92,6 +92,20 @@ def test_fields_that_only_a_run_reads_say_so(field):
         lib.upcycle(vit(), layers=1, experts=2, router="token", **field)
 
 
+@pytest.mark.parametrize(
+    ("norm_inside", "fields"),
+    [(False, {"balance": "none"}), (False, {"router": "soft"}), (True, {})],
+    ids=["of a run", "another function", "whole copies"],
+)
+def test_warnings_name_the_line_that_upcycles(norm_inside, fields):
+    model = vit()
+    if norm_inside:
+        model.blocks[1].mlp.norm = torch.nn.LayerNorm(model.blocks[1].mlp.fc1.out_features)
+    with pytest.warns(UserWarning) as warned:
+        lib.upcycle(model, layers=1, experts=2, **{"router": "token"} | fields)
+    assert [warning.filename for warning in warned] == [__file__]
+
+
 class Centred(torch.nn.Linear):
     def forward(self, x):
         return F.linear(x, self.weight - self.weight.mean(1, keepdim=True), self.bias)
