@@ -112,12 +112,14 @@ def extracted(
     return run.but(train=finetuning, data={"train": images})
 
 
-def distilled(run: RunSpec, epochs: float, lr: float) -> RunSpec:
+def distilled(run: RunSpec, epochs: float, lr: float, layer_decay: float) -> RunSpec:
     """Returns an `extracted` run that then learns from the dense model's logits alone, in bfloat16.
 
-    epochs: of it, over all training images. lr: of all layers alike, since each was changed.
+    epochs: of it, over all training images. lr: at its peak, of the head. layer_decay: factor of
+    the rate from a layer to the one below it.
     """
-    stage = run.init.train.but(epochs=epochs, lr=lr, layer_decay=1.0, distil_logits=1.0)
+    rates = {"lr": lr, "layer_decay": layer_decay}
+    stage = run.init.train.but(epochs=epochs, distil_logits=1.0, **rates)
     return run.but(train=stage, dtype="bfloat16")
 
 
