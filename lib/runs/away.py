@@ -116,7 +116,7 @@ class Queue:
             seconds = f"{time.monotonic() - started:.0f} s"
             if record is not None and record.status == "ok":
                 self._bundle(record)
-                self._say(spec, f"top-1 {record.test['top1']:.1f}%, {seconds}")
+                self._say(spec, f"{_reached(record)}, {seconds}")
             elif _did_not_fit(process, record) and spec.id in self.had_company:
                 self.alone.append(spec)
                 self._say(spec, f"did not fit after {seconds}; it will be tried alone")
@@ -165,6 +165,12 @@ def _did_not_fit(process: subprocess.Popen, record: Record | None) -> bool:
         return True
     error = {} if record is None else record.content.get("error", {})
     return OUT_OF_MEMORY.search(f"{error.get('kind')} {error.get('message')}") is not None
+
+
+def _reached(record: Record) -> str:
+    """Says what a run reached: its accuracy, or the loss of masked pretraining, which has none."""
+    test = record.test
+    return f"top-1 {test['top1']:.1f}%" if "top1" in test else f"loss {test['loss']:.3f}"
 
 
 def _reason(spec: RunSpec, process: subprocess.Popen, record: Record | None) -> str:

@@ -25,7 +25,7 @@ from lib.runs import record_files
 from lib.runs.collect import collect, missing_runs
 from lib.runs.pack import _pinned, pack
 from lib.runs.store import Record, Store
-from lib.spec import BackboneSpec, DataSpec, MoESpec, RunSpec, TrainSpec
+from lib.spec import BackboneSpec, DataSpec, MaskSpec, MoESpec, RunSpec, TrainSpec, recipes
 
 PARENT = RunSpec(
     data=DataSpec(train=64, val=20, test=30),
@@ -34,7 +34,8 @@ PARENT = RunSpec(
     threads=1,
 )
 CHILD = PARENT.but(init=PARENT, moe=MoESpec(layers=1, experts=2), publish=True, study="moe")
-GRID = {"dense": [PARENT], "moe": [CHILD]}
+MASKED = recipes.pretrained(PARENT, MaskSpec(width=8, depth=1, heads=2), epochs=1.0, lr=1e-3)
+GRID = {"dense": [PARENT], "moe": [CHILD], "pretraining": [MASKED]}
 
 
 # every Python that has this on its path imports it first
@@ -91,6 +92,7 @@ def test_packed_runs_are_those_of_collect(tmp_path, where):
     assert process.returncode == 0, said
     assert f"runs to do, code in {there}/unpacked-" in said and "failed: none" in said
     assert record_ids(there) == {spec.id for spec in specs}
+    assert ": loss " in said  # masked pretraining knows no classes
 
     merged = merging.merge(sorted((there / "records").iterdir()), GRID, where)
     assert set(merged.filed) == {spec.id for spec in specs} and merged.missing == []
@@ -190,7 +192,7 @@ def test_the_commands(tmp_path, where, monkeypatch, capsys):
     assert main(["pack", "a/one", "-o", __file__]) == 2
     assert "test_pack.py is a file: give a new folder" in capsys.readouterr().err
     assert main(["pack", "a/one", "-o", str(out), "--part", "100k"]) == 0
-    assert "2 runs in " in capsys.readouterr().out
+    assert "3 runs in " in capsys.readouterr().out
     assert max(file.stat().st_size for file in out.iterdir()) == 100_000
     record_files.append(tmp_path / "out", finished(where), [PARENT.id, CHILD.id])
     bundle = str(tmp_path / "out" / "records-000.moe")
