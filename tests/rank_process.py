@@ -56,7 +56,10 @@ SPECS = {
     "varied": BASE.but(moe=VARIED),
     "ensemble": BASE.but(moe=TOKEN.but(members=2, top_k=1)),
     "one expert left": BASE.but(moe=TOKEN.but(top_k=1), train={"single_expert_at": 0.5}),
-    "distilled": PARENT.but(init=PARENT, train={"distil": "probabilities", "distil_logits": 0.3}),
+    "distilled": PARENT.but(
+        init=PARENT,
+        train={"distil": "probabilities", "distil_logits": 0.3, "distil_stream": 0.3},
+    ),
     # a smaller rate: the gradient of a key bias is 0 but for rounding, which AdamW divides by its
     # own size, and without label smoothing and with a small loss that rounding is the larger part
     "masked": BASE.but(

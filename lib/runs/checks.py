@@ -21,12 +21,15 @@ def check(spec: RunSpec) -> None:
     """
     from ..measure.cost import check_capacity
     from ..training import evaluate
+    from ..training.streams import check_stream
     from .steps import steps_of
 
     architecture = (spec.backbone, spec.data.image_size, spec.moe)
     model = _skeleton(*architecture)
     for step in steps_of(spec):
         step.check(model, spec)
+    if spec.train is not None and spec.train.distil_stream:
+        check_stream(model)
     # An MoE layer gives back tokens of the shape that it took, as the MLP in its place did: a model
     # with such layers runs where its backbone does. Only an ensemble is another model as a whole.
     ensemble = spec.moe if spec.moe is not None and spec.moe.members > 1 else None

@@ -151,7 +151,7 @@ def kinds(spec: RunSpec) -> tuple[Hashable, ...]:
     goal = None if train is None else (train.trainable, train.mask is not None)
     recipe = None
     if train is not None:
-        recipe = (train.batch, train.distil, train.distil_logits > 0, train.ema is not None)
+        recipe = (train.batch, train.distil, train.has_teacher, train.ema is not None)
     probes = (spec.experts_off, spec.depth_probe, spec.cam_probe, spec.resident)
     router = None if spec.moe is None else spec.moe.router
     processor = (goal is None, _shrunk(spec), spec.dtype, spec.device, spec.threads)

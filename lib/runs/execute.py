@@ -231,7 +231,7 @@ class _Run:
         return masks
 
     def _teacher(self, splits: Splits, parent: dict[str, Tensor] | None) -> nn.Module | None:
-        """The parent as it was, where its gates or logits are distilled; else None."""
+        """The parent as it was, where it is distilled; else None."""
         spec = self.spec
         if not spec.train.has_teacher:
             return None

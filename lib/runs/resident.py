@@ -76,7 +76,7 @@ def _train_and_measure(folder: Path, classes: int, channels: int) -> dict[str, f
     if spec.train.trainable != "all":
         freeze(model, spec.train.trainable)
     optim, tape = optimiser(model, spec.train), RoutingTape(model)
-    without_teacher = spec.but(train={"distil": "none", "distil_logits": 0.0})
+    without_teacher = spec.but(train={"distil": "none", "distil_logits": 0.0, "distil_stream": 0.0})
     with products(spec):
         for _ in range(STEPS):
             optim.zero_grad(set_to_none=True)

@@ -112,14 +112,16 @@ def extracted(
     return run.but(train=finetuning, data={"train": images})
 
 
-def distilled(run: RunSpec, epochs: float, lr: float, layer_decay: float) -> RunSpec:
-    """Returns an `extracted` run that then learns from the dense model's logits alone, in bfloat16.
+def distilled(run: RunSpec, epochs: float, stream: float, lr: float, layer_decay: float) -> RunSpec:
+    """Returns an `extracted` run that then learns from the dense model alone, in bfloat16.
 
-    epochs: of it, over all training images. lr: at its peak, of the head. layer_decay: factor of
+    epochs: of it, over all training images. stream: weight of the dense model's residual stream in
+    the loss; the rest is that of its logits. lr: at its peak, of the head. layer_decay: factor of
     the rate from a layer to the one below it.
     """
     rates = {"lr": lr, "layer_decay": layer_decay}
-    stage = run.init.train.but(epochs=epochs, distil_logits=1.0, **rates)
+    targets = {"distil_logits": 1.0, "distil_stream": stream}
+    stage = run.init.train.but(epochs=epochs, **targets, **rates)
     return run.but(train=stage, dtype="bfloat16")
 
 

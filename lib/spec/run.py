@@ -283,13 +283,16 @@ class RunSpec(Spec):
     def _distillation_fits(self):
         if self.train is None:
             return self
-        if self.train.distil_logits and self.init is None:
-            raise ValueError("distil_logits needs a parent to learn from: set init")
-        if self.train.distil_logits and self.moe is not None and self.moe.members > 1:
-            raise ValueError(
-                f"distil_logits={self.train.distil_logits} asks for one prediction an image, and "
-                f"moe.members={self.moe.members} make one each: set one of the two"
-            )
+        targets = {"distil_logits": "prediction", "distil_stream": "residual stream"}
+        for name, target in targets.items():
+            weight = getattr(self.train, name)
+            if weight and self.init is None:
+                raise ValueError(f"{name} needs a parent to learn from: set init")
+            if weight and self.moe is not None and self.moe.members > 1:
+                raise ValueError(
+                    f"{name}={weight} asks for one {target} an image, and "
+                    f"moe.members={self.moe.members} make one each: set one of the two"
+                )
         if self.train.distil != "none" and (self.init is None or self.init.moe is None):
             raise ValueError(
                 f"distil={self.train.distil!r} needs a parent with gates: "

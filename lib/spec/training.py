@@ -55,6 +55,8 @@ class TrainSpec(Spec):
     distil: Literal["none", "choice", "probabilities"] = "none"
     # weight of the parent's logits as target, the rest is the labels'
     distil_logits: Annotated[float, Field(ge=0, le=1)] = 0.0
+    # weight of the parent's residual stream as target, the rest is that of labels and logits
+    distil_stream: Annotated[float, Field(ge=0, le=1)] = 0.0
     # share of the steps in which experts are dropped one after the other, until each MoE layer has
     # one (2206.00277: 0.5); None = all stay
     single_expert_at: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -62,4 +64,4 @@ class TrainSpec(Spec):
     @property
     def has_teacher(self) -> bool:
         """Says whether the model that the run starts from computes each training image as well."""
-        return self.distil != "none" or self.distil_logits > 0
+        return self.distil != "none" or self.distil_logits > 0 or self.distil_stream > 0

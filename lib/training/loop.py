@@ -163,11 +163,11 @@ def fit(
     `ema` is set) and its Progress.
 
     checkpoint: a file to resume from and to write to, deleted by the caller; None = none. report:
-    called with each epoch's history row. teacher: the parent, whose gates or logits are distilled.
-    masks: of pruned weights, which stay zero. ranks: that train together, each of which calls this,
-    with the same model; checkpoint and report are for rank 0. Randomness (order, augmentation, drop
-    path, router noise) depends on `spec.seed` and the step, so that a resumed run ends with the
-    same weights. Raises Diverged if the loss is not finite.
+    called with each epoch's history row. teacher: the parent, where it is
+    distilled. masks: of pruned weights, which stay zero. ranks: that train together, each of which
+    calls this, with the same model; checkpoint and report are for rank 0. Randomness (order,
+    augmentation, drop path, router noise) depends on `spec.seed` and the step, so that a resumed
+    run ends with the same weights. Raises Diverged if the loss is not finite.
     """
     task = RunTask(model, data, val, spec, teacher, ranks)
     title = f"train {spec.id[:6]}"

@@ -24,6 +24,7 @@ from ..routers.manual import labelled
 from ..spec import MoESpec, RunSpec
 from .bfloat16 import products
 from .ranks import ONE, One, Ranks
+from .streams import stream_loss, stream_of
 
 
 @contextlib.contextmanager
@@ -50,13 +51,20 @@ def losses(
 ) -> dict[str, Tensor]:
     """Computes the parts of the training loss, and their weighted sum under `loss`.
 
-    images: (B, channels, height, width); labels: (B,). teacher: the parent, where its gates or
-    logits are distilled. An ensemble's loss is the mean of its members' losses. ranks: each of
+    images: (B, channels, height, width); labels: (B,). teacher: the parent, where it is
+    distilled. An ensemble's loss is the mean of its members' losses. ranks: each of
     which brings its share of the images; all get the losses of the whole batch, and the tape holds
     the routings of the whole batch afterwards.
     """
     members, own_labels = model.size if isinstance(model, Ensemble) else 1, labels
-    with tape, autocast(spec), labelled(model, labels), ranks.draws(members):
+    recorded = stream_of if spec.train.distil_stream else _no_stream
+    with (
+        tape,
+        autocast(spec),
+        labelled(model, labels),
+        ranks.draws(members),
+        recorded(model) as stream,
+    ):
         out = model.members(images).flatten(0, 1) if isinstance(model, Ensemble) else model(images)
     if ranks.count > 1:
         out, labels = _of_all_ranks(out, labels, spec, tape, ranks, members)
@@ -68,11 +76,20 @@ def losses(
         task_loss = F.cross_entropy(out.float(), targets, label_smoothing=smoothing)
         parts = {"task_loss": task_loss}
     total = parts["task_loss"]
-    if spec.train.distil_logits:
-        with torch.no_grad(), autocast(spec), labelled(teacher, own_labels):
+    if spec.train.distil_logits or spec.train.distil_stream:
+        with (
+            torch.no_grad(),
+            autocast(spec),
+            labelled(teacher, own_labels),
+            recorded(teacher) as target,
+        ):
             (teacher_logits,) = ranks.whole([teacher(images)])
+    if spec.train.distil_logits:
         parts["distil_loss"] = distil_loss(out, teacher_logits)
         total = torch.lerp(total, parts["distil_loss"], spec.train.distil_logits)
+    if spec.train.distil_stream:
+        parts["stream_loss"] = ranks.mean(stream_loss(stream, target))
+        total = torch.lerp(total, parts["stream_loss"], spec.train.distil_stream)
     if spec.moe is not None and spec.moe.learns:
         routings = tape.routings()
         parts["balance_loss"] = torch.stack([switch_loss(routing) for routing in routings]).mean()
@@ -87,6 +104,11 @@ def losses(
             parts["distil_loss"] = _distilled(routings, teacher, (images, own_labels), spec, ranks)
             total = total + parts["distil_loss"]
     return {"loss": total} | parts
+
+
+def _no_stream(model: nn.Module) -> contextlib.AbstractContextManager:
+    """Collects nothing of a pass inside."""
+    return contextlib.nullcontext()
 
 
 def _of_all_ranks(

@@ -68,6 +68,10 @@ class One:
         """Joins tensors of all ranks along their first axis, in the order of the ranks."""
         return list(shares)
 
+    def mean(self, value: Tensor) -> Tensor:
+        """Computes the mean over the images of all ranks from that over this rank's, a number."""
+        return value
+
     def sum_gradients(self, model: nn.Module) -> None:
         """Sums the gradients of all ranks."""
 

@@ -152,7 +152,11 @@ def test_manual_routing_sends_classes_to_their_expert(where):
 
 @pytest.mark.parametrize(
     ("distil", "router"),
-    [({"distil": "probabilities"}, "image"), ({"distil_logits": 0.5}, "token")],
+    [
+        ({"distil": "probabilities"}, "image"),
+        ({"distil_logits": 0.5}, "token"),
+        ({"distil_stream": 0.5}, "token"),
+    ],
 )
 def test_a_model_that_is_routed_by_hand_can_teach(where, distil, router):
     """The teacher is told the classes, too."""

@@ -124,6 +124,15 @@ EXTRACTED = DENSE.but(init=DENSE, train=None, extract=rules())
             ),
             "distil_logits=0.5 asks for one prediction an image, and moe.members=2 make one each",
         ),
+        (lambda: DENSE.but(train={"distil_stream": 0.5}), "distil_stream needs a parent"),
+        (
+            lambda: DENSE.but(
+                init=DENSE.but(keep=True),
+                moe=MoESpec(router="token", members=2),
+                train={"distil_stream": 0.5},
+            ),
+            "distil_stream=0.5 asks for one residual stream an image, and moe.members=2 make one",
+        ),
     ],
 )
 def test_bad_specs(make, says):

@@ -110,14 +110,15 @@ def test_experts_come_out_of_the_dense_run_and_are_finetuned_with_its_logits():
     assert recipes.extracted(on_card, rules, 3, one_thread=True).threads == 2
 
 
-def test_one_pass_learns_from_the_logits_alone_at_rates_of_its_own():
+def test_one_pass_learns_from_the_dense_model_alone_at_rates_of_its_own():
     dense = RunSpec(data=DataSpec(train=400), train=TrainSpec(epochs=6.0, lr=1e-3, layer_decay=0.7))
     base = RunSpec(study="moee", init=dense, train=TrainSpec(epochs=1.0))
     run = recipes.extracted(base, ExtractSpec(neurons={"active": 0.5}), 3)
-    taught = recipes.distilled(run, 0.25, 2e-4, 0.9)
+    taught = recipes.distilled(run, 0.25, 0.75, 2e-4, 0.9)
     assert taught.but(train=None, dtype=run.dtype) == run and taught.dtype == "bfloat16"
-    asked = {"epochs": 0.25, "lr": 2e-4, "layer_decay": 0.9, "distil_logits": 1.0}
-    assert taught.train == dense.train.but(**asked)
+    asked = {"epochs": 0.25, "lr": 2e-4, "layer_decay": 0.9}
+    targets = {"distil_logits": 1.0, "distil_stream": 0.75}
+    assert taught.train == dense.train.but(**asked, **targets)
 
 
 def test_channels_are_evaluated_on_the_dense_model():
