@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from ..routers.manual import labelled
 from ..spec import TrainSpec
 from ..training.loop import Task, Trainer
 from ..training.losses import distil_loss
+from ..training.streams import check_stream, stream_for, stream_loss
 from .loaders import (
     Batch,
     Loader,
@@ -50,6 +52,7 @@ def finetune(
     label_smoothing: float = 0.0,
     teacher: nn.Module | None = None,
     distil: float | None = None,
+    distil_stream: float | None = None,
     coefficient: float = 0.01,
     seed: int = 0,
     inplace: bool = False,
@@ -66,7 +69,10 @@ def finetune(
     timm, which say where their blocks are (`group_matcher`); None is 0.65 for these, and 1 for
     others.
     teacher: a model for the same classes, such as the dense one before pruning, whose predictions
-    are learnt with weight `distil` (0.5 for None), and the labels with the rest.
+    are learnt with weight `distil` (0.5 for None), and the labels with the rest. distil_stream: of
+    all that, the weight of the teacher's residual stream (0 for None): each token after each block,
+    normed, and what the head reads, for two VisionTransformers of timm of one depth and width. At 1
+    neither labels nor predictions are learnt, and the head stays as it is but for its decay.
     coefficient: of `auxiliary_loss`, if an MoE layer has a router that learns.
     seed: of all that is drawn, also by a loader that shuffles with torch's global generator, which
     is left as it was.
@@ -91,7 +97,7 @@ def finetune(
             "under torch.autocast(device_type, torch.bfloat16), or without autocast"
         )
     trained = to_change(model, inplace, "finetuning")
-    _check_teacher(trained, teacher, distil)
+    _check_teacher(trained, teacher, distil=distil, distil_stream=distil_stream)
     _check_types(trained)
     if not any(p.requires_grad for p in trained.parameters()):
         raise ValueError("every parameter of the model is frozen: model.requires_grad_(True)")
@@ -103,6 +109,7 @@ def finetune(
         weight_decay=float(weight_decay),
         label_smoothing=float(label_smoothing),
         distil_logits=float(DISTIL if distil is None else distil),
+        distil_stream=float(distil_stream or 0.0),
     )
     task = _LoaderTask(trained, loader, val, teacher, train, coefficient)
     trainer = Trainer(trained, task, train, seed, "finetune")
@@ -153,16 +160,21 @@ def _balanced(tape: RoutingTape) -> list[MoELayer]:
     ]
 
 
-def _check_teacher(model: nn.Module, teacher: nn.Module | None, distil: float | None) -> None:
-    """Raises ValueError for a weight without a teacher, and for one that learns as it teaches."""
+def _check_teacher(model: nn.Module, teacher: nn.Module | None, **weights: float | None) -> None:
+    """Raises ValueError for a weight without a teacher, for one that learns as it teaches, and for
+    models without the stream that is to be learnt."""
     if teacher is None:
-        if distil is not None:
-            raise ValueError(
-                f"distil={distil!r} weighs what a teacher predicts, and there is none: give "
-                "teacher=, or leave distil out"
-            )
+        for name, weight in weights.items():
+            if weight is not None:
+                raise ValueError(
+                    f"{name}={weight!r} weighs what a teacher gives, and there is none: give "
+                    f"teacher=, or leave {name} out"
+                )
         return
     check_model(teacher, "teacher")
+    if weights["distil_stream"]:
+        check_stream(model)
+        check_stream(teacher)
     own = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     if any(id(parameter) in own for parameter in teacher.parameters()):
         raise ValueError(
@@ -250,8 +262,10 @@ class _LoaderTask(Task):
         return check_logits(logits, labels, model)
 
     def losses(self, images: Tensor, labels: Tensor, tape: RoutingTape) -> dict[str, Tensor]:
-        """Computes the cross-entropy, the divergence from the teacher, and the balance loss."""
-        with tape:
+        """Computes the cross-entropy, the divergence from the teacher and from its stream, and the
+        balance loss."""
+        heard = partial(stream_for, self.train.distil_stream)
+        with tape, heard(self.model) as stream:
             logits = self._logits(self.model, images, labels)
         task_loss = F.cross_entropy(
             logits.float(), labels, label_smoothing=self.train.label_smoothing
@@ -259,7 +273,7 @@ class _LoaderTask(Task):
         parts = {"task_loss": task_loss}
         total = task_loss
         if self.teacher is not None:
-            with torch.no_grad():
+            with torch.no_grad(), heard(self.teacher) as target:
                 taught = self._logits(self.teacher, images, labels)
             if taught.shape != logits.shape:
                 raise ValueError(
@@ -268,6 +282,9 @@ class _LoaderTask(Task):
                 )
             parts["distil_loss"] = distil_loss(logits, taught)
             total = torch.lerp(total, parts["distil_loss"], self.train.distil_logits)
+            if self.train.distil_stream:
+                parts["stream_loss"] = stream_loss(stream, target)
+                total = torch.lerp(total, parts["stream_loss"], self.train.distil_stream)
         if _balanced(tape):
             parts["balance_loss"] = auxiliary_loss(tape, self.coefficient)
             total = total + parts["balance_loss"]

@@ -24,7 +24,7 @@ from ..routers.manual import labelled
 from ..spec import MoESpec, RunSpec
 from .bfloat16 import products
 from .ranks import ONE, One, Ranks
-from .streams import stream_loss, stream_of
+from .streams import stream_for, stream_loss
 
 
 @contextlib.contextmanager
@@ -57,13 +57,13 @@ def losses(
     the routings of the whole batch afterwards.
     """
     members, own_labels = model.size if isinstance(model, Ensemble) else 1, labels
-    recorded = stream_of if spec.train.distil_stream else _no_stream
+    heard = partial(stream_for, spec.train.distil_stream)
     with (
         tape,
         autocast(spec),
         labelled(model, labels),
         ranks.draws(members),
-        recorded(model) as stream,
+        heard(model) as stream,
     ):
         out = model.members(images).flatten(0, 1) if isinstance(model, Ensemble) else model(images)
     if ranks.count > 1:
@@ -81,7 +81,7 @@ def losses(
             torch.no_grad(),
             autocast(spec),
             labelled(teacher, own_labels),
-            recorded(teacher) as target,
+            heard(teacher) as target,
         ):
             (teacher_logits,) = ranks.whole([teacher(images)])
     if spec.train.distil_logits:
@@ -104,11 +104,6 @@ def losses(
             parts["distil_loss"] = _distilled(routings, teacher, (images, own_labels), spec, ranks)
             total = total + parts["distil_loss"]
     return {"loss": total} | parts
-
-
-def _no_stream(model: nn.Module) -> contextlib.AbstractContextManager:
-    """Collects nothing of a pass inside."""
-    return contextlib.nullcontext()
 
 
 def _of_all_ranks(

@@ -13,8 +13,6 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..models.backbone import heads_of
-
 
 def check_stream(model: nn.Module) -> None:
     """Raises ValueError for a model without a residual stream that `stream_of` knows."""
@@ -33,7 +31,8 @@ def stream_of(model: VisionTransformer) -> Iterator[list[Tensor]]:
     of what the last block gives, nothing else reaches the logits.
     """
     stream: list[Tensor] = []
-    heads = [model.get_submodule(name.removesuffix(".")) for name in heads_of(model)]
+    heads = model.get_classifier()  # two in a distilled DeiT
+    heads = heads if isinstance(heads, tuple) else (heads,)
     handles = [
         *(
             b.register_forward_hook(lambda _m, _in, out: stream.append(out))
@@ -48,13 +47,24 @@ def stream_of(model: VisionTransformer) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
+def stream_for(weight: float, model: nn.Module) -> contextlib.AbstractContextManager:
+    """Collects the stream of one pass inside where it has a weight in the loss, else nothing."""
+    return stream_of(model) if weight else contextlib.nullcontext()
+
+
 def stream_loss(stream: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
     """Computes the squared error of a stream against a teacher's, the mean over places.
 
     stream, target: tensors (..., D), one a place. Each token is normed first (mean 0 and variance 1
     over D), as all that reads the stream norms it. So a place counts whatever its scale is, and an
-    unrelated stream is wrong by 2.
+    unrelated stream is wrong by 2. Raises ValueError for streams of different shapes.
     """
+    shapes, wanted = ([tuple(place.shape) for place in places] for places in (stream, target))
+    if shapes != wanted:
+        raise ValueError(
+            f"the model's residual stream has the shapes {shapes} and the teacher's {wanted}: "
+            "distil_stream wants equal depth, width and tokens; learn from the logits instead"
+        )
     errors = [F.mse_loss(_normed(s), _normed(t)) for s, t in zip(stream, target, strict=True)]
     return torch.stack(errors).mean()
 

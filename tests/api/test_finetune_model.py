@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lib
 from lib.models.balance import switch_loss
 from lib.training.loop import Diverged
+from lib.training.streams import stream_loss, stream_of
 
 IMAGES, LABELS = images_and_labels()
 STILL = 1e-12  # a rate at which no weight moves
@@ -93,6 +94,27 @@ def test_a_teacher_is_learnt_from_with_its_weight():
     distilled = float(wanted.sum(-1).mean())
     assert row["train_distil_loss"] == pytest.approx(distilled, rel=1e-4)
     assert row["train_loss"] == pytest.approx(0.75 * float(task) + 0.25 * distilled, rel=1e-4)
+
+
+def test_the_stream_of_a_teacher_is_learnt_with_its_weight():
+    model, teacher = vit(), vit(num_heads=3)
+    options = {"epochs": 1, "lr": STILL, "teacher": teacher, "distil": 0.25}
+    [row] = lib.finetune(model, loader(), **options, distil_stream=0.75).finetuning
+    with torch.no_grad(), stream_of(model) as stream, stream_of(teacher) as target:
+        model(IMAGES)
+        teacher(IMAGES)
+    assert row["train_stream_loss"] == pytest.approx(float(stream_loss(stream, target)), rel=1e-4)
+    rest = 0.75 * row["train_task_loss"] + 0.25 * row["train_distil_loss"]
+    wanted = 0.25 * rest + 0.75 * row["train_stream_loss"]
+    assert row["train_loss"] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_experts_learn_the_stream_of_the_model_that_they_were_cut_from():
+    dense = vit()
+    extracted = lib.extract(dense, loader(), count=3)
+    options = {"epochs": 8, "lr": 3e-3, "layer_decay": 1.0, "teacher": dense}
+    rows = lib.finetune(extracted, loader(), **options, distil_stream=1.0).finetuning
+    assert rows[-1]["train_stream_loss"] < 0.8 * rows[0]["train_stream_loss"]
 
 
 def test_experts_are_balanced_with_the_coefficient():
@@ -247,7 +269,12 @@ def shrinking():
         (vit(), {"val": [IMAGES]}, "val gave a Tensor"),
         (torch.compile(vit(), backend="eager"), {}, "OptimizedModule wraps .* model._orig_mod"),
         (vit().requires_grad_(False), {}, "every parameter of the model is frozen"),
-        (vit(), {"distil": 0.9}, "distil=0.9 weighs what a teacher predicts"),
+        (vit(), {"distil": 0.9}, "distil=0.9 weighs what a teacher gives"),
+        (vit(), {"distil_stream": 0.9}, "distil_stream=0.9 weighs what a teacher gives"),
+        (Wrapped(vit()), {"teacher": vit(), "distil_stream": 0.9}, "and Wrapped is none"),
+        (vit(), {"teacher": Wrapped(vit()), "distil_stream": 0.9}, "and Wrapped is none"),
+        (vit(), {"teacher": vit(depth=3), "distil_stream": 0.9}, "wants equal depth, width and"),
+        (vit(), {"teacher": vit(), "distil_stream": 2.0}, "distil_stream=2.0"),
         (vit(), {"seed": -1}, "seed=-1: give a whole number"),
         (vit(), {"seed": 0.5}, "seed=0.5: give a whole number"),
         (vit(), {"val": not_finite(math.nan)}, "val gave images with numbers that are not finite"),
