@@ -115,26 +115,21 @@ EXTRACTED = DENSE.but(init=DENSE, train=None, extract=rules())
             lambda: EXTRACTED.but(init=EXTRACTED),
             "extract takes experts from the MLPs of a trained model",
         ),
-        (lambda: DENSE.but(train={"distil_logits": 0.5}), "distil_logits needs a parent"),
-        (
-            lambda: DENSE.but(
-                init=DENSE.but(keep=True),
-                moe=MoESpec(router="token", members=2),
-                train={"distil_logits": 0.5},
-            ),
-            "distil_logits=0.5 asks for one prediction an image, and moe.members=2 make one each",
-        ),
-        (lambda: DENSE.but(train={"distil_stream": 0.5}), "distil_stream needs a parent"),
-        (
-            lambda: DENSE.but(
-                init=DENSE.but(keep=True),
-                moe=MoESpec(router="token", members=2),
-                train={"distil_stream": 0.5},
-            ),
-            "distil_stream=0.5 asks for one residual stream an image, and moe.members=2 make one",
-        ),
     ],
 )
 def test_bad_specs(make, says):
     with pytest.raises(ValidationError, match=says):
         make()
+
+
+@pytest.mark.parametrize(
+    "name, target", [("distil_logits", "prediction"), ("distil_stream", "residual stream")]
+)
+def test_a_target_needs_one_parent_that_gives_it(name, target):
+    with pytest.raises(ValidationError, match=f"{name} needs a parent to learn from: set init"):
+        DENSE.but(train={name: 0.5})
+    asked = {"init": DENSE.but(keep=True), "train": {name: 0.5}}
+    says = f"{name}=0.5 asks for one {target} an image, and moe.members=2 make one each"
+    with pytest.raises(ValidationError, match=says):
+        DENSE.but(**asked, moe=MoESpec(router="token", members=2))
+    assert getattr(DENSE.but(**asked).train, name) == 0.5

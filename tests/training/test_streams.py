@@ -70,8 +70,9 @@ def test_stream_loss_by_hand():
     other = [torch.tensor([[[2.0, 0.0], [0.0, 4.0]]]), same[1]]
     # one of two tokens is wrong by 2 in each of its two numbers: 4, of which half; of two places
     assert stream_loss(other, target).item() == pytest.approx(1.0, abs=1e-4)
-    with pytest.raises(ValueError):
-        stream_loss(other[:1], target)
+    for wrong in (other[:1], [other[0][:, :1], other[1]]):
+        with pytest.raises(ValueError, match="wants equal depth, width and tokens"):
+            stream_loss(wrong, target)
 
 
 def test_an_equal_student_has_no_loss_and_a_changed_one_gets_nearer():
