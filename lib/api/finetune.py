@@ -67,7 +67,7 @@ def finetune(
     epochs: passes over the loader, also parts of one.
     lr: peak rate of the head. layer_decay: factor on it a block, from the head down, for models of
     timm, which say where their blocks are (`group_matcher`); None is 0.65 for these, and 1 for
-    others.
+    others and with `distil_stream`, which teaches each block by itself.
     teacher: a model for the same classes, such as the dense one before pruning, whose predictions
     are learnt with weight `distil` (0.5 for None), and the labels with the rest. distil_stream: of
     all that, the weight of the teacher's residual stream (0 for None): each token after each block,
@@ -105,7 +105,7 @@ def finetune(
         TrainSpec,
         epochs=float(epochs),
         lr=float(lr),
-        layer_decay=_decay(trained, layer_decay),
+        layer_decay=_decay(trained, layer_decay, distil_stream),
         weight_decay=float(weight_decay),
         label_smoothing=float(label_smoothing),
         distil_logits=float(DISTIL if distil is None else distil),
@@ -200,11 +200,11 @@ def _check_types(model: nn.Module) -> None:
             )
 
 
-def _decay(model: nn.Module, layer_decay: float | None) -> float:
+def _decay(model: nn.Module, layer_decay: float | None, distil_stream: float | None) -> float:
     """The factor of rates a block; ValueError for one on a model that does not tell its blocks."""
     tells = hasattr(model, "group_matcher")
-    if layer_decay is None:
-        return LAYER_DECAY if tells else 1.0
+    if layer_decay is None:  # the page static_rival compares both
+        return LAYER_DECAY if tells and not distil_stream else 1.0
     if not tells and layer_decay != 1:
         raise ValueError(
             f"layer_decay={layer_decay} counts blocks, and {type(model).__name__} has no "
