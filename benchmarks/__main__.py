@@ -33,12 +33,13 @@ def main() -> None:
         print(f"cannot measure: {sentence}")
     load = machine.load_before()
     print(HEAD)
-    rows = []
+    rows, so_far = [], given.out.with_suffix(".unfinished.part")  # an hour's rows outlive a failure
     for row in measured(given.full, repeats):
         rows.append(row)
         print(line(row), flush=True)
-    about = machine.about("benchmarks", repeats, start, load)
-    speed.write(given.out, about, rows)
+        about = machine.about("benchmarks", repeats, start, load)
+        speed.write(so_far, about, rows)
+    so_far.replace(given.out)
     print(f"{len(rows)} rows in {about['seconds']} s, written to {given.out}")
 
 

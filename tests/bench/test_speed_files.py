@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
+from benchmarks import __main__ as command
 from lib import paths
 from lib.runs.index import checksum_of
 from lib.runs.store import Store
@@ -149,6 +151,30 @@ def test_the_same_measurement_from_other_machines_lies_beside_it(tmp_path, monke
     speed.file_of("short-old").write_text("{}")
     with pytest.raises(ValueError, match="measure anew: make bench$"):
         speed.elsewhere("short")
+
+
+def test_rows_of_an_unfinished_measurement_are_kept_beside_the_old_one(tmp_path, monkeypatch):
+    out = tmp_path / "full.json"
+    speed.write(out, ABOUT, [ratio(shape="old")])
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--full", "--out", str(out)])
+
+    def rows(full, repeats, fails=True):
+        assert full and repeats == command.FULL_REPEATS
+        yield ratio(shape="new")
+        if fails:
+            raise KeyboardInterrupt
+        yield ratio(shape="newer")
+
+    monkeypatch.setattr(command, "measured", rows)
+    with pytest.raises(KeyboardInterrupt):
+        command.main()
+    [part] = tmp_path.glob("*.part")
+    assert [row.shape for row in speed.read(part).rows] == ["new"]
+    assert [row.shape for row in speed.read(out).rows] == ["old"]
+    monkeypatch.setattr(command, "measured", lambda *options: rows(*options, fails=False))
+    command.main()
+    assert [row.shape for row in speed.read(out).rows] == ["new", "newer"]
+    assert [*tmp_path.iterdir()] == [out]
 
 
 def test_the_store_takes_no_measurement_for_a_record(tmp_path):
