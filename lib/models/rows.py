@@ -181,12 +181,8 @@ class StackedProduct(Function):
 
 
 def _write(into: Tensor, product: Callable[..., Tensor], *operands: Tensor) -> None:
-    """Writes a product into a tensor, in its type.
-
-    Products of bfloat16 are copied: what computes them on processors that cannot
-    (`training.bfloat16`) knows them by their plain form, without `out`.
-    """
-    if into.dtype == operands[0].dtype != torch.bfloat16:
+    """Writes a product into a tensor, in its type."""
+    if into.dtype == operands[0].dtype:
         product(*operands, out=into)
     else:
         into.copy_(product(*operands))

@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_map_only
 from ..spec import RunSpec
 
 _ATEN = torch.ops.aten
-PRODUCTS = frozenset(
+WRITING_PRODUCTS = frozenset((_ATEN.mm.out, _ATEN.addmm.out))
+PRODUCTS = WRITING_PRODUCTS | frozenset(
     op.default
     for op in (
         _ATEN.mm,
@@ -50,12 +51,17 @@ class RoundedProducts(TorchDispatchMode):
     """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         low_precision = func in PRODUCTS and any(
             isinstance(arg, Tensor) and arg.dtype is torch.bfloat16 for arg in args
         )
         if not low_precision:
             return func(*args, **kwargs)
+        if func in WRITING_PRODUCTS:
+            # the float32 copy of `out` is not the tensor that is to be written
+            out = kwargs.pop("out")
+            plain = func.overloadpacket.default
+            return out.copy_(self.__torch_dispatch__(plain, types, args, kwargs))
         args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
         return tree_map_only(Tensor, Tensor.bfloat16, func(*args, **kwargs))
 

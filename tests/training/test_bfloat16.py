@@ -1,5 +1,6 @@
 """bfloat16 on a processor that cannot multiply it."""
 
+import pytest
 import torch
 import vits
 from torch import nn
@@ -42,6 +43,22 @@ def test_an_operand_is_rounded_before_and_the_sum_after():
     assert exact.dtype is torch.bfloat16 and exact.item() == 1.0  # 1 + 2^-9 has more than 8 digits
     # No product of float32 is touched.
     assert whole.dtype is torch.float32 and whole.item() == 1.0 + 2.0**-9
+
+
+@pytest.mark.parametrize(
+    ("product", "shapes"), [(torch.mm, [(5, 3), (3, 4)]), (torch.addmm, [(4,), (5, 3), (3, 4)])]
+)
+def test_a_product_that_is_written_into_a_tensor_is_that_of_its_plain_form(product, shapes):
+    torch.manual_seed(0)
+    operands = [torch.randn(shape, dtype=torch.bfloat16) for shape in shapes]
+    rows = torch.full((7, 4), -1.0, dtype=torch.bfloat16)
+    with Seen() as seen, RoundedProducts():
+        plain = product(*operands)
+        product(*operands, out=rows[:5])
+    assert torch.equal(rows[:5], plain) and (rows[5:] == -1.0).all()
+    assert not any("mm" in name for name in seen.names)
+    exact = product(*(operand.double() for operand in operands))
+    torch.testing.assert_close(plain.double(), exact, rtol=2**-8, atol=1e-5)
 
 
 def test_values_and_gradients_are_the_processors_own_up_to_the_order_of_sums():
