@@ -254,14 +254,14 @@ class Experts(nn.Module):
 
     def _rows_without_gradients(self, x: Tensor, lengths: list[int]) -> Tensor:
         """Computes the same, where nothing is kept for a backward pass."""
-        weights = self.each(lambda parameter: parameter.to(x.dtype))
         outputs = x.new_empty(len(x), self.width)
         write = self._write_weights_right
         if x.dtype == torch.bfloat16:
             write = self._write_weights_left
-        parts = zip(x.split(lengths), weights, outputs.split(lengths), strict=True)
-        for rows, expert, out in parts:
-            write(rows, *expert, out)
+        parts = zip(x.split(lengths), self.each(), outputs.split(lengths), strict=True)
+        for rows, weights, out in parts:
+            # cast expert by expert: a product finds its weights in the processor's cache
+            write(rows, *(weight.to(x.dtype) for weight in weights), out)
         return outputs
 
     def _write_weights_right(
