@@ -6,7 +6,6 @@ width, **E** experts, **K** experts per token.
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,7 +35,6 @@ from .peers import PEERS, Peer
 D, H = 384, 1536  # of ViT-S
 NARROW = 384  # H of 32 experts that together store what eight whole ones do
 PASSES = ("forward", "forward+backward")
-WARMUP = 2  # turns that are not counted
 SKEW = 1.5  # the e-th expert's logit is lower by SKEW ln e: the first one gets half of the tokens
 PLAIN, FROZEN = "layer", "layer, frozen"
 BOUND, CHUNKS = ("one MLP", "equal chunks"), "equal chunks"
@@ -44,18 +42,13 @@ BOUND, CHUNKS = ("one MLP", "equal chunks"), "equal chunks"
 
 @dataclass(frozen=True)
 class Setting:
-    """Is a layer and the tokens that it gets; H is NARROW at E=32.
-
-    fresh: whether each turn has tokens of its own, as in training. The numbers of rows of the
-    experts then change from turn to turn, and bfloat16 kernels are built for those not yet met.
-    """
+    """Is a layer and the tokens that it gets; H is NARROW at E=32."""
 
     batch: int
     tokens: int
     experts: int
     top_k: int
     skewed: bool = False
-    fresh: bool = False
 
     @property
     def hidden(self) -> int:
@@ -69,33 +62,28 @@ class Setting:
     def __str__(self) -> str:
         kind = "skewed" if self.skewed else "balanced"
         sizes = f"B={self.batch} N={self.tokens} H={self.hidden} E={self.experts} K={self.top_k}"
-        return f"{sizes} {kind}{', new tokens' if self.fresh else ''}"
-
-
-FRESH = Setting(16, 257, 8, 1, fresh=True)
+        return f"{sizes} {kind}"
 
 
 def settings() -> list[Setting]:
     """Lists all settings of the full benchmark."""
-    same_tokens = [
+    return [
         Setting(batch, tokens, experts, top_k, skewed)
         for batch, tokens in ((16, 257), (64, 17))
         for experts in (4, 8, 32)
         for top_k in (1, 2)
         for skewed in (False, True)
     ]
-    return [*same_tokens, FRESH]
 
 
-# What `make bench` measures: the settings that goals are about, a skewed one, and one with new
-# tokens; of each the dtypes and passes.
+# What `make bench` measures: the settings that goals are about, and a skewed one; of each the
+# dtypes and passes.
 SHORT = (
     (Setting(16, 257, 8, 1), ("fp32", "bf16"), PASSES),
     (Setting(16, 257, 8, 2), ("fp32", "bf16"), ("forward",)),
     (Setting(16, 257, 8, 1, skewed=True), ("fp32", "bf16"), ("forward",)),
     (Setting(16, 257, 32, 2), ("bf16",), ("forward",)),
     (Setting(64, 17, 8, 1), ("fp32", "bf16"), PASSES),
-    (FRESH, ("bf16",), PASSES),
 )
 
 
@@ -114,16 +102,15 @@ def compared(setting: Setting, dtype: str, what: str, repeats: int) -> Iterator[
         sides = {"part": "layer", "ours_is": PLAIN, "against": "bound"}
         yield Ratio(what=what, shape=str(setting), dtype=dtype, note=reason, **sides)
         return
-    layer = moe_layer(setting)
-    batches = [inputs(setting, seed) for seed in range(repeats + WARMUP if setting.fresh else 1)]
+    layer, x = moe_layer(setting), inputs(setting)
     freezes = what == "forward" and dtype != "autocast" and not machine.why_not(dtype, packed=True)
     peers = [peer for peer in PEERS if not peer.why_not(setting.top_k, dtype)]
-    calls = ours_and_bounds(setting, layer, batches, dtype, what, freezes)
+    calls = ours_and_bounds(setting, layer, x, dtype, what, freezes)
     for peer in peers:
-        calls[peer.name] = _call(peer.make(layer), batches, dtype, what)
-    times = timed(calls, repeats, WARMUP)
+        calls[peer.name] = _call(peer.make(layer), x, dtype, what)
+    times = timed(calls, repeats)
     about = {"shape": str(setting), "dtype": dtype, "what": what}
-    load = f"the busiest expert has {busiest_share(layer, batches[0]):.0%} of the assignments"
+    load = f"the busiest expert has {busiest_share(layer, x):.0%} of the assignments"
     yield from _against_bounds(times, setting, about, load if setting.skewed else "")
     yield from _against_peers(times, setting, about, peers, FROZEN if freezes else PLAIN)
 
@@ -143,9 +130,9 @@ def moe_layer(setting: Setting) -> MoELayer:
     return layer
 
 
-def inputs(setting: Setting, seed: int = 0) -> Tensor:
+def inputs(setting: Setting) -> Tensor:
     """Draws (B, N, D) tokens whose first channel is one: the router's weight there is a bias."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     x = torch.randn(setting.batch, setting.tokens, D, generator=generator)
     x[..., 0] = 1.0
     return x
@@ -159,7 +146,7 @@ def busiest_share(layer: MoELayer, x: Tensor) -> float:
 
 
 def ours_and_bounds(
-    setting: Setting, layer: MoELayer, batches: list[Tensor], dtype: str, what: str, freezes: bool
+    setting: Setting, layer: MoELayer, x: Tensor, dtype: str, what: str, freezes: bool
 ) -> dict[str, Call]:
     """Makes the calls of the layer and its bounds, plain and, if it freezes, packed."""
     tokens = setting.batch * setting.tokens
@@ -167,24 +154,23 @@ def ours_and_bounds(
         "one MLP": OneMlp(D, setting.hidden, setting.top_k),
         "equal chunks": EqualChunks(D, setting.hidden, setting.experts, setting.top_k),
     }
-    rows = [x.view(-1, D) for x in batches]
+    rows = x.view(-1, D)
     calls = {name: _call(bound, rows, dtype, what) for name, bound in bounds.items()}
-    calls[PLAIN] = _call(layer, batches, dtype, what)
+    calls[PLAIN] = _call(layer, x, dtype, what)
     if freezes:
         # where packed weights are no faster for dense MLPs, the plain bound is the bound
         for name, bound in bounds.items() if dense_maps_gain() else ():
             calls[f"{name}, packed"] = _call(packed(bound, tokens), rows, dtype, what)
         frozen = lib.freeze_for_inference(nn.Sequential(layer).eval())
-        calls[FROZEN] = _call(frozen, batches, dtype, what)
+        calls[FROZEN] = _call(frozen, x, dtype, what)
     return calls
 
 
-def _call(module: nn.Module, batches: list[Tensor], dtype: str, what: str) -> Call:
-    """Casts a module and its inputs; each call is a pass over the next of them."""
+def _call(module: nn.Module, x: Tensor, dtype: str, what: str) -> Call:
+    """Casts a module and its input, and makes the call of a pass."""
     module = module.to(DTYPES[dtype]).train(what != "forward")
     make = forward if what == "forward" else forward_backward
-    turns = itertools.cycle([make(module, x.to(DTYPES[dtype]), dtype) for x in batches])
-    return lambda: next(turns)()
+    return make(module, x.to(DTYPES[dtype]), dtype)
 
 
 def _against_bounds(
@@ -215,7 +201,7 @@ def _against_bounds(
 
 def goal(setting: Setting, dtype: str, what: str, ours: str, is_packed: bool) -> float | None:
     """Looks up the least share of a bound that the layer is to reach; None: not promised."""
-    if setting.skewed or setting.fresh or dtype == "autocast":
+    if setting.skewed or dtype == "autocast":
         return None
     alike = is_packed == (ours == FROZEN)
     if setting.trained_shape:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 import timm
@@ -117,27 +116,6 @@ def test_rows_of_a_skewed_layer_say_how_busy_the_busiest_expert_is(small_layers)
     assert share > 0.4 > layers.busiest_share(layers.moe_layer(even), layers.inputs(even))
     rows = [r for r in layers.compared(setting, "fp32", "forward", 3) if r.part == "layer"]
     assert all(f"{share:.0%}" in row.note for row in rows)
-
-
-@pytest.mark.parametrize(("fresh", "batches"), [(False, 1), (True, 3 + layers.WARMUP)])
-def test_each_turn_has_tokens_of_its_own_where_the_row_says_so(
-    small_layers, monkeypatch, fresh, batches
-):
-    seen, make = [], layers.forward
-
-    def spied(module, x, dtype):
-        call = make(module, x, dtype)
-        return lambda: (seen.append(x.flatten()), call())
-
-    monkeypatch.setattr(layers, "forward", spied)
-    rows = list(layers.compared(replace(SMALL, fresh=fresh), "fp32", "forward", repeats=3))
-    distinct = {tuple(x.tolist()) for x in seen}
-    assert len(distinct) == batches
-    # in a turn all candidates have the same tokens
-    assert len(seen) % (3 + layers.WARMUP) == 0
-    counts = Counter(tuple(x.tolist()) for x in seen)
-    assert len(set(counts.values())) == 1
-    assert all(("new tokens" in row.shape) == fresh for row in rows)
 
 
 def test_a_machine_says_which_rows_it_cannot_measure(small_layers, without_bf16):
