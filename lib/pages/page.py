@@ -23,7 +23,7 @@ from IPython.display import Markdown, display
 from ..report import NOT_YET, SPEED, tables, text
 from ..report.style import Shown, show
 from ..runs.collect import Grid, collect, load
-from ..verdicts import ledger
+from ..verdicts import ledger, listed
 from ..verdicts.claims import Verdict
 from ..verdicts.costs import cost_rows
 from ..verdicts.evidence import Evidence, verdicts_on
@@ -272,11 +272,11 @@ class Page:
         and, on the reproduced side, for one of the ledger that is left out or judged on other runs
         than the ledger says.
         """
-        listed, evidence = ledger.of_page(self.p.notebook), list(claims(side))
-        judged = verdicts_on(evidence, listed)
+        entries, evidence = ledger.of_page(self.p.notebook), list(claims(side))
+        judged = verdicts_on(evidence, entries)
         if side is self.reproduced:
             given = {piece.claim: piece for piece in evidence}
-            plans = {key: plan(key, PUBLISHED) for key in {claim.runs_page for claim in listed}}
+            plans = {key: plan(key, PUBLISHED) for key in {claim.runs_page for claim in entries}}
             for claim in ledger.judged_on(self.p.notebook):
                 if claim.id not in given:
                     raise ValueError(
@@ -362,8 +362,8 @@ def _scales(runs: Iterable[RunSpec]) -> str:
     found: dict[str, dict[str, list[str]]] = {}
     for (title, images, rest), _ in Counter(map(_scale, runs)).most_common(SCALES):
         found.setdefault(rest, {}).setdefault(images, []).append(title)
-    counted = {r: [f"{_listed(t)} ({n})" for n, t in of.items()] for r, of in found.items()}
-    return "; ".join(f"{_listed(data)} {rest}" for rest, data in counted.items())
+    counted = {r: [f"{listed(t)} ({n})" for n, t in of.items()] for r, of in found.items()}
+    return "; ".join(f"{listed(data)} {rest}" for rest, data in counted.items())
 
 
 def _scale(run: RunSpec) -> tuple[str, str, str]:
@@ -371,11 +371,6 @@ def _scale(run: RunSpec) -> tuple[str, str, str]:
     weights = run.backbone.weights
     model = weights if weights not in (None, "timm") else run.backbone.name
     return run.data.title, run.data.training_images, f"at {run.data.image_size} px, {model}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    """Lists names as a sentence does: "a, b and c"."""
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _check_arms(claim: ledger.Claim, piece: Evidence, planned: Grid) -> None:

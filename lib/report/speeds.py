@@ -10,7 +10,7 @@ from statistics import median
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..verdicts import count
+from ..verdicts import count, listed
 from ..verdicts.speed import (
     FASTEST_PEER,
     MEDIAN_PEER,
@@ -263,7 +263,7 @@ def in_whole_models(machines: Sequence[Measurement]) -> str:
     best = _best_of_batches(rows)
     faster = [batch for batch, factor in best.items() if round(factor, 2) > 1]  # as printed
     slower = [batch for batch in best if batch not in faster]
-    lead = f"Faster at {' and '.join(faster)}" if faster else "No"
+    lead = f"Faster at {listed(faster)}" if faster else "No"
     if faster and slower:
         lead += f", not at {' or '.join(slower)}"
     return (
@@ -302,7 +302,7 @@ def _by_batch(rows: Sequence[Ratio]) -> str:
     """Writes how many times as fast as the other side ours is at best: "1.18 at batch 16 and 0.88
     at batch 1"."""
     best = _best_of_batches(rows)
-    return " and ".join(f"{factor:.2f} at {batch}" for batch, factor in best.items())
+    return listed([f"{factor:.2f} at {batch}" for batch, factor in best.items()])
 
 
 def _best_of_batches(rows: Sequence[Ratio]) -> dict[str, float]:

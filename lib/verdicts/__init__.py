@@ -3,6 +3,8 @@
 Nothing here imports torch.
 """
 
+from collections.abc import Sequence
+
 # what is decided, in the order of every list: each such claim gets a line of its own
 DECIDED = (
     "holds",
@@ -21,6 +23,11 @@ def count(number: float, noun: str) -> str:
     plural = "es" if noun.endswith("s") else "s"
     shown = f"{number:g}" if isinstance(number, float) else number
     return f"{shown} {noun}{'' if number == 1 else plural}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Lists names as a sentence does: "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def agree(verb: str, *numbers: int) -> str:

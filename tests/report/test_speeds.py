@@ -179,6 +179,11 @@ def test_a_whole_model_is_said_as_fast_as_at_best_by_batch():
     assert in_whole_models([one, two]).startswith("**Faster at batch 16, not at batch 1:** ")
     only = measured("One", model(1, 1.1), model(16, 1.2))
     assert in_whole_models([only]).startswith("**Faster at batch 16 and batch 1:** ")
+    three = measured("One", model(64, 1.4), model(1, 1.1), model(16, 1.2))
+    assert in_whole_models([three]).endswith(
+        "1.40 at batch 64, 1.20 at batch 16 and 1.10 at batch 1."
+    )
+    assert "Faster at batch 64, batch 16 and batch 1:" in in_whole_models([three])
     slow = measured("One", model(1, 1.004), model(16, 0.9))
     assert in_whole_models([slow]).startswith("**No:** ")
 
