@@ -51,7 +51,7 @@ class RoundedProducts(TorchDispatchMode):
     """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
         low_precision = func in PRODUCTS and any(
             isinstance(arg, Tensor) and arg.dtype is torch.bfloat16 for arg in args
         )
@@ -59,9 +59,9 @@ class RoundedProducts(TorchDispatchMode):
             return func(*args, **kwargs)
         if func in WRITING_PRODUCTS:
             # the float32 copy of `out` is not the tensor that is to be written
-            out = kwargs.pop("out")
-            plain = func.overloadpacket.default
-            return out.copy_(self.__torch_dispatch__(plain, types, args, kwargs))
+            plain, others = func.overloadpacket.default, {**kwargs}
+            out = others.pop("out")
+            return out.copy_(self.__torch_dispatch__(plain, types, args, others))
         args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
         return tree_map_only(Tensor, Tensor.bfloat16, func(*args, **kwargs))
 
